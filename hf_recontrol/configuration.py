@@ -1,0 +1,281 @@
+"""What a head is ([`ValueHeadConfig`]) and how it is applied ([`ControlConfig`])."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+FORMAT_VERSION = 1
+CONTROL_METHODS = ("ascent", "advantage")
+HOOK_POINTS = ("decoder_layer", "lm_head")
+ACTIVATIONS = ("relu", "silu", "gelu", "tanh")
+
+
+def _check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+    if not low <= value <= high:
+        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"`{name}` must be {bounds}, got {value!r}.")
+    return float(value)
+
+
+def _check_int(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}.")
+
+
+def _check_widths(name: str, value: Any) -> list[int]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"`{name}` must be a list of layer widths, got {value!r}.")
+    for width in value:
+        _check_int(f"{name}[...]", width, low=1)
+    return list(value)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _known_items(cls: type, values: Any, source: str) -> dict[str, Any]:
+    """The items of `values` that are fields of `cls`; the others are warned about, so that files of a newer version
+    still load."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}.")
+    known = {field.name for field in fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        logger.warning(f"{source}: ignored unknown {cls.__name__} keys {unknown}.")
+    return {key: value for key, value in values.items() if key in known}
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    r"""
+    How a head edits the hidden state `h` while the model generates. Immutable: change a copy with
+    `dataclasses.replace(control, step_size=0.3)`.
+
+    - `method="ascent"` (RE-Control, Kong et al. 2024): from `x = (h - state_mean) / state_scale` and `d = 0`,
+      `num_steps` steps of `d ← d + α (∇V(x + d) - 2 λ d)`; then `u = state_scale * d`.
+    - `method="advantage"`: `u = α g(h)` in one step, with `α = 1/τ`; then `softmax(W (h + u))` is the optimum of
+      `E[A] - τ KL(π ‖ π0)` for the advantage `A(h, y) = (w_y - E_π0[w])ᵀ g(h)`.
+
+    Args:
+        method (`str`, *optional*, defaults to `"ascent"`):
+            `"ascent"` or `"advantage"`.
+        step_size (`float` or a sequence of `float`, *optional*, defaults to 0.5):
+            α: the ascent's step size, or 1/τ of the advantage edit, in units where the values are standardised. A
+            sequence holds one value for each prompt of the batch. At 0 the base's logits are untouched.
+        num_steps (`int`, *optional*, defaults to 30):
+            Number of ascent steps. Not used by the advantage edit. At 0 the base's logits are untouched.
+        l2 (`float`, *optional*, defaults to 0.0):
+            λ of the ascent's penalty `λ‖d‖²` on the edit in scaled coordinates. `step_size * l2` must be below 1, or
+            the steps would run away. Not used by the advantage edit.
+        plausibility (`float`, *optional*, defaults to 0.0):
+            p in [0, 1]: a token whose probability under the base is below p × that of the base's most likely token is
+            masked (logit -inf) after control. At 0 nothing is masked.
+
+    Raises:
+        `ValueError`: for a value outside the ranges above, naming the field.
+    """
+
+    method: str = "ascent"
+    step_size: float | tuple[float, ...] = 0.5
+    num_steps: int = 30
+    l2: float = 0.0
+    plausibility: float = 0.0
+
+    def __post_init__(self):
+        _check_choice("method", self.method, CONTROL_METHODS)
+        step_size = self.step_size.tolist() if hasattr(self.step_size, "tolist") else self.step_size
+        if isinstance(step_size, Sequence) and not isinstance(step_size, str):
+            if not step_size:
+                raise ValueError("`step_size` must hold one number for each prompt, got none.")
+            step_size = tuple(_check_number("step_size", value, low=0) for value in step_size)
+        else:
+            step_size = _check_number("step_size", step_size, low=0)
+        object.__setattr__(self, "step_size", step_size)
+        _check_int("num_steps", self.num_steps, low=0)
+        object.__setattr__(self, "l2", _check_number("l2", self.l2, low=0))
+        object.__setattr__(self, "plausibility", _check_number("plausibility", self.plausibility, low=0, high=1))
+        if self.method == "ascent" and self.largest_step_size * self.l2 >= 1:
+            raise ValueError(
+                f"`step_size * l2` must be below 1, got {self.largest_step_size:g} * {self.l2:g}: each step would "
+                "overshoot the penalty's minimum and the edit would grow without bound. Lower one of the two."
+            )
+
+    @property
+    def per_row(self) -> bool:
+        """Whether `step_size` holds one value for each prompt."""
+        return isinstance(self.step_size, tuple)
+
+    @property
+    def largest_step_size(self) -> float:
+        """`step_size`, or the largest one of the batch."""
+        return max(self.step_size) if self.per_row else self.step_size
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether these settings leave every state as it is, so that no work is done at all."""
+        return self.largest_step_size == 0 or (self.method == "ascent" and self.num_steps == 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable `dict`, the inverse of [`ControlConfig.from_dict`]."""
+        values = asdict(self)
+        values["step_size"] = list(self.step_size) if self.per_row else self.step_size
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "ControlConfig") -> ControlConfig:
+        """Build from a `dict`. Unknown keys are warned about; `source` is named in messages."""
+        return cls(**_known_items(cls, values, source))
+
+
+@dataclass
+class ValueHeadConfig:
+    r"""
+    What a head is: where it reads the hidden state, its shape, and what its numbers mean.
+
+    Args:
+        hidden_size (`int`):
+            Width of the state at the hook point. For most models `config.hidden_size`.
+        head_sizes (`list[int]`, *optional*, defaults to `[1024]`):
+            Widths of the hidden layers of V. An empty list is a linear V.
+        activation (`str`, *optional*, defaults to `"relu"`):
+            `"relu"`, `"silu"`, `"gelu"` or `"tanh"`. One hidden ReLU layer has the fastest ascent.
+        num_objectives (`int`, *optional*, defaults to 1):
+            Number of rewards predicted. The ascent climbs their sum.
+        hook_point (`str`, *optional*, defaults to `"decoder_layer"`):
+            `"decoder_layer"`: the output of decoder layer `layer`. `"lm_head"`: the input of the LM head, after the
+            final norm, the paper's `o_t`.
+        layer (`int`, *optional*, defaults to -1):
+            Index of the decoder layer, negative from the end. Not used at `"lm_head"`.
+        advantage_sizes (`list[int]`, *optional*):
+            Widths of the hidden layers of the advantage part g, or `None`: no advantage part. It needs
+            `hook_point="lm_head"`, where the logits are linear in the state. An empty list is a linear g.
+        reward_mean, reward_std (`float` or `list[float]`, *optional*, defaults to 0.0 and 1.0):
+            The head's outputs are standardised; `V * reward_std + reward_mean` is in the reward's own units. A list
+            holds one value for each objective.
+        base_model_name_or_path, base_model_revision (`str`, *optional*):
+            The model whose states the head was trained on.
+        control ([`ControlConfig`], *optional*):
+            The recommended control, used when the caller names none.
+        format_version (`int`, *optional*):
+            Version of the file format.
+
+    Raises:
+        `ValueError`: for a value outside the ranges above, naming the field.
+    """
+
+    hidden_size: int
+    head_sizes: list[int] | None = None
+    activation: str = "relu"
+    num_objectives: int = 1
+    hook_point: str = "decoder_layer"
+    layer: int = -1
+    advantage_sizes: list[int] | None = None
+    reward_mean: float | list[float] = 0.0
+    reward_std: float | list[float] = 1.0
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    control: ControlConfig | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self):
+        _check_int("format_version", self.format_version, low=1)
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` is {self.format_version}, this release reads up to {FORMAT_VERSION}: upgrade "
+                "hf_recontrol (`pip install -U hf_recontrol`)."
+            )
+        _check_int("hidden_size", self.hidden_size, low=1)
+        self.head_sizes = [1024] if self.head_sizes is None else _check_widths("head_sizes", self.head_sizes)
+        _check_choice("activation", self.activation, ACTIVATIONS)
+        _check_int("num_objectives", self.num_objectives, low=1)
+        _check_choice("hook_point", self.hook_point, HOOK_POINTS)
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int):
+            raise ValueError(f"`layer` must be an integer, got {self.layer!r}.")
+        if self.advantage_sizes is not None:
+            self.advantage_sizes = _check_widths("advantage_sizes", self.advantage_sizes)
+            if self.hook_point != "lm_head":
+                raise ValueError(
+                    "`advantage_sizes` needs `hook_point='lm_head'`: the advantage edit is exact only where the "
+                    f"logits are linear in the state, got hook_point={self.hook_point!r}."
+                )
+        self.reward_mean = self._check_per_objective("reward_mean", self.reward_mean)
+        self.reward_std = self._check_per_objective("reward_std", self.reward_std)
+        if min(self.reward_std if isinstance(self.reward_std, list) else [self.reward_std]) <= 0:
+            raise ValueError(f"`reward_std` must be above 0, got {self.reward_std!r}.")
+        for name in ("base_model_name_or_path", "base_model_revision"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"`{name}` must be a string or None, got {value!r}.")
+        if isinstance(self.control, dict):
+            self.control = ControlConfig.from_dict(self.control, source="`control`")
+        self.check_control(self.control)
+
+    def _check_per_objective(self, name: str, value: Any) -> float | list[float]:
+        if not isinstance(value, (list, tuple)):
+            return _check_number(name, value)
+        if len(value) != self.num_objectives:
+            raise ValueError(f"`{name}` has {len(value)} values for {self.num_objectives} objectives.")
+        return [_check_number(name, item) for item in value]
+
+    def check_control(self, control: ControlConfig | None) -> None:
+        """Raise if `control` asks for what a head of this configuration cannot do.
+
+        Raises:
+            `TypeError`: if `control` is no [`ControlConfig`]. `ValueError`: if it needs a missing advantage part.
+        """
+        if control is None:
+            return
+        if not isinstance(control, ControlConfig):
+            raise TypeError(f"`control` must be a ControlConfig, got {type(control).__name__}.")
+        if control.method == "advantage" and self.advantage_sizes is None:
+            raise ValueError(
+                "`method='advantage'` needs a head with an advantage part, this one has none (`advantage_sizes` is "
+                "None). Train one, or use `method='ascent'`."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable `dict`, the inverse of [`ValueHeadConfig.from_dict`]."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["control"] = None if self.control is None else self.control.to_dict()
+        return values
+
+    def to_json(self) -> str:
+        """The text of `config.json`."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "ValueHeadConfig") -> ValueHeadConfig:
+        """Build from a `dict`. Unknown keys are warned about; a missing or bad value is an error naming `source`."""
+        values = _known_items(cls, values, source)
+        if "hidden_size" not in values:
+            raise ValueError(f"{source}: no `hidden_size`, so this is not the configuration of a value head.")
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> ValueHeadConfig:
+        """Read a `config.json`.
+
+        Raises:
+            `ValueError`: if the file is no JSON object, or holds a bad value; names the file and the field.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}: not a JSON file ({error}).") from error
+        return cls.from_dict(values, source=str(path))

@@ -1,0 +1,379 @@
+"""Where a head acts in a model: its decoder layers, its LM head, and the hooks that edit or read the state there."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .configuration import ControlConfig, ValueHeadConfig
+from .control import Controller
+
+
+def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """
+    The decoder layers of a causal language model (of its language half, if it is multimodal).
+
+    They are the outermost `ModuleList` of `num_hidden_layers` modules inside the decoder.
+
+    Raises:
+        `ValueError`: if there is no such list, or more than one.
+    """
+    num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = [
+        (name, module)
+        for name, module in model.get_decoder().named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    outermost = min((name.count(".") for name, _ in lists), default=0)
+    lists = [(name, module) for name, module in lists if name.count(".") == outermost]
+    if len(lists) != 1:
+        found = "none" if not lists else ", ".join(name for name, _ in lists)
+        raise ValueError(
+            f"{type(model).__name__} cannot be controlled at a decoder layer: its decoder should hold one ModuleList "
+            f"of num_hidden_layers={num_layers} layers, found {found}. Use a head with `hook_point='lm_head'`."
+        )
+    return lists[0][1]
+
+
+def find_lm_head(model: PreTrainedModel) -> nn.Module:
+    """
+    The module that maps the last hidden state to logits.
+
+    Raises:
+        `ValueError`: if the model has none.
+    """
+    lm_head = model.get_output_embeddings()
+    if lm_head is None:
+        raise ValueError(f"{type(model).__name__} has no LM head: load the model with AutoModelForCausalLM.")
+    return lm_head
+
+
+def hook_layer(model: PreTrainedModel, config: ValueHeadConfig) -> int | None:
+    """
+    Index, counted from 0, of the decoder layer that a head of this configuration reads, or `None` at the LM head.
+
+    Raises:
+        `ValueError`: if the model has no such layer.
+    """
+    if config.hook_point == "lm_head":
+        return None
+    num_layers = len(find_decoder_layers(model))
+    if not -num_layers <= config.layer < num_layers:
+        raise ValueError(f"The head reads decoder layer {config.layer}, {type(model).__name__} has {num_layers}.")
+    return config.layer % num_layers
+
+
+def hook_width(model: PreTrainedModel, config: ValueHeadConfig) -> int:
+    """Width of the state at the hook point of `config`."""
+    text_config = model.config.get_text_config(decoder=True)
+    if config.hook_point == "lm_head":
+        lm_head = find_lm_head(model)
+        return getattr(lm_head, "in_features", None) or text_config.hidden_size
+    return text_config.hidden_size
+
+
+def _keep(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The states whose logits are kept; `slice_logits_to_keep` of transformers, also for releases that lack it."""
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2:
+        if logits_to_keep.dtype == torch.bool:
+            return hidden[logits_to_keep]
+        return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
+    if isinstance(logits_to_keep, int):
+        logits_to_keep = slice(-logits_to_keep, None)
+    return hidden[:, logits_to_keep, :]
+
+
+def _put_back(hidden: torch.Tensor, edited: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """`hidden` with the states that [`_keep`] took replaced by `edited`."""
+    if edited.shape == hidden.shape and isinstance(logits_to_keep, int):
+        return edited
+    result = hidden.clone()
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2:
+        if logits_to_keep.dtype == torch.bool:
+            result[logits_to_keep] = edited
+        else:
+            rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+            result[rows, logits_to_keep] = edited
+        return result
+    if isinstance(logits_to_keep, int):
+        logits_to_keep = slice(-logits_to_keep, None)
+    result[:, logits_to_keep] = edited
+    return result
+
+
+@dataclass
+class _Forward:
+    """One forward of the model in progress, from its pre-hook to its post-hook."""
+
+    logits_to_keep: int | torch.Tensor
+    # Whether base and controlled states went on together, as a doubled batch.
+    doubled: bool = False
+
+
+@dataclass
+class _Call:
+    """The settings of one generate call or one `with` block, in one thread."""
+
+    # `None`: the settings of the model; `False`: no control.
+    control: ControlConfig | bool | None = None
+    # Per-row step sizes after beams or num_return_sequences expanded the batch, shape (rows,).
+    step_sizes: torch.Tensor | None = None
+    generating: bool = False
+
+
+class ControlHooks:
+    """
+    The hooks that put a model under the control of a head, and the settings that they follow.
+
+    Settings travel with the call in a `threading.local`, so that two threads can generate with different ones; it
+    belongs to this object, so a controlled draft model does not take its target's. Neither a `ContextVar` nor a
+    subclass of `threading.local` would do: `torch.compile` cannot trace the first and misses changes of the second.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]), head (`nn.Module`), config ([`ValueHeadConfig`]):
+            Where to act, and what with. All must fit together: [`ReControlForCausalLM`] checks before.
+        control ([`ControlConfig`]):
+            The settings of calls that name none.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: nn.Module, config: ValueHeadConfig, control: ControlConfig):
+        self.controller = Controller(head)
+        self.config = config
+        self.control = control
+        self.layer = hook_layer(model, config)
+        self.is_last_layer = self.layer is None or self.layer == len(find_decoder_layers(model)) - 1
+        self._thread = threading.local()
+        self._handles: list = []
+        self.register(model)
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_thread"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._thread = threading.local()
+
+    def _target(self, model: PreTrainedModel) -> nn.Module:
+        return find_lm_head(model) if self.layer is None else find_decoder_layers(model)[self.layer]
+
+    def register(self, model: PreTrainedModel) -> None:
+        """Add all hooks or, if one cannot be added, none."""
+        handles = []
+        try:
+            handles.append(model.register_forward_pre_hook(self.begin_forward, with_kwargs=True))
+            handles.append(model.register_forward_hook(self.end_forward, always_call=True))
+            # First, so that transformers' own recording of hidden states sees the edited one.
+            if self.layer is None:
+                handles.append(self._target(model).register_forward_pre_hook(self.edit_head_input, prepend=True))
+            else:
+                handles.append(self._target(model).register_forward_hook(self.edit_layer_output, prepend=True))
+        except BaseException:
+            for handle in handles:
+                handle.remove()
+            raise
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Move the hooks if the module they sat on has been replaced, as resizing embeddings or an adapter does."""
+        target = self._target(model)
+        hooks = target._forward_pre_hooks if self.layer is None else target._forward_hooks
+        if self._handles[-1].id not in hooks:
+            self.remove()
+            self.register(model)
+
+    @contextmanager
+    def call(self, control: ControlConfig | bool | None, generating: bool = False) -> Iterator[None]:
+        """
+        Settings for the forwards inside the block, in this thread. `None` keeps those of an enclosing block.
+
+        Raises:
+            `TypeError`, `ValueError`: if the head cannot do what `control` asks for.
+        """
+        if control is not None and control is not False:
+            self.check(control)
+        outer = getattr(self._thread, "call", None)
+        if control is None and outer is not None:
+            control = outer.control
+        self._thread.call = _Call(control, generating=generating)
+        try:
+            yield
+        finally:
+            self._thread.call = outer
+            # A KeyboardInterrupt reaches no post-hook.
+            self._thread.forward = None
+
+    def check(self, control: ControlConfig) -> None:
+        """Raise `TypeError` or `ValueError` if this head, at this hook point, cannot do what `control` asks for."""
+        if not isinstance(control, ControlConfig):
+            raise TypeError(f"`control` must be a ControlConfig, False or None, got {type(control).__name__}.")
+        self.config.check_control(control)
+        if control.plausibility and not self.is_last_layer:
+            raise ValueError(
+                f"`plausibility` needs a head at the LM head or the last decoder layer, this one acts on layer "
+                f"{self.layer}: later layers would have to run twice."
+            )
+
+    def active_control(self) -> ControlConfig | None:
+        """The settings in force in this thread, or `None` where the base is to be left alone."""
+        call = getattr(self._thread, "call", None)
+        control = self.control if call is None or call.control is None else call.control
+        return None if control is False or control.is_identity else control
+
+    def expand(self, batch_size: int, factor: int) -> None:
+        """
+        Tell that generate turned `batch_size` prompts into `factor` rows each, for per-row step sizes.
+
+        Raises:
+            `ValueError`: if there is not one step size for each prompt.
+        """
+        control, call = self.active_control(), getattr(self._thread, "call", None)
+        if control is None or not control.per_row or call is None:
+            return
+        if len(control.step_size) != batch_size:
+            raise ValueError(f"`step_size` holds {len(control.step_size)} values for {batch_size} prompts.")
+        call.step_sizes = torch.tensor(control.step_size).repeat_interleave(factor)
+
+    def _row_step_sizes(self, control: ControlConfig, num_rows: int) -> torch.Tensor:
+        call = getattr(self._thread, "call", None)
+        expanded = None if call is None else call.step_sizes
+        step_sizes = torch.tensor(control.step_size) if expanded is None else expanded
+        if len(step_sizes) != num_rows:
+            raise ValueError(f"`step_size` holds {len(step_sizes)} values for {num_rows} rows.")
+        return step_sizes
+
+    def _edit(self, hidden: torch.Tensor, control: ControlConfig) -> torch.Tensor:
+        """Edit states of shape (rows, positions, width) or, flattened by a bool mask, (states, width)."""
+        if hidden.shape[-1] != self.config.hidden_size or hidden.ndim not in (2, 3):
+            raise ValueError(
+                f"At {self.config.hook_point!r} this model's states have shape {tuple(hidden.shape)}, the head reads "
+                f"(batch, positions, {self.config.hidden_size}): this architecture cannot be controlled there."
+            )
+        step_size: float | torch.Tensor = control.step_size
+        if control.per_row:
+            forward = getattr(self._thread, "forward", None)
+            if hidden.ndim == 2 and forward is not None and isinstance(forward.logits_to_keep, torch.Tensor):
+                rows = forward.logits_to_keep.nonzero()[:, 0].cpu()
+                step_size = self._row_step_sizes(control, len(forward.logits_to_keep))[rows][:, None]
+            else:
+                step_size = self._row_step_sizes(control, len(hidden))[:, None, None]
+        call = getattr(self._thread, "call", None)
+        return self.controller.edit(
+            hidden, control, step_size, check_states=call is not None and call.generating
+        )
+
+    def _with_base(self, base: torch.Tensor, controlled: torch.Tensor, control: ControlConfig) -> torch.Tensor:
+        """What goes on through the model: the controlled states, or base and controlled ones as a doubled batch."""
+        if not control.plausibility:
+            return controlled
+        forward = getattr(self._thread, "forward", None)
+        if forward is None:
+            raise RuntimeError(
+                "`plausibility` compares base and controlled logits behind the model's forward: call `model(...)`, "
+                "not `model.forward(...)` or a part of the model."
+            )
+        forward.doubled = True
+        return torch.cat([base, controlled])
+
+    def begin_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        """Pre-hook of the model: note which positions' logits are kept."""
+        logits_to_keep = kwargs.get("logits_to_keep", 0)
+        self._thread.forward = _Forward(0 if logits_to_keep is None else logits_to_keep)
+        control = self.active_control()
+        if control is None or not control.plausibility:
+            return None
+        if kwargs.get("labels") is not None:
+            raise ValueError(
+                "`plausibility` masks tokens, so the loss of `labels` could be infinite: compute it from the logits, "
+                "or set `plausibility=0` for this call."
+            )
+        if self.layer is not None and isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2:
+            # The model slices the doubled batch, so it needs the positions of both halves.
+            return args, {**kwargs, "logits_to_keep": torch.cat([logits_to_keep, logits_to_keep])}
+        return None
+
+    def edit_layer_output(self, layer: nn.Module, args: tuple, output: Any):
+        """Post-hook of a decoder layer: edit the states whose logits are kept."""
+        control = self.active_control()
+        if control is None:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        forward = getattr(self._thread, "forward", None)
+        logits_to_keep = 0 if forward is None else forward.logits_to_keep
+        edited = _put_back(hidden, self._edit(_keep(hidden, logits_to_keep), control), logits_to_keep)
+        edited = self._with_base(hidden, edited, control)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def edit_head_input(self, lm_head: nn.Module, args: tuple):
+        """Pre-hook of the LM head: edit all states that reach it."""
+        control = self.active_control()
+        if control is None:
+            return None
+        return (self._with_base(args[0], self._edit(args[0], control), control), *args[1:])
+
+    def end_forward(self, model: nn.Module, args: tuple, output: Any):
+        """Post-hook of the model, called also when its forward fails: split a doubled batch and mask."""
+        forward = getattr(self._thread, "forward", None)
+        self._thread.forward = None
+        if forward is None or not forward.doubled or output is None:
+            return None
+        control = self.active_control()
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        base, logits = logits.chunk(2)
+        base = base.float()
+        implausible = base < base.amax(-1, keepdim=True) + math.log(control.plausibility)
+        logits = logits.masked_fill(implausible, -math.inf)
+        if isinstance(output, tuple):
+            return (logits, *output[1:])
+        output.logits = logits
+        if self.layer is not None and output.get("hidden_states") is not None:
+            *earlier, last = output.hidden_states
+            output.hidden_states = (*earlier, last.chunk(2)[1])
+        return output
+
+
+@contextmanager
+def read_states(model: PreTrainedModel, config: ValueHeadConfig) -> Iterator[list[torch.Tensor]]:
+    """
+    Collect the states at a hook point, of shape `(batch, positions, width)`, one tensor for each forward in the block.
+
+    At the LM head the module is handed one position only, so that a long forward makes no vocabulary-sized tensor for
+    each position: the logits of forwards inside the block are of no use. Call the model with control off, and without
+    `logits_to_keep` at the LM head. Forwards of other threads are left alone.
+    """
+    states: list[torch.Tensor] = []
+    layer = hook_layer(model, config)
+    reader = threading.get_ident()
+    if layer is None:
+
+        def read_head_input(module, args):
+            if threading.get_ident() != reader:
+                return None
+            states.append(args[0])
+            return (args[0][:, :1], *args[1:])
+
+        handle = find_lm_head(model).register_forward_pre_hook(read_head_input)
+    else:
+
+        def read_layer_output(module, args, output):
+            if threading.get_ident() == reader:
+                states.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = find_decoder_layers(model)[layer].register_forward_hook(read_layer_output)
+    try:
+        yield states
+    finally:
+        handle.remove()

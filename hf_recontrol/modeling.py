@@ -1,0 +1,407 @@
+"""`ReControlForCausalLM`: any decoder-only model of transformers, under the control of a value head."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from .configuration import ControlConfig, ValueHeadConfig
+from .hooks import ControlHooks, find_lm_head, hook_layer, hook_width, read_states
+from .value_head import ValueHead
+
+logger = logging.get_logger(__name__)
+
+# Attributes that only make sense for the class or the process they were made in.
+_TRANSIENT = ("_compiled_call", "_last_compile_config")
+
+
+class ReControlForCausalLM:
+    """
+    A mixin that puts a loaded causal language model under the control of a head.
+
+    [`ReControlForCausalLM.from_pretrained`] and [`ReControlForCausalLM.from_model`] give the loaded model a class
+    `(ReControlForCausalLM, type(model))`, so it stays what it was (an instance of its own class, with its own
+    weights) and everything that takes a transformers model takes it. The head is no submodule: it is not in
+    `state_dict()`, `parameters()` or `num_parameters()`, so training, counting and saving the base see the base alone;
+    it is at `model.value_head`, stays on the device where it was loaded, and is copied to the model's device on first
+    use.
+
+    ```python
+    model = ReControlForCausalLM.from_pretrained("org/base", value_head="user/my-value-head")
+    model.generate(**inputs)  # controlled by model.control
+    model.generate(**inputs, control=ControlConfig(step_size=1.0, num_steps=30))  # this call only
+    model.generate(**inputs, control=False)  # the base, bit for bit
+    ```
+
+    Control applies to the positions whose logits are kept (`logits_to_keep`; all of them in a plain forward). Settings
+    belong to a thread: `disable_control()` does not reach a thread that is started inside it (as the streamer pattern
+    does); pass `control=False` to the `generate` call in that thread.
+
+    A head on a layer other than the last feeds the key-value cache, so there an edited position stays edited for all
+    later ones. Generation edits the prompt's last position and every later one; a plain forward edits all positions
+    whose logits are kept. Modes where that cannot hold raise: `use_cache=False`, chunked prefill, classifier-free
+    guidance, use as a draft model, continuous batching.
+    """
+
+    _recontrol: ControlHooks
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args,
+        value_head: ValueHead | nn.Module | str | os.PathLike | None = None,
+        control: ControlConfig | None = None,
+        value_head_revision: str | None = None,
+        value_head_subfolder: str = "",
+        revision: str | None = None,
+        subfolder: str = "",
+        **kwargs,
+    ) -> ReControlForCausalLM:
+        """
+        Load a base model and put it under control.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A base model; or, without `value_head`, a head (folder or Hub repo) that knows its base model.
+            value_head ([`ValueHead`], `str` or `os.PathLike`, *optional*):
+                The head, if the first argument names the base.
+            control ([`ControlConfig`], *optional*):
+                Settings of calls that name none. Defaults to those that the head recommends.
+            value_head_revision, value_head_subfolder (`str`, *optional*):
+                Where `value_head` is in its repo.
+            revision, subfolder (`str`, *optional*):
+                Where the first argument is in its repo. The base of a head that knows its base is loaded at the
+                revision that the head names.
+            model_args, kwargs:
+                As in [`~transformers.AutoModelForCausalLM.from_pretrained`]: `dtype`, `device_map`, `token`,
+                `cache_dir`, `local_files_only`, `trust_remote_code`, ...
+
+        Raises:
+            `OSError`: if files cannot be had. `ValueError`, `TypeError`: if the head and the base do not fit.
+        """
+        hub_options = {
+            key: kwargs[key] for key in ("cache_dir", "force_download", "token", "local_files_only") if key in kwargs
+        }
+        base: str | os.PathLike | None = pretrained_model_name_or_path
+        if value_head is None:
+            head = ValueHead.from_pretrained(base, revision=revision, subfolder=subfolder, **hub_options)
+            base, revision, subfolder = head.config.base_model_name_or_path, head.config.base_model_revision, ""
+            if base is None:
+                raise ValueError(
+                    f"The head {pretrained_model_name_or_path!s} does not say which model it was trained for: name it, "
+                    f"`from_pretrained('org/base', value_head={str(pretrained_model_name_or_path)!r})`."
+                )
+        elif isinstance(value_head, nn.Module):
+            head = value_head
+        else:
+            head = ValueHead.from_pretrained(
+                value_head, revision=value_head_revision, subfolder=value_head_subfolder, **hub_options
+            )
+        head_config(head).check_control(control)
+        if revision is not None:
+            kwargs["revision"] = revision
+        if subfolder:
+            kwargs["subfolder"] = subfolder
+        model = AutoModelForCausalLM.from_pretrained(base, *model_args, **kwargs)
+        return cls.from_model(model, head, control)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        value_head: ValueHead | nn.Module | str | os.PathLike,
+        control: ControlConfig | None = None,
+    ) -> ReControlForCausalLM:
+        """
+        Put a loaded model under control, in place. Everything is checked before anything is changed.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                A decoder-only model with an LM head.
+            value_head ([`ValueHead`], `nn.Module`, `str` or `os.PathLike`):
+                A head, or where to load it from. Another module must have a [`ValueHeadConfig`] as `config` and map
+                `(rows, hidden_size)` to `(rows, num_objectives)`; it is climbed by autograd.
+            control ([`ControlConfig`], *optional*):
+                Settings of calls that name none. Defaults to those that the head recommends, else to
+                `ControlConfig()`.
+
+        Returns:
+            `model` itself.
+
+        Raises:
+            `TypeError`: if `model` or `value_head` is of the wrong kind. `ValueError`: if they do not fit together, or
+            the head would do nothing.
+        """
+        if isinstance(model, ReControlForCausalLM):
+            raise ValueError("This model already has a value head: call `model.unload()` first.")
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            raise TypeError(
+                "A PeftModel cannot be controlled itself: control its base, "
+                "`ReControlForCausalLM.from_model(peft_model.get_base_model(), ...)`; the adapters stay active."
+            )
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}.")
+        if model.config.is_encoder_decoder:
+            raise ValueError(f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported.")
+        find_lm_head(model)
+        if not model.can_generate():
+            raise ValueError(f"{type(model).__name__} cannot generate: load it with AutoModelForCausalLM.")
+        if isinstance(value_head, (str, os.PathLike)):
+            value_head = ValueHead.from_pretrained(value_head)
+        config = head_config(value_head)
+        control = control or config.control or ControlConfig()
+        config.check_control(control)
+        hook_layer(model, config)
+        width = hook_width(model, config)
+        if width != config.hidden_size:
+            raise ValueError(
+                f"The head reads states of width {config.hidden_size}, {type(model).__name__} has {width} at "
+                f"{config.hook_point!r}: it was made for another base model"
+                f"{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}."
+            )
+        if isinstance(value_head, ValueHead):
+            value_head.check_finite()
+            _check_not_idle(value_head, control)
+        _warn_of_other_base(model, config)
+
+        hooks = ControlHooks(model, value_head, config, control)
+        try:
+            hooks.check(control)
+        except ValueError:
+            hooks.remove()
+            raise
+        model._recontrol = hooks
+        _drop_transient(model.__dict__)
+        model.__class__ = _controlled_class(type(model))
+        return model
+
+    def unload(self) -> PreTrainedModel:
+        """Take the control off again: hooks gone, original class back. Returns the base model, the same object."""
+        self._recontrol.remove()
+        del self._recontrol
+        _drop_transient(self.__dict__)
+        self.__class__ = _base_class(type(self))
+        return self
+
+    @property
+    def value_head(self) -> ValueHead:
+        """The head. It is no submodule of the model."""
+        return self._recontrol.controller.head
+
+    @property
+    def control(self) -> ControlConfig:
+        """The settings of calls that name none. Assign another [`ControlConfig`] to change them."""
+        return self._recontrol.control
+
+    @control.setter
+    def control(self, control: ControlConfig) -> None:
+        self._recontrol.check(control)
+        self._recontrol.control = control
+
+    def disable_control(self) -> AbstractContextManager[None]:
+        """A context manager in which the model is the base, in this thread."""
+        return self._recontrol.call(False)
+
+    def generate(self, *args, control: ControlConfig | bool | None = None, **kwargs):
+        """
+        [`~transformers.GenerationMixin.generate`] under control.
+
+        Args:
+            control ([`ControlConfig`] or `False`, *optional*):
+                Settings of this call; `False` gives the base, bit for bit. Defaults to `model.control`. A `step_size`
+                that holds one value for each prompt follows beams and `num_return_sequences`.
+            args, kwargs:
+                As in the base.
+
+        Raises:
+            `ValueError`: if the head, the control and the generation mode do not go together.
+            `FloatingPointError`: if a state is not finite, or control made it so.
+        """
+        self._recontrol.follow(self)
+        with self._recontrol.call(control, generating=True):
+            return super().generate(*args, **kwargs)
+
+    def generate_batch(self, *args, control: ControlConfig | bool | None = None, **kwargs):
+        """[`~transformers.GenerationMixin.generate_batch`] (continuous batching) under control."""
+        self._recontrol.follow(self)
+        with self._recontrol.call(control):
+            return super().generate_batch(*args, **kwargs)
+
+    def init_continuous_batching(self, *args, control: ControlConfig | bool | None = None, **kwargs):
+        """
+        [`~transformers.GenerationMixin.init_continuous_batching`] under control. The manager generates in a thread of
+        its own, with the settings in force now.
+
+        Raises:
+            `ValueError`: for step sizes per row, and for a head on a layer other than the last.
+        """
+        hooks = self._recontrol
+        with hooks.call(control):
+            active = hooks.active_control()
+            if active is not None and active.per_row:
+                raise ValueError(
+                    "Continuous batching packs requests into one row, so `step_size` cannot differ between them."
+                )
+            if active is not None and not hooks.is_last_layer:
+                raise ValueError(
+                    f"A head on layer {hooks.layer} feeds the cache, whose blocks continuous batching shares between "
+                    "requests: generate without it, or use a head on the last layer."
+                )
+            manager = super().init_continuous_batching(*args, **kwargs)
+        manager.warmup = _with_settings(hooks, active, type(manager).warmup.__get__(manager))
+        manager._run_generation_loop = _with_settings(
+            hooks, active, type(manager)._run_generation_loop.__get__(manager)
+        )
+        return manager
+
+    def values(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        """
+        V at every position of the base's (uncontrolled) states, in the reward's own units.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`), attention_mask (*optional*, same shape), kwargs:
+                As in the base's forward.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, seq, num_objectives)`. Values at padded positions mean nothing.
+        """
+        config, head = self._recontrol.config, self.value_head
+        if config.hook_point != "lm_head" and self._supports_logits_to_keep():
+            kwargs.setdefault("logits_to_keep", 1)
+        with self.disable_control(), read_states(self, config) as states:
+            self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        parameter = next(head.parameters())
+        values = head(states[0].to(parameter.device, parameter.dtype))
+        return (head.rewards(values) if isinstance(head, ValueHead) else values).to(input_ids.device)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """
+        Save the head, its configuration (with `model.control` as the recommended one) and its card; never the base.
+
+        A call with `state_dict=...`, as [`~transformers.Trainer`] makes for its checkpoints, is about the base: it
+        saves the base as the base would, and the head in the folder `value_head` inside, so that nothing is lost.
+        """
+        if "state_dict" in kwargs:
+            super().save_pretrained(save_directory, **kwargs)
+            save_directory = os.path.join(save_directory, "value_head")
+        self._named_head().save_pretrained(save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """[`ValueHead.push_to_hub`] of what [`ReControlForCausalLM.save_pretrained`] saves; never the base."""
+        return self._named_head().push_to_hub(repo_id, **kwargs)
+
+    def _named_head(self) -> ValueHead:
+        head = self.value_head
+        if not isinstance(head, ValueHead):
+            raise TypeError(f"Only a ValueHead can be saved, this head is a {type(head).__name__}.")
+        if not head.config.base_model_name_or_path:
+            head.config.base_model_name_or_path = self.config._name_or_path or None
+        if not self.control.per_row:
+            head.config.control = self.control
+        return head
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        hooks = self._recontrol
+        if not hooks.is_last_layer and hooks.active_control() is not None:
+            reasons = {
+                "`use_cache=False`": not generation_config.use_cache,
+                "`prefill_chunk_size`": generation_config.prefill_chunk_size is not None,
+                "`guidance_scale`": generation_config.guidance_scale not in (None, 1),
+                "use as a draft model": generation_config.is_assistant,
+            }
+            found = [reason for reason, holds in reasons.items() if holds]
+            if found:
+                raise ValueError(
+                    f"A head on layer {hooks.layer} feeds the cache from the prompt's last position on, which does not "
+                    f"hold with {' and '.join(found)}: generate without it, or use a head on the last layer."
+                )
+        return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        if input_ids is not None:
+            self._recontrol.expand(len(input_ids), expand_size)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+
+    def __reduce_ex__(self, protocol):
+        # The dynamic class has no importable name, so the copy is rebuilt from the base's. Also what deepcopy uses.
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _new_instance, (_base_class(type(self)),), _drop_transient(dict(state))
+
+
+def head_config(head: nn.Module) -> ValueHeadConfig:
+    """The configuration of a head.
+
+    Raises:
+        `TypeError`: if it has none.
+    """
+    config = getattr(head, "config", None)
+    if not isinstance(head, nn.Module) or not isinstance(config, ValueHeadConfig):
+        raise TypeError(
+            f"`value_head` must be a ValueHead, its folder or Hub repo, or a module whose `config` is a "
+            f"ValueHeadConfig, got {type(head).__name__}."
+        )
+    return config
+
+
+def _check_not_idle(head: ValueHead, control: ControlConfig) -> None:
+    """Refuse a head whose edit is zero whatever the state: an untrained g, or a V that is constant."""
+    last = (head.advantage_mlp if control.method == "advantage" else head.value_mlp).layers[-1]
+    # The bias of V's last layer moves no state; that of g's is the constant part of the edit.
+    idle = not last.weight.any() and not (control.method == "advantage" and last.bias.any())
+    if idle:
+        raise ValueError(
+            f"This head would do nothing under `method={control.method!r}`: the last layer of its "
+            f"{'advantage' if control.method == 'advantage' else 'value'} part is all zeros, so it is not trained."
+        )
+
+
+def _warn_of_other_base(model: PreTrainedModel, config: ValueHeadConfig) -> None:
+    trained_for, here = config.base_model_name_or_path, model.config._name_or_path
+    if trained_for and here and os.path.basename(trained_for.rstrip("/")) != os.path.basename(here.rstrip("/")):
+        logger.warning(
+            f"This head was trained for {trained_for!r} and is put on {here!r}: the widths fit, but its values may "
+            "mean nothing there."
+        )
+
+
+def _drop_transient(attributes: dict[str, Any]) -> dict[str, Any]:
+    for name in _TRANSIENT:
+        attributes.pop(name, None)
+    return attributes
+
+
+@cache
+def _controlled_class(base: type) -> type:
+    # Named as the base: pipelines compare class names, and transformers keys registries on the class's text.
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (ReControlForCausalLM, base), names)
+
+
+def _base_class(controlled: type) -> type:
+    return controlled.__mro__[2]
+
+
+def _new_instance(base: type):
+    controlled = _controlled_class(base)
+    return controlled.__new__(controlled)
+
+
+def _with_settings(hooks: ControlHooks, control: ControlConfig | None, function: Callable) -> Callable:
+    def run(*args, **kwargs):
+        with hooks.call(control or False):
+            return function(*args, **kwargs)
+
+    return run
