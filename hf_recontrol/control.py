@@ -1,10 +1,11 @@
 """
 From a hidden state `h` to the edited state `h + u`: gradient ascent on V, or the advantage edit.
 
-Notation: `x = (h - state_mean) / state_scale` is the scaled state, `z = W₁ x + b₁` the first pre-activation, `δ = ∂V/∂z`
-and `d` the edit in scaled coordinates, so `∇ₓV = W₁ᵀ δ` and `u = state_scale * d`. The ascent never leaves the row space
-of W₁: `d = W₁ᵀ c` with `c ← (1 - 2αλ) c + α δ`, and `z = z₀ + G c` with the Gram matrix `G = W₁ W₁ᵀ`. So a step costs one
-product with G instead of two with W₁, and no autograd graph. This holds for any depth and any activation; it is exact.
+Notation: `x = (h - state_mean) / state_scale` is the scaled state, `z = W₁ x + b₁` the first pre-activation,
+`δ = ∂V/∂z` and `d` the edit in scaled coordinates, so `∇ₓV = W₁ᵀ δ` and `u = state_scale * d`. The ascent never leaves
+the row space of W₁: `d = W₁ᵀ c` with `c ← (1 - 2αλ) c + α δ`, and `z = z₀ + G c` with the Gram matrix `G = W₁ W₁ᵀ`.
+So a step costs one product with G instead of two with W₁, and no autograd graph. It is exact, for any depth and
+activation.
 """
 
 from __future__ import annotations
@@ -180,8 +181,8 @@ class Controller:
 
     Args:
         head ([`ValueHead`] or `nn.Module`):
-            V. A module that is no plain [`ValueHead`] must map `(rows, hidden_size)` to `(rows, num_objectives)` and is
-            climbed by autograd.
+            V. A module that is no plain [`ValueHead`] must map `(rows, hidden_size)` to `(rows, num_objectives)`; it
+            is climbed by autograd.
     """
 
     def __init__(self, head: nn.Module):

@@ -271,9 +271,7 @@ class ControlHooks:
             else:
                 step_size = self._row_step_sizes(control, len(hidden))[:, None, None]
         call = getattr(self._thread, "call", None)
-        return self.controller.edit(
-            hidden, control, step_size, check_states=call is not None and call.generating
-        )
+        return self.controller.edit(hidden, control, step_size, check_states=call is not None and call.generating)
 
     def _with_base(self, base: torch.Tensor, controlled: torch.Tensor, control: ControlConfig) -> torch.Tensor:
         """What goes on through the model: the controlled states, or base and controlled ones as a doubled batch."""
@@ -346,13 +344,16 @@ class ControlHooks:
 
 
 @contextmanager
-def read_states(model: PreTrainedModel, config: ValueHeadConfig) -> Iterator[list[torch.Tensor]]:
+def read_states(
+    model: PreTrainedModel, config: ValueHeadConfig, keep_logits: bool = False
+) -> Iterator[list[torch.Tensor]]:
     """
     Collect the states at a hook point, of shape `(batch, positions, width)`, one tensor for each forward in the block.
 
-    At the LM head the module is handed one position only, so that a long forward makes no vocabulary-sized tensor for
-    each position: the logits of forwards inside the block are of no use. Call the model with control off, and without
-    `logits_to_keep` at the LM head. Forwards of other threads are left alone.
+    Unless `keep_logits`, the LM head is handed one position only where it is the hook point, so that a long forward
+    makes no vocabulary-sized tensor for each position: then the logits of forwards inside the block are of no use.
+    Call the model with control off. At the LM head only the positions of `logits_to_keep` are seen. Forwards of other
+    threads are left alone.
     """
     states: list[torch.Tensor] = []
     layer = hook_layer(model, config)
@@ -363,7 +364,7 @@ def read_states(model: PreTrainedModel, config: ValueHeadConfig) -> Iterator[lis
             if threading.get_ident() != reader:
                 return None
             states.append(args[0])
-            return (args[0][:, :1], *args[1:])
+            return None if keep_logits else (args[0][:, :1], *args[1:])
 
         handle = find_lm_head(model).register_forward_pre_hook(read_head_input)
     else:

@@ -168,7 +168,9 @@ Written by hf_recontrol {__version__}.
     return ModelCard(content)
 
 
-def write_card(folder: Path, config: ValueHeadConfig, repo_id: str | None = None, tags: list[str] | None = None) -> None:
+def write_card(
+    folder: Path, config: ValueHeadConfig, repo_id: str | None = None, tags: list[str] | None = None
+) -> None:
     """Write the card into `folder`, unless there is one already: it may hold what its owner wrote."""
     path = folder / CARD_NAME
     if not path.exists():

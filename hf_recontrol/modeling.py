@@ -97,7 +97,7 @@ class ReControlForCausalLM:
             base, revision, subfolder = head.config.base_model_name_or_path, head.config.base_model_revision, ""
             if base is None:
                 raise ValueError(
-                    f"The head {pretrained_model_name_or_path!s} does not say which model it was trained for: name it, "
+                    f"The head {pretrained_model_name_or_path!s} does not say which model it is for: name it, "
                     f"`from_pretrained('org/base', value_head={str(pretrained_model_name_or_path)!r})`."
                 )
         elif isinstance(value_head, nn.Module):
@@ -323,8 +323,8 @@ class ReControlForCausalLM:
             found = [reason for reason, holds in reasons.items() if holds]
             if found:
                 raise ValueError(
-                    f"A head on layer {hooks.layer} feeds the cache from the prompt's last position on, which does not "
-                    f"hold with {' and '.join(found)}: generate without it, or use a head on the last layer."
+                    f"A head on layer {hooks.layer} feeds the cache from the prompt's last position on, which does "
+                    f"not hold with {' and '.join(found)}: generate without it, or use a head on the last layer."
                 )
         return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 

