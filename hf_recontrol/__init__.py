@@ -1,8 +1,31 @@
 """Align a language model while it generates: value heads that steer the hidden states of any decoder-only model."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from ._version import __version__
-from .configuration import ControlConfig, ValueHeadConfig
-from .modeling import ReControlForCausalLM
-from .value_head import ValueHead
+
+if TYPE_CHECKING:
+    from .configuration import ControlConfig, ValueHeadConfig
+    from .modeling import ReControlForCausalLM
+    from .value_head import ValueHead
+
+# Imported on first use, as transformers does, so that `import hf_recontrol` does not wait for torch.
+_MODULES = {
+    "ControlConfig": ".configuration",
+    "ReControlForCausalLM": ".modeling",
+    "ValueHead": ".value_head",
+    "ValueHeadConfig": ".configuration",
+}
 
 __all__ = ["ControlConfig", "ReControlForCausalLM", "ValueHead", "ValueHeadConfig", "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -167,17 +167,20 @@ def train(
     from .configuration import ControlConfig, ValueHeadConfig
     from .training import fit_advantage, train_value_head
 
+    value_widths = _widths("--head-sizes", head_sizes)
+    advantage_widths = None if advantage_sizes == "none" else _widths("--advantage-sizes", advantage_sizes)
     collected = States.load(states)
-    with_advantage = advantage_sizes != "none" and collected.directions is not None
+    if collected.directions is None:
+        advantage_widths = None
     config = ValueHeadConfig(
         collected.hidden.shape[1],
-        head_sizes=_widths("--head-sizes", head_sizes),
-        advantage_sizes=_widths("--advantage-sizes", advantage_sizes) if with_advantage else None,
+        head_sizes=value_widths,
+        advantage_sizes=advantage_widths,
         activation=activation,
         num_objectives=collected.rewards.shape[1],
         hook_point=collected.hook_point,
         layer=collected.layer,
-        control=ControlConfig(method="advantage", step_size=10.0) if with_advantage else None,
+        control=None if advantage_widths is None else ControlConfig(method="advantage", step_size=10.0),
     )
     split = {"validation_split": validation_split, "seed": seed}
     head, figures = train_value_head(
@@ -189,7 +192,7 @@ def train(
         scaling=scaling,
         **split,
     )
-    if with_advantage:
+    if advantage_widths is not None:
         figures |= fit_advantage(head, collected, **split)
     head.save_pretrained(output)
     _print_json(figures)

@@ -61,23 +61,23 @@ def _fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-def _derivative(activation: nn.Module, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Value and derivative of an elementwise activation. The ReLU's derivative at 0 is 0, as in autograd."""
-    kind = type(activation)
-    if kind is nn.ReLU:
+def _derivative(activation: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and derivative of an activation. The ReLU's derivative at 0 is 0, as in autograd."""
+    if activation == "relu":
         return z.relu(), (z > 0).to(z.dtype)
-    if kind is nn.Tanh:
+    if activation == "tanh":
         value = z.tanh()
         return value, 1 - value * value
-    value = activation(z)
-    if kind is nn.SiLU:
+    if activation == "silu":
         gate = z.sigmoid()
-        return value, gate * (1 + z * (1 - gate))
-    cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
-    return value, cdf + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+        return z * gate, gate * (1 + z * (1 - gate))
+    if activation == "gelu":
+        cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+        return z * cdf, cdf + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+    raise ValueError(f"No derivative is known of the activation {activation!r}.")
 
 
-def _first_layer_gradient(plan: _Plan, activation: nn.Module, z: torch.Tensor) -> torch.Tensor:
+def _first_layer_gradient(plan: _Plan, activation: str, z: torch.Tensor) -> torch.Tensor:
     """δ = ∂V/∂z at the first pre-activation, shape `(rows, width)`: a forward and a backward by hand."""
     slopes = []
     for weight, bias in plan.layers[1:]:
@@ -90,7 +90,7 @@ def _first_layer_gradient(plan: _Plan, activation: nn.Module, z: torch.Tensor) -
     return delta
 
 
-def _ascend(plan: _Plan, activation: nn.Module, z: torch.Tensor, alpha, decay, num_steps: int) -> torch.Tensor:
+def _ascend(plan: _Plan, activation: str, z: torch.Tensor, alpha, decay, num_steps: int) -> torch.Tensor:
     """The coefficients c after `num_steps` dense steps from `z`, both `(rows, width)`."""
     coefficients = torch.zeros_like(z)
     start, moved = z, torch.zeros_like(z)
@@ -166,7 +166,7 @@ def _ascend_by_autograd(head: nn.Module, hidden: torch.Tensor, scale, alpha, dec
     """The edit d for any module that maps states to values; `hidden` and the result are `(rows, hidden_size)`."""
     # generate() may run under inference_mode, whose tensors cannot be saved for a backward.
     with torch.inference_mode(False), torch.enable_grad():
-        hidden = hidden.clone()
+        hidden, scale = hidden.clone(), scale.clone()
         edit = torch.zeros_like(hidden)
         for _ in range(num_steps):
             leaf = edit.detach().clone().requires_grad_(True)
@@ -232,22 +232,20 @@ class Controller:
         rows = states.reshape(-1, states.shape[-1])
         dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
         if isinstance(step_size, torch.Tensor):
-            step_size = step_size.to(rows.device, dtype).expand(*states.shape[:-1], 1).reshape(-1, 1)
+            # The dtype first: not every device knows float64.
+            step_size = step_size.to(dtype).to(rows.device).expand(*states.shape[:-1], 1).reshape(-1, 1)
+        compiling = torch.compiler.is_compiling()
         with torch.no_grad():
-            if torch.compiler.is_compiling():
-                rows = rows.to(dtype)
-                limit = torch.finfo(states.dtype).max
-                edit = (rows + self._edit_rows(rows, control, step_size)).clamp(-limit, limit) - rows
-            else:
-                parts = rows.split(_MAX_ROWS)
-                steps = step_size.split(_MAX_ROWS) if isinstance(step_size, torch.Tensor) else [step_size] * len(parts)
-                edits = [
-                    self._edit_rows(part.to(dtype), control, step) for part, step in zip(parts, steps, strict=True)
-                ]
-                edit = edits[0] if len(edits) == 1 else torch.cat(edits)
-        edited = hidden + edit.view(states.shape).to(states.dtype)
-        if not torch.compiler.is_compiling():
-            self._check_finite(edited, states, control, check_states)
+            parts = (rows,) if compiling else rows.split(_MAX_ROWS)
+            steps = step_size.split(len(parts[0])) if isinstance(step_size, torch.Tensor) else [step_size] * len(parts)
+            edits = [self._edit_rows(part.to(dtype), control, step) for part, step in zip(parts, steps, strict=True)]
+            edit = edits[0] if len(edits) == 1 else torch.cat(edits)
+        edited = hidden.to(dtype) + edit.view(states.shape)
+        if compiling:
+            limit = torch.finfo(states.dtype).max
+            return edited.clamp(-limit, limit).to(states.dtype)
+        edited = edited.to(states.dtype)
+        self._check_finite(edited, states, control, check_states)
         return edited
 
     def _check_finite(self, edited: torch.Tensor, states: torch.Tensor, control: ControlConfig, check_states: bool):
@@ -270,19 +268,19 @@ class Controller:
         if not self.is_plain:
             return self._edit_rows_by_module(rows, control, alpha, decay)
         plan = self._traced_plan(rows) if torch.compiler.is_compiling() else self._plan(rows)
-        activation = self.head.value_mlp.activation
+        activation = self.head.config.activation
         x = (rows - plan.mean) / plan.scale
         if control.method == "advantage":
             *hidden, (weight, bias) = plan.advantage
             for w, b in hidden:
-                x = activation(torch.addmm(b, x, w.T))
+                x = self.head.advantage_mlp.activation(torch.addmm(b, x, w.T))
             return alpha * torch.addmm(bias, x, weight.T)
         if not plan.layers:
             # A linear V has the same gradient everywhere.
             return plan.scale * alpha * sum(decay**k for k in range(control.num_steps)) * plan.out.expand_as(rows)
         weight, bias = plan.layers[0]
         z = torch.addmm(bias, x, weight.T)
-        one_relu = len(plan.layers) == 1 and isinstance(activation, nn.ReLU)
+        one_relu = len(plan.layers) == 1 and activation == "relu"
         # Finding the flips makes the host wait for the device at each step: a gain on a CPU only.
         if one_relu and plan.gram is not None and rows.device.type == "cpu" and not torch.compiler.is_compiling():
             coefficients = _ascend_by_flips(plan, z, alpha, decay, control.num_steps)

@@ -149,6 +149,8 @@ class ControlHooks:
         self.config = config
         self.control = control
         self.layer = hook_layer(model, config)
+        self.num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+        self.knows_logits_to_keep = model._supports_logits_to_keep()
         self.is_last_layer = self.layer is None or self.layer == len(find_decoder_layers(model)) - 1
         self._thread = threading.local()
         self._handles: list = []
@@ -189,6 +191,8 @@ class ControlHooks:
 
     def follow(self, model: PreTrainedModel) -> None:
         """Move the hooks if the module they sat on has been replaced, as resizing embeddings or an adapter does."""
+        if self.layer is not None and model.config.get_text_config(decoder=True).num_hidden_layers != self.num_layers:
+            return  # an early-exit draft runs the first layers only
         target = self._target(model)
         hooks = target._forward_pre_hooks if self.layer is None else target._forward_hooks
         if self._handles[-1].id not in hooks:
@@ -245,12 +249,12 @@ class ControlHooks:
             return
         if len(control.step_size) != batch_size:
             raise ValueError(f"`step_size` holds {len(control.step_size)} values for {batch_size} prompts.")
-        call.step_sizes = torch.tensor(control.step_size).repeat_interleave(factor)
+        call.step_sizes = torch.tensor(control.step_size, dtype=torch.float64).repeat_interleave(factor)
 
     def _row_step_sizes(self, control: ControlConfig, num_rows: int) -> torch.Tensor:
         call = getattr(self._thread, "call", None)
         expanded = None if call is None else call.step_sizes
-        step_sizes = torch.tensor(control.step_size) if expanded is None else expanded
+        step_sizes = torch.tensor(control.step_size, dtype=torch.float64) if expanded is None else expanded
         if len(step_sizes) != num_rows:
             raise ValueError(f"`step_size` holds {len(step_sizes)} values for {num_rows} rows.")
         return step_sizes
@@ -289,6 +293,9 @@ class ControlHooks:
     def begin_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Pre-hook of the model: note which positions' logits are kept."""
         logits_to_keep = kwargs.get("logits_to_keep", 0)
+        call = getattr(self._thread, "call", None)
+        if not self.is_last_layer and not self.knows_logits_to_keep and call is not None and call.generating:
+            logits_to_keep = 1  # what generate would have asked for
         self._thread.forward = _Forward(0 if logits_to_keep is None else logits_to_keep)
         control = self.active_control()
         if control is None or not control.plausibility:
@@ -308,12 +315,12 @@ class ControlHooks:
         control = self.active_control()
         if control is None:
             return None
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
         forward = getattr(self._thread, "forward", None)
         logits_to_keep = 0 if forward is None else forward.logits_to_keep
         edited = _put_back(hidden, self._edit(_keep(hidden, logits_to_keep), control), logits_to_keep)
         edited = self._with_base(hidden, edited, control)
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+        return type(output)([edited, *output[1:]]) if isinstance(output, (tuple, list)) else edited
 
     def edit_head_input(self, lm_head: nn.Module, args: tuple):
         """Pre-hook of the LM head: edit all states that reach it."""
@@ -371,7 +378,7 @@ def read_states(
 
         def read_layer_output(module, args, output):
             if threading.get_ident() == reader:
-                states.append(output[0] if isinstance(output, tuple) else output)
+                states.append(output[0] if isinstance(output, (tuple, list)) else output)
 
         handle = find_decoder_layers(model)[layer].register_forward_hook(read_layer_output)
     try:

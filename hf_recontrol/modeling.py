@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -319,6 +320,8 @@ class ReControlForCausalLM:
                 "`prefill_chunk_size`": generation_config.prefill_chunk_size is not None,
                 "`guidance_scale`": generation_config.guidance_scale not in (None, 1),
                 "use as a draft model": generation_config.is_assistant,
+                "a base without a cache": not {"past_key_values", "cache_params"}
+                & inspect.signature(self.forward).parameters.keys(),
             }
             found = [reason for reason, holds in reasons.items() if holds]
             if found:

@@ -131,7 +131,7 @@ def load_reward(spec: str) -> RewardFunction:
 def _column(name: str) -> RewardFunction:
     def reward(prompts, completions, **columns):
         if name not in columns:
-            raise ValueError(f"The data have no column {name!r}; they have {sorted(columns)}.")
+            raise KeyError(f"the data have no column {name!r}, they have {sorted(columns)}")
         return columns[name]
 
     reward.__name__ = name
@@ -144,7 +144,7 @@ def score_rollouts(rollouts: Sequence[Rollout], *rewards: RewardFunction) -> lis
 
     Raises:
         `ValueError`: if there is nothing to score, or a function returns a wrong number of rewards, or one that is no
-        finite number; names the function and the row.
+        finite number; names the function and the row. `RuntimeError`: if a function itself fails.
     """
     if not rollouts or not rewards:
         raise ValueError(f"Nothing to score: {len(rollouts)} rollouts, {len(rewards)} reward functions.")
@@ -154,7 +154,10 @@ def score_rollouts(rollouts: Sequence[Rollout], *rewards: RewardFunction) -> lis
     scores = []
     for function in rewards:
         name = getattr(function, "__name__", type(function).__name__)
-        values = list(function(prompts, completions, **columns))
+        try:
+            values = list(function(prompts, completions, **columns))
+        except Exception as error:
+            raise RuntimeError(f"The reward {name} failed: {type(error).__name__}: {error}") from error
         if len(values) != len(rollouts):
             raise ValueError(f"The reward {name} returned {len(values)} values for {len(rollouts)} responses.")
         for row, value in enumerate(values):

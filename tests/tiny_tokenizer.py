@@ -15,7 +15,6 @@ def tiny_tokenizer(vocab_size: int = 97, chat: bool = False) -> PreTrainedTokeni
     words += [f"w{i}" for i in range(len(words), vocab_size)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("w", " w")])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<end>", padding_side="left"
     )

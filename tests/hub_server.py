@@ -1,0 +1,247 @@
+"""
+A Hub of our own on 127.0.0.1: as much of the Hub's HTTP interface as huggingface_hub needs to create a repo, push a
+commit, and download files. Repos live in memory, and every file is uploaded inside the commit (no LFS).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+TOKEN = "hf_" + "x" * 34
+
+
+@dataclass
+class Repo:
+    private: bool = False
+    gated: bool = False
+    # Branch name -> path -> content.
+    branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
+    commits: list[str] = field(default_factory=list)
+
+    def files(self, revision: str) -> dict[str, bytes] | None:
+        """The files at a branch, or at the commit that a branch is at."""
+        by_commit = {self.commit_hash(branch): files for branch, files in self.branches.items()}
+        return self.branches.get(revision, by_commit.get(revision))
+
+    def commit_hash(self, revision: str) -> str:
+        if revision not in self.branches:
+            return revision
+        files = self.branches[revision]
+        text = json.dumps({path: hashlib.sha1(content).hexdigest() for path, content in sorted(files.items())})
+        return hashlib.sha1(text.encode()).hexdigest()
+
+
+class Hub:
+    """The server's state, and what it saw: `requests` holds (method, path) of each."""
+
+    def __init__(self):
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.endpoint = ""
+
+    @contextmanager
+    def running(self):
+        hub = self
+
+        class Handler(_Handler):
+            state = hub
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    state: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self._answer()
+
+    do_HEAD = do_POST = do_GET
+
+    def _answer(self):
+        url = urlsplit(self.path)
+        path, query = unquote(url.path), parse_qs(url.query)
+        self.state.requests.append((self.command, path))
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        for pattern, method in _ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and method.__name__.split("_")[2] in (self.command.lower(), "read"):
+                return method(self, body, query, **match.groupdict())
+        return self._error(404, None, f"no such route: {self.command} {path}")
+
+    def _send(self, status: int, content: bytes, **headers: str):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _json(self, value, status: int = 200):
+        self._send(status, json.dumps(value).encode(), Content_Type="application/json")
+
+    def _error(self, status: int, code: str | None, message: str):
+        headers = {"X_Error_Message": message} | ({"X_Error_Code": code} if code else {})
+        self._send(status, json.dumps({"error": message}).encode(), Content_Type="application/json", **headers)
+
+    @property
+    def _logged_in(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def _repo(self, repo_id: str, write: bool = False) -> Repo | None:
+        """The repo, or `None` after an error was sent."""
+        repo = self.state.repos.get(repo_id)
+        if write and not self._logged_in:
+            self._error(401, None, "Invalid username or password.")
+        elif repo is None or (repo.private and not self._logged_in):
+            # As the Hub: who is not logged in does not learn whether a private repo exists.
+            self._error(404 if self._logged_in else 401, "RepoNotFound", "Repository not found")
+        elif repo.gated and not self._logged_in:
+            self._error(403, "GatedRepo", f"Access to model {repo_id} is restricted.")
+        else:
+            return repo
+        return None
+
+    def _do_post_create(self, body, query):
+        if not self._logged_in:
+            return self._error(401, None, "Invalid username or password.")
+        values = json.loads(body)
+        repo_id = f"{values.get('organization') or 'me'}/{values['name']}"
+        known = repo_id in self.state.repos
+        repo = self.state.repos.setdefault(
+            repo_id, Repo(private=bool(values.get("private")) or values.get("visibility") == "private")
+        )
+        url = f"{self.state.endpoint}/{repo_id}"
+        if known:
+            return self._json({"error": "You already created this model repo", "url": url}, status=409)
+        return self._json({"url": url, "name": repo_id, "id": hex(id(repo))})
+
+    def _do_read_whoami(self, body, query):
+        return self._json({"name": "me", "type": "user", "orgs": []})
+
+    def _do_post_yaml(self, body, query):
+        return self._json({"errors": [], "warnings": []})
+
+    def _do_read_info(self, body, query, repo_id, revision="main"):
+        repo = self._repo(repo_id)
+        if repo is None:
+            return None
+        files = repo.files(revision)
+        if files is None:
+            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return self._json(
+            {
+                "id": repo_id,
+                "modelId": repo_id,
+                "sha": repo.commit_hash(revision),
+                "private": repo.private,
+                "siblings": [{"rfilename": path} for path in files],
+                "tags": [],
+            }
+        )
+
+    def _do_post_branch(self, body, query, repo_id, branch):
+        repo = self._repo(repo_id, write=True)
+        if repo is None:
+            return None
+        if branch in repo.branches:
+            return self._error(409, None, "Reference already exists")
+        start = json.loads(body or b"{}").get("startingPoint") or "main"
+        repo.branches[branch] = dict(repo.branches[start])
+        return self._json({})
+
+    def _do_post_preupload(self, body, query, repo_id, revision):
+        repo = self._repo(repo_id, write=True)
+        if repo is None:
+            return None
+        if revision not in repo.branches:
+            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        files = [
+            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            for file in json.loads(body)["files"]
+        ]
+        return self._json({"files": files})
+
+    def _do_post_commit(self, body, query, repo_id, revision):
+        repo = self._repo(repo_id, write=True)
+        if repo is None:
+            return None
+        lines = [json.loads(line) for line in body.splitlines()]
+        pull_request = None
+        if query.get("create_pr") == ["1"]:
+            number = sum(name.startswith("refs/pr/") for name in repo.branches) + 1
+            base, revision = revision, f"refs/pr/{number}"
+            repo.branches[revision] = dict(repo.branches[base])
+            pull_request = f"{self.state.endpoint}/{repo_id}/discussions/{number}"
+        files = repo.branches[revision]
+        for line in lines:
+            if line["key"] == "header":
+                repo.commits.append(line["value"]["summary"])
+            elif line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            else:
+                return self._error(400, None, f"this Hub knows no {line['key']}")
+        commit = repo.commit_hash(revision)
+        return self._json(
+            {
+                "success": True,
+                "commitOid": commit,
+                "commitUrl": f"{self.state.endpoint}/{repo_id}/commit/{commit}",
+                "pullRequestUrl": pull_request,
+                "hookOutput": "",
+            }
+        )
+
+    def _do_read_resolve(self, body, query, repo_id, revision, path):
+        repo = self._repo(repo_id)
+        if repo is None:
+            return None
+        files = repo.files(revision)
+        if files is None:
+            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if path not in files:
+            return self._error(404, "EntryNotFound", "Entry not found")
+        content = files[path]
+        return self._send(
+            200,
+            content,
+            ETag=f'"{hashlib.sha1(content).hexdigest()}"',
+            X_Repo_Commit=repo.commit_hash(revision),
+            Accept_Ranges="bytes",
+            Content_Type="application/octet-stream",
+        )
+
+
+_ID = r"(?P<repo_id>[^/]+/[^/]+)"
+_ROUTES = [
+    (r"/api/repos/create", _Handler._do_post_create),
+    (r"/api/whoami-v2", _Handler._do_read_whoami),
+    (r"/api/validate-yaml", _Handler._do_post_yaml),
+    (rf"/api/models/{_ID}", _Handler._do_read_info),
+    (rf"/api/models/{_ID}/revision/(?P<revision>.+)", _Handler._do_read_info),
+    (rf"/api/models/{_ID}/branch/(?P<branch>.+)", _Handler._do_post_branch),
+    (rf"/api/models/{_ID}/preupload/(?P<revision>.+)", _Handler._do_post_preupload),
+    (rf"/api/models/{_ID}/commit/(?P<revision>.+)", _Handler._do_post_commit),
+    (rf"/{_ID}/resolve/(?P<revision>refs/pr/\d+|[^/]+)/(?P<path>.+)", _Handler._do_read_resolve),
+]

@@ -1,0 +1,156 @@
+"""
+A naive reference: the plain base, one full forward a token, no cache, every position edited by plain autograd ascent
+(or by the advantage formula) in float64. It shares no code with the package beyond the head's tensors and the
+settings.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_recontrol import ControlConfig, ValueHead
+
+from .tiny_models import layers_of, lm_head_of
+
+_ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "silu": nn.functional.silu, "gelu": nn.functional.gelu}
+
+
+def _mlp(layers: nn.ModuleList, activation: str, x: torch.Tensor) -> torch.Tensor:
+    for index, layer in enumerate(layers):
+        x = x @ layer.weight.detach().to(x.dtype).T + layer.bias.detach().to(x.dtype)
+        if index < len(layers) - 1:
+            x = _ACTIVATIONS[activation](x)
+    return x
+
+
+def reference_edit(
+    head: ValueHead, hidden: torch.Tensor, control: ControlConfig, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """u for states of shape `(rows, positions, width)`, computed in `dtype`."""
+    with torch.inference_mode(False), torch.enable_grad():
+        step_size = torch.tensor(control.step_size, dtype=dtype)
+        if control.per_row:
+            assert len(step_size) == len(hidden)
+            step_size = step_size[:, None, None]
+        mean, scale = head.state_mean.detach().to(dtype), head.state_scale.detach().to(dtype)
+        x = (hidden.detach().clone().to(dtype) - mean) / scale
+        if control.method == "advantage":
+            return step_size * _mlp(head.advantage_mlp.layers, head.config.activation, x)
+        edit = torch.zeros_like(x)
+        for _ in range(control.num_steps):
+            leaf = edit.clone().requires_grad_(True)
+            value = _mlp(head.value_mlp.layers, head.config.activation, x + leaf).sum()
+            (gradient,) = torch.autograd.grad(value, leaf)
+            edit = edit + step_size * (gradient - 2 * control.l2 * edit)
+        return (scale * edit).detach()
+
+
+@contextmanager
+def reference_control(
+    model: PreTrainedModel, head: ValueHead, control: ControlConfig | None, start: int = 0
+) -> Iterator[PreTrainedModel]:
+    """
+    Puts naive hooks on a plain base: every position from `start` on is edited. For forwards without a cache only. With
+    plausibility the base runs a second time.
+    """
+    if control is None:
+        yield model
+        return
+    paused = False
+
+    def edited(hidden):
+        assert hidden.ndim == 3
+        edit = reference_edit(head, hidden[:, start:], control).to(hidden.dtype)
+        return torch.cat([hidden[:, :start], hidden[:, start:] + edit], dim=1)
+
+    def on_layer(module, args, output):
+        if paused:
+            return None
+        return (edited(output[0]), *output[1:]) if isinstance(output, tuple) else edited(output)
+
+    def on_head(module, args):
+        return None if paused else (edited(args[0]), *args[1:])
+
+    def on_model(module, args, kwargs, output):
+        nonlocal paused
+        if paused or not control.plausibility:
+            return None
+        paused = True
+        base = module(*args, **kwargs).logits.float()
+        paused = False
+        output.logits = output.logits.masked_fill(
+            base < base.amax(-1, keepdim=True) + math.log(control.plausibility), -math.inf
+        )
+        return output
+
+    handles = [model.register_forward_hook(on_model, with_kwargs=True)]
+    if head.config.hook_point == "lm_head":
+        handles.append(lm_head_of(model).register_forward_pre_hook(on_head))
+    else:
+        handles.append(layers_of(model)[head.config.layer].register_forward_hook(on_layer))
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def full_inputs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None) -> dict:
+    """Arguments of a plain forward that sees what generate shows the model: the mask and the positions it implies."""
+    inputs = {"input_ids": ids}
+    parameters = inspect.signature(model.forward).parameters
+    mask = torch.ones_like(ids) if mask is None else mask
+    if "attention_mask" in parameters and not mask.all():
+        inputs["attention_mask"] = mask
+    if "position_ids" in parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+def reference_logits(
+    model: PreTrainedModel,
+    head: ValueHead,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    control: ControlConfig | None = None,
+    start: int = 0,
+) -> torch.Tensor:
+    """Controlled logits at every position, `(batch, seq, vocab)`. `control=None` gives the base's."""
+    with torch.no_grad(), reference_control(model, head, control, start):
+        return model(**full_inputs(model, ids, mask), use_cache=False).logits
+
+
+def reference_generate(
+    model: PreTrainedModel,
+    head: ValueHead,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    control: ControlConfig | None = None,
+    max_new_tokens: int = 8,
+    pick: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """
+    Prompts and `max_new_tokens` new tokens, `(batch, seq)`. `pick` maps the tokens so far and the next token's float32
+    logits (generate casts them so) to the next tokens; the default takes the most likely one. Under a head on an
+    earlier layer the prompt's last position and all later ones are edited.
+    """
+    layer = head.config.layer % len(layers_of(model)) if head.config.hook_point == "decoder_layer" else None
+    start = ids.shape[1] - 1 if layer is not None and layer < len(layers_of(model)) - 1 else 0
+    for _ in range(max_new_tokens):
+        logits = reference_logits(model, head, ids, mask, control, start)[:, -1].float()
+        token = logits.argmax(-1) if pick is None else pick(ids, logits)
+        ids = torch.cat([ids, token[:, None]], dim=1)
+        mask = None if mask is None else torch.cat([mask, torch.ones_like(token)[:, None]], dim=1)
+    return ids
+
+
+def reference_greedy(*args, **kwargs) -> torch.Tensor:
+    """[`reference_generate`] with the most likely token."""
+    return reference_generate(*args, **kwargs)

@@ -1,0 +1,137 @@
+"""The command, through its entry point, in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
+from hf_recontrol.cli import app, main
+from hf_recontrol.rollouts import Rollout, save_rollouts
+
+from .conftest import make_head
+from .tiny_models import tiny_model
+from .tiny_tokenizer import tiny_tokenizer
+
+COMMAND = str(Path(sys.executable).with_name("recontrol"))
+
+
+def run(*arguments, code: int = 0, cwd=None) -> subprocess.CompletedProcess:
+    done = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    model = tiny_model("llama", dtype=torch.float32)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}", "topic": i}) + "\n" for i in range(10, 40)))
+    (tmp_path / "my_reward.py").write_text(
+        "def dull(prompts, completions, **columns):\n"
+        "    return [-float(len(set(text.split()))) for text in completions]\n"
+    )
+    run(
+        "rollout",
+        "-m",
+        base,
+        "--prompts",
+        prompts,
+        "-o",
+        "r.jsonl",
+        "--samples",
+        4,
+        "--max-new-tokens",
+        6,
+        cwd=tmp_path,
+    )
+    labelled = run("label", "r.jsonl", "--reward", "my_reward:dull", cwd=tmp_path)
+    assert "120 responses, mean reward -" in labelled.stdout
+    run("states", "r.jsonl", "-m", base, "-o", "s.safetensors", cwd=tmp_path)
+    options = ("--head-sizes", "16,8", "--advantage-sizes", "8", "--epochs", 3)
+    figures = json.loads(run("train", "s.safetensors", "-o", "head", *options, cwd=tmp_path).stdout)
+    assert set(figures) == {
+        "value_error",
+        "correlation_first",
+        "correlation_last",
+        "advantage_correlation",
+        "constant_correlation",
+    }
+    head = ValueHead.from_pretrained(tmp_path / "head")
+    assert head.config.head_sizes == [16, 8] and head.config.base_model_name_or_path == str(base)
+    described = json.loads(run("info", tmp_path / "head").stdout)
+    assert described["parameters"] == sum(p.numel() for p in head.parameters())
+
+    # From here the head finds its base by itself, in the command and in Python.
+    strong = ("--step-size", 1000, "--max-new-tokens", 8)
+    shown = run("generate", tmp_path / "head", "w10 w11", "--compare", *strong).stdout
+    heading, _, base_text, _, controlled_text = shown.splitlines()
+    assert heading == "# w10 w11" and base_text != controlled_text
+    model = ReControlForCausalLM.from_pretrained(tmp_path / "head")
+    ids = tiny_tokenizer()("w10 w11", return_tensors="pt")
+    output = model.generate(**ids, control=ControlConfig("advantage", 1000.0), max_new_tokens=8, do_sample=False)
+    assert tiny_tokenizer().decode(output[0, 2:], skip_special_tokens=True) == controlled_text
+
+
+@pytest.mark.parametrize("command", ["demo", "rollout", "label", "states", "train", "generate", "info"])
+def test_help_teaches(command):
+    text = CliRunner().invoke(app, [command, "--help"]).output
+    assert "Usage" in text and "--help" in text
+    assert "Example" in text or command in ("demo", "info")
+
+
+def test_without_a_command_there_is_help():
+    assert "rollout" in CliRunner().invoke(app, []).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("info", "no/such/folder/here"), "no/such/folder/here"),
+        (("label", "absent.jsonl", "--reward", "column:x"), "absent.jsonl"),
+        (("train", "absent.safetensors", "-o", "head"), "absent.safetensors"),
+        (("rollout", "-m", "x", "--prompts", "absent.jsonl", "-o", "out"), "absent.jsonl"),
+        (("demo", "--prompts", "absent.jsonl"), "absent.jsonl"),
+    ],
+)
+def test_errors_are_one_line_with_exit_code_1(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["recontrol", *arguments])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    error = capsys.readouterr().err.strip()
+    assert raised.value.code == 1
+    assert error.splitlines()[-1].startswith("recontrol: ") and words in error
+    assert not list(tmp_path.iterdir()), "nothing was made"
+
+
+def test_an_error_of_the_reward_function_itself_shows_where(tmp_path):
+    save_rollouts([Rollout("w5", "w6", [5], [6], False)], tmp_path / "r.jsonl")
+    (tmp_path / "bad.py").write_text("def reward(prompts, completions, **columns):\n    return [1 / 0]\n")
+    arguments = [COMMAND, "label", "r.jsonl", "--reward", "bad:reward"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "bad.py" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+def test_widths_that_are_no_numbers_are_a_usage_error(tmp_path):
+    done = CliRunner().invoke(app, ["train", "absent", "-o", str(tmp_path / "head"), "--head-sizes", "big"])
+    assert done.exit_code == 2 and "expected widths" in done.output
+
+
+def test_an_advantage_head_without_the_part_is_refused(base, tmp_path):
+    make_head(hidden_size=16).save_pretrained(tmp_path / "head")
+    error = run("generate", tmp_path / "head", "w5", "-m", base, "--method", "advantage", code=1).stderr
+    assert "advantage part" in error
