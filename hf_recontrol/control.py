@@ -56,9 +56,23 @@ def _build_plan(head: ValueHead, device: torch.device, dtype: torch.dtype, with_
     )
 
 
-def _fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
-    """Changes when training changes the tensor in place (its version) and when it is replaced (its address)."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+class _Snapshot:
+    """What a head's tensors were, to notice that they have changed."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        self.identities = [self._identity(tensor) for tensor in tensors]
+        # Fused optimizers do not count the version up, but they change the biases.
+        self.vectors = [tensor.detach().clone() for tensor in tensors if tensor.ndim == 1]
+
+    @staticmethod
+    def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+        # A change in place gives another version, a replaced tensor has another address.
+        return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+    def matches(self, tensors: list[torch.Tensor]) -> bool:
+        return self.identities == [self._identity(tensor) for tensor in tensors] and all(
+            map(torch.equal, self.vectors, (tensor for tensor in tensors if tensor.ndim == 1))
+        )
 
 
 def _derivative(activation: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +134,7 @@ def _ascend_by_flips(plan: _Plan, z: torch.Tensor, alpha, decay, num_steps: int)
     delta = active * weight
     change = delta @ gram
     coefficients = torch.zeros_like(z)
-    penalised = not (isinstance(decay, float) and decay == 1.0)
+    penalised = isinstance(decay, torch.Tensor) or decay != 1.0
     remaining = num_steps
     while remaining > 0:
         coefficients = coefficients.mul_(decay).add_(alpha * delta)
@@ -140,18 +154,11 @@ def _ascend_by_flips(plan: _Plan, z: torch.Tensor, alpha, decay, num_steps: int)
             else:
                 change = delta @ gram
             continue
-        # No unit flipped: how many more steps can be taken before the first one does?
         if penalised:
-            # The path runs straight to its fixed point α G δ / (1 - decay), so the signs there decide.
-            settled = start + alpha * change / (1 - decay)
-            if bool(((settled > 0) == active).all()):
-                # c ← decay c + α δ, `remaining` times, in closed form.
-                left = decay**remaining
-                coefficients = left * coefficients + alpha * delta * ((1 - left) / (1 - decay))
-                break
-            continue
+            continue  # the penalty bends the path; without a product with G a step is cheap enough
+        # No unit flipped: how many more steps can be taken before the first one does?
         velocity = alpha * change
-        crossing = torch.where((z > 0) != (velocity > 0), -z / velocity, torch.inf)
+        crossing = torch.where(((z > 0) != (velocity > 0)) & (velocity != 0), -z / velocity, torch.inf)
         # One step short of the crossing, so that rounding cannot step over it.
         free = float(crossing.nan_to_num_(torch.inf).min()) - 1
         jump = remaining if free >= remaining else int(free)
@@ -188,7 +195,7 @@ class Controller:
     def __init__(self, head: nn.Module):
         self.head = head
         # One plan for each device and compute dtype, with what the head was when it was made.
-        self._plans: dict[tuple[torch.device, torch.dtype], tuple[tuple, _Plan]] = {}
+        self._plans: dict[tuple[torch.device, torch.dtype], tuple[_Snapshot, _Plan]] = {}
         # The plan used last: traced code can neither build nor look one up.
         self._last_plan: _Plan | None = None
 
@@ -200,8 +207,11 @@ class Controller:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the head is a [`ValueHead`] whose forward is the one that the fast forms restate."""
-        return isinstance(self.head, ValueHead) and type(self.head).forward is ValueHead.forward
+        """Whether the head is a [`ValueHead`] whose methods are the ones that the fast forms restate."""
+        kind = type(self.head)
+        return isinstance(self.head, ValueHead) and all(
+            getattr(kind, name) is getattr(ValueHead, name) for name in ("forward", "scaled", "advantage")
+        )
 
     def edit(
         self,
@@ -209,6 +219,7 @@ class Controller:
         control: ControlConfig,
         step_size: float | torch.Tensor,
         check_states: bool = False,
+        prepared: bool = False,
     ) -> torch.Tensor:
         """
         The edited states `h + u`, in the dtype of `hidden`. u is computed in float32 (float64 for float64 states).
@@ -223,6 +234,9 @@ class Controller:
             check_states (`bool`, *optional*, defaults to `False`):
                 Whether states that are not finite to begin with are an error too. Without it they stay as they are: a
                 base may give NaN at padded positions that nothing reads.
+            prepared (`bool`, *optional*, defaults to `False`):
+                Whether [`Controller.refresh`] was called since the head last changed. Only compiled code asks: it can
+                then use the Gram matrix, and reads the head's own weights otherwise.
 
         Raises:
             `FloatingPointError`: if an edited state is not finite. Compiled code cannot raise: it clamps the edited
@@ -238,20 +252,23 @@ class Controller:
         with torch.no_grad():
             parts = (rows,) if compiling else rows.split(_MAX_ROWS)
             steps = step_size.split(len(parts[0])) if isinstance(step_size, torch.Tensor) else [step_size] * len(parts)
-            edits = [self._edit_rows(part.to(dtype), control, step) for part, step in zip(parts, steps, strict=True)]
+            edits = [
+                self._edit_rows(part.to(dtype), control, step, prepared)
+                for part, step in zip(parts, steps, strict=True)
+            ]
             edit = edits[0] if len(edits) == 1 else torch.cat(edits)
+            if compiling:
+                edit = torch.nan_to_num(edit)
         edited = hidden.to(dtype) + edit.view(states.shape)
         if compiling:
             limit = torch.finfo(states.dtype).max
-            return edited.clamp(-limit, limit).to(states.dtype)
+            edited = edited.clamp(-limit, limit).to(states.dtype)
+            return torch.where(torch.isfinite(states).all(-1, keepdim=True), edited, hidden)
         edited = edited.to(states.dtype)
-        self._check_finite(edited, states, control, check_states)
-        return edited
-
-    def _check_finite(self, edited: torch.Tensor, states: torch.Tensor, control: ControlConfig, check_states: bool):
         if torch.isfinite(edited).all():
-            return
-        if torch.isfinite(states)[~torch.isfinite(edited)].any():
+            return edited
+        usable = torch.isfinite(states).all(-1, keepdim=True)
+        if not torch.isfinite(edited[usable.squeeze(-1)]).all():
             raise FloatingPointError(
                 f"The {control.method} edit left the range of {states.dtype}: `step_size` "
                 f"{control.largest_step_size:g} is too large for this head."
@@ -261,13 +278,14 @@ class Controller:
                 f"The base model's hidden states hold NaN or infinite values ({states.dtype}), so there is nothing to "
                 "control. Load it in another dtype (bfloat16 has a wider range than float16)."
             )
+        return torch.where(usable, edited, hidden)
 
-    def _edit_rows(self, rows: torch.Tensor, control: ControlConfig, alpha: float | torch.Tensor) -> torch.Tensor:
+    def _edit_rows(self, rows: torch.Tensor, control: ControlConfig, alpha, prepared: bool) -> torch.Tensor:
         """u for `(rows, hidden_size)` states in the compute dtype, with `alpha` a number or `(rows, 1)`."""
         decay = 1.0 - 2.0 * control.l2 * alpha if control.l2 else 1.0
         if not self.is_plain:
             return self._edit_rows_by_module(rows, control, alpha, decay)
-        plan = self._traced_plan(rows) if torch.compiler.is_compiling() else self._plan(rows)
+        plan = self._traced_plan(rows, prepared) if torch.compiler.is_compiling() else self._plan(rows)
         activation = self.head.config.activation
         x = (rows - plan.mean) / plan.scale
         if control.method == "advantage":
@@ -282,7 +300,8 @@ class Controller:
         z = torch.addmm(bias, x, weight.T)
         one_relu = len(plan.layers) == 1 and activation == "relu"
         # Finding the flips makes the host wait for the device at each step: a gain on a CPU only.
-        if one_relu and plan.gram is not None and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        by_flips = one_relu and plan.gram is not None and rows.device.type == "cpu" and len(rows) > 0
+        if by_flips and not torch.compiler.is_compiling():
             coefficients = _ascend_by_flips(plan, z, alpha, decay, control.num_steps)
         else:
             coefficients = _ascend(plan, activation, z, alpha, decay, control.num_steps)
@@ -302,16 +321,21 @@ class Controller:
     def _plan(self, rows: torch.Tensor) -> _Plan:
         """The plan for such rows, built on first use and again if the head has changed since."""
         slot = (rows.device, rows.dtype)
-        made_from = tuple(map(_fingerprint, self.head.state_dict().values()))
+        tensors = list(self.head.state_dict().values())
         known = self._plans.get(slot)
-        if known is None or known[0] != made_from:
+        if known is None or not known[0].matches(tensors):
             with torch.inference_mode(False):
-                known = self._plans[slot] = (made_from, _build_plan(self.head, *slot))
+                known = self._plans[slot] = (_Snapshot(tensors), _build_plan(self.head, *slot))
         self._last_plan = known[1]
         return known[1]
 
-    def _traced_plan(self, rows: torch.Tensor) -> _Plan:
+    def refresh(self) -> None:
+        """Renew the plan used last if the head has changed since. Called before code that may be compiled."""
+        if self._last_plan is not None and self.is_plain:
+            self._plan(self._last_plan.mean)
+
+    def _traced_plan(self, rows: torch.Tensor, prepared: bool) -> _Plan:
         plan = self._last_plan
-        if plan is None or plan.mean.device != rows.device or plan.mean.dtype != rows.dtype:
+        if not prepared or plan is None or plan.mean.device != rows.device or plan.mean.dtype != rows.dtype:
             return _build_plan(self.head, rows.device, rows.dtype, with_gram=False)
         return plan

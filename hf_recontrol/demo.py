@@ -100,7 +100,7 @@ class DemoSettings:
     prompts_sha256: str
     seed: int = 0
     num_training_prompts: int = 416
-    num_unseen_prompts: int = 48
+    num_unseen_prompts: int = 32
     max_new_tokens: int = 48
     temperature: float = 0.9
     top_p: float = 0.95
@@ -167,8 +167,8 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
             temporary.write_text(json.dumps(figures, indent=2) + "\n")
         print(f"Held out: {', '.join(f'{name} {value:.2f}' for name, value in figures.items())}")
         controlled = ReControlForCausalLM.from_model(base, head)
-        # A dozen responses give the mean KL within a few percent, at a few seconds for each step size tried.
-        sample = [rollout for rollout in rollouts if len(rollout.completion_ids) > 8][:12]
+        # A few responses give the mean KL well enough, at a second or two for each step size tried.
+        sample = [rollout for rollout in rollouts if len(rollout.completion_ids) > 8][:8]
         controls = {
             method: match_kl(controlled, sample, ControlConfig(method, 1.0, settings.num_steps), settings.target_kl)
             for method in ("ascent", "advantage")

@@ -212,6 +212,7 @@ class ControlHooks:
         outer = getattr(self._thread, "call", None)
         if control is None and outer is not None:
             control = outer.control
+        self.controller.refresh()
         self._thread.call = _Call(control, generating=generating)
         try:
             yield
@@ -275,7 +276,13 @@ class ControlHooks:
             else:
                 step_size = self._row_step_sizes(control, len(hidden))[:, None, None]
         call = getattr(self._thread, "call", None)
-        return self.controller.edit(hidden, control, step_size, check_states=call is not None and call.generating)
+        return self.controller.edit(
+            hidden,
+            control,
+            step_size,
+            check_states=call is not None and call.generating,
+            prepared=call is not None,
+        )
 
     def _with_base(self, base: torch.Tensor, controlled: torch.Tensor, control: ControlConfig) -> torch.Tensor:
         """What goes on through the model: the controlled states, or base and controlled ones as a doubled batch."""

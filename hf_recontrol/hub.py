@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
+REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -93,11 +95,11 @@ def atomic_path(path: str | os.PathLike):
     os.close(handle)
     temporary = Path(temporary)
     try:
-        # mkstemp makes files that only their owner can read, whatever the user's umask allows.
+        yield temporary
+        # mkstemp and safetensors make files that only their owner can read, whatever the user's umask allows.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -119,7 +121,7 @@ def make_folder(path: str | os.PathLike) -> Path:
 def model_card(config: ValueHeadConfig, repo_id: str | None = None, tags: list[str] | None = None) -> ModelCard:
     """The card of a head. It states what the configuration knows and leaves out the rest."""
     base = config.base_model_name_or_path
-    base_on_hub = base if base is not None and not Path(base).exists() else None
+    base_on_hub = base if base and REPO_ID.fullmatch(base) and not Path(base).exists() else None
     data = ModelCardData(
         library_name="hf-recontrol",
         pipeline_tag="text-generation",

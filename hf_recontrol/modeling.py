@@ -159,7 +159,10 @@ class ReControlForCausalLM:
         if isinstance(value_head, (str, os.PathLike)):
             value_head = ValueHead.from_pretrained(value_head)
         config = head_config(value_head)
-        control = control or config.control or ControlConfig()
+        if control is None:
+            control = config.control or ControlConfig()
+        if not isinstance(control, ControlConfig):
+            raise TypeError(f"`control` must be a ControlConfig, got {type(control).__name__}.")
         config.check_control(control)
         hook_layer(model, config)
         width = hook_width(model, config)
@@ -282,7 +285,7 @@ class ReControlForCausalLM:
             kwargs.setdefault("logits_to_keep", 1)
         with self.disable_control(), read_states(self, config) as states:
             self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        parameter = next(head.parameters())
+        parameter = next(head.parameters(), states[0])
         values = head(states[0].to(parameter.device, parameter.dtype))
         return (head.rewards(values) if isinstance(head, ValueHead) else values).to(input_ids.device)
 

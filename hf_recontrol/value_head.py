@@ -107,10 +107,10 @@ class ValueHead(nn.Module):
         self.check_finite()
         folder = make_folder(save_directory)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_path(folder / WEIGHTS_NAME) as path:
-            save_file(tensors, path, metadata={"format": "pt"})
-        with atomic_path(folder / CONFIG_NAME) as path:
-            path.write_text(self.config.to_json(), encoding="utf-8")
+        # Both are written before either is renamed: new weights beside the old config would be no head.
+        with atomic_path(folder / CONFIG_NAME) as config_path, atomic_path(folder / WEIGHTS_NAME) as weights_path:
+            config_path.write_text(self.config.to_json(), encoding="utf-8")
+            save_file(tensors, weights_path, metadata={"format": "pt"})
         write_card(folder, self.config)
 
     @classmethod
@@ -150,8 +150,11 @@ class ValueHead(nn.Module):
         config = ValueHeadConfig.from_json_file(config_path)
         weights_path = find_file(pretrained_model_name_or_path, WEIGHTS_NAME, **options)
         # Shapes are compared before any memory is taken, so that a wrong width cannot ask for terabytes.
-        with torch.device("meta"):
-            head = cls(config)
+        try:
+            with torch.device("meta"):
+                head = cls(config)
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{config_path}: no tensors can have the sizes that it asks for.") from error
         _check_header(weights_path, {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()})
         head.load_state_dict(load_file(weights_path), strict=True, assign=True)
         head.to(head.state_mean.dtype).requires_grad_(True)

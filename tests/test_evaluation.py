@@ -65,13 +65,13 @@ def test_a_step_size_is_found_from_either_side(method, start):
     found = match_kl(model, some_rollouts(), ControlConfig(method, start, num_steps=4), 0.2)
     assert model.control.step_size == 0.123, "the model's own control is as it was"
     model.control = found
-    assert kl_divergence(model, some_rollouts()) == pytest.approx(0.2, rel=0.3)
+    assert kl_divergence(model, some_rollouts()) == pytest.approx(0.2, rel=0.12)
 
 
 def test_a_kl_out_of_reach_is_an_error_and_leaves_the_control_as_it_was():
     model = controlled(step_size=0.5)
-    with pytest.raises(ValueError, match="No step size up to"):
-        match_kl(model, some_rollouts(), ControlConfig(step_size=1.0, num_steps=1), 1e3, limit=2.0)
+    with pytest.raises(ValueError, match="No step size was found"):
+        match_kl(model, some_rollouts(), ControlConfig(step_size=1.0, num_steps=1), 1e3)
     with pytest.raises(ValueError, match="above 0"):
         match_kl(model, some_rollouts(), ControlConfig(), 0.0)
     assert model.control.step_size == 0.5

@@ -18,51 +18,55 @@ def match_kl(
     control: ControlConfig,
     target: float,
     *,
-    num_iterations: int = 8,
-    limit: float = 1e4,
+    tolerance: float = 0.1,
+    max_measurements: int = 20,
 ) -> ControlConfig:
     """
-    The control whose mean KL to the base on given (uncontrolled) responses is `target`, by bisection of the logarithm
-    of its step size. It makes methods comparable, and gives a step size that was not tuned on any reward.
+    The control whose mean KL to the base on given (uncontrolled) responses is `target`. It makes methods comparable,
+    and gives a step size that was not tuned on any reward.
+
+    The KL grows about with the square of the step size, so its logarithm is searched by interpolation in the logarithm
+    of the step size, and by bisection where that does not help.
 
     Args:
         model ([`ReControlForCausalLM`]), rollouts (sequence of [`Rollout`]):
-            Where the KL is measured, see [`kl_divergence`]; a few dozen responses do.
+            Where the KL is measured, see [`kl_divergence`]; a dozen responses do.
         control ([`ControlConfig`]):
             The settings whose `step_size` is to be found; the search starts from it.
         target (`float`):
             Nats per token.
-        num_iterations (`int`, *optional*, defaults to 8):
-            Measurements after the step size has been bracketed.
-        limit (`float`, *optional*, defaults to 1e4):
-            Largest step size tried.
+        tolerance (`float`, *optional*, defaults to 0.1):
+            How far the KL may be off, relative to `target`.
+        max_measurements (`int`, *optional*, defaults to 20):
+            Step sizes tried at most.
 
     Raises:
-        `ValueError`: if `target` is not above 0, or no step size up to `limit` reaches it.
+        `ValueError`: if `target` is not above 0, or no step size is found that reaches it.
     """
     if not target > 0:
         raise ValueError(f"`target` must be above 0, got {target!r}.")
     recommended = model.control
-
-    def measure(step_size: float) -> float:
-        model.control = replace(control, step_size=step_size)
-        return kl_divergence(model, rollouts)
-
+    low, high = -math.inf, math.inf  # logarithms of step sizes on either side of the target
+    log_step, slope, before = math.log(control.step_size), 2.0, None
     try:
-        low = high = control.step_size
-        if measure(high) < target:
-            while measure(high) < target:
-                low, high = high, high * 3
-                if high > limit:
-                    raise ValueError(f"No step size up to {limit:g} moves the policy by {target:g} nats a token.")
-        else:
-            while measure(low) > target:
-                high, low = low, low / 3
-                if low < 1 / limit:
-                    raise ValueError(f"Even a step size of {low:g} moves the policy by over {target:g} nats a token.")
-        for _ in range(num_iterations):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if measure(middle) < target else (low, middle)
-        return replace(control, step_size=float(f"{math.sqrt(low * high):.2g}"))
+        for _ in range(max_measurements):
+            model.control = replace(control, step_size=math.exp(log_step))
+            kl = kl_divergence(model, rollouts)
+            if abs(kl / target - 1) <= tolerance:
+                return replace(control, step_size=float(f"{math.exp(log_step):.3g}"))
+            low, high = (log_step, high) if kl < target else (low, log_step)
+            log_kl = math.log(max(kl, 1e-12))
+            if before is not None and log_step != before[0]:
+                slope = (log_kl - before[1]) / (log_step - before[0])
+            before = log_step, log_kl
+            # At most a factor of 30 at once: far away the KL tells little about its slope.
+            move = (math.log(target) - log_kl) / slope if slope > 0.2 else math.copysign(3.4, target - kl)
+            log_step += max(-3.4, min(3.4, move))
+            if not low < log_step < high:
+                log_step = (low + high) / 2
+        raise ValueError(
+            f"No step size was found that moves the policy by {target:g} nats a token: {math.exp(before[0]):.3g} "
+            f"moves it by {math.exp(before[1]):.3g}."
+        )
     finally:
         model.control = recommended
