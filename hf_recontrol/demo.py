@@ -108,7 +108,7 @@ class DemoSettings:
     advantage_width: int = 256
     num_steps: int = 30
     # Nats a token, the same for both controls, so that neither is tuned on the reward.
-    target_kl: float = 0.2
+    target_kl: float = 0.1
 
 
 def _open_folder(output: Path, settings: DemoSettings) -> None:
