@@ -99,7 +99,7 @@ class DemoSettings:
     model: str
     prompts_sha256: str
     seed: int = 0
-    num_training_prompts: int = 416
+    num_training_prompts: int = 320
     num_unseen_prompts: int = 32
     max_new_tokens: int = 48
     temperature: float = 0.9
