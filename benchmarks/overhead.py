@@ -43,7 +43,7 @@ class Variant:
 class AuthorsLoop(Controller):
     """V as the authors climb it: a forward and a backward of the network at each step, also to its own parameters."""
 
-    def edit(self, hidden: torch.Tensor, control: ControlConfig, step_size: float, check_states: bool = False):
+    def edit(self, hidden: torch.Tensor, control: ControlConfig, step_size: float, **checks):
         with torch.inference_mode(False), torch.enable_grad():
             edited = hidden.detach().float().requires_grad_(True)
             optimizer = torch.optim.SGD([edited], lr=step_size)
@@ -57,7 +57,7 @@ class AuthorsLoop(Controller):
 class DirectLoop(Controller):
     """The same steps without autograd, for one hidden layer: two products with W₁ each."""
 
-    def edit(self, hidden: torch.Tensor, control: ControlConfig, step_size: float, check_states: bool = False):
+    def edit(self, hidden: torch.Tensor, control: ControlConfig, step_size: float, **checks):
         first, last = self.head.value_mlp.layers
         x = self.head.scaled(hidden)
         for _ in range(control.num_steps):

@@ -129,43 +129,50 @@ def _ascend_by_flips(plan: _Plan, z: torch.Tensor, alpha, decay, num_steps: int)
     taken at once. Which units flip is data, so this is for eager mode.
     """
     weight, gram = plan.out, plan.gram
-    start, moved = z, torch.zeros_like(z)
-    active = z > 0
-    delta = active * weight
-    change = delta @ gram
-    coefficients = torch.zeros_like(z)
     penalised = isinstance(decay, torch.Tensor) or decay != 1.0
-    remaining = num_steps
+
+    def step(total: torch.Tensor, direction: torch.Tensor, times: int = 1) -> torch.Tensor:
+        if penalised:
+            total = total.mul_(decay)
+        if isinstance(alpha, torch.Tensor):
+            return total.addcmul_(alpha, direction, value=times)
+        return total.add_(direction, alpha=alpha * times)
+
+    start, moved = z, torch.zeros_like(z)
+    coefficients = torch.zeros_like(z)
+    delta = (z > 0) * weight
+    change = delta @ gram
+    remaining, without_looking = num_steps, 0
     while remaining > 0:
-        coefficients = coefficients.mul_(decay).add_(alpha * delta)
+        coefficients = step(coefficients, delta)
         remaining -= 1
         if remaining == 0:
             break
-        moved = moved.mul_(decay).add_(alpha * change)
+        moved = step(moved, change)
         z = start + moved
-        now = z > 0
-        flipped = now ^ active
-        units = (flipped if len(flipped) == 1 else flipped.any(0)[None]).nonzero()[:, 1]
-        if len(units) > 0:
-            active, delta = now, now * weight
-            if 4 * len(units) < len(weight):
-                sign = flipped[:, units] * (2 * now[:, units].to(z.dtype) - 1)
-                change = torch.addmm(change, sign * weight[units], gram[units])
-            else:
-                change = delta @ gram
+        before, delta = delta, (z > 0) * weight
+        if without_looking > 0:
+            without_looking -= 1
+            change = delta @ gram
             continue
-        if penalised:
-            continue  # the penalty bends the path; without a product with G a step is cheap enough
-        # No unit flipped: how many more steps can be taken before the first one does?
-        velocity = alpha * change
-        crossing = torch.where(((z > 0) != (velocity > 0)) & (velocity != 0), -z / velocity, torch.inf)
-        # One step short of the crossing, so that rounding cannot step over it.
-        free = float(crossing.nan_to_num_(torch.inf).min()) - 1
-        jump = remaining if free >= remaining else int(free)
-        if jump > 0:
-            coefficients = coefficients + alpha * delta * jump
-            moved = moved + velocity * jump
-            remaining -= jump
+        difference = delta - before
+        units = (difference if len(difference) == 1 else difference.any(0)[None]).nonzero()[:, 1]
+        if 4 * len(units) > len(weight):
+            # So many rarely become few at once, and looking costs as much as a small product.
+            without_looking = 8
+            change = delta @ gram
+        elif len(units) > 0:
+            change = torch.addmm(change, difference[:, units], gram[units])
+        elif not penalised:  # a penalty bends the path; without a product with G its steps are cheap enough
+            # How many more steps can be taken before a unit flips? One short of it: rounding must not step over.
+            velocity = alpha * change
+            crossing = torch.where(((z > 0) != (velocity > 0)) & (velocity != 0), -z / velocity, torch.inf)
+            free = float(crossing.nan_to_num_(torch.inf).min()) - 1
+            jump = remaining if free >= remaining else int(free)
+            if jump > 0:
+                coefficients = step(coefficients, delta, jump)
+                moved = step(moved, change, jump)
+                remaining -= jump
     return coefficients
 
 
