@@ -794,3 +794,20 @@ def test_compiled_code_leaves_a_row_that_is_not_finite_as_it_was():
     result = compiled(states, control, step_size)
     torch.testing.assert_close(result[[0, 2]], expected[[0, 2]], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(result[1], states[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.slow
+def test_the_widest_heads_and_states_of_256_rows():
+    """16,384 wide both ways: one gigabyte of weights, another of the Gram matrix."""
+    torch.manual_seed(0)
+    head = ValueHead(ValueHeadConfig(16384, head_sizes=[16384]))
+    states = torch.randn(256, 16384)
+    control = ControlConfig(step_size=0.5, num_steps=3)
+    first, last = head.value_mlp.layers
+    expected = states
+    with torch.no_grad():
+        for _ in range(3):
+            expected = expected + 0.5 * ((first(expected) > 0) * last.weight[0]) @ first.weight
+    moved = expected - states
+    error = (Controller(head).edit(states, control, 0.5) - expected).norm() / moved.norm()
+    assert moved.norm() > 0.1 and error < 1e-3

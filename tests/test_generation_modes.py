@@ -243,6 +243,23 @@ def test_caches(hook_point, layer, cache):
 
 
 @every_hook_point
+def test_a_quantized_cache(hook_point):
+    """Such a cache changes the base's states, so the reference is the base on the same cache with naive hooks."""
+    pytest.importorskip("optimum.quanto")
+    size = {"dtype": torch.float32, "hidden_size": 64, "head_dim": 16}
+    base, model = tiny_model("llama", **size), tiny_model("llama", **size)
+    head = tiny_head(base, hook_point)
+    settings = {"backend": "quanto", "nbits": 4, "axis_key": 0, "axis_value": 0, "q_group_size": 16}
+    cache = {"cache_implementation": "quantized", "cache_config": settings | {"residual_length": 4}}
+    ids = prompts(2)
+    with reference_control(base, head, CONTROL):
+        expected = generate(base, ids, **cache).tolist()
+    assert expected != generate(base, ids, **cache).tolist()
+    assert expected != reference_greedy(base, head, ids, control=CONTROL).tolist(), "the cache does quantise"
+    assert generate(ReControlForCausalLM.from_model(model, head, CONTROL), ids, **cache).tolist() == expected
+
+
+@every_hook_point
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 def test_sliding_window_cache(hook_point, options):
     """The window (4) is shorter than the prompt (9)."""
