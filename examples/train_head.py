@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig
 from hf_recontrol.activations import collect_states
-from hf_recontrol.demo import vader
-from hf_recontrol.rewards import score_rollouts
+from hf_recontrol.rewards import score_rollouts, vader
 from hf_recontrol.rollouts import generate_rollouts, load_prompts
 from hf_recontrol.training import fit_advantage, train_value_head
 
@@ -30,7 +29,7 @@ rollouts = score_rollouts(rollouts, vader)
 
 hidden_size = model.get_output_embeddings().in_features
 config = ValueHeadConfig(hidden_size, head_sizes=[1024], hook_point="lm_head", advantage_sizes=[256])
-states = collect_states(model, rollouts, config, temperature=0.9)
+states = collect_states(model, rollouts, config)
 head, figures = train_value_head(states, config)
 figures |= fit_advantage(head, states)
 print(figures)

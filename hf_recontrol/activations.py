@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration import ValueHeadConfig
+from .files import atomic_path
 from .hooks import find_lm_head, read_states
-from .hub import atomic_path
 from .modeling import ReControlForCausalLM
 from .rollouts import Rollout, pad_batch
 
@@ -84,7 +84,6 @@ def collect_states(
     config: ValueHeadConfig,
     *,
     batch_size: int = 16,
-    temperature: float = 1.0,
 ) -> States:
     """
     Read the states of scored rollouts in one teacher-forced forward a batch. Under control of the last layer the
@@ -99,11 +98,11 @@ def collect_states(
             Where to read: its `hook_point` and `layer`. With `advantage_sizes`, the directions are collected too.
         batch_size (`int`, *optional*, defaults to 16):
             Rollouts read at once.
-        temperature (`float`, *optional*, defaults to 1.0):
-            The rollouts' sampling temperature, at which w̄ is taken. At 0 (greedy) 1.0 is used.
+
+    The mean row w̄ is taken at the rollout's sampling temperature (at 1 for greedy ones).
 
     Raises:
-        `ValueError`: if a rollout has no reward or there is none with a token.
+        `ValueError`: if a rollout has no reward, there is none with a token, or the LM head's weight cannot be read.
     """
     if any(rollout.reward is None for rollout in rollouts):
         raise ValueError("A rollout has no reward: score them first (`recontrol label`).")
@@ -114,6 +113,11 @@ def collect_states(
         raise ValueError("No rollout has a token: nothing to learn from.")
     with_directions = config.advantage_sizes is not None
     weight = find_lm_head(model).weight if with_directions else None
+    if with_directions and not weight.is_floating_point():
+        raise ValueError(
+            f"The LM head's weight is {weight.dtype}, so its rows cannot be read for the advantage part: load the "
+            "base with its LM head unquantised, or leave `advantage_sizes` out."
+        )
     hidden: dict[int, torch.Tensor] = {}
     directions: dict[int, torch.Tensor] = {}
     no_control = model.disable_control() if isinstance(model, ReControlForCausalLM) else contextlib.nullcontext()
@@ -138,9 +142,10 @@ def collect_states(
                 part = slice(begin, begin + len(rollouts[i].completion_ids))
                 hidden[i] = states[0][row, part].float().cpu()
                 if with_directions:
-                    policy = torch.softmax(logits[row, part].float() / (temperature or 1.0), dim=-1).to(weight.dtype)
+                    policy = torch.softmax(logits[row, part].float() / (rollouts[i].temperature or 1.0), dim=-1)
                     tokens = torch.tensor(rollouts[i].completion_ids, device=weight.device)
-                    directions[i] = (weight[tokens] - policy @ weight).float().cpu()
+                    mean = policy.to(weight.device, weight.dtype) @ weight
+                    directions[i] = (weight[tokens].float() - mean.float()).cpu()
             progress.update(len(batch))
     return States(
         hidden=torch.cat([hidden[i] for i in used]),

@@ -36,7 +36,14 @@ def _load_base(model: str, dtype: str, device: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device).eval(), tokenizer
+    return _on_device(AutoModelForCausalLM.from_pretrained, model, dtype=dtype, device=device), tokenizer
+
+
+def _on_device(load, *names, dtype: str, device: str, **kwargs):
+    # device_map needs accelerate, a plain device does not.
+    if device == "auto":
+        return load(*names, dtype=dtype, device_map="auto", **kwargs).eval()
+    return load(*names, dtype=dtype, **kwargs).eval().to(device)
 
 
 def _print_json(values: dict) -> None:
@@ -98,7 +105,7 @@ def label(
 ) -> None:
     """Score responses with one or more rewards.
 
-    Example: `recontrol label rollouts.jsonl --reward hf_recontrol.demo:vader`
+    Example: `recontrol label rollouts.jsonl --reward hf_recontrol.rewards:vader`
     """
     from statistics import fmean
 
@@ -119,14 +126,13 @@ def states(
     output: Annotated[Path, typer.Option("--output", "-o", help="Safetensors file to write.")],
     hook_point: Annotated[str, typer.Option(help="`lm_head` or `decoder_layer`.")] = "lm_head",
     layer: Annotated[int, typer.Option(help="Decoder layer, at `decoder_layer`.")] = -1,
-    temperature: Annotated[float, typer.Option(min=0, help="The rollouts' sampling temperature.")] = 1.0,
     batch_size: BatchOption = 16,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
 ) -> None:
     """Read the hidden states of scored responses. At `lm_head` also what the advantage part is trained on.
 
-    Example: `recontrol states rollouts.jsonl -m org/base -o states.safetensors --temperature 0.9`
+    Example: `recontrol states rollouts.jsonl -m org/base -o states.safetensors`
     """
     from .activations import collect_states
     from .configuration import ValueHeadConfig
@@ -138,7 +144,7 @@ def states(
     config = ValueHeadConfig(1, **shape)
     base, _ = _load_base(model, dtype, device)
     config = ValueHeadConfig(hook_width(base, config), **shape)
-    collected = collect_states(base, rows, config, batch_size=batch_size, temperature=temperature)
+    collected = collect_states(base, rows, config, batch_size=batch_size)
     collected.save(output)
     typer.echo(f"{len(collected.hidden)} states of {len(collected.lengths)} responses -> {output}")
 
@@ -164,7 +170,7 @@ def train(
     Example: `recontrol train states.safetensors -o my-head`
     """
     from .activations import States
-    from .configuration import ControlConfig, ValueHeadConfig
+    from .configuration import ValueHeadConfig
     from .training import fit_advantage, train_value_head
 
     value_widths = _widths("--head-sizes", head_sizes)
@@ -180,7 +186,6 @@ def train(
         num_objectives=collected.rewards.shape[1],
         hook_point=collected.hook_point,
         layer=collected.layer,
-        control=None if advantage_widths is None else ControlConfig(method="advantage", step_size=10.0),
     )
     split = {"validation_split": validation_split, "seed": seed}
     head, figures = train_value_head(
@@ -234,11 +239,11 @@ def generate(
 
     names = {"method": method, "step_size": step_size, "num_steps": num_steps, "plausibility": plausibility}
     changes = {name: value for name, value in names.items() if value is not None}
-    options = {"dtype": dtype, "device_map": device}
+    options = {"dtype": dtype, "device": device}
     if model is None:
-        controlled = ReControlForCausalLM.from_pretrained(head, **options)
+        controlled = _on_device(ReControlForCausalLM.from_pretrained, head, **options)
     else:
-        controlled = ReControlForCausalLM.from_pretrained(model, value_head=head, **options)
+        controlled = _on_device(ReControlForCausalLM.from_pretrained, model, value_head=head, **options)
     controlled.control = replace(controlled.control, **changes)
     tokenizer = AutoTokenizer.from_pretrained(controlled.config._name_or_path)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}

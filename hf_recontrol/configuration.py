@@ -68,7 +68,8 @@ class ControlConfig:
     - `method="ascent"` (RE-Control, Kong et al. 2024): from `x = (h - state_mean) / state_scale` and `d = 0`,
       `num_steps` steps of `d ← d + α (∇V(x + d) - 2 λ d)`; then `u = state_scale * d`.
     - `method="advantage"`: `u = α g(h)` in one step, with `α = 1/τ`; then `softmax(W (h + u))` is the optimum of
-      `E[A] - τ KL(π ‖ π0)` for the advantage `A(h, y) = (w_y - E_π0[w])ᵀ g(h)`.
+      `E[A] - τ KL(π ‖ π0)` for the advantage `A(h, y) = (w_y - E_π0[w])ᵀ g(h)`. This holds for logits `W h` at
+      temperature 1; where a base scales or soft-caps its logits the edit of the state is the same, the optimum is not.
 
     Args:
         method (`str`, *optional*, defaults to `"ascent"`):
@@ -260,6 +261,11 @@ class ValueHeadConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "ValueHeadConfig") -> ValueHeadConfig:
         """Build from a `dict`. Unknown keys are warned about; a missing or bad value is an error naming `source`."""
+        if isinstance(values, dict) and {"model_type", "architectures"} & values.keys():
+            raise ValueError(
+                f"{source} is the configuration of a model, not of a value head: name the head too, "
+                "`ReControlForCausalLM.from_pretrained(model, value_head=head)`."
+            )
         values = _known_items(cls, values, source)
         if "hidden_size" not in values:
             raise ValueError(f"{source}: no `hidden_size`, so this is not the configuration of a value head.")

@@ -229,7 +229,8 @@ class Controller:
         prepared: bool = False,
     ) -> torch.Tensor:
         """
-        The edited states `h + u`, in the dtype of `hidden`. u is computed in float32 (float64 for float64 states).
+        The edited states `h + u`, in the dtype of `hidden`. u is computed in float32 (float64 for float64 states; in
+        its own dtype by a head that is no plain [`ValueHead`], which is moved to the states' device).
 
         Args:
             hidden (`torch.Tensor` of shape `(..., hidden_size)`):

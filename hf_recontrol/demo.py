@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,10 +19,10 @@ from transformers.utils import logging
 from .activations import collect_states
 from .configuration import ControlConfig, ValueHeadConfig
 from .evaluation import diversity, kl_divergence, match_kl
+from .files import atomic_path, make_folder
 from .hooks import hook_width
-from .hub import atomic_path, make_folder
 from .modeling import ReControlForCausalLM
-from .rewards import score_rollouts
+from .rewards import score_rollouts, vader
 from .rollouts import Rollout, generate_rollouts, load_prompts, load_rollouts, save_rollouts
 from .training import fit_advantage, train_value_head
 from .value_head import ValueHead
@@ -77,21 +75,6 @@ def embedded_model() -> Path:
     return folder
 
 
-def vader(prompts: Sequence[str], completions: Sequence[str], **kwargs) -> list[float]:
-    """
-    The demo's reward: VADER's compound sentiment of the response, in [-1, 1].
-
-    Raises:
-        `ImportError`: if `vaderSentiment` is not installed; names the extra.
-    """
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as error:
-        raise ImportError("The VADER reward needs `pip install 'hf_recontrol[demo]'`.") from error
-    analyzer = SentimentIntensityAnalyzer()
-    return [analyzer.polarity_scores(completion)["compound"] for completion in completions]
-
-
 @dataclass(frozen=True)
 class DemoSettings:
     """Everything that the demo's files depend on; kept beside them, so that a run with others does not reuse them."""
@@ -103,7 +86,6 @@ class DemoSettings:
     num_unseen_prompts: int = 32
     max_new_tokens: int = 48
     temperature: float = 0.9
-    top_p: float = 0.95
     head_width: int = 1024
     advantage_width: int = 256
     num_steps: int = 30
@@ -202,7 +184,6 @@ def _demo_rollouts(path: Path, base, tokenizer, prompts: list[dict], settings: D
             prompts,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
-            top_p=settings.top_p,
             batch_size=32,
             seed=settings.seed,
         )
@@ -218,7 +199,7 @@ def _demo_head(base, rollouts: list[Rollout], settings: DemoSettings) -> tuple[V
         hook_point="lm_head",
         advantage_sizes=[settings.advantage_width],
     )
-    states = collect_states(base, rollouts, config, temperature=settings.temperature)
+    states = collect_states(base, rollouts, config)
     head, figures = train_value_head(states, config, seed=settings.seed)
     return head, figures | fit_advantage(head, states, seed=settings.seed)
 
@@ -226,15 +207,16 @@ def _demo_head(base, rollouts: list[Rollout], settings: DemoSettings) -> tuple[V
 def _demo_compare(controlled, tokenizer, prompts: list[dict], controls: dict, settings: DemoSettings) -> dict:
     answers: dict[str, list[Rollout]] = {name: [] for name in controls}
     seconds = dict.fromkeys(controls, 0.0)
+    steps = dict.fromkeys(controls, 0)
     options = {"max_new_tokens": settings.max_new_tokens, "temperature": 0.0, "batch_size": 16}
     for start in range(0, len(prompts), 16):
         # In turn, so that a busy machine is slow for all three alike.
         for name, control in controls.items():
             begin = time.perf_counter()
-            answers[name] += generate_rollouts(
-                controlled, tokenizer, prompts[start : start + 16], control=control, **options
-            )
+            batch = generate_rollouts(controlled, tokenizer, prompts[start : start + 16], control=control, **options)
             seconds[name] += time.perf_counter() - begin
+            steps[name] += max(len(rollout.completion_ids) for rollout in batch)
+            answers[name] += batch
     figures = {}
     for name, control in controls.items():
         texts = [rollout.completion for rollout in answers[name]]
@@ -242,12 +224,11 @@ def _demo_compare(controlled, tokenizer, prompts: list[dict], controls: dict, se
         if control is not False:
             controlled.control = control
             kl = kl_divergence(controlled, answers[name])
-        steps = settings.max_new_tokens * math.ceil(len(prompts) / options["batch_size"])
         figures[name] = {
             "reward": sum(vader([], texts)) / len(texts),
             "diversity": diversity(texts),
             "kl": kl,
-            "ms_per_step": 1e3 * seconds[name] / steps,
+            "ms_per_step": 1e3 * seconds[name] / steps[name],
         }
     examples = [
         {"prompt": rows[0].prompt} | {name: row.completion for name, row in zip(controls, rows, strict=True)}

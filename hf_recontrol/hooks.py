@@ -114,8 +114,12 @@ class _Forward:
     """One forward of the model in progress, from its pre-hook to its post-hook."""
 
     logits_to_keep: int | torch.Tensor
+    # Whether the hook point was reached.
+    edited: bool = False
     # Whether base and controlled states went on together, as a doubled batch.
     doubled: bool = False
+    # The step sizes of the states whose logits are kept, where they differ by row.
+    step_sizes: torch.Tensor | None = None
 
 
 @dataclass
@@ -189,10 +193,14 @@ class ControlHooks:
             handle.remove()
         self._handles = []
 
+    def _has_all_layers(self, model: PreTrainedModel) -> bool:
+        """False while an early-exit draft runs the first layers only."""
+        return getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None) == self.num_layers
+
     def follow(self, model: PreTrainedModel) -> None:
         """Move the hooks if the module they sat on has been replaced, as resizing embeddings or an adapter does."""
-        if self.layer is not None and model.config.get_text_config(decoder=True).num_hidden_layers != self.num_layers:
-            return  # an early-exit draft runs the first layers only
+        if self.layer is not None and not self._has_all_layers(model):
+            return
         target = self._target(model)
         hooks = target._forward_pre_hooks if self.layer is None else target._forward_hooks
         if self._handles[-1].id not in hooks:
@@ -268,13 +276,17 @@ class ControlHooks:
                 f"(batch, positions, {self.config.hidden_size}): this architecture cannot be controlled there."
             )
         step_size: float | torch.Tensor = control.step_size
+        forward = getattr(self._thread, "forward", None)
+        if forward is not None:
+            forward.edited = True
         if control.per_row:
-            forward = getattr(self._thread, "forward", None)
             if hidden.ndim == 2 and forward is not None and isinstance(forward.logits_to_keep, torch.Tensor):
                 rows = forward.logits_to_keep.nonzero()[:, 0].cpu()
                 step_size = self._row_step_sizes(control, len(forward.logits_to_keep))[rows][:, None]
             else:
                 step_size = self._row_step_sizes(control, len(hidden))[:, None, None]
+            if forward is not None:
+                forward.step_sizes = step_size
         call = getattr(self._thread, "call", None)
         return self.controller.edit(
             hidden,
@@ -340,13 +352,23 @@ class ControlHooks:
         """Post-hook of the model, called also when its forward fails: split a doubled batch and mask."""
         forward = getattr(self._thread, "forward", None)
         self._thread.forward = None
-        if forward is None or not forward.doubled or output is None:
-            return None
         control = self.active_control()
+        if forward is None or output is None or control is None:
+            return None
+        if not forward.edited and self._has_all_layers(model):
+            raise RuntimeError(
+                "Control did not reach its hook point: the module there has been replaced since the head was "
+                "attached. `generate` follows such a change; for other calls `unload()` the head and attach it again."
+            )
+        if not forward.doubled:
+            return None
         logits = output[0] if isinstance(output, tuple) else output.logits
         base, logits = logits.chunk(2)
         base = base.float()
         implausible = base < base.amax(-1, keepdim=True) + math.log(control.plausibility)
+        if forward.step_sizes is not None:
+            # A row of step size 0 is the base's.
+            implausible &= forward.step_sizes.to(implausible.device) > 0
         logits = logits.masked_fill(implausible, -math.inf)
         if isinstance(output, tuple):
             return (logits, *output[1:])

@@ -1,11 +1,9 @@
-"""Files of a head: where they are found (a folder or a Hub repo), how they are written, the card, the push."""
+"""Heads on the Hub and in folders: finding their files, the card, the push."""
 
 from __future__ import annotations
 
 import os
 import re
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ._version import __version__
+from .files import atomic_path
 
 if TYPE_CHECKING:
     from .configuration import ValueHeadConfig
@@ -84,40 +83,6 @@ def find_file(
         ) from error
 
 
-@contextmanager
-def atomic_path(path: str | os.PathLike):
-    """
-    A temporary path beside `path` that is renamed to `path` when the block ends well and removed when it does not, so
-    that a reader never sees half a file and an interrupted write never costs the old one.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(temporary)
-    try:
-        yield temporary
-        # mkstemp and safetensors make files that only their owner can read, whatever the user's umask allows.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def make_folder(path: str | os.PathLike) -> Path:
-    """Create a folder to save in.
-
-    Raises:
-        `OSError`: if `path` is a file, or cannot be created.
-    """
-    path = Path(path)
-    if path.is_file():
-        raise OSError(f"{path} is a file: name a folder to save in.")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def model_card(config: ValueHeadConfig, repo_id: str | None = None, tags: list[str] | None = None) -> ModelCard:
     """The card of a head. It states what the configuration knows and leaves out the rest."""
     base = config.base_model_name_or_path
@@ -142,16 +107,16 @@ def model_card(config: ValueHeadConfig, repo_id: str | None = None, tags: list[s
     if config.control is not None:
         settings = ", ".join(f"{key}={value!r}" for key, value in config.control.to_dict().items())
         parts.append(f"- Recommended control: `ControlConfig({settings})`.")
-    if base:
+    if base_on_hub:
         revision = f" at revision `{config.base_model_revision}`" if config.base_model_revision else ""
         parts.insert(0, f"- Base model: `{base}`{revision}. Its weights are not changed and not in this repo.")
     name = repo_id or "path/to/this/folder"
-    load = f'"{name}"' if base else f'"path/to/the/base/model", value_head="{name}"'
+    load = f'"{name}"' if base_on_hub else f'"path/to/the/base/model", value_head="{name}"'
     content = f"""---
 {data.to_yaml()}
 ---
 
-# Value head for {base or "a causal language model"}
+# Value head for {base_on_hub or "a causal language model"}
 
 A value head predicts, from a language model's hidden state, the reward that the response will get. While the model
 generates, the hidden state is moved so that the predicted reward grows, and no weight of the base model changes

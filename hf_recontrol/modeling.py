@@ -32,8 +32,7 @@ class ReControlForCausalLM:
     `(ReControlForCausalLM, type(model))`, so it stays what it was (an instance of its own class, with its own
     weights) and everything that takes a transformers model takes it. The head is no submodule: it is not in
     `state_dict()`, `parameters()` or `num_parameters()`, so training, counting and saving the base see the base alone;
-    it is at `model.value_head`, stays on the device where it was loaded, and is copied to the model's device on first
-    use.
+    it is at `model.value_head`, and what control needs of it is copied to the model's device on first use.
 
     ```python
     model = ReControlForCausalLM.from_pretrained("org/base", value_head="user/my-value-head")
@@ -249,6 +248,7 @@ class ReControlForCausalLM:
             `ValueError`: for step sizes per row, and for a head on a layer other than the last.
         """
         hooks = self._recontrol
+        hooks.follow(self)
         with hooks.call(control):
             active = hooks.active_control()
             if active is not None and active.per_row:
@@ -296,7 +296,12 @@ class ReControlForCausalLM:
         A call with `state_dict=...`, as [`~transformers.Trainer`] makes for its checkpoints, is about the base: it
         saves the base as the base would, and the head in the folder `value_head` inside, so that nothing is lost.
         """
-        if "state_dict" in kwargs:
+        if kwargs and "state_dict" not in kwargs:
+            raise TypeError(
+                f"save_pretrained() of a controlled model saves the head and does not know {sorted(kwargs)}. To save "
+                "the base, `unload()` the head first; to push the head, call `push_to_hub`."
+            )
+        if kwargs:
             super().save_pretrained(save_directory, **kwargs)
             save_directory = os.path.join(save_directory, "value_head")
         self._named_head().save_pretrained(save_directory)
@@ -311,6 +316,7 @@ class ReControlForCausalLM:
             raise TypeError(f"Only a ValueHead can be saved, this head is a {type(head).__name__}.")
         if not head.config.base_model_name_or_path:
             head.config.base_model_name_or_path = self.config._name_or_path or None
+            head.config.base_model_revision = getattr(self.config, "_commit_hash", None)
         if not self.control.per_row:
             head.config.control = self.control
         return head

@@ -61,11 +61,14 @@ class ClassifierReward:
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, label: str | None = None, **kwargs) -> ClassifierReward:
         """Load classifier and tokenizer from a folder or the Hub; `kwargs` as for the model's `from_pretrained`."""
+        shared = {key: kwargs[key] for key in ("token", "revision", "cache_dir", "subfolder") if key in kwargs}
         model = AutoModelForSequenceClassification.from_pretrained(name_or_path, **kwargs)
-        return cls(model, AutoTokenizer.from_pretrained(name_or_path), label=label)
+        return cls(model, AutoTokenizer.from_pretrained(name_or_path, **shared), label=label)
 
     def _encode(self, prompts: Sequence[Prompt], completions: Sequence[str]):
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+        # RoBERTa's kind has two more positions than it has room for tokens; some tokenizers name no limit.
+        limits = [getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length]
+        longest = min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
         options = {
             "padding": self.batch_size > 1,
             # On the right, so that position embeddings do not depend on the batch.
@@ -94,6 +97,21 @@ class ClassifierReward:
             inputs = self._encode(prompts[part], completions[part]).to(self.model.device)
             rewards += self.model(**inputs).logits[:, self.index].float().tolist()
         return rewards
+
+
+def vader(prompts: Sequence[str], completions: Sequence[str], **kwargs) -> list[float]:
+    """
+    VADER's compound sentiment of the response, in [-1, 1]: the reward of the demo.
+
+    Raises:
+        `ImportError`: if `vaderSentiment` is not installed; names the extra.
+    """
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise ImportError("The VADER reward needs `pip install 'hf_recontrol[demo]'`.") from error
+    analyzer = SentimentIntensityAnalyzer()
+    return [analyzer.polarity_scores(completion)["compound"] for completion in completions]
 
 
 def load_reward(spec: str) -> RewardFunction:

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from .configuration import ControlConfig
-from .hub import atomic_path
+from .files import atomic_path
 from .modeling import ReControlForCausalLM
 
 logger = logging.get_logger(__name__)
@@ -37,6 +37,8 @@ class Rollout:
             Whether the model ended its turn; otherwise the response was cut at the token limit.
         reward (`list[float]`, *optional*):
             One reward for each objective.
+        temperature (`float`, *optional*, defaults to 1.0):
+            What the response was sampled at; 0 is greedy.
         columns (`dict[str, Any]`):
             Further columns of the prompt's row, handed to reward functions.
     """
@@ -47,6 +49,7 @@ class Rollout:
     completion_ids: list[int]
     finished: bool
     reward: list[float] | None = None
+    temperature: float = 1.0
     columns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -180,6 +183,20 @@ def _cut(
     return text, kept[: length + 1], True
 
 
+# Rollouts are draws from the model itself, at a temperature: no penalties, no other truncation.
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "min_length": 0,
+    "guidance_scale": 1.0,
+}
+
+
 def generate_rollouts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -207,7 +224,8 @@ def generate_rollouts(
         max_new_tokens (`int`, *optional*, defaults to 128):
             Tokens drawn at most for each response.
         temperature, top_p (`float`, *optional*, default to 1.0):
-            Sampling. At temperature 0 the likeliest token is taken.
+            Sampling. At temperature 0 the likeliest token is taken. Nothing else of the model's generation config is
+            used. The advantage part is fitted to the whole distribution: leave `top_p` at 1 for it.
         stop_strings (sequence of `str`, *optional*):
             Texts that end the turn, such as `"\\n\\nHuman:"` for a base model in a dialogue format.
         batch_size, seed (`int`, *optional*):
@@ -232,6 +250,8 @@ def generate_rollouts(
         eos_token_id=end_ids or None,
         pad_token_id=pad_token_id(model, tokenizer),
         **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
+        # What is left unset the model's own generation config would fill in.
+        **_NEUTRAL,
         **({"stop_strings": list(stop_strings)} if stop_strings else {}),
     )
     options: dict[str, Any] = {"tokenizer": tokenizer} if stop_strings else {}
@@ -251,6 +271,9 @@ def generate_rollouts(
                 for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                     text, kept, finished = _cut(tokenizer, ids, end_ids, stop_strings)
                     columns = {key: value for key, value in rows[i].items() if key != "prompt"}
-                    samples[i].append(Rollout(rows[i]["prompt"], text, encoded[i], kept, finished, columns=columns))
+                    rollout = Rollout(
+                        rows[i]["prompt"], text, encoded[i], kept, finished, temperature=temperature, columns=columns
+                    )
+                    samples[i].append(rollout)
                 progress.update(len(batch))
     return [rollout for i in range(len(rows)) for rollout in samples[i]]

@@ -143,7 +143,8 @@ def train_value_head(
             Of the split, the initial weights and the order.
 
     Returns:
-        The head and held-out figures: `value_error` (mean squared error to the final reward over that of a constant),
+        The head and its figures on the held-out prompts (which also chose the epoch): `value_error` (mean squared
+        error to the final reward over that of the training episodes' mean reward),
         `correlation_first` and `correlation_last` (with the final reward, at the first and the last token).
 
     Raises:
@@ -225,14 +226,14 @@ def _value_figures(head: ValueHead, episodes: _Episodes) -> dict[str, float]:
         values = head(episodes.states.hidden[rows])
         final = reward[:, None].expand_as(values)
         squared += (values - final)[mask].square().sum()
-        # Standardised on the training episodes: their mean, the best constant, is 0.
+        # Standardised on the training episodes, so that their mean reward is 0.
         baseline += final[mask].square().sum()
         first.append(values[:, 0].sum(-1))
         last.append(values[torch.arange(len(lengths)), lengths - 1].sum(-1))
         realised.append(reward.sum(-1))
     realised = torch.cat(realised)
     return {
-        "value_error": float(squared / baseline),
+        "value_error": float(squared / baseline.clamp(min=1e-12)),
         "correlation_first": _correlation(torch.cat(first), realised),
         "correlation_last": _correlation(torch.cat(last), realised),
     }
@@ -268,8 +269,8 @@ def fit_advantage(
             As for [`train_value_head`]: use the same ones, so that the same prompts are held out.
 
     Returns:
-        Held-out correlations with V's differences: `advantage_correlation`, and `constant_correlation` of the constant
-        part alone.
+        Correlations with V's differences on the held-out prompts (which also chose the penalty and the epoch):
+        `advantage_correlation`, and `constant_correlation` of the constant part alone.
 
     Raises:
         `ValueError`: if the head has no advantage part or the states have no directions.
@@ -278,6 +279,10 @@ def fit_advantage(
         raise ValueError("This head has no advantage part: give `advantage_sizes` in its ValueHeadConfig.")
     if states.directions is None:
         raise ValueError("The states have no directions: collect them with a config that has `advantage_sizes`.")
+    if not torch.isfinite(states.directions).all():
+        raise ValueError("The directions hold NaN or infinite values.")
+    if not 0 <= gae_lambda <= 1:
+        raise ValueError(f"`gae_lambda` must be between 0 and 1, got {gae_lambda}.")
     train, held_out = split_by_prompt(states, validation_split, seed)
     mean, std = (states.rewards.new_tensor(x) for x in (head.config.reward_mean, head.config.reward_std))
     rewards = (states.rewards - mean) / std

@@ -14,7 +14,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration import ValueHeadConfig
-from .hub import CONFIG_NAME, WEIGHTS_NAME, atomic_path, find_file, make_folder, push_folder, write_card
+from .files import atomic_path, make_folder
+from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, push_folder, write_card
 
 
 class MLP(nn.Module):

@@ -1,5 +1,7 @@
 """Rollouts to states."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,7 +59,8 @@ def test_states_are_those_each_token_was_drawn_from(family, hook_point, layer):
 def test_directions_are_the_drawn_row_less_its_mean_under_the_base(temperature):
     model, rows = tiny_model("llama", dtype=torch.float32), some_rollouts()
     config = ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[])
-    states = collect_states(model, rows, config, batch_size=3, temperature=temperature)
+    rows = [replace(row, temperature=temperature) for row in rows]
+    states = collect_states(model, rows, config, batch_size=3)
     expected = []
     weight = lm_head_of(model).weight.detach()
     for row in (row for row in rows if row.completion_ids):
@@ -102,3 +105,10 @@ def test_unscored_and_empty_rollouts_are_errors():
         collect_states(model, [Rollout("w5", "", [5], [6], False)], ValueHeadConfig(16))
     with pytest.raises(ValueError, match="nothing to learn from"):
         collect_states(model, [Rollout("w5", "", [5], [], False, [1.0])], ValueHeadConfig(16))
+
+
+def test_an_lm_head_whose_rows_cannot_be_read_is_an_error():
+    model = tiny_model("llama", dtype=torch.float32)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"weight is torch\.int8"):
+        collect_states(model, some_rollouts(), ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[]))

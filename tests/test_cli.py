@@ -76,7 +76,7 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
     assert described["parameters"] == sum(p.numel() for p in head.parameters())
 
     # From here the head finds its base by itself, in the command and in Python.
-    strong = ("--step-size", 1000, "--max-new-tokens", 8)
+    strong = ("--method", "advantage", "--step-size", 1000, "--max-new-tokens", 8)
     shown = run("generate", tmp_path / "head", "w10 w11", "--compare", *strong).stdout
     heading, _, base_text, _, controlled_text = shown.splitlines()
     assert heading == "# w10 w11" and base_text != controlled_text

@@ -165,9 +165,9 @@ def test_unknown_keys_are_named_in_a_warning_and_ignored(recontrol_warnings):
     assert "a file" in message and "max_kl" in message and "target" in message and "step_size" not in message
     recontrol_warnings.clear()
 
-    config = ValueHeadConfig.from_dict({"hidden_size": 8, "model_type": "x", "control": {"new": 1}}, source="b file")
+    config = ValueHeadConfig.from_dict({"hidden_size": 8, "colour": "x", "control": {"new": 1}}, source="b file")
     assert config == ValueHeadConfig(hidden_size=8, control=ControlConfig())
-    assert any("b file" in message and "model_type" in message for message in recontrol_warnings)
+    assert any("b file" in message and "colour" in message for message in recontrol_warnings)
     assert any("'new'" in message for message in recontrol_warnings)
 
 

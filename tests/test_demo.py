@@ -7,7 +7,8 @@ import torch
 
 from hf_recontrol import ReControlForCausalLM
 from hf_recontrol import demo as demo_module
-from hf_recontrol.demo import embedded_model, run_demo, vader
+from hf_recontrol.demo import embedded_model, run_demo
+from hf_recontrol.rewards import vader
 
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer

@@ -74,4 +74,7 @@ def test_a_kl_out_of_reach_is_an_error_and_leaves_the_control_as_it_was():
         match_kl(model, some_rollouts(), ControlConfig(step_size=1.0, num_steps=1), 1e3)
     with pytest.raises(ValueError, match="above 0"):
         match_kl(model, some_rollouts(), ControlConfig(), 0.0)
+    for start in (0.0, (1.0, 2.0)):
+        with pytest.raises(ValueError, match="one step size above 0"):
+            match_kl(model, some_rollouts(), ControlConfig(step_size=start), 0.1)
     assert model.control.step_size == 0.5

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
+from hf_recontrol.control import Controller
 
 from .conftest import HIDDEN, LAYERS, STRONG, VOCAB, make_head, make_llama
 
@@ -1004,3 +1005,76 @@ def test_an_adapter_on_the_module_that_is_hooked_is_followed(input_ids, target):
     )
     set_adapter(after)
     assert tokens(after, input_ids) == tokens(base, input_ids) != tokens(base, input_ids, control=False)
+
+
+def test_importing_the_package_imports_neither_torch_nor_an_extra():
+    code = (
+        "import sys, hf_recontrol\n"
+        "print(sorted({'torch', 'transformers'} & sys.modules.keys()))\n"
+        "from hf_recontrol import ReControlForCausalLM, ValueHead\n"
+        "print(sorted({'vaderSentiment', 'gguf', 'typer', 'hypothesis'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "[]"]
+
+
+def test_a_plain_forward_whose_hook_point_was_replaced_is_an_error_and_no_silent_base(llama, head, input_ids):
+    model = ReControlForCausalLM.from_model(llama, head, STRONG)
+    model.model.layers[-1] = copy.deepcopy(model.model.layers[-2])
+    model.model.layers[-1]._forward_hooks.clear()
+    with pytest.raises(RuntimeError, match="did not reach its hook point"):
+        model(input_ids)
+    with model.disable_control():
+        model(input_ids)
+    model.generate(input_ids, max_new_tokens=2, do_sample=False)  # follows the change
+    model(input_ids)
+
+
+def test_saving_does_not_swallow_what_it_does_not_know(llama, head, tmp_path):
+    model = ReControlForCausalLM.from_model(llama, head, STRONG)
+    with pytest.raises(TypeError, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "head", push_to_hub=True)
+    assert not (tmp_path / "head").exists()
+
+
+def test_a_base_named_without_a_head_says_so(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="configuration of a model, not of a value head"):
+        ReControlForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_row_of_step_size_zero_is_the_base_also_under_plausibility(llama, input_ids):
+    for hook_point in ("decoder_layer", "lm_head"):
+        head = make_head(hook_point=hook_point)
+        expected = llama(input_ids).logits
+        control = ControlConfig(step_size=(0.0, 1.0), num_steps=5, plausibility=0.5)
+        model = ReControlForCausalLM.from_model(llama, head, control)
+        logits = model(input_ids).logits
+        torch.testing.assert_close(logits[0], expected[0])
+        assert logits[1].isinf().any()
+        model.unload()
+
+
+def test_a_linear_layer_of_another_kind_is_hooked_by_its_width(llama, input_ids):
+    """As quantised linears are: no float weight to look at, only `in_features`."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            scale = linear.weight.detach().abs().amax() / 127
+            self.register_buffer("packed", (linear.weight.detach() / scale).round().to(torch.int8))
+            self.scale = scale
+
+        def forward(self, x):
+            return x @ (self.packed.to(x.dtype) * self.scale).T
+
+    llama.lm_head = Packed(llama.lm_head)
+    head = make_head(hook_point="lm_head")
+    states = []
+    handle = llama.lm_head.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    llama(input_ids)
+    handle.remove()
+    expected = llama.lm_head(Controller(head).edit(states[0], STRONG, STRONG.step_size))
+    model = ReControlForCausalLM.from_model(llama, head, STRONG)
+    torch.testing.assert_close(model(input_ids).logits, expected)

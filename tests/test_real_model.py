@@ -95,7 +95,7 @@ def test_a_head_trained_here_raises_its_reward(smollm2):
 
     rollouts = score_rollouts(rollouts, commas)
     config = ValueHeadConfig(576, head_sizes=[256], hook_point="lm_head", advantage_sizes=[64])
-    states = collect_states(model, rollouts, config, temperature=0.9)
+    states = collect_states(model, rollouts, config)
     head, _ = train_value_head(states, config, num_epochs=10, validation_split=0.2)
     fit_advantage(head, states, validation_split=0.2)
     controlled = ReControlForCausalLM.from_model(model, head)

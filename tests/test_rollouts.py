@@ -81,6 +81,13 @@ def test_a_stop_string_ends_the_turn_and_is_cut_from_text_and_tokens():
     assert cut.completion_ids == plain.completion_ids[:6]
 
 
+def test_odd_defaults_of_the_base_do_not_bend_its_rollouts(model, tokenizer):
+    plain = generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=8)
+    odd = {"repetition_penalty": 1.9, "top_k": 2, "no_repeat_ngram_size": 1, "num_beams": 3, "typical_p": 0.5}
+    model.generation_config.update(**odd)
+    assert generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=8) == plain
+
+
 def test_rollouts_come_from_the_base_unless_control_is_asked_for(model, tokenizer):
     base = generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0)
     control = ControlConfig(step_size=5.0, num_steps=10)

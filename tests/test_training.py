@@ -1,6 +1,7 @@
 """States to a head: targets, what training finds in data that hold something to find, and its errors."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -146,6 +147,32 @@ def test_the_advantage_part_is_never_worse_on_held_out_prompts_than_its_constant
     figures = fit_advantage(head, states, learning_rate=3e-3, num_epochs=5)
     assert figures["advantage_correlation"] >= figures["constant_correlation"] - 1e-3
     assert all(math.isfinite(value) for value in figures.values())
+
+
+def test_the_mlp_of_the_advantage_part_learns_what_a_constant_cannot_say():
+    """What a direction is worth turns its sign with the state, so no constant vector can tell."""
+    generator = torch.Generator().manual_seed(0)
+    count, length = 600, 4
+    sign = torch.randint(0, 2, (count, 1, 1), generator=generator) * 2.0 - 1
+    directions = torch.randn(count, length, WIDTH, generator=generator)
+    value = (sign * directions)[..., 0].cumsum(1)
+    # The state holds the value so far and the sign, so that V can be exact.
+    hidden = torch.zeros(count, length, WIDTH)
+    hidden[:, 1:, 1] = value[:, :-1]
+    hidden[:, :, 2:3] = sign
+    states = States(
+        hidden=hidden.flatten(0, 1),
+        lengths=torch.full((count,), length),
+        rewards=value[:, -1:],
+        prompts=torch.arange(count),
+        directions=directions.flatten(0, 1),
+    )
+    head, _ = train_value_head(states, CONFIG, td_lambda=1.0, **FAST)
+    figures = fit_advantage(head, states, learning_rate=1e-2, num_epochs=20)
+    assert figures["advantage_correlation"] > figures["constant_correlation"] + 0.3
+    smoothed = deepcopy(head)
+    fit_advantage(smoothed, states, learning_rate=1e-2, num_epochs=1, gae_lambda=0.9)
+    assert not torch.equal(smoothed.advantage(hidden[0]), head.advantage(hidden[0]))
 
 
 def change(states: States, **changes) -> States:

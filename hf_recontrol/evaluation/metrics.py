@@ -17,8 +17,9 @@ _WORDS = re.compile(r"\w+|[^\w\s]+")
 
 def diversity(texts: Sequence[str]) -> float:
     """
-    `Π_{n=2..4} (1 - rep_n)`, `rep_n = 1 - |distinct n-grams| / (|n-grams| + 1)` over word tokens, averaged over texts
-    (Kong et al. 2024).
+    `Π_{n=2..4} (1 - rep_n)`, `rep_n = 1 - |distinct n-grams| / (|n-grams| + 1)` over word tokens, averaged over texts.
+    The formula is that of Kong et al. (2024); they split words with another tokenizer of NLTK, so their figures are
+    not comparable to the last digit.
 
     Raises:
         `ValueError`: if there are no texts.

@@ -45,6 +45,8 @@ def match_kl(
     """
     if not target > 0:
         raise ValueError(f"`target` must be above 0, got {target!r}.")
+    if control.is_identity or control.per_row:
+        raise ValueError(f"`control` must start from one step size above 0, got {control}.")
     recommended = model.control
     low, high = -math.inf, math.inf  # logarithms of step sizes on either side of the target
     log_step, slope, before = math.log(control.step_size), 2.0, None

@@ -1,0 +1,42 @@
+"""Writing files so that no reader sees half of one and no interruption costs the old one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike):
+    """
+    A temporary path beside `path` that is renamed to `path` when the block ends well and removed when it does not, so
+    that a reader never sees half a file and an interrupted write never costs the old one.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(temporary)
+    try:
+        yield temporary
+        # mkstemp and safetensors make files that only their owner can read, whatever the user's umask allows.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | os.PathLike) -> Path:
+    """Create a folder to save in.
+
+    Raises:
+        `OSError`: if `path` is a file, or cannot be created.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise OSError(f"{path} is a file: name a folder to save in.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
