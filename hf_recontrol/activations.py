@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .configuration import ValueHeadConfig
 from .files import atomic_path
 from .hooks import find_lm_head, read_states
+from .hub import portable_name
 from .modeling import ReControlForCausalLM
 from .rollouts import Rollout, pad_batch
 
@@ -111,6 +112,12 @@ def collect_states(
     used = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids]
     if not used:
         raise ValueError("No rollout has a token: nothing to learn from.")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if max(max(rollouts[i].prompt_ids + rollouts[i].completion_ids) for i in used) >= vocabulary:
+        raise ValueError(
+            f"The rollouts hold token ids that are not in the model's vocabulary of {vocabulary}: they were sampled "
+            "from another model."
+        )
     with_directions = config.advantage_sizes is not None
     weight = find_lm_head(model).weight if with_directions else None
     if with_directions and not weight.is_floating_point():
@@ -155,5 +162,5 @@ def collect_states(
         directions=torch.cat([directions[i] for i in used]) if with_directions else None,
         hook_point=config.hook_point,
         layer=config.layer,
-        base_model_name_or_path=model.config._name_or_path or None,
+        base_model_name_or_path=portable_name(model.config._name_or_path),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,7 +28,7 @@ PromptsOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Sequences in one forward.")]
-DtypeOption = Annotated[str, typer.Option(help="Dtype of the base: auto, float32, bfloat16, float16.")]
+DtypeOption = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype of the base.")]
 DeviceOption = Annotated[str, typer.Option(help="Device of the base: cpu, cuda, cuda:1, auto, ...")]
 
 
@@ -69,9 +69,11 @@ def rollout(
 
     Example: `recontrol rollout -m org/base --prompts prompts.jsonl -o rollouts.jsonl --temperature 0.9`
     """
+    from .files import check_target
     from .rollouts import generate_rollouts, load_prompts, save_rollouts
 
     rows = load_prompts(prompts)
+    check_target(output)
     base, tokenizer = _load_base(model, dtype, device)
     rollouts = generate_rollouts(
         base,
@@ -81,7 +83,7 @@ def rollout(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        stop_strings=[text.encode().decode("unicode_escape") for text in stop or []],
+        stop_strings=[text.encode("latin-1", "backslashreplace").decode("unicode_escape") for text in stop or []],
         batch_size=batch_size,
         seed=seed,
     )
@@ -109,10 +111,12 @@ def label(
     """
     from statistics import fmean
 
+    from .files import check_target
     from .rewards import load_reward, score_rollouts
     from .rollouts import load_rollouts, save_rollouts
 
     rows = load_rollouts(rollouts)
+    check_target(output or rollouts)
     scored = score_rollouts(rows, *[load_reward(spec) for spec in reward])
     save_rollouts(scored, output or rollouts)
     means = ", ".join(f"{fmean(r.reward[i] for r in scored):.3f}" for i in range(len(reward)))
@@ -136,10 +140,12 @@ def states(
     """
     from .activations import collect_states
     from .configuration import ValueHeadConfig
+    from .files import check_target
     from .hooks import hook_width
     from .rollouts import load_rollouts
 
     rows = load_rollouts(rollouts)
+    check_target(output)
     shape = {"hook_point": hook_point, "layer": layer, "advantage_sizes": [] if hook_point == "lm_head" else None}
     config = ValueHeadConfig(1, **shape)
     base, _ = _load_base(model, dtype, device)
@@ -171,11 +177,13 @@ def train(
     """
     from .activations import States
     from .configuration import ValueHeadConfig
+    from .files import check_target
     from .training import fit_advantage, train_value_head
 
     value_widths = _widths("--head-sizes", head_sizes)
     advantage_widths = None if advantage_sizes == "none" else _widths("--advantage-sizes", advantage_sizes)
     collected = States.load(states)
+    check_target(output / "config.json")
     if collected.directions is None:
         advantage_widths = None
     config = ValueHeadConfig(

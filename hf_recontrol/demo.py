@@ -150,7 +150,7 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
         print(f"Held out: {', '.join(f'{name} {value:.2f}' for name, value in figures.items())}")
         controlled = ReControlForCausalLM.from_model(base, head)
         # A few responses give the mean KL well enough, at a second or two for each step size tried.
-        sample = [rollout for rollout in rollouts if len(rollout.completion_ids) > 8][:8]
+        sample = ([rollout for rollout in rollouts if len(rollout.completion_ids) > 8] or rollouts)[:8]
         controls = {
             method: match_kl(controlled, sample, ControlConfig(method, 1.0, settings.num_steps), settings.target_kl)
             for method in ("ascent", "advantage")

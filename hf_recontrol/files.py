@@ -40,3 +40,20 @@ def make_folder(path: str | os.PathLike) -> Path:
         raise OSError(f"{path} is a file: name a folder to save in.")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def check_target(path: str | os.PathLike) -> None:
+    """
+    Check that a file can be written at `path`, before the long work whose result it is to hold.
+
+    Raises:
+        `OSError`: if `path` is a folder, or stands in no folder that can be made and written; says which.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OSError(f"{path} is a folder: name a file to write.")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise OSError(f"{existing} is a file, so {path} cannot be written.")
+    if not os.access(existing, os.W_OK):
+        raise OSError(f"{existing} cannot be written to.")

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ._version import __version__
+from .configuration import ValueHeadConfig
 from .files import atomic_path
-
-if TYPE_CHECKING:
-    from .configuration import ValueHeadConfig
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -83,6 +80,13 @@ def find_file(
         ) from error
 
 
+def portable_name(name_or_path: str) -> str | None:
+    """A base model's name as a head records it: a local folder by its whole path, so that any folder finds it."""
+    if not name_or_path:
+        return None
+    return os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
+
+
 def model_card(config: ValueHeadConfig, repo_id: str | None = None, tags: list[str] | None = None) -> ModelCard:
     """The card of a head. It states what the configuration knows and leaves out the rest."""
     base = config.base_model_name_or_path
@@ -136,13 +140,26 @@ Written by hf_recontrol {__version__}.
 
 
 def write_card(
-    folder: Path, config: ValueHeadConfig, repo_id: str | None = None, tags: list[str] | None = None
+    folder: Path,
+    config: ValueHeadConfig,
+    repo_id: str | None = None,
+    tags: list[str] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write the card into `folder`, unless there is one already: it may hold what its owner wrote."""
     path = folder / CARD_NAME
-    if not path.exists():
+    if overwrite or not path.exists():
         with atomic_path(path) as temporary:
             temporary.write_text(str(model_card(config, repo_id, tags)), encoding="utf-8")
+
+
+def has_own_card(folder: Path) -> bool:
+    """Whether the card in `folder` is word for word the one of the head there: nobody has edited it."""
+    try:
+        config = ValueHeadConfig.from_json_file(folder / CONFIG_NAME)
+        return (folder / CARD_NAME).read_text(encoding="utf-8") == str(model_card(config))
+    except (OSError, ValueError):
+        return False
 
 
 def push_folder(

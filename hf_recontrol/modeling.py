@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .configuration import ControlConfig, ValueHeadConfig
 from .hooks import ControlHooks, find_lm_head, hook_layer, hook_width, read_states
+from .hub import portable_name
 from .value_head import ValueHead
 
 logger = logging.get_logger(__name__)
@@ -268,7 +269,7 @@ class ReControlForCausalLM:
         return manager
 
     def values(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
+        self, input_ids: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
         """
         V at every position of the base's (uncontrolled) states, in the reward's own units.
@@ -287,7 +288,7 @@ class ReControlForCausalLM:
             self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         parameter = next(head.parameters(), states[0])
         values = head(states[0].to(parameter.device, parameter.dtype))
-        return (head.rewards(values) if isinstance(head, ValueHead) else values).to(input_ids.device)
+        return (head.rewards(values) if isinstance(head, ValueHead) else values).to(states[0].device)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """
@@ -315,7 +316,7 @@ class ReControlForCausalLM:
         if not isinstance(head, ValueHead):
             raise TypeError(f"Only a ValueHead can be saved, this head is a {type(head).__name__}.")
         if not head.config.base_model_name_or_path:
-            head.config.base_model_name_or_path = self.config._name_or_path or None
+            head.config.base_model_name_or_path = portable_name(self.config._name_or_path)
             head.config.base_model_revision = getattr(self.config, "_commit_hash", None)
         if not self.control.per_row:
             head.config.control = self.control

@@ -21,6 +21,10 @@ from .rollouts import Prompt, Rollout
 RewardFunction = Callable[..., Sequence[float]]
 
 
+class MissingColumnError(ValueError):
+    """The data lack the column that a reward names."""
+
+
 class ClassifierReward:
     """
     The score of a sequence-classification model, as a reward function.
@@ -149,7 +153,7 @@ def load_reward(spec: str) -> RewardFunction:
 def _column(name: str) -> RewardFunction:
     def reward(prompts, completions, **columns):
         if name not in columns:
-            raise KeyError(f"the data have no column {name!r}, they have {sorted(columns)}")
+            raise MissingColumnError(f"The data have no column {name!r}, they have {sorted(columns)}.")
         return columns[name]
 
     reward.__name__ = name
@@ -174,6 +178,8 @@ def score_rollouts(rollouts: Sequence[Rollout], *rewards: RewardFunction) -> lis
         name = getattr(function, "__name__", type(function).__name__)
         try:
             values = list(function(prompts, completions, **columns))
+        except MissingColumnError:
+            raise
         except Exception as error:
             raise RuntimeError(f"The reward {name} failed: {type(error).__name__}: {error}") from error
         if len(values) != len(rollouts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -169,32 +170,19 @@ def _cut(
 ) -> tuple[str, list[int], bool]:
     """The response up to its turn's end: its text, its tokens with the one that ended the turn, whether it ended."""
     end = next((i for i, token in enumerate(ids) if token in end_ids), None)
-    finished = end is not None
-    kept = ids[: end + 1] if finished else ids
-    text = tokenizer.decode(ids[:end] if finished else ids, skip_special_tokens=True)
-    stops = [text.index(stop) for stop in stop_strings if stop in text]
-    if not stops:
-        return text, kept, finished
-    text = text[: min(stops)]
-    # The tokens that spell the kept text, and the first one of the stop string: the choice to end the turn.
-    length = next(
-        i for i in range(len(kept) + 1) if len(tokenizer.decode(kept[:i], skip_special_tokens=True)) >= len(text)
-    )
-    return text, kept[: length + 1], True
+    body, kept = ids[:end], ids if end is None else ids[: end + 1]
+    text = tokenizer.decode(body, skip_special_tokens=True)
 
+    def stopped(tokens: list[int]) -> bool:
+        # A stop string may be a special token, which the text leaves out.
+        spelled = tokenizer.decode(tokens)
+        return any(stop in spelled for stop in stop_strings)
 
-# Rollouts are draws from the model itself, at a temperature: no penalties, no other truncation.
-_NEUTRAL = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "min_length": 0,
-    "guidance_scale": 1.0,
-}
+    if not stopped(body):
+        return text, kept, end is not None
+    length = next(i for i in range(1, len(body) + 1) if stopped(body[:i]))
+    text = tokenizer.decode(body[:length], skip_special_tokens=True)
+    return text[: min([text.index(stop) for stop in stop_strings if stop in text], default=None)], body[:length], True
 
 
 def generate_rollouts(
@@ -237,12 +225,19 @@ def generate_rollouts(
         `list[Rollout]`, in the order of `prompts`.
 
     Raises:
-        `ValueError`: if there are no prompts, or one is empty.
+        `ValueError`: if there are no prompts, or one is empty or too long for the model.
     """
     if len(prompts) == 0:
         raise ValueError("No prompts to answer.")
     rows = [dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt} for prompt in prompts]
     encoded = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    longest = max(map(len, encoded)) + max_new_tokens
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"The longest prompt and {max_new_tokens} new tokens make {longest} tokens, the model has room for "
+            f"{context}: leave out long prompts or lower `max_new_tokens`."
+        )
     end_ids = end_token_ids(model, tokenizer)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -250,10 +245,12 @@ def generate_rollouts(
         eos_token_id=end_ids or None,
         pad_token_id=pad_token_id(model, tokenizer),
         **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
-        # What is left unset the model's own generation config would fill in.
-        **_NEUTRAL,
         **({"stop_strings": list(stop_strings)} if stop_strings else {}),
     )
+    # generate() fills what is unset from the model's own generation config, but rollouts are draws from the model
+    # itself: no penalties, beams or processors that its authors recommend. A shallow copy leaves the model as it is.
+    model = copy.copy(model)
+    model.generation_config = GenerationConfig(bos_token_id=model.generation_config.bos_token_id)
     options: dict[str, Any] = {"tokenizer": tokenizer} if stop_strings else {}
     if isinstance(model, ReControlForCausalLM):
         options["control"] = control

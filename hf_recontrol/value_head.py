@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from .configuration import ValueHeadConfig
 from .files import atomic_path, make_folder
-from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, push_folder, write_card
+from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, has_own_card, push_folder, write_card
 
 
 class MLP(nn.Module):
@@ -102,17 +102,21 @@ class ValueHead(nn.Module):
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
-        Write `config.json`, `model.safetensors` and, if there is none yet, a card `README.md` to a folder. Each file
-        is complete or absent, also when the write is interrupted.
+        Write `config.json`, `model.safetensors` and a card `README.md` to a folder; a card that someone else wrote or
+        edited is kept. Each file is complete or absent, also when the write is interrupted.
+
+        Raises:
+            `ValueError`: if the head holds NaN or infinite values. `OSError`: if the folder cannot be written.
         """
         self.check_finite()
         folder = make_folder(save_directory)
+        replace_card = has_own_card(folder)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         # Both are written before either is renamed: new weights beside the old config would be no head.
         with atomic_path(folder / CONFIG_NAME) as config_path, atomic_path(folder / WEIGHTS_NAME) as weights_path:
             config_path.write_text(self.config.to_json(), encoding="utf-8")
             save_file(tensors, weights_path, metadata={"format": "pt"})
-        write_card(folder, self.config)
+        write_card(folder, self.config, overwrite=replace_card)
 
     @classmethod
     def from_pretrained(

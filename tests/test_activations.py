@@ -49,7 +49,7 @@ def test_states_are_those_each_token_was_drawn_from(family, hook_point, layer):
     assert states.lengths.tolist() == [len(row.completion_ids) for row in used]
     assert states.rewards.tolist() == [row.reward for row in used]
     expected = torch.cat([one_by_one(model, row, hook_point, layer)[0] for row in used])
-    torch.testing.assert_close(states.hidden, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states.hidden, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -64,7 +64,7 @@ def test_directions_are_the_drawn_row_less_its_mean_under_the_base(temperature):
         _, logits = one_by_one(model, row, "lm_head", -1)
         policy = torch.softmax(logits / temperature, -1)
         expected.append(weight[row.completion_ids] - policy @ weight)
-    torch.testing.assert_close(states.directions, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states.directions, torch.cat(expected), rtol=1e-3, atol=1e-3)
 
 
 def test_prompts_are_numbered_by_what_they_say():
@@ -109,3 +109,9 @@ def test_an_lm_head_whose_rows_cannot_be_read_is_an_error():
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"weight is torch\.int8"):
         collect_states(model, some_rollouts(), ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[]))
+
+
+def test_rollouts_of_another_vocabulary_are_an_error():
+    rows = [Rollout("w5", "", [5, 400], [6], False, [1.0])]
+    with pytest.raises(ValueError, match="vocabulary of 97"):
+        collect_states(tiny_model("llama", dtype=torch.float32), rows, ValueHeadConfig(16))

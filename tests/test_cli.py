@@ -118,6 +118,21 @@ def test_errors_are_one_line_with_exit_code_1(arguments, words, tmp_path, monkey
     assert not list(tmp_path.iterdir()), "nothing was made"
 
 
+@pytest.mark.parametrize("target", ["folder", "file/r.jsonl"])
+def test_a_target_that_cannot_be_written_is_an_error_before_the_work(target, base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_recontrol.rollouts.generate_rollouts", None)
+    monkeypatch.setattr(
+        sys, "argv", ["recontrol", "rollout", "-m", str(base), "--prompts", "prompts.jsonl", "-o", target]
+    )
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 1 and target.split("/")[0] in capsys.readouterr().err
+
+
 def test_an_error_of_the_reward_function_itself_shows_where(tmp_path):
     save_rollouts([Rollout("w5", "w6", [5], [6], False)], tmp_path / "r.jsonl")
     (tmp_path / "bad.py").write_text("def reward(prompts, completions, **columns):\n    return [1 / 0]\n")

@@ -8,6 +8,7 @@ import torch
 from hf_recontrol import ControlConfig, ReControlForCausalLM
 from hf_recontrol.rollouts import (
     Rollout,
+    _cut,
     encode_prompt,
     generate_rollouts,
     load_prompts,
@@ -77,15 +78,36 @@ def test_a_stop_string_ends_the_turn_and_is_cut_from_text_and_tokens():
     cut = generate_rollouts(model, tokenizer, ["abc"], stop_strings=[stop, "never"], **options)[0]
     assert cut.finished and not plain.finished
     assert cut.completion == plain.completion[: plain.completion.index(stop)]
-    # The first token of the stop string is the choice to end the turn; the rest of it is not kept.
-    assert cut.completion_ids == plain.completion_ids[:6]
+    # The tokens of the stop string are what ended the turn, and what was drawn behind them is not kept.
+    assert cut.completion_ids == plain.completion_ids[:8]
 
 
 def test_odd_defaults_of_the_base_do_not_bend_its_rollouts(model, tokenizer):
     plain = generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=8)
     odd = {"repetition_penalty": 1.9, "top_k": 2, "no_repeat_ngram_size": 1, "num_beams": 3, "typical_p": 0.5}
+    odd |= {
+        "num_return_sequences": 2,
+        "return_dict_in_generate": True,
+        "stop_strings": ["w9"],
+        "forced_eos_token_id": 9,
+    }
     model.generation_config.update(**odd)
     assert generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=8) == plain
+
+
+def test_a_stop_string_that_is_a_special_token_or_follows_split_characters():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<stop>"]})
+    stop = tokenizer.convert_tokens_to_ids("<stop>")
+    letters = tokenizer("ab")["input_ids"]
+    assert _cut(tokenizer, [*letters, stop, 0, 0], [1], ["<stop>"]) == ("ab", [*letters, stop], True)
+    ids = tokenizer("\U0001f44d!\n\nHuman: x")["input_ids"]
+    assert _cut(tokenizer, ids, [1], ["\n\nHuman:"]) == ("\U0001f44d!", ids[: 4 + 1 + 8], True)
+
+
+def test_a_prompt_too_long_for_the_model_is_an_error(model, tokenizer):
+    with pytest.raises(ValueError, match="make 70 tokens, the model has room for 64"):
+        generate_rollouts(model, tokenizer, ["w5 " * 10], max_new_tokens=60)
 
 
 def test_rollouts_come_from_the_base_unless_control_is_asked_for(model, tokenizer):

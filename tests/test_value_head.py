@@ -515,3 +515,13 @@ def test_a_local_base_that_is_gone_is_not_given_to_the_hub_as_a_repo(tmp_path):
     make_head(base_model_name_or_path=str(tmp_path / "moved" / "away")).save_pretrained(tmp_path / "head")
     data = huggingface_hub.ModelCard.load(tmp_path / "head" / "README.md").data.to_dict()
     assert "base_model" not in data and "base_model_relation" not in data
+
+
+def test_another_head_in_the_folder_gets_its_own_card_and_an_edited_one_is_kept(tmp_path):
+    make_head(head_sizes=[12]).save_pretrained(tmp_path)
+    make_head(head_sizes=[5]).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "16 - 5 - 1" in card and "16 - 12 - 1" not in card
+    (tmp_path / "README.md").write_text(card + "mine\n")
+    make_head(head_sizes=[7]).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == card + "mine\n"

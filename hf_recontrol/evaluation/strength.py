@@ -53,7 +53,10 @@ def match_kl(
     try:
         for _ in range(max_measurements):
             model.control = replace(control, step_size=math.exp(log_step))
-            kl = kl_divergence(model, rollouts)
+            try:
+                kl = kl_divergence(model, rollouts)
+            except FloatingPointError:  # beyond the range of the states' dtype
+                kl = 1e12
             if abs(kl / target - 1) <= tolerance:
                 return replace(control, step_size=float(f"{math.exp(log_step):.3g}"))
             low, high = (log_step, high) if kl < target else (low, log_step)
