@@ -104,7 +104,8 @@ def _open_folder(output: Path, settings: DemoSettings) -> None:
     changed = [name for name, value in asdict(settings).items() if known.get(name) != value]
     if changed:
         raise ValueError(
-            f"{output} was made with another {' and '.join(changed)}: name another folder (--output), or remove it."
+            f"{output} was made with another {' and '.join(changed)}: name another "
+            "folder (--output; with make, OUTPUT=), or remove it."
         )
 
 
@@ -134,13 +135,13 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
     settings = DemoSettings(model, hashlib.sha256(Path(prompts).read_bytes()).hexdigest(), seed)
     if len(rows) < 4 * settings.num_unseen_prompts:
         raise ValueError(f"{prompts} holds {len(rows)} prompts, the demo needs {4 * settings.num_unseen_prompts}.")
-    _open_folder(output, settings)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     unseen = [rows[i] for i in order[: settings.num_unseen_prompts]]
     training = [rows[i] for i in order[settings.num_unseen_prompts :][: settings.num_training_prompts]]
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    _open_folder(output, settings)
     rollouts = _demo_rollouts(output / "rollouts.jsonl", base, tokenizer, training, settings)
     head_folder = output / "head"
     if not (head_folder / "config.json").is_file():

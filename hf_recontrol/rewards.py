@@ -178,8 +178,8 @@ def score_rollouts(rollouts: Sequence[Rollout], *rewards: RewardFunction) -> lis
         name = getattr(function, "__name__", type(function).__name__)
         try:
             values = list(function(prompts, completions, **columns))
-        except MissingColumnError:
-            raise
+        except (ImportError, MissingColumnError):
+            raise  # each says what to do
         except Exception as error:
             raise RuntimeError(f"The reward {name} failed: {type(error).__name__}: {error}") from error
         if len(values) != len(rollouts):

@@ -144,8 +144,9 @@ def train_value_head(
 
     Returns:
         The head and its figures on the held-out prompts (which also chose the epoch): `value_error` (mean squared
-        error to the final reward over that of the training episodes' mean reward),
-        `correlation_first` and `correlation_last` (with the final reward, at the first and the last token).
+        error to the final reward over that of the training episodes' mean reward), `correlation_first` and
+        `correlation_last` (with the final reward, at the first and the last token), and `held_out_episodes`, how many
+        responses these are of: with a handful they mean little.
 
     Raises:
         `ValueError`: if sizes do not fit, the data are not finite, or all rewards are equal.
@@ -234,6 +235,7 @@ def _value_figures(head: ValueHead, episodes: _Episodes) -> dict[str, float]:
     realised = torch.cat(realised)
     return {
         "value_error": float(squared / baseline.clamp(min=1e-12)),
+        "held_out_episodes": len(realised),
         "correlation_first": _correlation(torch.cat(first), realised),
         "correlation_last": _correlation(torch.cat(last), realised),
     }

@@ -65,6 +65,7 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
     figures = json.loads(run("train", "s.safetensors", "-o", "head", *options, cwd=tmp_path).stdout)
     assert set(figures) == {
         "value_error",
+        "held_out_episodes",
         "correlation_first",
         "correlation_last",
         "advantage_correlation",
