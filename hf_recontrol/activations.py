@@ -3,102 +3,156 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration import ValueHeadConfig
+from .configuration import ControlConfig, ValueHeadConfig
 from .files import atomic_path
-from .hooks import find_lm_head, read_states
+from .hooks import find_lm_head, hook_width, read_states
 from .hub import portable_name
 from .modeling import ReControlForCausalLM
-from .rollouts import Rollout, pad_batch
+from .records import Rollout, load_rollouts, rollout_parts
+from .rollouts import pad_batch
+from .stage import Progress, StageFolder, model_settings, progress_bar, read_manifest
+from .store import States, StateWriter
+
+logger = logging.get_logger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
-@dataclass
-class States:
+def teacher_forced(
+    model: PreTrainedModel, rollouts: Sequence[Rollout], keep_logits: bool
+) -> tuple[dict[str, torch.Tensor], list[slice]]:
     """
-    The states of many episodes, one after the other. State t of an episode is the one its token t was drawn from.
+    What to call a model with to see what each token of some responses was drawn from.
 
     Args:
-        hidden (`torch.Tensor` of shape `(states, hidden_size)`):
-            The states.
-        lengths (`torch.Tensor` of shape `(episodes,)`):
-            How many states, that is tokens, each episode has.
-        rewards (`torch.Tensor` of shape `(episodes, num_objectives)`):
-            The reward of each response.
-        prompts (`torch.Tensor` of shape `(episodes,)`):
-            The number of the episode's prompt, so that no prompt is in two splits.
-        directions (`torch.Tensor` of shape `(states, hidden_size)`, *optional*):
-            `w_y - w̄(h)`: the LM head's row of the drawn token less its mean under the base. Needed by the advantage
-            part.
-        hook_point (`str`), layer (`int`), base_model_name_or_path (`str`, *optional*):
-            Where the states were read.
+        rollouts (sequence of [`Rollout`]):
+            One batch.
+        keep_logits (`bool`):
+            Whether logits are kept from the first response's start on only; else at all positions.
+
+    Returns:
+        Keyword arguments of the model's forward, and for each response the slice of the kept positions that its tokens
+        were drawn from.
     """
+    # Padding on the right: under causal attention it changes nothing before it, not even positions.
+    inputs = pad_batch([r.prompt_ids + r.completion_ids for r in rollouts], 0, "right", model.device)
+    first = 0
+    if keep_logits and model._supports_logits_to_keep():
+        first = min(len(r.prompt_ids) for r in rollouts) - 1
+        inputs["logits_to_keep"] = inputs["input_ids"].shape[1] - first
+    starts = [len(r.prompt_ids) - 1 - first for r in rollouts]
+    return inputs, [slice(start, start + len(r.completion_ids)) for start, r in zip(starts, rollouts, strict=True)]
 
-    hidden: torch.Tensor
-    lengths: torch.Tensor
-    rewards: torch.Tensor
-    prompts: torch.Tensor
-    directions: torch.Tensor | None = None
-    hook_point: str = "lm_head"
-    layer: int = -1
-    base_model_name_or_path: str | None = None
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file."""
-        values = {name: value for name, value in vars(self).items() if value is not None}
-        tensors = {name: value.contiguous() for name, value in values.items() if isinstance(value, torch.Tensor)}
-        metadata = {name: str(value) for name, value in values.items() if name not in tensors}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> States:
-        """Read what [`States.save`] wrote.
-
-        Raises:
-            `OSError`, `ValueError`: names the file.
-        """
-        if not Path(path).is_file():
-            raise OSError(f"{path} is no file: make one with `recontrol states`.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = dict(file.metadata() or {})
-            return cls(**load_file(path), **metadata | {"layer": int(metadata["layer"])})
-        except (SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} does not hold states ({error}): make it with `recontrol states`.") from error
+def _check(model: PreTrainedModel, rollouts: Sequence[Rollout], config: ValueHeadConfig) -> None:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if max((max(r.prompt_ids + r.completion_ids) for r in rollouts), default=0) >= vocabulary:
+        raise ValueError(
+            f"The rollouts hold token ids that are not in the model's vocabulary of {vocabulary}: they were sampled "
+            "from another model."
+        )
+    if config.advantage_sizes is None:
+        return
+    weight = find_lm_head(model).weight
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"The LM head's weight is {weight.dtype}, so its rows cannot be read for the advantage part: load the "
+            "base with its LM head unquantised, or leave `advantage_sizes` out."
+        )
 
 
 @torch.no_grad()
+def _read(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    config: ValueHeadConfig,
+    batch_size: int,
+    control: ControlConfig | bool,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    """(number of the rollout, its states, its directions), in an order that wastes little on padding."""
+    with_directions = config.advantage_sizes is not None
+    in_layer = config.hook_point != "lm_head"
+    weight = find_lm_head(model).weight if with_directions else None
+    settings = contextlib.nullcontext()
+    if isinstance(model, ReControlForCausalLM):
+        settings = model._recontrol.call(control)
+    order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].prompt_ids) - len(rollouts[i].completion_ids))
+    with settings:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            inputs, parts = teacher_forced(model, [rollouts[i] for i in batch], keep_logits=not in_layer)
+            if in_layer and model._supports_logits_to_keep():
+                inputs["logits_to_keep"] = 1
+            with read_states(model, config, keep_logits=with_directions) as states:
+                logits = model(**inputs, use_cache=False).logits
+            for row, (i, part) in enumerate(zip(batch, parts, strict=True)):
+                directions = None
+                if with_directions:
+                    policy = torch.softmax(logits[row, part].float() / (rollouts[i].temperature or 1.0), dim=-1)
+                    tokens = torch.tensor(rollouts[i].completion_ids, device=weight.device)
+                    mean = policy.to(weight.device, weight.dtype) @ weight
+                    directions = weight[tokens].float() - mean.float()
+                yield i, states[0][row, part], directions
+
+
+def _prompt_number(rollout: Rollout) -> int:
+    """A number that is the same for equal prompts, in every process."""
+    text = json.dumps(rollout.prompt, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)
+
+
+def _small(rollouts: Sequence[Rollout], every: int, num_objectives: int) -> dict[str, torch.Tensor]:
+    return {
+        "lengths": torch.tensor([math.ceil(len(r.completion_ids) / every) for r in rollouts], dtype=torch.int64),
+        "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float32).reshape(-1, num_objectives),
+        "prompts": torch.tensor([_prompt_number(r) for r in rollouts], dtype=torch.int64),
+        "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
+    }
+
+
+def _place(model: PreTrainedModel, config: ValueHeadConfig) -> dict:
+    return {
+        "hook_point": config.hook_point,
+        "layer": config.layer,
+        "base_model_name_or_path": portable_name(model.config._name_or_path),
+        "base_model_revision": getattr(model.config, "_commit_hash", None),
+    }
+
+
 def collect_states(
     model: PreTrainedModel,
     rollouts: Sequence[Rollout],
     config: ValueHeadConfig,
     *,
     batch_size: int = 16,
+    control: ControlConfig | bool = False,
 ) -> States:
     """
-    Read the states of scored rollouts in one teacher-forced forward a batch. Under control of the last layer the
-    states of a token sequence do not depend on the control, so they are those of generation.
+    Read the states of scored rollouts, in memory, in one teacher-forced forward a batch. Under control of the last
+    layer the states of a token sequence do not depend on the control, so they are those of generation.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The base model; a controlled one is read with its control off.
+            The base model, or a controlled one.
         rollouts (sequence of [`Rollout`]):
             Scored rollouts.
         config ([`ValueHeadConfig`]):
             Where to read: its `hook_point` and `layer`. With `advantage_sizes`, the directions are collected too.
         batch_size (`int`, *optional*, defaults to 16):
             Rollouts read at once.
+        control ([`ControlConfig`] or `False`, *optional*, defaults to `False`):
+            What the rollouts were sampled under: the mean row w̄ is taken under this policy.
 
     The mean row w̄ is taken at the rollout's sampling temperature (at 1 for greedy ones).
 
@@ -107,60 +161,134 @@ def collect_states(
     """
     if any(rollout.reward is None for rollout in rollouts):
         raise ValueError("A rollout has no reward: score them first (`recontrol label`).")
-    numbers: dict[str, int] = {}
-    prompts = [numbers.setdefault(repr(rollout.prompt), len(numbers)) for rollout in rollouts]
-    used = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids]
-    if not used:
+    rollouts = [rollout for rollout in rollouts if rollout.completion_ids]
+    if not rollouts:
         raise ValueError("No rollout has a token: nothing to learn from.")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if max(max(rollouts[i].prompt_ids + rollouts[i].completion_ids) for i in used) >= vocabulary:
-        raise ValueError(
-            f"The rollouts hold token ids that are not in the model's vocabulary of {vocabulary}: they were sampled "
-            "from another model."
-        )
-    with_directions = config.advantage_sizes is not None
-    weight = find_lm_head(model).weight if with_directions else None
-    if with_directions and not weight.is_floating_point():
-        raise ValueError(
-            f"The LM head's weight is {weight.dtype}, so its rows cannot be read for the advantage part: load the "
-            "base with its LM head unquantised, or leave `advantage_sizes` out."
-        )
+    _check(model, rollouts, config)
     hidden: dict[int, torch.Tensor] = {}
     directions: dict[int, torch.Tensor] = {}
-    no_control = model.disable_control() if isinstance(model, ReControlForCausalLM) else contextlib.nullcontext()
-    order = sorted(used, key=lambda i: -len(rollouts[i].prompt_ids) - len(rollouts[i].completion_ids))
-    with no_control, logging.tqdm(total=len(order), desc="states") as progress:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            rows = [rollouts[i].prompt_ids + rollouts[i].completion_ids for i in batch]
-            # Padding on the right: under causal attention it changes nothing before it, not even positions.
-            inputs = pad_batch(rows, 0, "right", model.device)
-            first = 0
-            options = {}
-            if with_directions and model._supports_logits_to_keep():
-                first = min(len(rollouts[i].prompt_ids) for i in batch) - 1
-                options["logits_to_keep"] = inputs["input_ids"].shape[1] - first
-            elif not with_directions and config.hook_point != "lm_head" and model._supports_logits_to_keep():
-                options["logits_to_keep"] = 1
-            with read_states(model, config, keep_logits=with_directions) as states:
-                logits = model(**inputs, **options, use_cache=False).logits
-            for row, i in enumerate(batch):
-                begin = len(rollouts[i].prompt_ids) - 1 - first
-                part = slice(begin, begin + len(rollouts[i].completion_ids))
-                hidden[i] = states[0][row, part].float().cpu()
-                if with_directions:
-                    policy = torch.softmax(logits[row, part].float() / (rollouts[i].temperature or 1.0), dim=-1)
-                    tokens = torch.tensor(rollouts[i].completion_ids, device=weight.device)
-                    mean = policy.to(weight.device, weight.dtype) @ weight
-                    directions[i] = (weight[tokens].float() - mean.float()).cpu()
-            progress.update(len(batch))
+    with progress_bar("states", len(rollouts)) as advance:
+        for i, states, direction in _read(model, rollouts, config, batch_size, control):
+            hidden[i] = states.float().cpu()
+            if direction is not None:
+                directions[i] = direction.cpu()
+            advance(1)
     return States(
-        hidden=torch.cat([hidden[i] for i in used]),
-        lengths=torch.tensor([len(hidden[i]) for i in used]),
-        rewards=torch.tensor([rollouts[i].reward for i in used], dtype=torch.float32),
-        prompts=torch.tensor([prompts[i] for i in used]),
-        directions=torch.cat([directions[i] for i in used]) if with_directions else None,
-        hook_point=config.hook_point,
-        layer=config.layer,
-        base_model_name_or_path=portable_name(model.config._name_or_path),
+        hidden=torch.cat([hidden[i] for i in range(len(rollouts))]),
+        directions=torch.cat([directions[i] for i in range(len(rollouts))]) if directions else None,
+        **_small(rollouts, 1, len(rollouts[0].reward)),
+        **_place(model, config),
     )
+
+
+def write_states(
+    folder: str | os.PathLike,
+    model: PreTrainedModel,
+    rollouts: str | os.PathLike,
+    config: ValueHeadConfig,
+    *,
+    batch_size: int = 16,
+    control: ControlConfig | bool = False,
+    dtype: str = "auto",
+    every: int = 1,
+    max_gigabytes: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """
+    Read the states of a folder of scored rollouts into a folder of memory-mapped safetensors files, see [`States`] for
+    their tensors. Memory is bounded by the batch. A run that was stopped goes on where it was, and under `accelerate
+    launch` the processes share the files.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Made if need be.
+        model, config, batch_size, control:
+            As for [`collect_states`].
+        rollouts (`str` or `os.PathLike`):
+            A folder of [`write_rollouts`], scored by [`label_rollouts`]. Responses without a token or a reward are
+            left out.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            `"float32"`, `"bfloat16"`, `"float16"`, `"int8"` (scaled by row and feature; its error is in the counts),
+            or `"auto"`: that of the model.
+        every (`int`, *optional*, defaults to 1), max_gigabytes (`float`, *optional*):
+            Keep one state in `every`, counted back from the last; or as many as fit into so many 10⁹ bytes.
+        progress (`Callable[[int, int], None]`, *optional*):
+            Called with (done, total) instead of showing a bar.
+
+    Returns:
+        Counts: `episodes`, `states`, `bytes`; and with int8 `int8_squared_error`, summed over the states: the square
+        of the error relative to each feature's spread.
+
+    Raises:
+        `ValueError`: as [`collect_states`]; if a state leaves the range of `dtype`. `OSError`: as [`StageFolder`].
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {DTYPES}, got {dtype!r}.")
+    if every < 1 or (max_gigabytes is not None and not max_gigabytes > 0):
+        raise ValueError(f"`every` must be at least 1 and `max_gigabytes` above 0, got {every} and {max_gigabytes}.")
+    parts = rollout_parts(rollouts)
+    manifest = read_manifest(rollouts, "rollouts", "recontrol rollout")
+    if manifest["rewards"] is None:
+        raise ValueError(f"The rollouts in {rollouts} have no rewards: score them first (`recontrol label`).")
+    if manifest["settings"]["model"] != portable_name(model.config._name_or_path):
+        logger.warning(
+            f"The rollouts are those of {manifest['settings']['model']}, the states are read from "
+            f"{model.config._name_or_path}."
+        )
+    width = hook_width(model, config)
+    stored = getattr(torch, dtype) if dtype != "auto" else model.dtype
+    names = ["hidden"] if config.advantage_sizes is None else ["hidden", "directions"]
+    if max_gigabytes is not None:
+        size = manifest["counts"]["tokens"] * width * stored.itemsize * len(names)
+        every = max(every, math.ceil(size / (max_gigabytes * 1e9)))
+    place = _place(model, config)
+    settings = {
+        **model_settings(model),
+        "rollouts": hashlib.sha256(json.dumps(manifest["parts"], sort_keys=True).encode()).hexdigest(),
+        "hook_point": config.hook_point,
+        "layer": config.layer,
+        "tensors": names,
+        "dtype": str(stored).removeprefix("torch."),
+        "every": every,
+        "control": control.to_dict() if isinstance(control, ControlConfig) else control,
+    }
+    stage = StageFolder(folder, "states", settings, len(parts), ".safetensors")
+    with stage:
+        if stage.is_counted():
+            return stage.counts()
+        missing = stage.missing_parts()
+        total = int(manifest["counts"]["rollouts"])
+        with progress_bar("states", total, progress, stage.processes.index) as advance:
+            for index in stage.own_parts():
+                part = load_rollouts(parts[index])
+                used = [r for r in part if r.completion_ids and r.reward is not None]
+                if index in missing:
+                    _check(model, used, config)
+                    small = _small(used, every, len(manifest["rewards"]))
+                    starts = (small["lengths"].cumsum(0) - small["lengths"]).tolist()
+                    with (
+                        atomic_path(stage.part_path(index)) as path,
+                        StateWriter(
+                            path, small, int(small["lengths"].sum()), width, stored, names, place | {"every": every}
+                        ) as writer,
+                    ):
+                        for i, *values in _read(model, used, config, batch_size, control):
+                            kept = slice((len(used[i].completion_ids) - 1) % every, None, every)
+                            for name, value in zip(names, values, strict=False):
+                                writer.write(name, starts[i], value[kept])
+                advance(len(part) * (stage.processes.count if progress is None else 1))
+        counts = stage.finish(_count_part)
+        if not counts.get("states"):
+            raise ValueError(f"No scored rollout in {rollouts} has a token: nothing to learn from.")
+        return counts
+
+
+def _count_part(path: Path) -> dict[str, float]:
+    states = States.open(path)
+    size = sum(
+        tensor.numel() * tensor.element_size() for tensor in (states.hidden, states.directions) if tensor is not None
+    )
+    counts = {"episodes": len(states.lengths), "states": len(states.hidden), "bytes": size}
+    if states.int8_error is not None:
+        counts["int8_squared_error"] = float(states.int8_error) ** 2 * len(states.hidden)
+    return counts

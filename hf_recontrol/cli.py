@@ -9,6 +9,37 @@ from typing import Annotated, Literal
 
 import typer
 
+from .cli_options import (
+    AdvantageSizesOption,
+    BatchOption,
+    BudgetOption,
+    ColumnOption,
+    ConfigNameOption,
+    DeviceOption,
+    DtypeOption,
+    EpochsOption,
+    EveryOption,
+    GenerationConfigOption,
+    HeadSizesOption,
+    HookPointOption,
+    LayerOption,
+    LimitOption,
+    ModelArgument,
+    NewTokensOption,
+    PartOption,
+    PromptsOption,
+    RewardOption,
+    SamplesOption,
+    SeedOption,
+    SkipOption,
+    SplitOption,
+    StatesDtypeOption,
+    StopOption,
+    StreamingOption,
+    TdLambdaOption,
+    TemperatureOption,
+)
+
 app = typer.Typer(
     name="recontrol",
     no_args_is_help=True,
@@ -17,65 +48,199 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Align a language model while it generates.
 
-The way to a head: **rollout** (sample responses), **label** (score them), **states** (read hidden states),
-**train** (fit the head). Then **generate** under its control. **demo** does all of it on a small model. Each stage
-reads the file of the one before.""",
+**fit** goes from prompts and a reward to a head in one line. Its stages also stand alone: **rollout** (sample
+responses), **label** (score them), **states** (read hidden states), **train** (fit the head); each reads the folder of
+the one before, goes on where it was stopped, and shares its work between the processes of `accelerate launch`. Then
+**generate** under the head's control. **demo** does all of it on a small model.""",
 )
 
-ModelArgument = Annotated[str, typer.Option("--model", "-m", help="Base model: a folder or a Hub name.")]
-PromptsOption = Annotated[
-    Path, typer.Option("--prompts", help="JSONL file, one object a line with `prompt`: a text or chat messages.")
-]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Sequences in one forward.")]
-DtypeOption = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype of the base.")]
-DeviceOption = Annotated[str, typer.Option(help="Device of the base: cpu, cuda, cuda:1, auto, ...")]
 
-
-def _load_base(model: str, dtype: str, device: str):
+def _load_base(model: str, dtype: str, device: str | None, head: str | None = None):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .modeling import ReControlForCausalLM
+
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return _on_device(AutoModelForCausalLM.from_pretrained, model, dtype=dtype, device=device), tokenizer
+    if head is not None:
+        base = _on_device(ReControlForCausalLM.from_pretrained, model, value_head=head, dtype=dtype, device=device)
+        return base, tokenizer, base.control
+    return _on_device(AutoModelForCausalLM.from_pretrained, model, dtype=dtype, device=device), tokenizer, False
 
 
-def _on_device(load, *names, dtype: str, device: str, **kwargs):
+def _on_device(load, *names, dtype: str, device: str | None, **kwargs):
+    from .stage import Processes
+
     # device_map needs accelerate, a plain device does not.
     if device == "auto":
         return load(*names, dtype=dtype, device_map="auto", **kwargs).eval()
-    return load(*names, dtype=dtype, **kwargs).eval().to(device)
+    return load(*names, dtype=dtype, **kwargs).eval().to(device or Processes().device)
 
 
 def _print_json(values: dict) -> None:
     typer.echo(json.dumps(values, indent=2))
 
 
+def _is_main() -> bool:
+    from .stage import Processes
+
+    return Processes().index == 0
+
+
+def _bad_rows(skip: bool) -> str:
+    return "skip" if skip else "error"
+
+
+def _stops(stop: list[str] | None) -> list[str]:
+    return [text.encode("latin-1", "backslashreplace").decode("unicode_escape") for text in stop or []]
+
+
+def _generation_config(name: str | None):
+    from transformers import GenerationConfig
+
+    return None if name is None else GenerationConfig.from_pretrained(name)
+
+
+def _widths(option: str, text: str) -> list[int] | None:
+    if text == "none" and option == "--advantage-sizes":
+        return None
+    try:
+        return [int(width) for width in text.split(",") if width.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"expected widths such as 512 or 512,512, got {text!r}", param_hint=option) from None
+
+
+@app.command()
+def fit(
+    model: ModelArgument,
+    prompts: PromptsOption,
+    reward: RewardOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything made.")],
+    samples: SamplesOption = 1,
+    max_new_tokens: NewTokensOption = 128,
+    temperature: TemperatureOption = 1.0,
+    generation_config: GenerationConfigOption = None,
+    stop: StopOption = None,
+    hook_point: HookPointOption = "lm_head",
+    layer: LayerOption = -1,
+    states_dtype: StatesDtypeOption = "auto",
+    every: EveryOption = 1,
+    max_gb: BudgetOption = None,
+    head_sizes: HeadSizesOption = "1024",
+    advantage_sizes: AdvantageSizesOption = "256",
+    td_lambda: TdLambdaOption = 0.95,
+    epochs: EpochsOption = 30,
+    validation_split: Annotated[float, typer.Option(help="Share of the prompts held out.")] = 0.1,
+    target_kl: Annotated[float, typer.Option(help="The head recommends the step size of this KL (nats/token).")] = 0.1,
+    split: SplitOption = "train",
+    config_name: ConfigNameOption = None,
+    prompt_column: ColumnOption = "prompt",
+    limit: LimitOption = None,
+    streaming: StreamingOption = False,
+    skip_bad_rows: SkipOption = False,
+    batch_size: BatchOption = 16,
+    part_size: PartOption = 256,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """From prompts and a reward to a head and a report: all stages in one folder. The same command again goes on where
+    it was stopped.
+
+    Example: `recontrol fit -m org/base --prompts prompts.jsonl --reward my_module:my_reward -o run --samples 2`
+    """
+    from .fit import fit as run_fit
+    from .prompts import load_prompts
+
+    value_widths = _widths("--head-sizes", head_sizes)
+    advantage_widths = _widths("--advantage-sizes", advantage_sizes)
+    rows = load_prompts(
+        prompts,
+        split=split,
+        config_name=config_name,
+        column=prompt_column,
+        limit=limit,
+        streaming=streaming,
+        on_bad_rows=_bad_rows(skip_bad_rows),
+    )
+    figures = run_fit(
+        model,
+        rows,
+        reward,
+        output,
+        num_samples=samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        generation_config=_generation_config(generation_config),
+        stop_strings=_stops(stop),
+        hook_point=hook_point,
+        layer=layer,
+        states_dtype=states_dtype,
+        every=every,
+        max_gigabytes=max_gb,
+        head_sizes=value_widths,
+        advantage_sizes=advantage_widths,
+        value_options={"td_lambda": td_lambda, "num_epochs": epochs, "validation_split": validation_split},
+        target_kl=target_kl,
+        batch_size=batch_size,
+        part_size=part_size,
+        on_bad_rows=_bad_rows(skip_bad_rows),
+        seed=seed,
+        dtype=dtype,
+    )
+    if _is_main():
+        _print_figures(figures)
+        typer.echo(f"The head is in {output / 'head'}, the report in {output / 'report.html'}.")
+
+
+def _print_figures(figures: dict) -> None:
+    _print_json({name: value for name, value in figures.items() if isinstance(value, (int, float))})
+
+
 @app.command()
 def rollout(
     model: ModelArgument,
     prompts: PromptsOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write.")],
-    samples: Annotated[int, typer.Option(min=1, help="Responses for each prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens drawn at most for each response.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy.")] = 1.0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the Parquet files.")],
+    samples: SamplesOption = 1,
+    max_new_tokens: NewTokensOption = 128,
+    temperature: TemperatureOption = 1.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a turn; may be given several times.")] = None,
+    generation_config: GenerationConfigOption = None,
+    stop: StopOption = None,
+    head: Annotated[str | None, typer.Option(help="Sample under the control that this head recommends.")] = None,
+    split: SplitOption = "train",
+    config_name: ConfigNameOption = None,
+    prompt_column: ColumnOption = "prompt",
+    limit: LimitOption = None,
+    streaming: StreamingOption = False,
+    skip_bad_rows: SkipOption = False,
     batch_size: BatchOption = 16,
+    part_size: PartOption = 256,
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
 ) -> None:
     """Sample responses of the base model to prompts.
 
-    Example: `recontrol rollout -m org/base --prompts prompts.jsonl -o rollouts.jsonl --temperature 0.9`
+    Example: `recontrol rollout -m org/base --prompts prompts.jsonl -o run/rollouts --temperature 0.9`
     """
     from .files import check_target
-    from .rollouts import generate_rollouts, load_prompts, save_rollouts
+    from .prompts import load_prompts
+    from .rollouts import write_rollouts
+    from .stage import MANIFEST_NAME
 
-    rows = load_prompts(prompts)
-    check_target(output)
-    base, tokenizer = _load_base(model, dtype, device)
-    rollouts = generate_rollouts(
+    rows = load_prompts(
+        prompts,
+        split=split,
+        config_name=config_name,
+        column=prompt_column,
+        limit=limit,
+        streaming=streaming,
+        on_bad_rows=_bad_rows(skip_bad_rows),
+    )
+    check_target(output / MANIFEST_NAME)
+    base, tokenizer, control = _load_base(model, dtype, device, head)
+    counts = write_rollouts(
+        output,
         base,
         tokenizer,
         rows,
@@ -83,139 +248,165 @@ def rollout(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        stop_strings=[text.encode("latin-1", "backslashreplace").decode("unicode_escape") for text in stop or []],
+        generation_config=_generation_config(generation_config),
+        stop_strings=_stops(stop),
         batch_size=batch_size,
+        part_size=part_size,
         seed=seed,
+        control=control,
+        on_bad_rows=_bad_rows(skip_bad_rows),
     )
-    save_rollouts(rollouts, output)
-    finished = sum(r.finished for r in rollouts)
-    typer.echo(f"{len(rollouts)} responses ({finished} finished) -> {output}")
+    if _is_main():
+        typer.echo(f"{counts['rollouts']} responses ({counts['finished']} finished) -> {output}")
 
 
 @app.command()
 def label(
-    rollouts: Annotated[Path, typer.Argument(help="File of `recontrol rollout`.")],
-    reward: Annotated[
-        list[str],
-        typer.Option(
-            help="`module:function` (`f(prompts, completions, **columns) -> list[float]`), `column:NAME`, or the "
-            "folder or Hub name of a sequence classifier (`name#LABEL` if it has several labels). Several give "
-            "several objectives."
-        ),
-    ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: the same.")] = None,
+    rollouts: Annotated[Path, typer.Argument(help="Folder of `recontrol rollout`; it is scored in place.")],
+    reward: RewardOption,
+    skip_bad_rows: SkipOption = False,
 ) -> None:
     """Score responses with one or more rewards.
 
-    Example: `recontrol label rollouts.jsonl --reward hf_recontrol.rewards:vader`
+    Example: `recontrol label run/rollouts --reward hf_recontrol.rewards:vader`
     """
-    from statistics import fmean
+    from .records import load_rollouts
+    from .rewards import label_rollouts, load_reward
+    from .stage import read_manifest
 
-    from .files import check_target
-    from .rewards import load_reward, score_rollouts
-    from .rollouts import load_rollouts, save_rollouts
-
-    rows = load_rollouts(rollouts)
-    check_target(output or rollouts)
-    scored = score_rollouts(rows, *[load_reward(spec) for spec in reward])
-    save_rollouts(scored, output or rollouts)
-    means = ", ".join(f"{fmean(r.reward[i] for r in scored):.3f}" for i in range(len(reward)))
-    typer.echo(f"{len(scored)} responses, mean reward {means} -> {output or rollouts}")
+    read_manifest(rollouts, "rollouts", "recontrol rollout", complete=False)
+    first = next(iter(sorted(rollouts.glob("part-*.parquet"))), None)
+    columns = {name for row in (load_rollouts(first) if first else [])[:1] for name in row.columns}
+    counts = label_rollouts(
+        rollouts, {spec: load_reward(spec, columns) for spec in reward}, on_bad_rows=_bad_rows(skip_bad_rows)
+    )
+    if _is_main():
+        scored = counts["rollouts"] - counts["unscored"]
+        means = ", ".join(f"{counts[f'reward {spec}'] / max(scored, 1):.3f}" for spec in reward)
+        typer.echo(f"{scored} responses, mean reward {means} -> {rollouts}")
 
 
 @app.command()
 def states(
-    rollouts: Annotated[Path, typer.Argument(help="Scored file of `recontrol label`.")],
+    rollouts: Annotated[Path, typer.Argument(help="Folder that `recontrol label` has scored.")],
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Safetensors file to write.")],
-    hook_point: Annotated[str, typer.Option(help="`lm_head` or `decoder_layer`.")] = "lm_head",
-    layer: Annotated[int, typer.Option(help="Decoder layer, at `decoder_layer`.")] = -1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the safetensors files.")],
+    hook_point: HookPointOption = "lm_head",
+    layer: LayerOption = -1,
+    advantage: Annotated[
+        bool, typer.Option(help="At `lm_head`: also keep what the advantage part is trained on (as much again).")
+    ] = True,
+    states_dtype: StatesDtypeOption = "auto",
+    every: EveryOption = 1,
+    max_gb: BudgetOption = None,
+    head: Annotated[str | None, typer.Option(help="The head under whose control the responses were sampled.")] = None,
     batch_size: BatchOption = 16,
     dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
 ) -> None:
-    """Read the hidden states of scored responses. At `lm_head` also what the advantage part is trained on.
+    """Read the hidden states of scored responses into memory-mapped files.
 
-    Example: `recontrol states rollouts.jsonl -m org/base -o states.safetensors`
+    Example: `recontrol states run/rollouts -m org/base -o run/states`
     """
-    from .activations import collect_states
+    from .activations import write_states
     from .configuration import ValueHeadConfig
     from .files import check_target
     from .hooks import hook_width
-    from .rollouts import load_rollouts
+    from .records import rollout_parts
+    from .stage import MANIFEST_NAME
 
-    rows = load_rollouts(rollouts)
-    check_target(output)
-    shape = {"hook_point": hook_point, "layer": layer, "advantage_sizes": [] if hook_point == "lm_head" else None}
-    config = ValueHeadConfig(1, **shape)
-    base, _ = _load_base(model, dtype, device)
-    config = ValueHeadConfig(hook_width(base, config), **shape)
-    collected = collect_states(base, rows, config, batch_size=batch_size)
-    collected.save(output)
-    typer.echo(f"{len(collected.hidden)} states of {len(collected.lengths)} responses -> {output}")
+    rollout_parts(rollouts)
+    check_target(output / MANIFEST_NAME)
+    at_head = hook_point == "lm_head" and advantage
+    shape = {"hook_point": hook_point, "layer": layer, "advantage_sizes": [] if at_head else None}
+    base, _, control = _load_base(model, dtype, device, head)
+    config = ValueHeadConfig(hook_width(base, ValueHeadConfig(1, **shape)), **shape)
+    counts = write_states(
+        output,
+        base,
+        rollouts,
+        config,
+        batch_size=batch_size,
+        control=control,
+        dtype=states_dtype,
+        every=every,
+        max_gigabytes=max_gb,
+    )
+    if _is_main():
+        error = (counts.get("int8_squared_error", 0) / counts["states"]) ** 0.5
+        note = f", int8 error {error:.3%} of each feature's spread" if error else ""
+        size = f"{counts['bytes'] / 1e6:.1f} MB"
+        typer.echo(f"{counts['states']} states of {counts['episodes']} responses ({size}{note}) -> {output}")
 
 
 @app.command()
 def train(
-    states: Annotated[Path, typer.Argument(help="File of `recontrol states`.")],
+    states: Annotated[Path, typer.Argument(help="Folder of `recontrol states`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the head.")],
-    head_sizes: Annotated[str, typer.Option(help="Widths of V's hidden layers: `1024`, `512,512`.")] = "1024",
-    advantage_sizes: Annotated[
-        str, typer.Option(help="Widths of g's hidden layers; `none` for no advantage part.")
-    ] = "256",
+    head_sizes: HeadSizesOption = "1024",
+    advantage_sizes: AdvantageSizesOption = "256",
     activation: Annotated[str, typer.Option(help="relu, silu, gelu or tanh.")] = "relu",
-    td_lambda: Annotated[float, typer.Option(min=0, max=1, help="λ of TD(λ); 1 is Monte Carlo.")] = 0.95,
+    td_lambda: TdLambdaOption = 0.95,
+    gae_lambda: Annotated[float, typer.Option(min=0, max=1, help="λ of GAE, for g.")] = 0.0,
+    discount: Annotated[float, typer.Option(min=0, max=1, help="γ.")] = 1.0,
+    open_truncated: Annotated[
+        bool, typer.Option("--open-truncated", help="Leave responses that were cut at the token limit open.")
+    ] = False,
+    target_update: Annotated[
+        float | None, typer.Option(help="Targets from a copy of V that moves this share a step; default: from V.")
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="AdamW's, for V.")] = 3e-4,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs at most, for V; the best one is kept.")] = 30,
-    scaling: Annotated[str, typer.Option(help="Of the state: feature, scalar or none.")] = "feature",
+    epochs: EpochsOption = 30,
+    patience: Annotated[int, typer.Option(min=1, help="Stop after so many epochs that are no better.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses in a batch, over all processes.")] = 64,
+    scaling: Annotated[Literal["feature", "scalar", "none"], typer.Option(help="Of the state.")] = "feature",
     validation_split: Annotated[float, typer.Option(help="Share of the prompts held out.")] = 0.1,
+    schedule: Annotated[str, typer.Option(help="Of the learning rate: constant, linear, cosine, ...")] = "constant",
+    report_to: Annotated[str, typer.Option(help="tensorboard, wandb, trackio, ...")] = "none",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that fetch states ahead.")] = 0,
     seed: SeedOption = 0,
 ) -> None:
     """Fit a head: V by TD(λ), then the advantage part. Prints held-out figures.
 
-    Example: `recontrol train states.safetensors -o my-head`
+    Example: `recontrol train run/states -o run/head`
     """
-    from .activations import States
     from .configuration import ValueHeadConfig
-    from .files import check_target
-    from .training import fit_advantage, train_value_head
+    from .fit import train_head
 
-    value_widths = _widths("--head-sizes", head_sizes)
-    advantage_widths = None if advantage_sizes == "none" else _widths("--advantage-sizes", advantage_sizes)
-    collected = States.load(states)
-    check_target(output / "config.json")
-    if collected.directions is None:
-        advantage_widths = None
-    config = ValueHeadConfig(
-        collected.hidden.shape[1],
-        head_sizes=value_widths,
-        advantage_sizes=advantage_widths,
+    shared = {
+        "batch_size": batch_size,
+        "patience": patience,
+        "training_arguments": {
+            "lr_scheduler_type": schedule,
+            "report_to": report_to,
+            "bf16": bf16,
+            "dataloader_num_workers": workers,
+        },
+    }
+    ValueHeadConfig(1, activation=activation)
+    figures = train_head(
+        output,
+        states,
+        head_sizes=_widths("--head-sizes", head_sizes),
+        advantage_sizes=_widths("--advantage-sizes", advantage_sizes),
         activation=activation,
-        num_objectives=collected.rewards.shape[1],
-        hook_point=collected.hook_point,
-        layer=collected.layer,
+        value_options={
+            "td_lambda": td_lambda,
+            "discount": discount,
+            "open_truncated": open_truncated,
+            "target_update": target_update,
+            "learning_rate": learning_rate,
+            "num_epochs": epochs,
+            "scaling": scaling,
+            "validation_split": validation_split,
+            "seed": seed,
+            **shared,
+        },
+        advantage_options={"gae_lambda": gae_lambda, **shared},
     )
-    split = {"validation_split": validation_split, "seed": seed}
-    head, figures = train_value_head(
-        collected,
-        config,
-        td_lambda=td_lambda,
-        learning_rate=learning_rate,
-        num_epochs=epochs,
-        scaling=scaling,
-        **split,
-    )
-    if advantage_widths is not None:
-        figures |= fit_advantage(head, collected, **split)
-    head.save_pretrained(output)
-    _print_json(figures)
-
-
-def _widths(option: str, text: str) -> list[int]:
-    try:
-        return [int(width) for width in text.split(",") if width.strip()]
-    except ValueError:
-        raise typer.BadParameter(f"expected widths such as 512 or 512,512, got {text!r}", param_hint=option) from None
+    if _is_main():
+        _print_figures(figures)
 
 
 @app.command()
@@ -232,7 +423,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
 ) -> None:
     """Answer prompts under the control of a head.
 
@@ -282,7 +473,7 @@ def demo(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Chat model; default: SmolLM2-135M-Instruct, without a Hub.")
     ] = None,
-    prompts: PromptsOption = Path("examples/prompts.jsonl"),
+    prompts: PromptsOption = "examples/prompts.jsonl",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything made.")] = Path("demo"),
     seed: SeedOption = 0,
 ) -> None:

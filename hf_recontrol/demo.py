@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from .activations import collect_states
-from .configuration import ControlConfig, ValueHeadConfig
+from .configuration import ControlConfig
 from .evaluation import diversity, kl_divergence, match_kl
-from .files import atomic_path, make_folder
-from .hooks import hook_width
+from .files import atomic_path
+from .fit import fit
 from .modeling import ReControlForCausalLM
-from .rewards import score_rollouts, vader
-from .rollouts import Rollout, generate_rollouts, load_prompts, load_rollouts, save_rollouts
-from .training import fit_advantage, train_value_head
-from .value_head import ValueHead
+from .prompts import load_prompts
+from .records import Rollout, load_rollouts
+from .rewards import vader
+from .rollouts import generate_rollouts
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -77,11 +75,8 @@ def embedded_model() -> Path:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Everything that the demo's files depend on; kept beside them, so that a run with others does not reuse them."""
+    """The sizes of the demo."""
 
-    model: str
-    prompts_sha256: str
-    seed: int = 0
     num_training_prompts: int = 320
     num_unseen_prompts: int = 32
     max_new_tokens: int = 48
@@ -93,32 +88,16 @@ class DemoSettings:
     target_kl: float = 0.1
 
 
-def _open_folder(output: Path, settings: DemoSettings) -> None:
-    """Make the folder, or check that it was made with the same settings."""
-    path = make_folder(output) / "settings.json"
-    if not path.exists():
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(asdict(settings), indent=2) + "\n")
-        return
-    known = json.loads(path.read_text())
-    changed = [name for name, value in asdict(settings).items() if known.get(name) != value]
-    if changed:
-        raise ValueError(
-            f"{output} was made with another {' and '.join(changed)}: name another "
-            "folder (--output; with make, OUTPUT=), or remove it."
-        )
-
-
 def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.PathLike, *, seed: int = 0) -> dict:
     """
-    Train a head with both parts on VADER's sentiment and compare base, ascent and advantage control on unseen prompts,
-    at the same KL to the base. Every file made is reused by a second run.
+    Train a head with both parts on VADER's sentiment with [`fit`], and compare base, ascent and advantage control on
+    unseen prompts, at the same KL to the base. A second run goes on where the first was stopped.
 
     Args:
         model (`str`, *optional*):
             A chat model; the embedded one by default (see [`embedded_model`]).
         prompts, output (`str` or `os.PathLike`):
-            A JSONL file of prompts, and a folder for everything made.
+            A file of prompts, and a folder for everything made.
         seed (`int`, *optional*, defaults to 0):
             Of the split, the sampling and the training.
 
@@ -129,80 +108,51 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
         `OSError`, `ValueError`, `ImportError`: if something needed is missing; before any work.
     """
     vader([], [])
-    output = Path(output)
-    rows = load_prompts(prompts)
-    model = str(embedded_model()) if model is None else model
-    settings = DemoSettings(model, hashlib.sha256(Path(prompts).read_bytes()).hexdigest(), seed)
+    output, settings = Path(output), DemoSettings()
+    rows = load_prompts(prompts).rows
     if len(rows) < 4 * settings.num_unseen_prompts:
         raise ValueError(f"{prompts} holds {len(rows)} prompts, the demo needs {4 * settings.num_unseen_prompts}.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     unseen = [rows[i] for i in order[: settings.num_unseen_prompts]]
     training = [rows[i] for i in order[settings.num_unseen_prompts :][: settings.num_training_prompts]]
 
+    model = str(embedded_model()) if model is None else model
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    _open_folder(output, settings)
-    rollouts = _demo_rollouts(output / "rollouts.jsonl", base, tokenizer, training, settings)
-    head_folder = output / "head"
-    if not (head_folder / "config.json").is_file():
-        head, figures = _demo_head(base, rollouts, settings)
-        with atomic_path(output / "training.json") as temporary:
-            temporary.write_text(json.dumps(figures, indent=2) + "\n")
-        print(f"Held out: {', '.join(f'{name} {value:.2f}' for name, value in figures.items())}")
-        controlled = ReControlForCausalLM.from_model(base, head)
-        # A few responses give the mean KL well enough, at a second or two for each step size tried.
-        sample = ([rollout for rollout in rollouts if len(rollout.completion_ids) > 8] or rollouts)[:8]
-        controls = {
-            method: match_kl(controlled, sample, ControlConfig(method, 1.0, settings.num_steps), settings.target_kl)
-            for method in ("ascent", "advantage")
-        }
-        with atomic_path(output / "ascent.json") as temporary:
-            temporary.write_text(json.dumps(controls["ascent"].to_dict(), indent=2) + "\n")
-        controlled.control = controls["advantage"]
-        controlled.save_pretrained(head_folder)
-    else:
-        controlled = ReControlForCausalLM.from_model(base, head_folder)
-    ascent = ControlConfig.from_dict(json.loads((output / "ascent.json").read_text()))
-    controls = {"base": False, "ascent": ascent, "advantage": controlled.control}
+    figures = fit(
+        base,
+        training,
+        vader,
+        output,
+        tokenizer=tokenizer,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        head_sizes=[settings.head_width],
+        advantage_sizes=[settings.advantage_width],
+        target_kl=settings.target_kl,
+        batch_size=32,
+        part_size=64,
+        seed=seed,
+    )
+    numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
+    print(f"Held out: {', '.join(f'{name} {value:.2f}' for name, value in numbers.items())}")
 
     path = output / "results.json"
     if not path.is_file():
+        controlled = ReControlForCausalLM.from_model(base, output / "head")
+        sample = load_rollouts(output / "rollouts" / "part-00000.parquet")
+        sample = [rollout for rollout in sample if len(rollout.completion_ids) > 8][:8] or sample[:8]
+        ascent = match_kl(controlled, sample, ControlConfig("ascent", 1.0, settings.num_steps), settings.target_kl)
+        controls = {"base": False, "ascent": ascent, "advantage": controlled.control}
         results = _demo_compare(controlled, tokenizer, unseen, controls, settings)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     results = json.loads(path.read_text(encoding="utf-8"))
     _print_results(results)
-    print(f"\nThe head is in {head_folder}. Load it with its base:\n")
-    print(f'  model = ReControlForCausalLM.from_pretrained("{head_folder}")')
+    head = output / "head"
+    print(f"\nThe head is in {head}, the report on its training in {output / 'report.html'}. Load it with its base:\n")
+    print(f'  model = ReControlForCausalLM.from_pretrained("{head}")')
     return results["figures"]
-
-
-def _demo_rollouts(path: Path, base, tokenizer, prompts: list[dict], settings: DemoSettings) -> list[Rollout]:
-    if not path.is_file():
-        rollouts = generate_rollouts(
-            base,
-            tokenizer,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            batch_size=32,
-            seed=settings.seed,
-        )
-        save_rollouts(score_rollouts(rollouts, vader), path)
-    return load_rollouts(path)
-
-
-def _demo_head(base, rollouts: list[Rollout], settings: DemoSettings) -> tuple[ValueHead, dict[str, float]]:
-    shape = ValueHeadConfig(1, hook_point="lm_head")
-    config = ValueHeadConfig(
-        hook_width(base, shape),
-        head_sizes=[settings.head_width],
-        hook_point="lm_head",
-        advantage_sizes=[settings.advantage_width],
-    )
-    states = collect_states(base, rollouts, config)
-    head, figures = train_value_head(states, config, seed=settings.seed)
-    return head, figures | fit_advantage(head, states, seed=settings.seed)
 
 
 def _demo_compare(controlled, tokenizer, prompts: list[dict], controls: dict, settings: DemoSettings) -> dict:

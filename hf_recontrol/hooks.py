@@ -388,8 +388,8 @@ def read_states(
 
     Unless `keep_logits`, the LM head is handed one position only where it is the hook point, so that a long forward
     makes no vocabulary-sized tensor for each position: then the logits of forwards inside the block are of no use.
-    Call the model with control off. At the LM head only the positions of `logits_to_keep` are seen. Forwards of other
-    threads are left alone.
+    Under control the states are those before the edit. At the LM head only the positions of `logits_to_keep` are seen.
+    Forwards of other threads are left alone.
     """
     states: list[torch.Tensor] = []
     layer = hook_layer(model, config)
@@ -402,14 +402,15 @@ def read_states(
             states.append(args[0])
             return None if keep_logits else (args[0][:, :1], *args[1:])
 
-        handle = find_lm_head(model).register_forward_pre_hook(read_head_input)
+        # First, so that what is read is the base's state, also under control.
+        handle = find_lm_head(model).register_forward_pre_hook(read_head_input, prepend=True)
     else:
 
         def read_layer_output(module, args, output):
             if threading.get_ident() == reader:
                 states.append(output[0] if isinstance(output, (tuple, list)) else output)
 
-        handle = find_decoder_layers(model)[layer].register_forward_hook(read_layer_output)
+        handle = find_decoder_layers(model)[layer].register_forward_hook(read_layer_output, prepend=True)
     try:
         yield states
     finally:

@@ -6,15 +6,20 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Real
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from .rollouts import Prompt, Rollout
+from .prompts import BadRow, Prompt, report_bad_rows
+from .records import Rollout, load_rollouts, rewards_of, save_rollouts
+from .stage import Processes, Progress, StageFolder, check_settings, progress_bar, read_manifest
 
 # TRL's signature: f(prompts, completions, **kwargs) -> list[float], one reward for each pair. Further columns of the
 # data come as keyword arguments, lists of the same length.
@@ -95,11 +100,15 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **kwargs) -> list[float]:
-        rewards: list[float] = []
-        for start in logging.tqdm(range(0, len(prompts), self.batch_size), desc="rewards"):
-            part = slice(start, start + self.batch_size)
-            inputs = self._encode(prompts[part], completions[part]).to(self.model.device)
-            rewards += self.model(**inputs).logits[:, self.index].float().tolist()
+        # By length, so that little is spent on padding.
+        order = sorted(range(len(prompts)), key=lambda i: len(completions[i]) + len(str(prompts[i])))
+        rewards = [0.0] * len(prompts)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            inputs = self._encode([prompts[i] for i in chosen], [completions[i] for i in chosen])
+            logits = self.model(**inputs.to(self.model.device)).logits[:, self.index]
+            for i, value in zip(chosen, logits.float().tolist(), strict=True):
+                rewards[i] = value
         return rewards
 
 
@@ -118,18 +127,23 @@ def vader(prompts: Sequence[str], completions: Sequence[str], **kwargs) -> list[
     return [analyzer.polarity_scores(completion)["compound"] for completion in completions]
 
 
-def load_reward(spec: str) -> RewardFunction:
+def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
     """
     A reward function from its description.
 
     Args:
         spec (`str`):
-            `"module:function"` (also a module in the current folder), `"column:NAME"` for a column of the data, or the
-            folder or Hub name of a sequence classifier, `"name"` or `"name#LABEL"` if it has several labels.
+            `"module:function"` (also a module in the current folder), `"column:NAME"` or just the name of one of
+            `columns` for a column of the data, or the folder or Hub name of a sequence classifier, `"name"` or
+            `"name#LABEL"` if it has several labels. A classifier computes where this process does (its accelerator).
+        columns (collection of `str`, *optional*):
+            The columns that the data have.
 
     Raises:
         `ValueError`, `OSError`: if there is no such thing.
     """
+    if spec in columns:
+        return _column(spec)
     if spec.startswith("column:"):
         return _column(spec.removeprefix("column:"))
     module_name, colon, function_name = spec.partition(":")
@@ -147,7 +161,9 @@ def load_reward(spec: str) -> RewardFunction:
             raise ValueError(f"The module {module_name!r} has no function {function_name!r}.")
         return function
     name, _, label = spec.partition("#")
-    return ClassifierReward.from_pretrained(name, label=label or None)
+    reward = ClassifierReward.from_pretrained(name, label=label or None)
+    reward.model.to(Processes().device)
+    return reward
 
 
 def _column(name: str) -> RewardFunction:
@@ -160,9 +176,33 @@ def _column(name: str) -> RewardFunction:
     return reward
 
 
-def score_rollouts(rollouts: Sequence[Rollout], *rewards: RewardFunction) -> list[Rollout]:
+def reward_name(function: RewardFunction) -> str:
+    """What a reward is called in messages, files and reports."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _finite(value: Any) -> float | None:
+    """The reward as a float, or `None` where it is no finite number."""
+    if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, np.generic):
+        value = value.item()
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
+
+
+def score_rollouts(
+    rollouts: Sequence[Rollout], *rewards: RewardFunction, on_bad_rows: str = "error", source: str = "rollouts"
+) -> list[Rollout]:
     """
-    Rollouts with their rewards, one for each function (one objective each).
+    Rollouts with their rewards, one for each function (one objective each). What is scored is the completion as it is
+    stored, cut where the turn ends.
+
+    Args:
+        on_bad_rows (`str`, *optional*, defaults to `"error"`):
+            What to do when a reward is no finite number: `"error"`, or `"skip"`, which leaves the rollout's reward
+            `None` (it is then not trained on) and warns.
+        source (`str`, *optional*):
+            Where the rollouts are from, for messages.
 
     Raises:
         `ValueError`: if there is nothing to score, or a function returns a wrong number of rewards, or one that is no
@@ -171,11 +211,12 @@ def score_rollouts(rollouts: Sequence[Rollout], *rewards: RewardFunction) -> lis
     if not rollouts or not rewards:
         raise ValueError(f"Nothing to score: {len(rollouts)} rollouts, {len(rewards)} reward functions.")
     names = set(rollouts[0].columns).intersection(*(rollout.columns for rollout in rollouts))
-    columns = {name: [rollout.columns[name] for rollout in rollouts] for name in sorted(names)}
+    # A function's own arguments are not the data's to give.
+    columns = {name: [r.columns[name] for r in rollouts] for name in sorted(names - {"prompts", "completions"})}
     prompts, completions = [r.prompt for r in rollouts], [r.completion for r in rollouts]
-    scores = []
+    scores, bad = [], []
     for function in rewards:
-        name = getattr(function, "__name__", type(function).__name__)
+        name = reward_name(function)
         try:
             values = list(function(prompts, completions, **columns))
         except (ImportError, MissingColumnError):
@@ -184,10 +225,83 @@ def score_rollouts(rollouts: Sequence[Rollout], *rewards: RewardFunction) -> lis
             raise RuntimeError(f"The reward {name} failed: {type(error).__name__}: {error}") from error
         if len(values) != len(rollouts):
             raise ValueError(f"The reward {name} returned {len(values)} values for {len(rollouts)} responses.")
-        for row, value in enumerate(values):
-            value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-                raise ValueError(f"The reward {name} returned {value!r} for row {row}: expected a finite number.")
-            values[row] = float(value)
-        scores.append(values)
-    return [replace(rollout, reward=list(values)) for rollout, *values in zip(rollouts, *scores, strict=True)]
+        finite = [_finite(value) for value in values]
+        bad += [
+            BadRow(f"{source}, row {row}", f"the reward {name} returned {values[row]!r}, expected a finite number")
+            for row, value in enumerate(finite)
+            if value is None
+        ]
+        scores.append(finite)
+    report_bad_rows(bad, on_bad_rows)
+    return [
+        replace(rollout, reward=None if None in values else list(values))
+        for rollout, *values in zip(rollouts, *scores, strict=True)
+    ]
+
+
+def label_rollouts(
+    folder: str | os.PathLike,
+    rewards: dict[str, RewardFunction] | Sequence[RewardFunction],
+    *,
+    on_bad_rows: str = "error",
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """
+    Score the rollouts of a folder, file by file, in place: each file is replaced by itself with rewards. A run that
+    was stopped goes on where it was. Under `accelerate launch` the processes share the files.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A finished folder of [`write_rollouts`].
+        rewards (`dict[str, RewardFunction]`, or sequence of functions):
+            The rewards, one objective each, by their names.
+        on_bad_rows (`str`, *optional*, defaults to `"error"`):
+            As for [`score_rollouts`].
+        progress (`Callable[[int, int], None]`, *optional*):
+            Called with (done, total) instead of showing a bar.
+
+    Returns:
+        Counts: those of the rollouts, `unscored`, and the sum of each reward, `reward NAME`.
+
+    Raises:
+        `ValueError`: as [`score_rollouts`]; if the rollouts have other rewards already. `OSError`: as
+        [`read_manifest`].
+    """
+    if not isinstance(rewards, dict):
+        rewards = {reward_name(function): function for function in rewards}
+    folder, names = Path(folder), list(rewards)
+    known = read_manifest(folder, "rollouts", "recontrol rollout", complete=False)
+    stage = StageFolder(folder, "rollouts", known["settings"], known["num_parts"], ".parquet")
+    with stage:
+        if not all(stage.part_path(index).is_file() for index in range(stage.num_parts)):
+            raise ValueError(f"The rollouts in {folder} are not finished: run the same `recontrol rollout` again.")
+        if known.get("rewards") is not None:
+            check_settings(folder, {"rewards": known["rewards"]}, {"rewards": names})
+            if known["complete"]:
+                return stage.counts()
+        elif stage.processes.index == 0:
+            stage.write_manifest(known | {"complete": False, "rewards": names})
+        stage.processes.wait()
+        total = known["counts"]["rollouts"] if "counts" in known else 0
+        with progress_bar("rewards", int(total), progress, stage.processes.index) as advance:
+            for index in stage.own_parts():
+                path = stage.part_path(index)
+                rollouts = load_rollouts(path)
+                if rewards_of(path) is None and rollouts:
+                    scored = score_rollouts(rollouts, *rewards.values(), on_bad_rows=on_bad_rows, source=path.name)
+                    save_rollouts(scored, path, names)
+                advance(len(rollouts) * (stage.processes.count if progress is None else 1))
+        return stage.finish(
+            partial(_count_scored, names=names), {"bad_rows": known.get("bad_rows", 0), "rewards": names}
+        )
+
+
+def _count_scored(path: Path, names: Sequence[str]) -> dict[str, float]:
+    rollouts = load_rollouts(path)
+    scored = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    return {
+        "rollouts": len(rollouts),
+        "finished": sum(rollout.finished for rollout in rollouts),
+        "tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
+        "unscored": len(rollouts) - len(scored),
+    } | {f"reward {name}": sum(reward[k] for reward in scored) for k, name in enumerate(names)}

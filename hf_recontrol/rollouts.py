@@ -1,141 +1,24 @@
-"""Prompts to responses: sample rollouts of a model and keep them with their token ids."""
+"""Prompts to responses: sample rollouts, each from its own seed, in memory or part by part into a folder."""
 
 from __future__ import annotations
 
 import copy
-import json
+import hashlib
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerationMode
 
 from .configuration import ControlConfig
-from .files import atomic_path
 from .modeling import ReControlForCausalLM
-
-logger = logging.get_logger(__name__)
-
-# A prompt is a text or a list of chat messages {"role": ..., "content": ...}.
-Prompt = str | list[dict[str, str]]
-
-
-@dataclass
-class Rollout:
-    """
-    One response to one prompt.
-
-    Args:
-        prompt (`str` or `list[dict[str, str]]`), completion (`str`):
-            What was asked and what was answered. `completion` ends where the turn ends.
-        prompt_ids, completion_ids (`list[int]`):
-            The tokens the model saw and drew. The last drawn one is the token that ended the turn, if `finished`.
-        finished (`bool`):
-            Whether the model ended its turn; otherwise the response was cut at the token limit.
-        reward (`list[float]`, *optional*):
-            One reward for each objective.
-        temperature (`float`, *optional*, defaults to 1.0):
-            What the response was sampled at; 0 is greedy.
-        columns (`dict[str, Any]`):
-            Further columns of the prompt's row, handed to reward functions.
-    """
-
-    prompt: Prompt
-    completion: str
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    finished: bool
-    reward: list[float] | None = None
-    temperature: float = 1.0
-    columns: dict[str, Any] = field(default_factory=dict)
-
-
-def _read_rows(path: str | os.PathLike) -> list[tuple[str, Any]]:
-    """(place, row) of each non-empty line of a JSONL file."""
-    path = Path(path)
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    rows.append((f"{path}, line {number}", json.loads(line)))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {len(rows) + 1} or after: not JSON ({error}).") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}).") from error
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise OSError(f"{path} is no file: name a JSONL file.") from error
-    if not rows:
-        raise ValueError(f"{path} holds no rows.")
-    return rows
-
-
-def load_prompts(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """
-    Rows of a JSONL file, each with at least `prompt`: a text or a list of chat messages.
-
-    Raises:
-        `OSError`, `ValueError`: names the file and the line.
-    """
-    rows = _read_rows(path)
-    for place, row in rows:
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        is_chat = isinstance(prompt, list) and all(
-            isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-            for message in prompt
-        )
-        if not prompt or not (isinstance(prompt, str) or is_chat):
-            raise ValueError(f"{place}: expected an object whose `prompt` is a text or a list of chat messages.")
-    return [row for _, row in rows]
-
-
-def save_rollouts(rollouts: Iterable[Rollout], path: str | os.PathLike) -> None:
-    """Write rollouts as JSONL, one object a line with the fields of [`Rollout`]."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for rollout in rollouts:
-            file.write(json.dumps(asdict(rollout), ensure_ascii=False) + "\n")
-
-
-def load_rollouts(path: str | os.PathLike) -> list[Rollout]:
-    """
-    Read what [`save_rollouts`] wrote.
-
-    Raises:
-        `OSError`, `ValueError`: names the file and the line.
-    """
-    names = {item.name for item in fields(Rollout)}
-    rollouts = []
-    for place, row in _read_rows(path):
-        try:
-            rollouts.append(Rollout(**{name: value for name, value in row.items() if name in names}))
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"{place}: not a rollout ({error}). Make rollouts with `recontrol rollout`.") from error
-    return rollouts
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """
-    Token ids of a prompt. Chat messages, and texts if the tokenizer has a chat template, go through the template (a
-    text as the user's message); other texts are tokenized as they are.
-
-    Raises:
-        `ValueError`: for chat messages and a tokenizer without a chat template, or a prompt without tokens.
-    """
-    if isinstance(prompt, str) and tokenizer.chat_template is None:
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        if tokenizer.chat_template is None:
-            raise ValueError("The prompt is a list of chat messages, but the tokenizer has no chat template.")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    if not ids:
-        raise ValueError(f"The prompt {prompt!r} has no tokens.")
-    return list(ids)
+from .prompts import BadRow, Prompt, Prompts, encode_prompt, load_prompts, report_bad_rows
+from .records import Rollout, load_rollouts, save_rollouts
+from .stage import Progress, StageFolder, model_fingerprint, model_settings, progress_bar
 
 
 def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, side: str, device) -> dict[str, torch.Tensor]:
@@ -165,6 +48,31 @@ def pad_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return next(iter(end_token_ids(model, tokenizer)), 0)
 
 
+class RowSampler(LogitsProcessor):
+    """
+    Draws the next token of each row from numbers of the row's own: token y is the first with `F(y) > x F(last)`, where
+    F is the cumulative distribution and x uniform in [0, 1) (inverse transform sampling). It must be the last
+    processor; the drawn token's score becomes infinite, so that greedy decoding takes it.
+
+    Args:
+        seeds (sequence of `list[int]`):
+            For each row, what its numbers depend on.
+        max_new_tokens (`int`), prompt_width (`int`):
+            Numbers for each row, and the length of the padded prompts.
+    """
+
+    def __init__(self, seeds: Sequence[Sequence[int]], max_new_tokens: int, prompt_width: int, device: torch.device):
+        numbers = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
+        self.numbers, self.prompt_width = torch.from_numpy(numbers).to(device), prompt_width
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        step = input_ids.shape[1] - self.prompt_width
+        # float64: in float32 the sum over a large vocabulary would round small probabilities away.
+        cumulative = torch.softmax(scores, dim=-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
+        tokens = torch.searchsorted(cumulative, self.numbers[:, step, None] * cumulative[:, -1:], right=True)
+        return scores.scatter(1, tokens.clamp(max=scores.shape[-1] - 1), torch.inf)
+
+
 def _cut(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], end_ids: list[int], stop_strings: Sequence[str]
 ) -> tuple[str, list[int], bool]:
@@ -185,92 +93,298 @@ def _cut(
     return text[: min([text.index(stop) for stop in stop_strings if stop in text], default=None)], body[:length], True
 
 
+def sampling_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    stop_strings: Sequence[str] = (),
+) -> GenerationConfig:
+    """
+    The complete settings of rollouts: `generation_config`, else plain sampling at temperature 1, with what the other
+    arguments change.
+
+    Raises:
+        `ValueError`: for a mode in which a row's sample cannot depend on its own seed alone.
+    """
+    config = (
+        GenerationConfig(do_sample=True, top_k=0) if generation_config is None else copy.deepcopy(generation_config)
+    )
+    if temperature is not None:
+        config.do_sample = temperature > 0
+        config.temperature = temperature if temperature > 0 else None
+        if temperature == 0:
+            config.top_p = config.top_k = None
+    if top_p is not None and config.do_sample:
+        config.top_p = top_p
+    if stop_strings:
+        config.stop_strings = list(stop_strings)
+    elif isinstance(config.stop_strings, str):
+        config.stop_strings = [config.stop_strings]
+    config.max_new_tokens = max_new_tokens or config.max_new_tokens or 128
+    if config.eos_token_id is None:
+        config.eos_token_id = end_token_ids(model, tokenizer) or None
+    if config.pad_token_id is None:
+        config.pad_token_id = pad_token_id(model, tokenizer)
+    config.return_dict_in_generate = None
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):
+        raise ValueError(
+            f"Rollouts are sampled, greedy or beam-searched; this generation config asks for {mode.value}."
+        )
+    if (config.num_return_sequences or 1) > 1:
+        raise ValueError("Ask for several responses with `num_samples`, not with `num_return_sequences`.")
+    return config
+
+
+def _encode_all(tokenizer, prompts: Prompts, indices: Sequence[int], room: int | None, max_new_tokens: int):
+    """(token ids of each prompt that fits, bad rows)."""
+    encoded: dict[int, list[int]] = {}
+    bad = []
+    for i in indices:
+        ids = encode_prompt(tokenizer, prompts.rows[i]["prompt"])
+        if room is not None and len(ids) + max_new_tokens > room:
+            reason = (
+                f"prompt and {max_new_tokens} new tokens make {len(ids) + max_new_tokens} tokens, the model has room "
+                f"for {room}: lower `max_new_tokens`, or leave it out"
+            )
+            bad.append(BadRow(f"prompt {prompts.numbers[i]}", reason))
+        else:
+            encoded[i] = ids
+    return encoded, bad
+
+
+def _room(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def _sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    encoded: dict[int, list[int]],
+    rows: Sequence[tuple[int, int]],
+    config: GenerationConfig,
+    batch_size: int,
+    seed: int,
+    control: ControlConfig | bool,
+    advance: Callable[[int], None],
+) -> list[Rollout]:
+    """Rollouts of `rows`, (index of the prompt, number of the sample) each, in their order."""
+    # generate() fills what is unset from the model's own generation config, but rollouts are draws from the model
+    # itself: no penalties, beams or processors that its authors recommend. A shallow copy leaves the model as it is.
+    model = copy.copy(model)
+    model.generation_config = GenerationConfig(bos_token_id=model.generation_config.bos_token_id)
+    prepare_processors = model._get_logits_processor
+    options: dict[str, Any] = {"tokenizer": tokenizer} if config.stop_strings else {}
+    if isinstance(model, ReControlForCausalLM):
+        options["control"] = control
+    end = config.eos_token_id
+    end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
+    temperature = (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0
+
+    order = sorted(range(len(rows)), key=lambda k: -len(encoded[rows[k][0]]))
+    rollouts: list[Rollout | None] = [None] * len(rows)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        inputs = pad_batch([encoded[rows[k][0]] for k in batch], config.pad_token_id, "left", model.device)
+        width = inputs["input_ids"].shape[1]
+        if config.do_sample:
+            seeds = [[seed, prompts.numbers[rows[k][0]], rows[k][1]] for k in batch]
+            sampler = RowSampler(seeds, config.max_new_tokens, width, model.device)
+
+            def with_sampler(generation_config, *args, sampler=sampler, **kwargs):
+                processors = prepare_processors(generation_config, *args, **kwargs)
+                processors.append(sampler)
+                # The sampler draws, generate only has to take what it drew.
+                generation_config.do_sample = False
+                return processors
+
+            # Processors that a caller hands to generate() come before temperature and top-p; the sampler must not.
+            model._get_logits_processor = with_sampler
+        output = model.generate(**inputs, generation_config=config, **options)
+        for k, ids in zip(batch, output[:, width:].tolist(), strict=True):
+            i, sample = rows[k]
+            text, kept, finished = _cut(tokenizer, ids, end_ids, config.stop_strings or ())
+            rollouts[k] = Rollout(
+                prompts.rows[i]["prompt"],
+                text,
+                encoded[i],
+                kept,
+                finished,
+                temperature=temperature,
+                columns={key: value for key, value in prompts.rows[i].items() if key != "prompt"},
+                prompt_number=prompts.numbers[i],
+                sample=sample,
+            )
+        advance(len(batch))
+    return rollouts
+
+
+def _check_num_samples(config: GenerationConfig, num_samples: int) -> None:
+    if num_samples > 1 and not config.do_sample:
+        raise ValueError(f"{num_samples} samples of a prompt would be the same without sampling: set a temperature.")
+
+
 def generate_rollouts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt | dict[str, Any]],
+    prompts: Prompts | Sequence[Prompt | dict[str, Any]],
     *,
     num_samples: int = 1,
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    generation_config: GenerationConfig | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
     stop_strings: Sequence[str] = (),
     batch_size: int = 16,
     seed: int = 0,
     control: ControlConfig | bool = False,
 ) -> list[Rollout]:
     """
-    Sample responses.
+    Sample responses, in memory.
+
+    A response depends on the model, its prompt, the seed, the prompt's number and the sample's number, not on what
+    else is in its batch (up to the rounding of another batch's arithmetic) or on how many processes work.
 
     Args:
         model, tokenizer:
             A causal language model and its tokenizer.
-        prompts (sequence of `str`, chat messages, or rows with a `prompt`):
+        prompts ([`Prompts`], or sequence of `str`, chat messages, or rows with a `prompt`):
             What to answer. Further columns of a row are kept for the reward function.
         num_samples (`int`, *optional*, defaults to 1):
             Responses for each prompt; they follow each other in the result.
-        max_new_tokens (`int`, *optional*, defaults to 128):
-            Tokens drawn at most for each response.
-        temperature, top_p (`float`, *optional*, default to 1.0):
-            Sampling. At temperature 0 the likeliest token is taken. Nothing else of the model's generation config is
-            used. The advantage part is fitted to the whole distribution: leave `top_p` at 1 for it.
-        stop_strings (sequence of `str`, *optional*):
-            Texts that end the turn, such as `"\\n\\nHuman:"` for a base model in a dialogue format.
+        generation_config ([`~transformers.GenerationConfig`], *optional*):
+            How to sample: any settings of sampling, greedy or beam search. Defaults to sampling from the model's whole
+            distribution. Nothing is taken from the model's own generation config but the end token.
+        max_new_tokens, temperature, top_p, stop_strings (*optional*):
+            Change the generation config: tokens drawn at most (128 if nothing says otherwise), temperature (0 is
+            greedy), nucleus sampling, and texts that end the turn, such as `"\\n\\nHuman:"` for a base model in a
+            dialogue format. The advantage part is fitted to the whole distribution: leave `top_p` at 1 for it.
         batch_size, seed (`int`, *optional*):
-            Responses sampled at once, and the seed. The samples depend on both.
+            Responses sampled at once, and the seed.
         control ([`ControlConfig`] or `False`, *optional*, defaults to `False`):
-            Control of a [`ReControlForCausalLM`]. Training data come from the uncontrolled model.
+            Control of a [`ReControlForCausalLM`], for instance to fit a new V on the controlled policy.
 
     Returns:
         `list[Rollout]`, in the order of `prompts`.
 
     Raises:
-        `ValueError`: if there are no prompts, or one is empty or too long for the model.
+        `ValueError`: if there are no prompts, one is empty or too long for the model, or the mode cannot be had.
     """
-    if len(prompts) == 0:
-        raise ValueError("No prompts to answer.")
-    rows = [dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt} for prompt in prompts]
-    encoded = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    longest = max(map(len, encoded)) + max_new_tokens
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context is not None and longest > context:
-        raise ValueError(
-            f"The longest prompt and {max_new_tokens} new tokens make {longest} tokens, the model has room for "
-            f"{context}: leave out long prompts or lower `max_new_tokens`."
-        )
-    end_ids = end_token_ids(model, tokenizer)
-    settings = GenerationConfig(
+    if not isinstance(prompts, Prompts):
+        prompts = load_prompts(prompts)
+    config = sampling_config(
+        model,
+        tokenizer,
+        generation_config,
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        eos_token_id=end_ids or None,
-        pad_token_id=pad_token_id(model, tokenizer),
-        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
-        **({"stop_strings": list(stop_strings)} if stop_strings else {}),
+        temperature=temperature,
+        top_p=top_p,
+        stop_strings=stop_strings,
     )
-    # generate() fills what is unset from the model's own generation config, but rollouts are draws from the model
-    # itself: no penalties, beams or processors that its authors recommend. A shallow copy leaves the model as it is.
-    model = copy.copy(model)
-    model.generation_config = GenerationConfig(bos_token_id=model.generation_config.bos_token_id)
-    options: dict[str, Any] = {"tokenizer": tokenizer} if stop_strings else {}
-    if isinstance(model, ReControlForCausalLM):
-        options["control"] = control
+    _check_num_samples(config, num_samples)
+    encoded, bad = _encode_all(tokenizer, prompts, range(len(prompts)), _room(model), config.max_new_tokens)
+    report_bad_rows(bad, "error")
+    rows = [(i, sample) for i in range(len(prompts)) for sample in range(num_samples)]
+    with progress_bar("rollouts", len(rows)) as advance:
+        return _sample(model, tokenizer, prompts, encoded, rows, config, batch_size, seed, control, advance)
 
-    order = sorted((i for i in range(len(rows)) for _ in range(num_samples)), key=lambda i: -len(encoded[i]))
-    samples: dict[int, list[Rollout]] = {i: [] for i in range(len(rows))}
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        with logging.tqdm(total=len(order), desc="rollouts") as progress:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                inputs = pad_batch([encoded[i] for i in batch], settings.pad_token_id, "left", model.device)
-                output = model.generate(**inputs, generation_config=settings, **options)
-                for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                    text, kept, finished = _cut(tokenizer, ids, end_ids, stop_strings)
-                    columns = {key: value for key, value in rows[i].items() if key != "prompt"}
-                    rollout = Rollout(
-                        rows[i]["prompt"], text, encoded[i], kept, finished, temperature=temperature, columns=columns
-                    )
-                    samples[i].append(rollout)
-                progress.update(len(batch))
-    return [rollout for i in range(len(rows)) for rollout in samples[i]]
+
+def write_rollouts(
+    folder: str | os.PathLike,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    *,
+    num_samples: int = 1,
+    generation_config: GenerationConfig | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    stop_strings: Sequence[str] = (),
+    batch_size: int = 16,
+    seed: int = 0,
+    control: ControlConfig | bool = False,
+    part_size: int = 256,
+    on_bad_rows: str = "error",
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """
+    Sample responses into a folder of Parquet files, see [`save_rollouts`] for their columns. Arguments as for
+    [`generate_rollouts`], and:
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Made if need be. A run that was stopped goes on where it was; of a finished one nothing is done again.
+        part_size (`int`, *optional*, defaults to 256):
+            Responses in a file: what a stop can cost each process.
+        on_bad_rows (`str`, *optional*, defaults to `"error"`):
+            What to do with prompts that are too long for the model: `"error"` or `"skip"`.
+        progress (`Callable[[int, int], None]`, *optional*):
+            Called with (done, total) instead of showing a bar.
+
+    Under `accelerate launch` the processes share the parts.
+
+    Returns:
+        Counts: `rollouts`, `finished` and `tokens`.
+
+    Raises:
+        As [`generate_rollouts`] and [`StageFolder`].
+    """
+    config = sampling_config(
+        model,
+        tokenizer,
+        generation_config,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop_strings=stop_strings,
+    )
+    _check_num_samples(config, num_samples)
+    rows = [(i, sample) for i in range(len(prompts)) for sample in range(num_samples)]
+    settings = {
+        **model_settings(model),
+        "chat_template": hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()[:16],
+        "prompts": prompts.fingerprint,
+        "num_samples": num_samples,
+        "generation_config": {key: value for key, value in config.to_diff_dict().items() if key[0] != "_"},
+        "seed": seed,
+        "control": control.to_dict() if isinstance(control, ControlConfig) else control,
+        "head_fingerprint": model_fingerprint(model.value_head) if control is not False else None,
+        "part_size": part_size,
+    }
+    settings["generation_config"].pop("transformers_version", None)
+    stage = StageFolder(folder, "rollouts", settings, -(-len(rows) // part_size), ".parquet")
+    with stage:
+        if stage.is_counted():
+            return stage.counts()
+        parts = {index: rows[index * part_size : (index + 1) * part_size] for index in stage.own_parts()}
+        # The prompts of finished parts too, so that the count of bad rows does not depend on earlier stops.
+        needed = sorted({i for part in parts.values() for i, _ in part})
+        encoded, bad = _encode_all(tokenizer, prompts, needed, _room(model), config.max_new_tokens)
+        report_bad_rows(bad, on_bad_rows)
+        missing = stage.missing_parts()
+        total = sum(len(part) for part in parts.values())
+        with progress_bar("rollouts", total, progress, stage.processes.index) as advance:
+            advance(sum(len(part) for index, part in parts.items() if index not in missing))
+            for index in missing:
+                part = [row for row in parts[index] if row[0] in encoded]
+                rollouts = _sample(
+                    model, tokenizer, prompts, encoded, part, config, batch_size, seed, control, advance
+                )
+                save_rollouts(rollouts, stage.part_path(index))
+        bad_rows = sum(stage.processes.gather(len(bad)))
+        return stage.finish(_count_part, {"bad_rows": len(prompts.bad_rows) + bad_rows, "rewards": None})
+
+
+def _count_part(path: Path) -> dict[str, float]:
+    rollouts = load_rollouts(path)
+    return {
+        "rollouts": len(rollouts),
+        "finished": sum(rollout.finished for rollout in rollouts),
+        "tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
+    }

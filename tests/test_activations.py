@@ -4,13 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig
-from hf_recontrol.activations import States, collect_states
-from hf_recontrol.rollouts import Rollout
+from hf_recontrol.activations import collect_states, write_states
+from hf_recontrol.prompts import load_prompts
+from hf_recontrol.records import Rollout, load_rollouts, rollout_parts
+from hf_recontrol.rewards import label_rollouts
+from hf_recontrol.rollouts import write_rollouts
+from hf_recontrol.store import StateStore
 
 from .conftest import make_head
 from .tiny_models import layers_of, lm_head_of, tiny_model
+from .tiny_tokenizer import tiny_tokenizer
 
 PLACES = [("lm_head", -1), ("decoder_layer", -1), ("decoder_layer", 0)]
 
@@ -67,10 +73,11 @@ def test_directions_are_the_drawn_row_less_its_mean_under_the_base(temperature):
     torch.testing.assert_close(states.directions, torch.cat(expected), rtol=1e-3, atol=1e-3)
 
 
-def test_prompts_are_numbered_by_what_they_say():
+def test_equal_prompts_have_equal_numbers():
     states = collect_states(tiny_model("llama", dtype=torch.float32), some_rollouts(), ValueHeadConfig(16))
     # The fifth rollout has the first one's prompt, the fourth has no token.
-    assert states.prompts.tolist() == [0, 1, 2, 0]
+    numbers = states.prompts.tolist()
+    assert numbers[0] == numbers[3] and len(set(numbers)) == 3
 
 
 def test_a_controlled_model_is_read_with_its_control_off():
@@ -82,18 +89,161 @@ def test_a_controlled_model_is_read_with_its_control_off():
     assert torch.equal(states.hidden, expected.hidden) and torch.equal(states.directions, expected.directions)
 
 
-def test_files_round_trip_and_foreign_files_are_refused(tmp_path):
-    states = collect_states(tiny_model("llama", dtype=torch.float32), some_rollouts(), ValueHeadConfig(16, layer=0))
-    states.save(tmp_path / "deeper" / "states.safetensors")
-    loaded = States.load(tmp_path / "deeper" / "states.safetensors")
-    assert (loaded.hook_point, loaded.layer, loaded.directions) == ("decoder_layer", 0, None)
-    for name in ("hidden", "lengths", "rewards", "prompts"):
-        assert torch.equal(getattr(loaded, name), getattr(states, name))
-    make_head().save_pretrained(tmp_path / "head")
-    with pytest.raises(ValueError, match="does not hold states"):
-        States.load(tmp_path / "head" / "model.safetensors")
-    with pytest.raises(OSError, match="is no file"):
-        States.load(tmp_path / "absent")
+def test_under_control_the_mean_row_is_that_of_the_controlled_policy_and_the_state_is_the_base_s():
+    model, rows = tiny_model("llama", dtype=torch.float32), some_rollouts()
+    config = ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[])
+    base = collect_states(model, rows, config)
+    weight = lm_head_of(model).weight.detach()
+    head = make_head(hidden_size=16, hook_point="lm_head")
+    controlled = ReControlForCausalLM.from_model(model, head, ControlConfig(step_size=1.0))
+    states = collect_states(controlled, rows, config, control=controlled.control)
+    torch.testing.assert_close(states.hidden, base.hidden)
+    used = [row for row in rows if row.completion_ids]
+    expected = []
+    for row in used:
+        with torch.no_grad():
+            logits = controlled(torch.tensor([row.prompt_ids + row.completion_ids])).logits[0]
+        policy = torch.softmax(logits[len(row.prompt_ids) - 1 : -1], -1)
+        expected.append(weight[row.completion_ids] - policy @ weight)
+    torch.testing.assert_close(states.directions, torch.cat(expected), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(states.directions, base.directions, atol=1e-2)
+
+
+def length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+@pytest.fixture
+def rollouts(tmp_path):
+    """A folder of 24 scored rollouts in three files."""
+    model = tiny_model("llama", dtype=torch.float32)
+    model.generation_config.eos_token_id = 2
+    prompts = load_prompts([f"w{i} w{i + 1} w{3 * i}" for i in range(5, 17)])
+    options = {"num_samples": 2, "max_new_tokens": 8, "part_size": 10, "temperature": 2.0}
+    write_rollouts(tmp_path / "rollouts", model, tiny_tokenizer(), prompts, **options)
+    label_rollouts(tmp_path / "rollouts", [length])
+    return model, tmp_path / "rollouts"
+
+
+WITH_ADVANTAGE = ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[])
+
+
+@pytest.mark.parametrize("config", [WITH_ADVANTAGE, ValueHeadConfig(16, layer=1)], ids=["lm_head", "layer"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2), ("float16", 1e-3)])
+def test_a_folder_holds_what_memory_holds_in_the_dtype_asked_for(rollouts, tmp_path, dtype, tolerance, config):
+    model, folder = rollouts
+    counts = write_states(tmp_path / "states", model, folder, config, dtype=dtype)
+    store = StateStore.open(tmp_path / "states")
+    expected = collect_states(model, load_rollouts(folder), config)
+    everything = torch.arange(len(store))
+    assert torch.equal(store.lengths, expected.lengths) and torch.equal(store.rewards, expected.rewards)
+    assert torch.equal(store.prompts, expected.prompts) and torch.equal(store.finished, expected.finished)
+    torch.testing.assert_close(store.gather("hidden", everything), expected.hidden, rtol=tolerance, atol=tolerance)
+    if config.advantage_sizes is not None:
+        found = store.gather("directions", everything)
+        torch.testing.assert_close(found, expected.directions, rtol=tolerance, atol=tolerance)
+    assert counts["states"] == store.num_states == sum(len(r.completion_ids) for r in load_rollouts(folder))
+    assert store.place == {
+        "hook_point": config.hook_point,
+        "layer": config.layer,
+        "base_model_name_or_path": None,
+        "base_model_revision": None,
+        "every": 1,
+    }
+
+
+def test_values_of_stored_states_are_those_that_generation_saw(rollouts, tmp_path):
+    """V at each generated token, read while generating from the cache, against V of the stored state."""
+    model, folder = rollouts
+    head = make_head(hidden_size=16, hook_point="lm_head")
+    write_states(tmp_path / "states", model, folder, ValueHeadConfig(16, hook_point="lm_head"), dtype="float32")
+    store = StateStore.open(tmp_path / "states")
+    for number, rollout in enumerate(load_rollouts(folder)[:4]):
+        seen = []
+        handle = lm_head_of(model).register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0][:, -1]))
+        ids, cache = torch.tensor([rollout.prompt_ids]), DynamicCache()
+        for token in rollout.completion_ids:
+            with torch.no_grad():
+                model(ids, use_cache=True, past_key_values=cache)
+            ids = torch.tensor([[token]])
+        handle.remove()
+        stored = store.gather("hidden", torch.tensor([number]))
+        torch.testing.assert_close(head(stored), head(torch.cat(seen)), rtol=1e-4, atol=1e-4)
+
+
+def test_int8_reports_its_error(rollouts, tmp_path):
+    model, folder = rollouts
+    counts = write_states(tmp_path / "states", model, folder, WITH_ADVANTAGE, dtype="int8")
+    store, exact = StateStore.open(tmp_path / "states"), collect_states(model, load_rollouts(folder), WITH_ADVANTAGE)
+    hidden = store.gather("hidden", torch.arange(len(store)))
+    error = ((hidden - exact.hidden).square().mean(0) / exact.hidden.var(0, correction=0)).mean().sqrt()
+    reported = (counts["int8_squared_error"] / counts["states"]) ** 0.5
+    assert 0 < reported < 0.02 and reported == pytest.approx(float(error), rel=0.2)
+    assert store.parts[0].hidden.dtype == torch.int8
+
+
+def test_every_kth_state_is_kept_counted_back_from_the_last(rollouts, tmp_path):
+    model, folder = rollouts
+    write_states(tmp_path / "all", model, folder, WITH_ADVANTAGE)
+    write_states(tmp_path / "some", model, folder, WITH_ADVANTAGE, every=3)
+    everything, some = StateStore.open(tmp_path / "all"), StateStore.open(tmp_path / "some")
+    assert some.place["every"] == 3
+    for episode in range(len(some)):
+        for name in ("hidden", "directions"):
+            whole = everything.gather(name, torch.tensor([episode]))
+            assert torch.equal(some.gather(name, torch.tensor([episode])), whole.flip(0)[::3].flip(0))
+
+
+def test_a_budget_sets_how_many_states_are_kept(rollouts, tmp_path):
+    model, folder = rollouts
+    full = write_states(tmp_path / "all", model, folder, WITH_ADVANTAGE)["bytes"]
+    part = write_states(tmp_path / "some", model, folder, WITH_ADVANTAGE, max_gigabytes=0.45 * full / 1e9)
+    store = StateStore.open(tmp_path / "some")
+    assert store.place["every"] == 3 and part["bytes"] < 0.5 * full
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_a_store_takes_little_more_than_its_states(rollouts, tmp_path, dtype, size):
+    model = tiny_model("llama", dtype=torch.float32, hidden_size=256, head_dim=64)
+    model.generation_config.eos_token_id = 2
+    options = {"num_samples": 4, "max_new_tokens": 30, "temperature": 1.0}
+    write_rollouts(tmp_path / "r", model, tiny_tokenizer(), load_prompts([f"w{i}" for i in range(5, 30)]), **options)
+    label_rollouts(tmp_path / "r", [length])
+    counts = write_states(tmp_path / "s", model, tmp_path / "r", ValueHeadConfig(256), dtype=dtype)
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "s").glob("part-*"))
+    assert counts["bytes"] == counts["states"] * 256 * size <= on_disk <= 1.02 * counts["bytes"]
+
+
+def test_a_state_beyond_the_dtype_s_range_is_an_error_and_leaves_no_part(rollouts, tmp_path):
+    model, folder = rollouts
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1e5)
+    with pytest.raises(ValueError, match="not finite in float16"):
+        write_states(tmp_path / "states", model, folder, WITH_ADVANTAGE, dtype="float16")
+    assert not list((tmp_path / "states").glob("*part-*"))
+
+
+def test_unscored_folders_and_responses(rollouts, tmp_path, recontrol_warnings):
+    model, _ = rollouts
+    prompts = load_prompts([f"w{i}" for i in range(5, 11)])
+    write_rollouts(tmp_path / "r", model, tiny_tokenizer(), prompts, max_new_tokens=4)
+    with pytest.raises(ValueError, match="have no rewards"):
+        write_states(tmp_path / "s", model, tmp_path / "r", WITH_ADVANTAGE)
+
+    def sometimes(prompts, completions, **columns):
+        return [float("nan") if i % 2 else 1.0 for i in range(len(prompts))]
+
+    counts = label_rollouts(tmp_path / "r", [sometimes], on_bad_rows="skip")
+    assert counts["unscored"] == 3 and "row 1" in recontrol_warnings[0]
+    assert write_states(tmp_path / "s", model, tmp_path / "r", WITH_ADVANTAGE)["episodes"] == 3
+
+
+def test_changed_rollouts_are_refused(rollouts, tmp_path):
+    model, folder = rollouts
+    part = rollout_parts(folder)[1]
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{part.name} was changed or damaged"):
+        write_states(tmp_path / "states", model, folder, WITH_ADVANTAGE)
 
 
 def test_unscored_and_empty_rollouts_are_errors():

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
 from hf_recontrol.cli import app, main
-from hf_recontrol.rollouts import Rollout, save_rollouts
 
 from .conftest import make_head
 from .tiny_models import tiny_model
@@ -51,25 +50,30 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
         "--prompts",
         prompts,
         "-o",
-        "r.jsonl",
+        "rollouts",
         "--samples",
         4,
         "--max-new-tokens",
         6,
         cwd=tmp_path,
     )
-    labelled = run("label", "r.jsonl", "--reward", "my_reward:dull", cwd=tmp_path)
+    labelled = run("label", "rollouts", "--reward", "my_reward:dull", cwd=tmp_path)
     assert "120 responses, mean reward -" in labelled.stdout
-    run("states", "r.jsonl", "-m", base, "-o", "s.safetensors", cwd=tmp_path)
-    options = ("--head-sizes", "16,8", "--advantage-sizes", "8", "--epochs", 3)
-    figures = json.loads(run("train", "s.safetensors", "-o", "head", *options, cwd=tmp_path).stdout)
+    collected = run("states", "rollouts", "-m", base, "-o", "states", "--states-dtype", "int8", cwd=tmp_path)
+    assert "of 120 responses" in collected.stdout and "int8 error" in collected.stdout
+    options = ("--head-sizes", "16,8", "--advantage-sizes", "8", "--epochs", 3, "--schedule", "cosine")
+    figures = json.loads(run("train", "states", "-o", "head", *options, cwd=tmp_path).stdout)
     assert set(figures) == {
         "value_error",
+        "value_error_last",
         "held_out_episodes",
+        "held_out_prompts",
         "correlation_first",
         "correlation_last",
         "advantage_correlation",
+        "advantage_error",
         "constant_correlation",
+        "constant_error",
     }
     head = ValueHead.from_pretrained(tmp_path / "head")
     assert head.config.head_sizes == [16, 8] and head.config.base_model_name_or_path == str(base)
@@ -87,7 +91,7 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
     assert tiny_tokenizer().decode(output[0, 2:], skip_special_tokens=True) == controlled_text
 
 
-@pytest.mark.parametrize("command", ["demo", "rollout", "label", "states", "train", "generate", "info"])
+@pytest.mark.parametrize("command", ["demo", "fit", "rollout", "label", "states", "train", "generate", "info"])
 def test_help_teaches(command):
     text = CliRunner().invoke(app, [command, "--help"]).output
     assert "Usage" in text and "--help" in text
@@ -102,8 +106,10 @@ def test_without_a_command_there_is_help():
     ("arguments", "words"),
     [
         (("info", "no/such/folder/here"), "no/such/folder/here"),
-        (("label", "absent.jsonl", "--reward", "column:x"), "absent.jsonl"),
-        (("train", "absent.safetensors", "-o", "head"), "absent.safetensors"),
+        (("label", "absent", "--reward", "column:x"), "absent holds no manifest.json"),
+        (("states", "absent", "-m", "x", "-o", "out"), "absent holds no manifest.json"),
+        (("train", "absent", "-o", "head"), "absent holds no manifest.json"),
+        (("fit", "-m", "x", "--prompts", "absent.csv", "--reward", "a:b", "-o", "out"), "absent.csv"),
         (("rollout", "-m", "x", "--prompts", "absent.jsonl", "-o", "out"), "absent.jsonl"),
         (("demo", "--prompts", "absent.jsonl"), "absent.jsonl"),
     ],
@@ -119,13 +125,12 @@ def test_errors_are_one_line_with_exit_code_1(arguments, words, tmp_path, monkey
     assert not list(tmp_path.iterdir()), "nothing was made"
 
 
-@pytest.mark.parametrize("target", ["folder", "file/r.jsonl"])
+@pytest.mark.parametrize("target", ["file", "file/rollouts"])
 def test_a_target_that_cannot_be_written_is_an_error_before_the_work(target, base, tmp_path, monkeypatch, capsys):
-    (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5"}\n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_recontrol.rollouts.generate_rollouts", None)
+    monkeypatch.setattr("hf_recontrol.rollouts.write_rollouts", None)
     monkeypatch.setattr(
         sys, "argv", ["recontrol", "rollout", "-m", str(base), "--prompts", "prompts.jsonl", "-o", target]
     )
@@ -134,10 +139,11 @@ def test_a_target_that_cannot_be_written_is_an_error_before_the_work(target, bas
     assert raised.value.code == 1 and target.split("/")[0] in capsys.readouterr().err
 
 
-def test_an_error_of_the_reward_function_itself_shows_where(tmp_path):
-    save_rollouts([Rollout("w5", "w6", [5], [6], False)], tmp_path / "r.jsonl")
+def test_an_error_of_the_reward_function_itself_shows_where(base, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5"}\n')
+    run("rollout", "-m", base, "--prompts", "prompts.jsonl", "-o", "r", "--max-new-tokens", 2, cwd=tmp_path)
     (tmp_path / "bad.py").write_text("def reward(prompts, completions, **columns):\n    return [1 / 0]\n")
-    arguments = [COMMAND, "label", "r.jsonl", "--reward", "bad:reward"]
+    arguments = [COMMAND, "label", "r", "--reward", "bad:reward"]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1 and "bad.py" in done.stderr and "ZeroDivisionError" in done.stderr
 

@@ -1,21 +1,15 @@
 """Prompts to responses."""
 
-import json
-
+import datasets
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
-from hf_recontrol.rollouts import (
-    Rollout,
-    _cut,
-    encode_prompt,
-    generate_rollouts,
-    load_prompts,
-    load_rollouts,
-    pad_batch,
-    save_rollouts,
-)
+from hf_recontrol.prompts import load_prompts
+from hf_recontrol.records import load_rollouts
+from hf_recontrol.rollouts import RowSampler, _cut, generate_rollouts, pad_batch, write_rollouts
+from hf_recontrol.stage import read_manifest
 
 from .conftest import make_head
 from .tiny_models import tiny_model
@@ -53,7 +47,8 @@ def test_the_same_seed_gives_the_same_rollouts_and_leaves_the_global_generator_a
 def test_greedy_rollouts_of_a_batch_are_those_of_single_prompts(model, tokenizer):
     together = generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0)
     alone = [generate_rollouts(model, tokenizer, [p], max_new_tokens=8, temperature=0.0)[0] for p in PROMPTS]
-    assert together == alone
+    assert [r.completion_ids for r in together] == [r.completion_ids for r in alone]
+    assert [r.prompt_number for r in together] == [0, 1, 2]
 
 
 def test_a_response_ends_with_the_token_that_ended_it_and_its_text_without(model, tokenizer):
@@ -72,14 +67,17 @@ def test_a_stop_string_ends_the_turn_and_is_cut_from_text_and_tokens():
     model, tokenizer = tiny_model("llama", dtype=torch.float32, vocab_size=258), byte_tokenizer()
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
     plain = generate_rollouts(model, tokenizer, ["abc"], **options)[0]
-    # Three bytes from the middle, so that the stop string is several tokens long.
-    stop = tokenizer.decode(plain.completion_ids[5:8])
-    assert "\ufffd" not in stop
+    # Bytes from the middle, so that the stop string is several tokens long; half a character could not be one.
+    start, stop = next(
+        (i, text)
+        for i in range(1, 10)
+        if "\ufffd" not in (text := tokenizer.decode(plain.completion_ids[i : i + 2])) and text in plain.completion
+    )
     cut = generate_rollouts(model, tokenizer, ["abc"], stop_strings=[stop, "never"], **options)[0]
     assert cut.finished and not plain.finished
     assert cut.completion == plain.completion[: plain.completion.index(stop)]
     # The tokens of the stop string are what ended the turn, and what was drawn behind them is not kept.
-    assert cut.completion_ids == plain.completion_ids[:8]
+    assert cut.completion_ids == plain.completion_ids[: start + 2]
 
 
 def test_odd_defaults_of_the_base_do_not_bend_its_rollouts(model, tokenizer):
@@ -120,20 +118,10 @@ def test_rollouts_come_from_the_base_unless_control_is_asked_for(model, tokenize
     )
 
 
-def test_a_chat_template_is_applied_once_to_texts_and_messages():
-    tokenizer = tiny_tokenizer(chat=True)
-    messages = [{"role": "user", "content": "w5 w6"}]
-    ids = encode_prompt(tokenizer, messages)
-    assert ids == encode_prompt(tokenizer, "w5 w6")
-    assert tokenizer.decode(ids).replace(" ", "") == "userw5w6<end>assistant"
-    with pytest.raises(ValueError, match="no chat template"):
-        encode_prompt(tiny_tokenizer(), messages)
-
-
 def test_no_prompts_and_a_prompt_without_tokens_are_errors(model, tokenizer):
     with pytest.raises(ValueError, match="No prompts"):
         generate_rollouts(model, tokenizer, [])
-    with pytest.raises(ValueError, match="no tokens"):
+    with pytest.raises(ValueError, match="row 1: the prompt is empty"):
         generate_rollouts(model, tokenizer, ["w5", ""])
 
 
@@ -144,47 +132,127 @@ def test_padding_sides():
     assert right["input_ids"].tolist() == [[1, 2], [3, 9]] and right["attention_mask"].tolist() == [[1, 1], [1, 0]]
 
 
-def test_files_round_trip(tmp_path):
-    rollouts = [
-        Rollout("é w5", "ü\n", [5], [6, 2], True, [0.5, -1.0], {"topic": "x"}),
-        Rollout([{"role": "user", "content": "w5"}], "", [5], [], False),
-    ]
-    save_rollouts(rollouts, tmp_path / "deeper" / "rollouts.jsonl")
-    assert load_rollouts(tmp_path / "deeper" / "rollouts.jsonl") == rollouts
-
-
 def test_columns_of_a_prompt_are_kept(model, tokenizer):
     rollouts = generate_rollouts(model, tokenizer, [{"prompt": "w5", "topic": "a"}], max_new_tokens=2)
     assert rollouts[0].columns == {"topic": "a"}
 
 
+def test_a_sample_depends_on_its_prompt_and_number_not_on_its_batch(model, tokenizer):
+    options = {"num_samples": 3, "max_new_tokens": 8, "temperature": 1.5, "seed": 5}
+    together = generate_rollouts(model, tokenizer, PROMPTS, batch_size=16, **options)
+    assert together == generate_rollouts(model, tokenizer, PROMPTS, batch_size=2, **options)
+    more = generate_rollouts(model, tokenizer, PROMPTS, **options | {"num_samples": 5})
+    assert together == [rollout for rollout in more if rollout.sample < 3]
+    # The first prompts keep their samples when others follow.
+    longer = generate_rollouts(model, tokenizer, [*PROMPTS, "w11 w12 w13 w14"], **options)
+    assert together == longer[: len(together)]
+
+
 @pytest.mark.parametrize(
-    ("content", "error"),
+    "settings",
     [
-        (b'{"prompt": "a"}\n{"prompt": 3}\n', "line 2"),
-        (b'{"prompt": "a"}\nnot json\n', "line 2"),
-        (b'{"prompt": ""}\n', "line 1"),
-        (b'["a"]\n', "line 1"),
-        (b'{"prompt": [{"role": "user"}]}\n', "line 1"),
-        (b"\n\n", "no rows"),
-        (b'{"prompt": "\xff"}\n', "UTF-8"),
+        {"temperature": 0.7, "top_k": 0},
+        {"temperature": 1.3, "top_k": 5},
+        {"top_k": 0, "top_p": 0.6, "repetition_penalty": 1.5},
     ],
 )
-def test_bad_prompt_files_are_named_with_their_line(tmp_path, content, error):
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=error) as raised:
-        load_prompts(path)
-    assert str(path) in str(raised.value)
+def test_samples_have_the_distribution_that_generate_draws_from(model, tokenizer, settings):
+    """The first token of many samples against the probabilities of transformers' own processors."""
+    config = GenerationConfig(do_sample=True, max_new_tokens=1, **settings)
+    count = 3000
+    rollouts = generate_rollouts(
+        model, tokenizer, ["w5 w6 w7"], num_samples=count, generation_config=config, batch_size=1000
+    )
+    drawn = torch.bincount(torch.tensor([r.completion_ids[0] for r in rollouts]), minlength=97) / count
+    ids = torch.tensor([rollouts[0].prompt_ids])
+    with torch.no_grad():
+        scores = model(ids).logits[:, -1].float()
+    config._eos_token_tensor = None
+    processors = model._get_logits_processor(config, input_ids_seq_length=ids.shape[1], device="cpu")
+    expected = torch.softmax(processors(ids, scores), -1)[0]
+    assert not drawn[expected == 0].any()
+    # Total variation of an empirical distribution over some dozens of tokens.
+    assert 0.5 * (drawn - expected).abs().sum() < 0.06
 
 
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(OSError, match=r"absent\.jsonl"):
-        load_prompts(tmp_path / "absent.jsonl")
+def test_inverse_transform_sampling_takes_the_token_whose_interval_holds_the_number():
+    probabilities = torch.tensor([0.2, 0.0, 0.5, 0.3])
+    sampler = RowSampler([[0]] * 5, 1, prompt_width=1, device="cpu")
+    sampler.numbers = torch.tensor([[0.0], [0.1999], [0.2001], [0.6999], [0.9999999]], dtype=torch.float64)
+    chosen = sampler(torch.zeros(5, 1), probabilities.log().expand(5, 4)).argmax(-1)
+    assert chosen.tolist() == [0, 0, 2, 2, 3]
 
 
-def test_a_file_that_holds_no_rollouts_says_how_to_make_some(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(json.dumps({"prompt": "a"}) + "\n")
-    with pytest.raises(ValueError, match="recontrol rollout"):
-        load_rollouts(path)
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"num_beams": 2, "do_sample": True}, "beam_sample"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
+        ({"do_sample": True, "num_return_sequences": 2}, "num_samples"),
+    ],
+)
+def test_modes_without_seeds_of_their_own_are_errors(model, tokenizer, config, error):
+    with pytest.raises(ValueError, match=error):
+        generate_rollouts(model, tokenizer, PROMPTS, generation_config=GenerationConfig(**config))
+
+
+def test_beam_search_and_greedy_search_are_those_of_generate(model, tokenizer):
+    for settings in ({"num_beams": 3, "do_sample": False}, {"do_sample": False}):
+        config = GenerationConfig(max_new_tokens=6, eos_token_id=2, pad_token_id=0, **settings)
+        found = generate_rollouts(model, tokenizer, PROMPTS[:1], generation_config=config)[0]
+        output = model.generate(torch.tensor([found.prompt_ids]), generation_config=config)[0, 3:].tolist()
+        assert found.completion_ids == output[: len(found.completion_ids)] and found.temperature == 0.0
+    with pytest.raises(ValueError, match="would be the same"):
+        generate_rollouts(model, tokenizer, PROMPTS, num_samples=2, temperature=0.0)
+
+
+def load(prompts):
+    return load_prompts([{"prompt": text, "topic": i} for i, text in enumerate(prompts)])
+
+
+def test_a_folder_holds_what_memory_holds(model, tokenizer, tmp_path):
+    options = {"num_samples": 3, "max_new_tokens": 6, "seed": 2}
+    counts = write_rollouts(tmp_path / "r", model, tokenizer, load(PROMPTS), part_size=4, **options)
+    found = load_rollouts(tmp_path / "r")
+    assert found == generate_rollouts(model, tokenizer, load(PROMPTS), **options)
+    assert counts["rollouts"] == 9 and counts["tokens"] == sum(len(r.completion_ids) for r in found)
+    manifest = read_manifest(tmp_path / "r", "rollouts", "")
+    assert sorted(manifest["parts"]) == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    assert manifest["settings"]["seed"] == 2 and manifest["versions"]["transformers"]
+    files = str(tmp_path / "r" / "*.parquet")
+    table = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=tmp_path / "cache")
+    assert table["completion"][:] == [r.completion for r in found]
+
+
+def test_a_finished_folder_is_not_sampled_again_and_other_settings_are_refused(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    options = {"max_new_tokens": 4, "part_size": 2}
+    counts = write_rollouts(tmp_path, model, tokenizer, load(PROMPTS), **options)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    monkeypatch.setattr("hf_recontrol.rollouts._sample", None)
+    assert write_rollouts(tmp_path, model, tokenizer, load(PROMPTS), **options) == counts
+    other = tiny_model("llama", dtype=torch.float32)
+    torch.nn.init.normal_(other.lm_head.weight)
+    for change, name in [
+        ({"seed": 1}, "seed"),
+        ({"max_new_tokens": 5}, "generation_config"),
+        ({"temperature": 0.5}, "generation_config"),
+        ({"num_samples": 2}, "num_samples"),
+        ({"model": other}, "model_fingerprint"),
+        ({"prompts": load([*PROMPTS, "w11"])}, "prompts"),
+    ]:
+        changed = {"model": model, "prompts": load(PROMPTS), **options} | change
+        with pytest.raises(ValueError, match=f"another {name}"):
+            write_rollouts(tmp_path, changed.pop("model"), tokenizer, changed.pop("prompts"), **changed)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+
+
+def test_prompts_too_long_for_the_model_can_be_left_out(model, tokenizer, tmp_path, recontrol_warnings):
+    prompts = load(["w5", "w6 " * 70, "w7"])
+    with pytest.raises(ValueError, match="room for 64"):
+        write_rollouts(tmp_path / "r", model, tokenizer, prompts, max_new_tokens=4)
+    counts = write_rollouts(tmp_path / "r", model, tokenizer, prompts, max_new_tokens=4, on_bad_rows="skip")
+    assert counts["rollouts"] == 2 and "room for 64" in recontrol_warnings[0]
+    assert [r.prompt_number for r in load_rollouts(tmp_path / "r")] == [0, 2]
+    assert read_manifest(tmp_path / "r", "rollouts", "")["bad_rows"] == 1

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from transformers.utils import logging
 
+from ..activations import teacher_forced
 from ..modeling import ReControlForCausalLM
-from ..rollouts import Rollout, pad_batch
+from ..records import Rollout
 
 # NLTK's `wordpunct_tokenize`: runs of letters and digits, and runs of punctuation.
 _WORDS = re.compile(r"\w+|[^\w\s]+")
@@ -52,23 +53,15 @@ def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, b
     total, count = 0.0, 0
     for start in logging.tqdm(range(0, len(used), batch_size), desc="KL", leave=False):
         batch = used[start : start + batch_size]
-        inputs = pad_batch([r.prompt_ids + r.completion_ids for r in batch], 0, "right", model.device)
-        first = min(len(r.prompt_ids) for r in batch) - 1
-        options = {}
-        if model._supports_logits_to_keep():
-            options["logits_to_keep"] = inputs["input_ids"].shape[1] - first
-        else:
-            first = 0
-        controlled = model(**inputs, **options).logits
+        inputs, parts = teacher_forced(model, batch, keep_logits=True)
+        controlled = model(**inputs).logits
         with model.disable_control():
-            base = model(**inputs, **options).logits
-        for row, rollout in enumerate(batch):
-            begin = len(rollout.prompt_ids) - 1 - first
-            part = slice(begin, begin + len(rollout.completion_ids))
+            base = model(**inputs).logits
+        for row, part in enumerate(parts):
             log_policy = torch.log_softmax(controlled[row, part].float(), dim=-1)
             log_base = torch.log_softmax(base[row, part].float(), dim=-1)
             # A masked token has policy 0 and adds nothing, where 0 * -inf would be NaN.
             terms = (log_policy.exp() * (log_policy - log_base)).where(log_policy > -torch.inf, 0.0)
             total += float(terms.sum())
-            count += len(rollout.completion_ids)
+            count += part.stop - part.start
     return total / count

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ..configuration import ControlConfig
 from ..modeling import ReControlForCausalLM
-from ..rollouts import Rollout
+from ..records import Rollout
 from .metrics import kl_divergence
 
 

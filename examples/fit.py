@@ -1,0 +1,36 @@
+"""
+From prompts and a reward to a head, in a few lines of Python.
+
+    python examples/fit.py org/base run
+
+The reward here is VADER's sentiment; any function `f(prompts, completions, **columns) -> list[float]` does, and so
+does the name of a reward model. Run it again after a stop: it goes on where it was. Then open `run/report.html`.
+"""
+
+import sys
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from hf_recontrol import ReControlForCausalLM
+from hf_recontrol.fit import fit
+from hf_recontrol.rewards import vader
+
+base, output = sys.argv[1:3]
+figures = fit(
+    base,
+    prompts=Path(__file__).with_name("prompts.jsonl"),
+    reward=vader,
+    output=output,
+    max_new_tokens=48,
+    temperature=0.9,
+    batch_size=32,
+)
+print({name: value for name, value in figures.items() if isinstance(value, float)})
+
+model = ReControlForCausalLM.from_pretrained(f"{output}/head")
+tokenizer = AutoTokenizer.from_pretrained(base)
+chat = [{"role": "user", "content": "My flight was cancelled and I am stuck at the airport."}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,299 @@
+"""One HTML page on a trained head: what it was trained on, how good it is, and examples to look at."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+from html import escape
+from numbers import Integral, Real
+from pathlib import Path
+
+from ..files import atomic_path
+
+# The order of the table: key, label, what the number means.
+_FIGURES = (
+    ("held_out_episodes", "Held-out responses", "what the figures below are of: with a handful they mean little"),
+    ("held_out_prompts", "Held-out prompts", "whose responses were not trained on"),
+    ("value_error", "Error of V, whole response", "0 is perfect, 1 no better than the training mean reward"),
+    ("value_error_last", "Error of V, last token", "the same, where V has read the whole response"),
+    ("constant", "Error of the training mean reward", "what a head that learned nothing reaches"),
+    ("prompt_mean", "Error of the prompt's mean reward", "the mean reward of the prompt's other responses"),
+    ("correlation_first", "Correlation, first token", "V with the final reward: what the prompt gives away"),
+    ("correlation_last", "Correlation, last token", "V with the final reward: 1 is perfect"),
+    ("advantage_correlation", "Correlation of g", "with V's differences from token to token"),
+    ("constant_correlation", "Correlation of g's constant part", "what g adds to this depends on the state"),
+)
+
+_READING = {
+    "value": (
+        "The loss is that of the training responses, the error that of held-out ones, relative to always guessing the "
+        "training mean reward (dashed). Good: both fall and level off, the error well below 1. Bad: the error stays "
+        "near 1 (nothing was learned), or rises while the loss falls (overfitting: more prompts or fewer epochs help)."
+    ),
+    "advantage": (
+        "g predicts how much each token changes V; its error is relative to always guessing no change (dashed). Most "
+        "of the change is chance, so even a good g stays near 1. Good: the error lies below 1 and falls or stays "
+        "flat. Bad: it lies above 1, or rises while the loss falls (overfitting)."
+    ),
+    "position": (
+        "How well V foresees the final reward after a share of a held-out response. Good: the error starts near that "
+        "of the prompt's mean reward or below it and falls, the correlation rises towards 1. Bad: flat curves, or an "
+        "error above 1, which is worse than a constant. A correlation that is high from the start comes from the "
+        "prompt alone, and control cannot change the prompt."
+    ),
+    "calibration": (
+        "Held-out responses grouped by what V predicts at the last token; larger points hold more responses. Good: "
+        "points along the dashed diagonal, spread over a wide range. Bad: a flat row (V tells responses apart that "
+        "earn the same), a steep one (V is too timid), or all points in one place."
+    ),
+    "examples": (
+        "A token's colour shows V once it was read, blue below the training mean reward and red above; point at it "
+        "for the number. Good: the colour turns where the text does, and the last one agrees with the reward."
+    ),
+}
+
+_STYLE = """
+:root{color-scheme:light dark;--text:#1f2328;--dim:#59636e;--page:#f6f8fa;--card:#fff;--line:#d1d9e0;--warn:#fff8c5}
+@media (prefers-color-scheme:dark){
+:root{--text:#e6edf3;--dim:#9198a1;--page:#0d1117;--card:#161b22;--line:#3d444d;--warn:#3b300d}}
+body{margin:0 auto;padding:2rem 1rem 4rem;max-width:62rem;font:1rem/1.5 system-ui,sans-serif;color:var(--text);
+background:var(--page);overflow-wrap:anywhere}
+h1{font-size:1.7rem;line-height:1.25;margin:0 0 1rem}
+h2{font-size:1.25rem;margin:2.5rem 0 .5rem;padding-bottom:.25rem;border-bottom:1px solid var(--line)}
+.warnings,.card,.plot{border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem;margin:1rem 0}
+.warnings{background:var(--warn);border-color:#b08800}.warnings ul{margin:.25rem 0 0;padding-left:1.25rem}
+.card{background:var(--card)}.plot{background:#fff;padding:.5rem;text-align:center}
+.plot svg{max-width:100%;height:auto}
+.note,dt,.role{color:var(--dim)}.role{font-size:.8rem;margin-top:.6rem}.role:first-child{margin-top:0}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.5rem;margin:0}dd{margin:0}
+table{border-collapse:collapse;width:100%}thead th{font-weight:600}
+th,td{text-align:left;font-weight:normal;padding:.3rem 1.5rem .3rem 0;border-bottom:1px solid var(--line)}
+.text{white-space:pre-wrap}.text span{border-radius:.15rem}
+.scores{margin-top:.75rem;padding-top:.5rem;border-top:1px solid var(--line)}
+.scores span{margin-right:1.5rem}
+.scale{display:inline-block;width:9rem;height:.8rem;margin:0 .5rem;border-radius:.2rem}
+"""
+
+# The endpoints of the diverging scale, laid over the page with an opacity, so that they suit a light and a dark one.
+_LOW, _HIGH, _OPACITY = "37,111,225", "225,60,45", 0.65
+
+
+def write_report(
+    path: str | os.PathLike,
+    *,
+    title: str,
+    facts: dict[str, str],
+    figures: dict,
+    curves: dict[str, list[dict]],
+    examples: list[dict],
+) -> None:
+    """
+    Write one HTML page that needs no other file: facts, learning curves, held-out figures and examples. What the data
+    lack is left out, and a figure that is `None` or NaN is shown as "-".
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The page; missing folders are created, and an older page stays as it is until the new one is complete.
+        title (`str`):
+            The page's heading.
+        facts (`dict[str, str]`):
+            Labels and texts for the top of the page, in their order.
+        figures (`dict`):
+            Of held-out responses: `held_out_episodes`, `held_out_prompts`, `value_error`, `value_error_last`,
+            `correlation_first`, `correlation_last`, `advantage_correlation`, `constant_correlation`; `baselines`
+            (errors `"constant"` and `"prompt_mean"`); `by_position` (dicts of `"position"`, `"error"` and
+            `"correlation"`); `calibration` (dicts of `"predicted"`, `"realised"` and `"count"`); `reward_mean`, the
+            middle of the tokens' colours; and `warnings` in plain words.
+        curves (`dict[str, list[dict]]`):
+            The `log_history` of a [`~transformers.Trainer`] for `"value"` and `"advantage"`, with the held-out errors
+            under `eval_value_error` and `eval_advantage_error`.
+        examples (`list[dict]`):
+            Dicts of `"prompt"`, `"completion"`, `"reward"`, `"predicted"` and `"finished"`, and of V token by token
+            in `"tokens"` and `"values"` where it is to be shown.
+
+    Raises:
+        `ImportError`: if `matplotlib` is not installed; names the extra. `ValueError`: if an example has not one value
+        for each token.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError("The report needs `pip install 'hf_recontrol[train]'`.") from error
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        # Texts are escaped; this keeps a browser from loading or running anything should one ever not be.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>",
+        _warnings(figures.get("warnings") or []),
+        _facts(facts),
+        _section("Learning V", "value", _learning(curves.get("value") or [], "value")),
+        _section("Learning g", "advantage", _learning(curves.get("advantage") or [], "advantage")),
+        _section("Along the response", "position", _by_position(figures)),
+        _section("Predicted and realised reward", "calibration", _calibration(figures.get("calibration") or [])),
+        _section("Figures", None, _table(figures)),
+        _section("Examples", "examples", _examples(examples, figures.get("reward_mean") or 0.0)),
+        "</body>\n</html>\n",
+    ]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        # Byte-level tokens may hold lone surrogates, which UTF-8 has no bytes for.
+        temporary.write_text("\n".join(parts), encoding="utf-8", errors="replace", newline="\n")
+
+
+def _section(heading: str, reading: str | None, content: str) -> str:
+    if not content:
+        return ""
+    text = f'<p class="note"><strong>How to read this.</strong> {_READING[reading]}</p>\n' if reading else ""
+    return f"<section>\n<h2>{heading}</h2>\n{text}{content}\n</section>"
+
+
+def _warnings(warnings: list[str]) -> str:
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
+    return f'<section class="warnings"><strong>Warning</strong><ul>{items}</ul></section>' if items else ""
+
+
+def _facts(facts: dict[str, str]) -> str:
+    rows = "".join(f"<dt>{escape(str(label))}</dt><dd>{escape(str(text))}</dd>\n" for label, text in facts.items())
+    return f'<dl class="card">\n{rows}</dl>' if rows else ""
+
+
+def _table(figures: dict) -> str:
+    known = figures | (figures.get("baselines") or {})
+    rows = "".join(
+        f'<tr><th scope="row">{label}</th><td>{_number(known[key])}</td><td class="note">{meaning}</td></tr>\n'
+        for key, label, meaning in _FIGURES
+        if key in known
+    )
+    head = '<thead><tr><th scope="col">Figure</th><th scope="col">Value</th><th scope="col">Meaning</th></tr></thead>'
+    return f"<table>\n{head}\n<tbody>\n{rows}</tbody>\n</table>" if rows else ""
+
+
+def _number(value: Real | list | None) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_number(each) for each in value)
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:,}" if isinstance(value, Integral) else f"{value:.3g}"
+
+
+def _points(rows: list[dict], *keys: str) -> list[tuple[float, ...]]:
+    """The rows that hold a finite number under each key, sorted."""
+    found = ([row.get(key) for key in keys] for row in rows)
+    return sorted(tuple(map(float, p)) for p in found if all(isinstance(x, Real) and math.isfinite(x) for x in p))
+
+
+def _panels(count: int):
+    # Never pyplot: it keeps figures and a backend for the whole process, which belong to the user.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * count, 3.3), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08)
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    return figure, panels
+
+
+def _draw(panel, points: list[tuple[float, float]], color: str, xlabel: str, ylabel: str) -> None:
+    panel.plot(*zip(*points, strict=True), color=color, marker="." if len(points) < 40 else None)
+    panel.set(xlabel=xlabel, ylabel=ylabel)
+
+
+def _svg(figure, name: str, label: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = buffer.getvalue().decode("utf-8")
+    # Every figure numbers its parts and glyphs alike, or at random; on one page they must differ, on each run agree.
+    ids: dict[str, str] = {}
+    svg = re.sub(r'(\bid="|href="#|url\(#)([^")]+)', lambda m: m[1] + ids.setdefault(m[2], f"{name}-{len(ids)}"), svg)
+    attributes, content = svg[svg.index("<svg ") + 5 :].split(">", 1)
+    start = f'<svg role="img" aria-label="{label}" {attributes}><title>{label}</title>'
+    return f'<div class="plot">{start}{content.rstrip()}</div>'
+
+
+def _learning(rows: list[dict], part: str) -> str:
+    loss, error = _points(rows, "epoch", "loss"), _points(rows, "epoch", f"eval_{part}_error")
+    if not loss and not error:
+        return ""
+    figure, panels = _panels(bool(loss) + bool(error))
+    if loss:
+        _draw(panels[0], loss, "tab:blue", "epoch", "training loss")
+    if error:
+        _draw(panels[-1], error, "tab:red", "epoch", "held-out error")
+        panels[-1].axhline(1.0, color="grey", linestyle="--")
+    return _svg(figure, f"learning-{part}", f"Learning curves of {'V' if part == 'value' else 'g'} by epoch")
+
+
+def _by_position(figures: dict) -> str:
+    rows = figures.get("by_position") or []
+    error, correlation = _points(rows, "position", "error"), _points(rows, "position", "correlation")
+    if not error and not correlation:
+        return ""
+    figure, panels = _panels(bool(error) + bool(correlation))
+    if error:
+        _draw(panels[0], error, "tab:red", "share of the response", "error of V")
+        lines = (("constant", "training mean reward", "grey"), ("prompt_mean", "prompt's mean reward", "tab:green"))
+        for key, label, color in lines:
+            for (level,) in _points([figures.get("baselines") or {}], key):
+                panels[0].axhline(level, color=color, linestyle="--", label=label)
+        panels[0].set_ylim(bottom=0)
+        if panels[0].get_legend_handles_labels()[1]:
+            panels[0].legend(fontsize="small")
+    if correlation:
+        _draw(panels[-1], correlation, "tab:blue", "share of the response", "correlation with the final reward")
+        panels[-1].set_ylim(min(0.0, *(y for _, y in correlation)) * 1.05, 1.05)
+    return _svg(figure, "position", "How well V foresees the reward, by position in the response")
+
+
+def _calibration(bins: list[dict]) -> str:
+    points = _points(bins, "predicted", "realised", "count")
+    if not points:
+        return ""
+    predicted, realised, counts = zip(*points, strict=True)
+    figure, (panel,) = _panels(1)
+    ends = [min(predicted + realised), max(predicted + realised)]
+    panel.plot(ends, ends, color="grey", linestyle="--")
+    panel.scatter(predicted, realised, s=[20 + 180 * n / max(1, *counts) for n in counts], alpha=0.7, color="tab:blue")
+    panel.set(xlabel="reward predicted by V", ylabel="mean reward realised")
+    return _svg(figure, "calibration", "Realised reward against the reward that V predicts at the last token")
+
+
+def _examples(examples: list[dict], middle: float) -> str:
+    shown = [value for example in examples if example.get("tokens") for value in example.get("values") or []]
+    reach = max((abs(value - middle) for value in shown if math.isfinite(value)), default=0.0)
+    cards = "\n".join(_example(number, example, middle, reach) for number, example in enumerate(examples))
+    if not reach:
+        return cards
+    stops = f"rgba({_LOW},{_OPACITY}),transparent,rgba({_HIGH},{_OPACITY})"
+    bar = f'<span class="scale" style="background:linear-gradient(to right,{stops})"></span>'
+    return f'<p class="note">{_number(middle - reach)}{bar}{_number(middle + reach)}</p>\n{cards}'
+
+
+def _example(number: int, example: dict, middle: float, reach: float) -> str:
+    prompt, tokens, values = example["prompt"], example.get("tokens"), example.get("values")
+    chat = [{"role": "prompt", "content": prompt}] if isinstance(prompt, str) else prompt
+    parts = [(str(message["role"]), escape(str(message["content"]))) for message in chat]
+    response = escape(example["completion"])
+    if tokens is not None and values is not None:
+        if len(tokens) != len(values):
+            raise ValueError(f"`examples[{number}]` has {len(tokens)} tokens and {len(values)} values: give as many.")
+        response = "".join(_token(t, v, middle, reach) for t, v in zip(tokens, values, strict=True))
+    texts = "".join(
+        f'<div class="role">{escape(role)}</div><div class="text" dir="auto">{text}</div>\n'
+        for role, text in [*parts, ("response", response)]
+    )
+    cut = "" if example.get("finished", True) else '<span class="note">cut off at the length limit</span>'
+    return (
+        f'<article class="card">\n{texts}<div class="scores"><span>reward {_number(example.get("reward"))}</span>'
+        f"<span>predicted {_number(example.get('predicted'))}</span>{cut}</div>\n</article>"
+    )
+
+
+def _token(token: str, value: float, middle: float, reach: float) -> str:
+    share = (value - middle) / reach if reach and math.isfinite(value) else 0.0
+    color = f"rgba({_HIGH if share > 0 else _LOW},{abs(share) * _OPACITY:.2f})"
+    return f'<span title="{_number(value)}" style="background:{color}">{escape(token)}</span>'

@@ -1,0 +1,136 @@
+"""What a value head is worth on held-out responses: errors, correlations, calibration, and the baselines to beat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Shares of a response at which V is looked at.
+POSITIONS = tuple(round(0.1 * i, 1) for i in range(11))
+# Fewer held-out responses than this say little.
+_FEW = 50
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Pearson's correlation; 0 where one side is constant."""
+    a, b = a.double().flatten() - a.double().mean(), b.double().flatten() - b.double().mean()
+    norm = float(a.norm() * b.norm())
+    return float(a @ b) / norm if norm > 0 else 0.0
+
+
+def episode_summaries(values: torch.Tensor, rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """
+    What the figures need of each episode.
+
+    Args:
+        values (`torch.Tensor` of shape `(episodes, longest, objectives)`), rewards (`(episodes, objectives)`),
+        lengths:
+            Padded standardised values, standardised rewards, number of states.
+
+    Returns:
+        `torch.Tensor` of shape `(episodes, len(POSITIONS) * objectives + 1)`: values at [`POSITIONS`], and the squared
+        error summed over states and objectives.
+    """
+    steps = (torch.tensor(POSITIONS, device=lengths.device) * (lengths[:, None] - 1)).round().long()
+    at_positions = values.gather(1, steps[..., None].expand(-1, -1, values.shape[-1]))
+    inside = torch.arange(values.shape[1], device=lengths.device)[None] < lengths[:, None]
+    squared = ((values - rewards[:, None]).square().sum(-1) * inside).sum(1)
+    return torch.cat([at_positions.flatten(1), squared[:, None]], dim=1)
+
+
+def value_figures(
+    summaries: torch.Tensor,
+    rewards: torch.Tensor,
+    lengths: torch.Tensor,
+    prompts: torch.Tensor,
+    reward_mean: torch.Tensor,
+    reward_std: torch.Tensor,
+) -> dict[str, Any]:
+    """
+    Figures of V on held-out episodes. Errors are mean squared errors to the final reward, relative to those of the
+    training episodes' mean reward (the constant baseline, 1).
+
+    Args:
+        summaries (`torch.Tensor`):
+            Of [`episode_summaries`].
+        rewards, lengths, prompts (`torch.Tensor`):
+            Standardised rewards `(episodes, objectives)`, number of states, number of the prompt.
+        reward_mean, reward_std (`torch.Tensor` of shape `(objectives,)`):
+            The reward's units.
+
+    Returns:
+        `value_error` along the whole response, `value_error_last`, `correlation_first`, `correlation_last`,
+        `by_position` (error and correlation at [`POSITIONS`]), `calibration` (predicted against realised reward, in
+        the reward's own units, in bins of V at the last token; several objectives are summed in standardised units),
+        `baselines` (`constant`, and `prompt_mean`: the mean reward of the prompt's other responses, or `None` where no
+        prompt has two), `held_out_episodes`, `held_out_prompts`, `warnings`.
+    """
+    count, objectives = rewards.shape
+    values = summaries[:, :-1].reshape(count, len(POSITIONS), objectives)
+    constant = rewards.square().sum().clamp(min=1e-12)
+    errors = (values - rewards[:, None]).square().sum((0, 2)) / constant
+    realised = rewards.sum(-1)
+    correlations = [correlation(values[:, i].sum(-1), realised) for i in range(len(POSITIONS))]
+    baselines = {"constant": 1.0, "prompt_mean": _leave_one_out_error(rewards, prompts)}
+    figures = {
+        "value_error": float(summaries[:, -1].sum() / (rewards.square().sum(-1) * lengths).sum().clamp(min=1e-12)),
+        "value_error_last": float(errors[-1]),
+        "correlation_first": correlations[0],
+        "correlation_last": correlations[-1],
+        "held_out_episodes": count,
+        "held_out_prompts": len(prompts.unique()),
+        "by_position": [
+            {"position": position, "error": float(error), "correlation": r}
+            for position, error, r in zip(POSITIONS, errors, correlations, strict=True)
+        ],
+        "calibration": _calibration(values[:, -1], rewards, reward_mean, reward_std),
+        "baselines": baselines,
+    }
+    return figures | {"warnings": _warnings(figures)}
+
+
+def _leave_one_out_error(rewards: torch.Tensor, prompts: torch.Tensor) -> float | None:
+    _, number = prompts.unique(return_inverse=True)
+    counts = torch.bincount(number).to(rewards.dtype)[number]
+    sums = torch.zeros(int(number.max()) + 1, rewards.shape[1], dtype=rewards.dtype).index_add(0, number, rewards)
+    several = counts > 1
+    if not several.any():
+        return None
+    others = (sums[number] - rewards)[several] / (counts[several, None] - 1)
+    error = (others - rewards[several]).square().sum() / rewards[several].square().sum().clamp(min=1e-12)
+    return float(error)
+
+
+def _calibration(
+    last: torch.Tensor, rewards: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+) -> list[dict[str, float]]:
+    if rewards.shape[1] == 1:
+        last, rewards = last * std + mean, rewards * std + mean
+    predicted, realised = last.sum(-1), rewards.sum(-1)
+    order = predicted.argsort(stable=True)
+    bins = order.chunk(max(1, min(10, len(order) // 5)))
+    return [
+        {"predicted": float(predicted[b].mean()), "realised": float(realised[b].mean()), "count": len(b)} for b in bins
+    ]
+
+
+def _warnings(figures: dict[str, Any]) -> list[str]:
+    warnings = []
+    error, prompt_mean = figures["value_error_last"], figures["baselines"]["prompt_mean"]
+    if error >= 1:
+        warnings.append(
+            f"On held-out prompts V predicts the reward no better than its mean does (error {error:.2f} of the "
+            "constant's at the last token). It cannot steer: use more rollouts, another reward, or a smaller head."
+        )
+    elif prompt_mean is not None and error >= prompt_mean:
+        warnings.append(
+            f"V's error at the last token ({error:.2f}) is no smaller than that of the prompt's mean reward "
+            f"({prompt_mean:.2f}): it tells prompts apart, not responses to one prompt, and that is what steers."
+        )
+    if figures["held_out_episodes"] < _FEW:
+        warnings.append(
+            f"Only {figures['held_out_episodes']} held-out responses: these figures mean little. Use more prompts, or "
+            "a larger `validation_split`."
+        )
+    return warnings

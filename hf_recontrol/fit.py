@@ -1,0 +1,449 @@
+"""From prompts and a reward to a head and a report: all four stages in one folder, resumed after any stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from .activations import write_states
+from .advantage import fit_advantage
+from .configuration import ControlConfig, ValueHeadConfig
+from .evaluation import match_kl
+from .evaluation.report import write_report
+from .files import atomic_path, check_target, make_folder
+from .hooks import hook_width
+from .hub import CONFIG_NAME
+from .modeling import ReControlForCausalLM
+from .prompts import Prompts, load_prompts
+from .records import Rollout, load_rollouts, rollout_parts
+from .rewards import RewardFunction, label_rollouts, load_reward, reward_name
+from .rollouts import write_rollouts
+from .stage import Processes, Progress, check_settings, lock_folder, read_manifest
+from .store import StateStore
+from .training import split_by_prompt, train_value_head
+from .value_head import ValueHead
+
+logger = logging.get_logger(__name__)
+
+FIGURES_NAME = "training.json"
+
+
+def _write_json(path: Path, values: dict) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _states_id(folder: str | os.PathLike) -> str:
+    parts = read_manifest(folder, "states", "recontrol states")["parts"]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def train_head(
+    output: str | os.PathLike,
+    states: str | os.PathLike,
+    *,
+    head_sizes: Sequence[int] = (1024,),
+    advantage_sizes: Sequence[int] | None = (256,),
+    activation: str = "relu",
+    value_options: dict[str, Any] | None = None,
+    advantage_options: dict[str, Any] | None = None,
+    progress: Callable[[str], Progress] | None = None,
+) -> dict[str, Any]:
+    """
+    Train both parts of a head from a folder of states into a folder, the last stage of [`fit`]. Checkpoints go to
+    `output/training`; a run that was stopped goes on from the last one.
+
+    Args:
+        output (`str` or `os.PathLike`):
+            Folder for the head (`config.json`, `model.safetensors`, card) and `training.json` (its figures and
+            curves).
+        states (`str` or `os.PathLike`):
+            Folder of [`write_states`].
+        head_sizes, advantage_sizes, activation:
+            As in [`ValueHeadConfig`]. States without directions get no advantage part.
+        value_options, advantage_options (`dict`, *optional*):
+            Keyword arguments of [`train_value_head`] and [`fit_advantage`]; `validation_split`, `seed`, `discount` and
+            `open_truncated` are the value part's for both.
+        progress (*optional*):
+            Gives, for a description, what is called with (done, total).
+
+    Returns:
+        The figures of [`train_value_head`] and [`fit_advantage`].
+
+    Raises:
+        `ValueError`: if the folder holds another head, or was made with other settings; else as those two.
+    """
+    output, value_options = Path(output), dict(value_options or {})
+    advantage_options = dict(advantage_options or {})
+    shared = ("validation_split", "seed", "discount", "open_truncated")
+    advantage_options |= {name: value_options[name] for name in shared if name in value_options}
+    store = StateStore.open(states)
+    if not store.has_directions:
+        advantage_sizes = None
+    config = ValueHeadConfig(
+        store.hidden_size,
+        head_sizes=list(head_sizes),
+        advantage_sizes=None if advantage_sizes is None else list(advantage_sizes),
+        activation=activation,
+        num_objectives=store.rewards.shape[1],
+        hook_point=store.place["hook_point"],
+        layer=store.place["layer"],
+    )
+    settings = {
+        "states": _states_id(states),
+        "head": config.to_dict(),
+        "value_options": value_options,
+        "advantage_options": advantage_options,
+    }
+    settings = json.loads(json.dumps(settings, default=repr))
+    processes, work = Processes(), output / "training"
+    lock = nullcontext()
+    if processes.index == 0:
+        check_target(output / CONFIG_NAME)
+        if (output / CONFIG_NAME).exists() and not (work / "settings.json").exists():
+            raise ValueError(f"{output} holds a head that was not trained there: name another folder.")
+        make_folder(work)
+        lock = lock_folder(work)
+    with lock:
+        if processes.index == 0:
+            if (work / "settings.json").exists():
+                check_settings(output, json.loads((work / "settings.json").read_text(encoding="utf-8")), settings)
+            _write_json(work / "settings.json", settings)
+        processes.wait()
+        if not (output / FIGURES_NAME).exists():
+            _train_both(output, work, store, config, value_options, advantage_options, processes, progress)
+    return json.loads((output / FIGURES_NAME).read_text(encoding="utf-8"))["figures"]
+
+
+def _train_both(
+    output: Path,
+    work: Path,
+    store: StateStore,
+    config: ValueHeadConfig,
+    value_options: dict[str, Any],
+    advantage_options: dict[str, Any],
+    processes: Processes,
+    progress: Callable[[str], Progress] | None,
+) -> None:
+    def shown(description: str) -> Progress | None:
+        return None if progress is None else progress(description)
+
+    finished = work / "value_head"
+    if (finished / FIGURES_NAME).exists():
+        head, figures = ValueHead.from_pretrained(finished), _read_json(finished / FIGURES_NAME)
+    else:
+        head, figures = train_value_head(
+            store, config, output_dir=work / "value", progress=shown("value head"), **value_options
+        )
+        if processes.index == 0:
+            head.save_pretrained(finished)
+            _write_json(finished / FIGURES_NAME, figures)
+        processes.wait()
+    curves = {"value": figures.pop("log")}
+    if config.advantage_sizes is not None:
+        found = fit_advantage(
+            head, store, output_dir=work / "advantage", progress=shown("advantage"), **advantage_options
+        )
+        curves["advantage"] = found.pop("log")
+        figures |= found
+    if processes.index == 0:
+        head.save_pretrained(output)
+        _write_json(output / FIGURES_NAME, {"figures": figures, "curves": curves})
+        for checkpoint in work.glob("*/checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    processes.wait()
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _display(stages: Sequence[str], quiet: bool) -> Iterator[Callable[[str], Progress]]:
+    """One display with a line for each stage."""
+    if quiet:
+        yield lambda stage: lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = ("{task.description:12}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = [TextColumn(column) if isinstance(column, str) else column for column in columns]
+    with Progress(*columns, console=Console(stderr=True)) as display:
+        tasks = {stage: display.add_task(stage, start=False, total=None) for stage in stages}
+
+        def show(stage: str):
+            display.start_task(tasks[stage])
+            return lambda done, total: display.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def fit(
+    model: str | os.PathLike | PreTrainedModel,
+    prompts: Any,
+    reward: str | RewardFunction | Sequence[str | RewardFunction],
+    output: str | os.PathLike,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    num_samples: int = 1,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    generation_config: GenerationConfig | None = None,
+    stop_strings: Sequence[str] = (),
+    hook_point: str = "lm_head",
+    layer: int = -1,
+    states_dtype: str = "auto",
+    every: int = 1,
+    max_gigabytes: float | None = None,
+    head_sizes: Sequence[int] = (1024,),
+    advantage_sizes: Sequence[int] | None = (256,),
+    value_options: dict[str, Any] | None = None,
+    advantage_options: dict[str, Any] | None = None,
+    target_kl: float = 0.1,
+    batch_size: int = 16,
+    part_size: int = 256,
+    on_bad_rows: str = "error",
+    seed: int = 0,
+    dtype: str = "auto",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """
+    Everything from prompts to a head: sample responses, score them, read their states, train V and g, find a step
+    size, write a report. The same call again goes on where a run was stopped; under `accelerate launch` processes
+    share the work.
+
+    Args:
+        model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]), tokenizer (*optional*):
+            The base: a folder or Hub name, or a loaded model with its tokenizer.
+        prompts:
+            A file or whatever else [`load_prompts`] takes.
+        reward (`str`, function, or sequence of these):
+            As for [`load_reward`], or functions; several give several objectives.
+        output (`str` or `os.PathLike`):
+            Folder for everything made: `rollouts/*.parquet`, `states/`, `head/`, `report.html`.
+        num_samples, max_new_tokens, temperature, generation_config, stop_strings, part_size:
+            As for [`write_rollouts`].
+        hook_point, layer, head_sizes, advantage_sizes:
+            As in [`ValueHeadConfig`]. An advantage part needs `hook_point="lm_head"`; elsewhere there is none.
+        states_dtype, every, max_gigabytes:
+            As for [`write_states`] (there `dtype`).
+        value_options, advantage_options (`dict`, *optional*):
+            As for [`train_head`].
+        target_kl (`float`, *optional*, defaults to 0.1):
+            The head recommends the step size at which control moves the policy by so many nats a token.
+        batch_size (`int`, *optional*, defaults to 16):
+            Sequences in one forward of the base.
+        on_bad_rows (`str`, *optional*, defaults to `"error"`):
+            `"error"` or `"skip"`: what to do with prompts that cannot be used and rewards that are no numbers.
+        seed (`int`, *optional*, defaults to 0), dtype (`str`, *optional*, defaults to `"auto"`):
+            Seed of everything random; dtype of a base that is loaded here.
+        quiet (`bool`, *optional*, defaults to `False`):
+            Show no progress.
+
+    Returns:
+        The figures of [`train_head`].
+
+    Raises:
+        `ValueError`, `OSError`: before any long work if something cannot be used, see the stages; if `output` was made
+        with other settings.
+    """
+    output = Path(output)
+    if not isinstance(prompts, Prompts):
+        prompts = load_prompts(prompts, on_bad_rows=on_bad_rows)
+    rewards = _rewards(reward, prompts)
+    processes = Processes()
+    if processes.index == 0:
+        check_target(output / "report.html")
+        make_folder(output)
+    with lock_folder(output) if processes.index == 0 else nullcontext():
+        processes.wait()
+        base, tokenizer = _base(model, tokenizer, dtype, processes)
+        at_head = hook_point == "lm_head"
+        shape = {"hook_point": hook_point, "layer": layer}
+        config = ValueHeadConfig(hook_width(base, ValueHeadConfig(1, **shape)), **shape)
+        config.advantage_sizes = list(advantage_sizes) if at_head and advantage_sizes is not None else None
+        stages = [
+            "rollouts",
+            "rewards",
+            "states",
+            "value head",
+            *(["advantage"] if config.advantage_sizes is not None else []),
+        ]
+        with _display(stages, quiet or processes.index > 0) as show:
+            write_rollouts(
+                output / "rollouts",
+                base,
+                tokenizer,
+                prompts,
+                num_samples=num_samples,
+                generation_config=generation_config,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                stop_strings=stop_strings,
+                batch_size=batch_size,
+                part_size=part_size,
+                seed=seed,
+                on_bad_rows=on_bad_rows,
+                progress=show("rollouts"),
+            )
+            label_rollouts(output / "rollouts", rewards, on_bad_rows=on_bad_rows, progress=show("rewards"))
+            write_states(
+                output / "states",
+                base,
+                output / "rollouts",
+                config,
+                batch_size=batch_size,
+                dtype=states_dtype,
+                every=every,
+                max_gigabytes=max_gigabytes,
+                progress=show("states"),
+            )
+            figures = train_head(
+                output / "head",
+                output / "states",
+                head_sizes=head_sizes,
+                advantage_sizes=config.advantage_sizes,
+                value_options={"seed": seed, "patience": 5} | (value_options or {}),
+                advantage_options={"patience": 2} | (advantage_options or {}),
+                progress=show,
+            )
+        if processes.index == 0:
+            _recommend(output, base, target_kl)
+            _report(output, tokenizer, figures, (value_options or {}).get("validation_split", 0.1), seed)
+        processes.wait()
+    return figures
+
+
+def _rewards(reward, prompts: Prompts) -> dict[str, RewardFunction]:
+    given = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
+    columns = set(prompts.rows[0]) - {"prompt"}
+    rewards = {}
+    for item in given:
+        name = item if isinstance(item, str) else reward_name(item)
+        rewards[name] = load_reward(item, columns) if isinstance(item, str) else item
+    if len(rewards) < len(given):
+        raise ValueError(f"Two rewards have the same name: {[*rewards]}.")
+    return rewards
+
+
+def _base(model, tokenizer, dtype: str, processes: Processes):
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise ValueError("A loaded model needs its `tokenizer` too.")
+        return model.eval(), tokenizer
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(processes.device), tokenizer
+
+
+def _recommend(output: Path, base: PreTrainedModel, target_kl: float) -> None:
+    """Give the head the control that moves the policy by `target_kl`, unless it has one."""
+    head = ValueHead.from_pretrained(output / "head")
+    if head.config.control is not None:
+        return
+    # A few responses give the mean KL well enough, at a second or two for each step size tried.
+    part = load_rollouts(rollout_parts(output / "rollouts")[0])
+    sample = sorted(part, key=lambda rollout: -len(rollout.completion_ids))[:64][::8]
+    method = "ascent" if head.config.advantage_sizes is None else "advantage"
+    controlled = ReControlForCausalLM.from_model(base, head, ControlConfig(method, 1.0))
+    try:
+        head.config.control = match_kl(controlled, sample, controlled.control, target_kl)
+    except ValueError as error:
+        logger.warning(f"The head recommends no step size: {error}")
+        return
+    finally:
+        controlled.unload()
+    head.save_pretrained(output / "head")
+
+
+def _report(
+    output: Path, tokenizer: PreTrainedTokenizerBase, figures: dict[str, Any], validation_split: float, seed: int
+) -> None:
+    rollouts = read_manifest(output / "rollouts", "rollouts", "recontrol rollout")
+    states = read_manifest(output / "states", "states", "recontrol states")
+    head = ValueHead.from_pretrained(output / "head")
+    count, stored = rollouts["counts"], states["counts"]
+    scored = max(count["rollouts"] - count["unscored"], 1)
+    names = rollouts["rewards"]
+    facts = {
+        "Base model": str(rollouts["settings"]["model"]),
+        "Reward": ", ".join(f"{name} (mean {count[f'reward {name}'] / scored:.3g})" for name in names),
+        "Responses": f"{count['rollouts']}, {count['finished']} of them finished, {count['tokens']} tokens",
+        "Left out": f"{rollouts['bad_rows']} prompts, {count['unscored']} responses without a reward",
+        "States": f"{stored['states']} at {head.config.hook_point}, {states['settings']['dtype']}, "
+        f"{stored['bytes'] / 1e6:.1f} MB",
+        "Head": f"V {head.config.head_sizes}, g {head.config.advantage_sizes}",
+        "Recommended control": "none" if head.config.control is None else str(head.config.control),
+        "Seed": str(seed),
+    }
+    curves = _read_json(output / "head" / FIGURES_NAME)["curves"]
+    one = {} if head.config.num_objectives > 1 else {"reward_mean": head.config.reward_mean}
+    write_report(
+        output / "report.html",
+        title=f"A head for {Path(str(rollouts['settings']['model'])).name}",
+        facts=facts,
+        figures=figures | one,
+        curves=curves,
+        examples=_examples(output, tokenizer, head, validation_split, seed),
+    )
+
+
+@torch.no_grad()
+def _examples(
+    output: Path, tokenizer: PreTrainedTokenizerBase, head: ValueHead, validation_split: float, seed: int
+) -> list[dict[str, Any]]:
+    """Held-out responses with what V says of them: the two highest, middle and lowest of the first hundred."""
+    store = StateStore.open(output / "states")
+    _, held_out = split_by_prompt(store, validation_split, seed)
+    wanted = dict.fromkeys(held_out[:100].tolist())
+    number = 0
+    for part in rollout_parts(output / "rollouts"):
+        for rollout in load_rollouts(part):
+            if not rollout.completion_ids or rollout.reward is None:
+                continue
+            if number in wanted:
+                values = head.rewards(head(store.gather("hidden", torch.tensor([number]))))
+                wanted[number] = (rollout, values)
+            number += 1
+        if number > max(wanted):
+            break
+    found: list[tuple[Rollout, torch.Tensor]] = sorted(wanted.values(), key=lambda item: float(item[1][-1].sum()))
+    middle = len(found) // 2
+    chosen = found if len(found) <= 6 else [*found[-2:][::-1], *found[middle - 1 : middle + 1], *found[:2][::-1]]
+    examples = []
+    for rollout, values in chosen:
+        example = {
+            "prompt": rollout.prompt,
+            "completion": rollout.completion,
+            "reward": rollout.reward[0] if len(rollout.reward) == 1 else rollout.reward,
+            "predicted": values[-1].tolist() if values.shape[1] > 1 else float(values[-1]),
+            "finished": rollout.finished,
+        }
+        if store.place["every"] == 1 and values.shape[1] == 1:
+            example["values"] = values[:, 0].tolist()
+            example["tokens"] = [tokenizer.decode([token]) for token in rollout.completion_ids]
+        examples.append(example)
+    return examples

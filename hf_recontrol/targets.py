@@ -1,0 +1,103 @@
+"""The targets of training, over ragged episodes without a loop over tokens: TD(λ) for V, GAE(λ) for the advantage."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pad_episodes(flat: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Episodes one after the other, `(states, ...)`, to `(episodes, longest, ...)`; 0 behind an episode's end."""
+    mask = episode_mask(lengths)
+    padded = flat.new_zeros(*mask.shape, *flat.shape[1:])
+    padded[mask] = flat
+    return padded
+
+
+def episode_mask(lengths: torch.Tensor) -> torch.Tensor:
+    """True at the states of each episode: shape `(episodes, longest)`."""
+    return torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
+
+
+def _scan(offsets: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """
+    `x_t = offsets_t + factors_t x_{t+1}` along dimension 1, with 0 behind the end, in log₂(length) steps: each doubles
+    how many states one term spans (Hillis & Steele, 1986).
+    """
+    offsets, factors, span = offsets.clone(), factors.clone(), 1
+    while span < offsets.shape[1]:
+        offsets[:, :-span] += factors[:, :-span] * offsets[:, span:]
+        # Behind the last full span nothing follows.
+        factors[:, :-span] *= factors[:, span:].clone()
+        factors[:, -span:] = 0
+        span *= 2
+    return offsets
+
+
+def td_targets(
+    values: torch.Tensor,
+    rewards: torch.Tensor,
+    lengths: torch.Tensor,
+    td_lambda: float,
+    *,
+    discount: float = 1.0,
+    open_ended: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""
+    The TD(λ) targets of padded episodes: `v_T = r` at the last state, before it
+    `v_t = γ ((1 - λ) V(s_{t+1}) + λ v_{t+1})`. λ=0 is the paper's Bellman target, λ=1 is Monte Carlo.
+
+    Args:
+        values (`torch.Tensor` of shape `(episodes, longest, objectives)`):
+            V of each state, of any finite value behind an episode's end. No gradient flows through the targets.
+        rewards (`torch.Tensor` of shape `(episodes, objectives)`), lengths (`torch.Tensor` of shape `(episodes,)`):
+            Standardised rewards, and the number of states.
+        td_lambda (`float`), discount (`float`, *optional*, defaults to 1.0):
+            λ and γ in [0, 1].
+        open_ended (`torch.Tensor` of shape `(episodes,)`, *optional*):
+            Episodes that were cut off: there `v_T = V(s_T)` (bootstrapping), so their last state teaches nothing and
+            their reward is not used.
+
+    Returns:
+        `torch.Tensor` of the shape of `values`; 0 behind an episode's end.
+    """
+    values = values.detach()
+    last = _last(lengths, values)
+    inside = episode_mask(lengths)[..., None]
+    ends = rewards[:, None].expand_as(values)
+    if open_ended is not None:
+        ends = torch.where(open_ended[:, None, None], values, ends)
+    following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    offsets = torch.where(last, ends, discount * (1 - td_lambda) * following) * inside
+    return _scan(offsets, _factors(last, inside, values, discount * td_lambda))
+
+
+def value_differences(
+    values: torch.Tensor,
+    rewards: torch.Tensor,
+    lengths: torch.Tensor,
+    gae_lambda: float = 0.0,
+    *,
+    discount: float = 1.0,
+    open_ended: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""
+    The targets of the advantage part, GAE(λ): `δ_t = γ V(s_{t+1}) - V(s_t)`, `r - V(s_T)` at the last state (0 in
+    `open_ended` episodes), and `A_t = δ_t + γ λ A_{t+1}`. Arguments and result as for [`td_targets`].
+    """
+    values = values.detach()
+    last = _last(lengths, values)
+    inside = episode_mask(lengths)[..., None]
+    ends = rewards[:, None].expand_as(values)
+    if open_ended is not None:
+        ends = torch.where(open_ended[:, None, None], values, ends)
+    following = discount * torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    deltas = (torch.where(last, ends, following) - values) * inside
+    return _scan(deltas, _factors(last, inside, values, discount * gae_lambda))
+
+
+def _factors(last: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, factor: float) -> torch.Tensor:
+    return torch.full_like(values, factor).masked_fill(last | ~inside, 0.0)
+
+
+def _last(lengths: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return (torch.arange(values.shape[1], device=values.device)[None] == lengths[:, None] - 1)[..., None]

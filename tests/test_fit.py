@@ -1,0 +1,159 @@
+"""One line from prompts to a head: what it makes, that it goes on, what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from hf_recontrol import ReControlForCausalLM, ValueHead
+from hf_recontrol.fit import fit, train_head
+from hf_recontrol.records import load_rollouts
+from hf_recontrol.store import StateStore
+
+from .tiny_models import tiny_model
+from .tiny_tokenizer import tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("recontrol_warnings")
+
+PROMPTS = [f"w{i} w{i + 1}" for i in range(5, 45)]
+
+
+def variety(prompts, completions, **columns):
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+@pytest.fixture
+def base():
+    model = tiny_model("llama", dtype=torch.float32)
+    model.generation_config.eos_token_id = 2
+    return model
+
+
+OPTIONS = {
+    "num_samples": 2,
+    "max_new_tokens": 8,
+    "temperature": 1.5,
+    "head_sizes": [16],
+    "advantage_sizes": [8],
+    "value_options": {"num_epochs": 4},
+    "quiet": True,
+}
+
+
+def run(base, output, reward=variety, prompts=PROMPTS, **changes):
+    return fit(base, prompts, reward, output, tokenizer=tiny_tokenizer(), **OPTIONS | changes)
+
+
+def hashes(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_head_a_report_and_plain_files(base, tmp_path):
+    figures = run(base, tmp_path)
+    rollouts = load_rollouts(tmp_path / "rollouts")
+    assert len(rollouts) == 80 and all(r.reward == [float(len(set(r.completion.split())))] for r in rollouts)
+    assert StateStore.open(tmp_path / "states").num_states == sum(len(r.completion_ids) for r in rollouts)
+    assert {"value_error", "advantage_correlation", "constant_correlation", "by_position"} <= figures.keys()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "variety" in page and "<svg" in page
+
+    head = ValueHead.from_pretrained(tmp_path / "head")
+    assert head.config.head_sizes == [16] and head.config.control.method == "advantage"
+    model = ReControlForCausalLM.from_model(base, tmp_path / "head")
+    ids = torch.tensor([[5, 6]])
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 6)
+
+
+def test_a_finished_run_is_not_made_again(base, tmp_path, monkeypatch):
+    figures = run(base, tmp_path)
+    before = hashes(tmp_path)
+    for name in (
+        "rollouts._sample",
+        "rewards.score_rollouts",
+        "activations._read",
+        "fit.train_value_head",
+        "fit.fit_advantage",
+        "fit.match_kl",
+    ):
+        monkeypatch.setattr(f"hf_recontrol.{name}", None)
+    assert run(base, tmp_path) == figures
+    assert hashes(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"reward": length}, "rewards"),
+        ({"head_sizes": [32]}, "head"),
+        ({"every": 2}, "every"),
+        ({"value_options": {"num_epochs": 5}}, "value_options"),
+        ({"prompts": PROMPTS[:-1]}, "prompts"),
+    ],
+)
+def test_other_settings_are_refused_and_change_nothing(base, tmp_path, changes, name):
+    run(base, tmp_path)
+    before = hashes(tmp_path)
+    with pytest.raises(ValueError, match=f"another {name}"):
+        run(base, tmp_path, **changes)
+    assert hashes(tmp_path) == before
+
+
+def test_several_rewards_are_several_objectives(base, tmp_path):
+    run(base, tmp_path, reward=[variety, length])
+    head = ValueHead.from_pretrained(tmp_path / "head")
+    assert head.config.num_objectives == 2 and len(head.config.reward_mean) == 2
+    assert load_rollouts(tmp_path / "rollouts")[0].reward[1] == len(load_rollouts(tmp_path / "rollouts")[0].completion)
+
+
+def test_a_column_by_its_name_and_chat_messages(base, tmp_path):
+    prompts = [{"prompt": [{"role": "user", "content": f"w{i}"}], "score": i % 7} for i in range(5, 45)]
+    fit(base, prompts, "score", tmp_path, tokenizer=tiny_tokenizer(chat=True), **OPTIONS)
+    rollouts = load_rollouts(tmp_path / "rollouts")
+    assert all(r.reward == [float(r.columns["score"])] for r in rollouts)
+    assert rollouts[0].prompt == [{"role": "user", "content": "w5"}]
+
+
+def test_a_head_on_a_layer_has_no_advantage_part(base, tmp_path):
+    figures = run(base, tmp_path, hook_point="decoder_layer", layer=1)
+    head = ValueHead.from_pretrained(tmp_path / "head")
+    assert head.config.layer == 1 and head.config.advantage_sizes is None and "advantage_error" not in figures
+    assert head.config.control is None or head.config.control.method == "ascent"
+
+
+def test_a_foreign_head_is_not_overwritten(base, tmp_path):
+    run(base, tmp_path / "run")
+    head = tmp_path / "run" / "head"
+    (head / "training" / "settings.json").unlink()
+    with pytest.raises(ValueError, match="not trained there"):
+        train_head(head, tmp_path / "run" / "states")
+
+
+def test_what_cannot_work_is_said_before_anything_is_made(base, tmp_path):
+    with pytest.raises(ValueError, match="no_such_module"):
+        run(base, tmp_path / "run", reward="no_such_module:reward")
+    with pytest.raises(ValueError, match="same name"):
+        run(base, tmp_path / "run", reward=[variety, variety])
+    with pytest.raises(ValueError, match="tokenizer"):
+        fit(base, PROMPTS, variety, tmp_path / "run")
+    assert not list(tmp_path.glob("run/*/*"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="is a file"):
+        run(base, tmp_path / "file")
+
+
+def test_train_head_goes_on_from_v_when_it_is_done(base, tmp_path, monkeypatch):
+    run(base, tmp_path)
+    figures = json.loads((tmp_path / "head" / "training.json").read_text())
+    for name in ("training.json", "config.json", "model.safetensors"):
+        (tmp_path / "head" / name).unlink()
+    monkeypatch.setattr("hf_recontrol.fit.train_value_head", None)
+    run(base, tmp_path)
+    again = json.loads((tmp_path / "head" / "training.json").read_text())
+    for name, value in figures["figures"].items():
+        if isinstance(value, float):
+            assert again["figures"][name] == pytest.approx(value, abs=1e-5)
