@@ -1,0 +1,299 @@
+"""
+What the choices of training are worth: one set of scored rollouts, three seeds, one choice changed at a time.
+
+    python benchmarks/ablations.py --rollouts run/rollouts --output ablations-vader.json
+
+The folder is one that `recontrol label` has scored. For each seed (split by prompt, initial weights, order) a head
+with the default settings is trained, then one with each changed setting; the figures are those on the held-out
+prompts, where an error of 1 is that of the training rewards' mean. Every finished run is kept in the output, so the
+command goes on where it was stopped. `--plot` and `--table` only show what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_recontrol import ValueHeadConfig
+from hf_recontrol.activations import write_states
+from hf_recontrol.advantage import fit_advantage
+from hf_recontrol.figures import episode_summaries, value_figures
+from hf_recontrol.files import atomic_path
+from hf_recontrol.hooks import hook_width
+from hf_recontrol.stage import read_manifest
+from hf_recontrol.store import States, StateStore
+from hf_recontrol.targets import pad_episodes, td_targets
+from hf_recontrol.training import ValueTrainer, split_by_prompt, train_value_head
+from hf_recontrol.value_head import ValueHead
+
+VALUE = {"td_lambda": 0.95, "num_epochs": 30, "patience": 4, "learning_rate": 3e-4}
+ADVANTAGE = {"gae_lambda": 0.0, "num_epochs": 10, "patience": 2}
+SIZES = [512]
+
+
+class NoStopGradient(ValueTrainer):
+    """Gradients flow through the targets too, as in the authors' training code."""
+
+    def targets(self, values, batch):
+        following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+        plain = td_targets(values, batch["rewards"], batch["lengths"], self.td_lambda)
+        return plain + (1 - self.td_lambda) * (following - following.detach())
+
+
+class FirstTokenAnchor(ValueTrainer):
+    """The reward is the target of the first token instead of the last; elsewhere the target is V of the next state."""
+
+    def targets(self, values, batch):
+        return self.first_token_targets(values.detach(), batch)
+
+    def first_token_targets(self, values, batch):
+        following = torch.cat([values[:, 1:], values[:, -1:]], dim=1)
+        last = (batch["lengths"] - 1)[:, None, None].expand(-1, 1, values.shape[-1])
+        # Behind the last state nothing is known: it is its own target, which teaches nothing.
+        following = following.scatter(1, last, values.gather(1, last))
+        return torch.cat([batch["rewards"][:, None], following[:, 1:]], dim=1)
+
+
+class AuthorsObjective(FirstTokenAnchor):
+    """The reward anchored at the first token, gradients through the targets: the authors' training code."""
+
+    def targets(self, values, batch):
+        return self.first_token_targets(values, batch)
+
+
+# name -> what differs: value options, head sizes, hook point, share of the rollouts, every k-th state.
+VALUE_RUNS: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{f"td_lambda={x}": {"td_lambda": x} for x in (0.0, 0.5, 0.9, 1.0)},
+    "no stop-gradient": {"trainer_class": NoStopGradient},
+    "no stop-gradient, td_lambda=0": {"trainer_class": NoStopGradient, "td_lambda": 0.0},
+    "anchor at the first token": {"trainer_class": FirstTokenAnchor},
+    "the authors' objective": {"trainer_class": AuthorsObjective},
+    "target network 0.01": {"target_update": 0.01},
+    "decoder_layer": {"hook_point": "decoder_layer"},
+    "depth 2": {"head_sizes": SIZES * 2},
+    "depth 3": {"head_sizes": SIZES * 3},
+    "width 128": {"head_sizes": [128]},
+    "width 2048": {"head_sizes": [2048]},
+    "scaling=scalar": {"scaling": "scalar"},
+    "scaling=none": {"scaling": "none"},
+    "decoder_layer, scaling=scalar": {"hook_point": "decoder_layer", "scaling": "scalar"},
+    "decoder_layer, scaling=none": {"hook_point": "decoder_layer", "scaling": "none"},
+    **{f"{x:.0%} of the prompts": {"share": x} for x in (0.125, 0.25, 0.5)},
+    **{f"every {k}th state": {"every": k} for k in (2, 4, 8, 16)},
+}
+# Of the advantage part, on the default V of the seed.
+ADVANTAGE_RUNS: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{f"gae_lambda={x}": {"gae_lambda": x} for x in (0.5, 0.9, 0.95, 1.0)},
+    "linear": {"advantage_sizes": []},
+    **{f"g width {x}": {"advantage_sizes": [x]} for x in (64, 1024)},
+    **{f"g on {x:.0%} of the prompts": {"share": x} for x in (0.125, 0.25, 0.5)},
+    **{f"g on every {k}th state": {"every": k} for k in (4,)},
+}
+VALUE_FIGURES = ("value_error", "value_error_last", "correlation_first", "correlation_last")
+ADVANTAGE_FIGURES = ("advantage_correlation", "constant_correlation", "advantage_error", "constant_error")
+
+
+def subset(store: StateStore, share: float, every: int, seed: int, directions: bool) -> StateStore:
+    """Every k-th state of the episodes, with fewer training prompts but all held-out ones."""
+    if share == 1 and every == 1:
+        return store
+    train, held_out = split_by_prompt(store, 0.1, seed)
+    prompts = store.prompts[train].unique()
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+    kept = torch.isin(store.prompts, prompts[order[: round(len(prompts) * share)]])
+    kept[held_out] = True
+    episodes = kept.nonzero()[:, 0]
+    lengths = store.lengths[episodes]
+    ends = torch.repeat_interleave(lengths.cumsum(0), lengths)
+    rows = (ends - 1 - torch.arange(int(lengths.sum()))) % every == 0
+    return StateStore(
+        [
+            States(
+                hidden=store.gather("hidden", episodes)[rows],
+                directions=store.gather("directions", episodes)[rows] if directions else None,
+                lengths=-(-lengths // every),
+                rewards=store.rewards[episodes],
+                prompts=store.prompts[episodes],
+                finished=store.finished[episodes],
+                **store.place | {"every": every},
+            )
+        ]
+    )
+
+
+def held_out_share(store: StateStore, part: StateStore) -> float:
+    """The share of the part's prompts that holds out as many, and so the same ones, as a tenth of the store."""
+    return round(0.1 * len(store.prompts.unique())) / len(part.prompts.unique())
+
+
+def run_value(stores: dict[str, StateStore], change: dict[str, Any], seed: int) -> tuple[ValueHead, dict[str, float]]:
+    """V with one choice changed, and its held-out figures."""
+    change = dict(change)
+    store = stores[change.pop("hook_point", "lm_head")]
+    at_head = store.place["hook_point"] == "lm_head"
+    config = ValueHeadConfig(
+        store.hidden_size,
+        head_sizes=change.pop("head_sizes", SIZES),
+        hook_point=store.place["hook_point"],
+        advantage_sizes=[256] if at_head else None,
+    )
+    part = subset(store, change.pop("share", 1.0), change.pop("every", 1), seed, directions=False)
+    begin = time.perf_counter()
+    head, figures = train_value_head(
+        part, config, seed=seed, validation_split=held_out_share(store, part), **VALUE | change
+    )
+    minutes = (time.perf_counter() - begin) / 60
+    if part is not store:
+        # Along the response means at the same positions for all: those of the whole store.
+        figures = whole_figures(head, store, seed)
+    return head, {name: figures[name] for name in VALUE_FIGURES} | {"minutes": minutes}
+
+
+@torch.no_grad()
+def whole_figures(head: ValueHead, store: StateStore, seed: int) -> dict[str, Any]:
+    """The figures of a head on all states of the held-out episodes."""
+    episodes = split_by_prompt(store, 0.1, seed)[1]
+    mean, std = torch.tensor([head.config.reward_mean]), torch.tensor([head.config.reward_std])
+    rewards, lengths = (store.rewards[episodes] - mean) / std, store.lengths[episodes]
+    summaries = [
+        episode_summaries(pad_episodes(head(store.gather("hidden", episodes[part])), lengths[part]), *rest)
+        for part in torch.arange(len(episodes)).split(256)
+        for rest in [(rewards[part], lengths[part])]
+    ]
+    return value_figures(torch.cat(summaries), rewards, lengths, store.prompts[episodes], mean, std)
+
+
+def run_advantage(store: StateStore, value: ValueHead, change: dict[str, Any], seed: int) -> dict[str, float]:
+    """g with one choice changed, on a given V."""
+    change = dict(change)
+    config = replace(value.config, advantage_sizes=change.pop("advantage_sizes", [256]))
+    torch.manual_seed(seed)
+    head = ValueHead(config)
+    weights = {name: tensor for name, tensor in value.state_dict().items() if not name.startswith("advantage_mlp")}
+    head.load_state_dict(weights, strict=False)
+    part = subset(store, change.pop("share", 1.0), change.pop("every", 1), seed, directions=True)
+    begin = time.perf_counter()
+    figures = fit_advantage(head, part, seed=seed, validation_split=held_out_share(store, part), **ADVANTAGE | change)
+    minutes = (time.perf_counter() - begin) / 60
+    return {name: figures[name] for name in ADVANTAGE_FIGURES} | {"minutes": minutes}
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half-width of the 95 % interval of Student's t."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), 2.571)
+    return f"{statistics.fmean(values):.3f} ± {t * statistics.stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def tables(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown tables of all finished runs: means over the seeds, 95 % intervals."""
+    text = []
+    for kind, figures in (("value", VALUE_FIGURES), ("advantage", ADVANTAGE_FIGURES)):
+        names = dict.fromkeys(key.split("/")[1] for key in results if key.startswith(kind))
+        text += [f"| {kind} | " + " | ".join(figures) + " | minutes |", "|---" * (len(figures) + 2) + "|"]
+        for name in names:
+            runs = [run for key, run in results.items() if key.split("/")[:2] == [kind, name]]
+            cells = [interval([run[figure] for run in runs]) for figure in figures]
+            text.append(
+                f"| {name} | " + " | ".join(cells) + f" | {statistics.fmean(r['minutes'] for r in runs):.2f} |"
+            )
+        text.append("")
+    return "\n".join(text)
+
+
+def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """One plot: held-out correlation of V (last token) and of g by choice, with every seed as a dot."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for axes, (kind, name, label) in zip(
+        figure.subplots(1, 2),
+        [
+            ("value", "value_error_last", "V: held-out error at the last token (1: the mean reward)"),
+            ("advantage", "advantage_correlation", "g: held-out correlation with V's differences"),
+        ],
+        strict=True,
+    ):
+        rows = list(dict.fromkeys(key.split("/")[1] for key in results if key.startswith(kind)))[::-1]
+        for y, row in enumerate(rows):
+            values = [run[name] for key, run in results.items() if key.split("/")[:2] == [kind, row]]
+            axes.plot(values, [y] * len(values), "o", color="#4477aa", alpha=0.6)
+            axes.plot([statistics.fmean(values)], [y], "|", color="black", markersize=14)
+        if "default" in rows:
+            default = [run[name] for key, run in results.items() if key.split("/")[:2] == [kind, "default"]]
+            axes.axvline(statistics.fmean(default), linestyle=":", color="grey")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xlabel(label)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:] or "svg")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rollouts", type=Path, help="folder that `recontrol label` has scored")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of results")
+    parser.add_argument("--states", type=Path, help="folder for the states; default: beside the rollouts")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="run only names that contain this")
+    parser.add_argument("--plot", type=Path, help="write a plot of what is there")
+    parser.add_argument("--table", action="store_true", help="print the tables of what is there")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    if arguments.plot:
+        plot(results, arguments.plot)
+    if arguments.table:
+        print(tables(results))
+    if arguments.plot or arguments.table:
+        return
+    stores = open_stores(arguments.rollouts, arguments.states or arguments.rollouts.with_name("states-ablations"))
+    runs = [(seed, name) for seed in range(arguments.seeds) for name in VALUE_RUNS if arguments.only in name]
+    for seed, name in runs:
+        key = f"value/{name}/{seed}"
+        pending = [x for x in ADVANTAGE_RUNS if arguments.only in x and f"advantage/{x}/{seed}" not in results]
+        if key in results and not (name == "default" and pending):
+            continue
+        head, results[key] = run_value(stores, VALUE_RUNS[name], seed)
+        keep(results, key, arguments.output)
+        for other in pending if name == "default" else ():
+            key = f"advantage/{other}/{seed}"
+            results[key] = run_advantage(stores["lm_head"], head, ADVANTAGE_RUNS[other], seed)
+            keep(results, key, arguments.output)
+    print(tables(results))
+
+
+def keep(results: dict, key: str, path: Path) -> None:
+    """Write the results so far, and show the last."""
+    print(key, {name: round(value, 3) for name, value in results[key].items()}, flush=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def open_stores(rollouts: Path, folder: Path) -> dict[str, StateStore]:
+    """The states at both hook points, read if they are not there yet."""
+    settings = read_manifest(rollouts, "rollouts", "recontrol rollout")["settings"]
+    stores = {}
+    base = None
+    for hook_point in ("lm_head", "decoder_layer"):
+        path = folder / hook_point
+        if not (path / "manifest.json").exists() or not json.loads((path / "manifest.json").read_text())["complete"]:
+            base = base or AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval()
+            shape = {"hook_point": hook_point, "advantage_sizes": [] if hook_point == "lm_head" else None}
+            config = ValueHeadConfig(hook_width(base, ValueHeadConfig(1, **shape)), **shape)
+            write_states(path, base, rollouts, config)
+        stores[hook_point] = StateStore.open(path)
+    return stores
+
+
+if __name__ == "__main__":
+    main()
