@@ -19,7 +19,7 @@ from .files import atomic_path
 from .hooks import find_lm_head, hook_width, read_states
 from .hub import portable_name
 from .modeling import ReControlForCausalLM
-from .records import Rollout, load_rollouts, rollout_parts
+from .records import Rollout, count_rollouts, load_rollouts, rollout_parts
 from .rollouts import pad_batch
 from .stage import Progress, StageFolder, model_settings, progress_bar, read_manifest
 from .store import States, StateWriter
@@ -257,7 +257,7 @@ def write_states(
         if stage.is_counted():
             return stage.counts()
         missing = stage.missing_parts()
-        total = int(manifest["counts"]["rollouts"])
+        total = sum(count_rollouts(parts[index]) for index in stage.own_parts())
         with progress_bar("states", total, progress, stage.processes.index) as advance:
             for index in stage.own_parts():
                 part = load_rollouts(parts[index])
@@ -276,7 +276,7 @@ def write_states(
                             kept = slice((len(used[i].completion_ids) - 1) % every, None, every)
                             for name, value in zip(names, values, strict=False):
                                 writer.write(name, starts[i], value[kept])
-                advance(len(part) * (stage.processes.count if progress is None else 1))
+                advance(len(part))
         counts = stage.finish(_count_part)
         if not counts.get("states"):
             raise ValueError(f"No scored rollout in {rollouts} has a token: nothing to learn from.")

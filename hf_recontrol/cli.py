@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -487,6 +489,9 @@ def demo(
 
 def main() -> None:
     """Entry point: errors that name what was wrong are shown without a traceback, with exit code 1."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        # The first process says it for all.
+        logging.getLogger("hf_recontrol").setLevel(logging.ERROR)
     try:
         app()
     except (OSError, ValueError, ImportError, FloatingPointError) as error:

@@ -131,6 +131,11 @@ def load_rollouts(path: str | os.PathLike) -> list[Rollout]:
     return rollouts
 
 
+def count_rollouts(path: Path) -> int:
+    """How many rollouts a Parquet file holds, by its footer."""
+    return _parquet().parquet.read_metadata(path).num_rows
+
+
 def rewards_of(path: Path) -> list[str] | None:
     """Names of the rewards in a Parquet file of rollouts, or `None` if they have not been scored."""
     pa = _parquet()

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .prompts import BadRow, Prompt, report_bad_rows
-from .records import Rollout, load_rollouts, rewards_of, save_rollouts
+from .records import Rollout, count_rollouts, load_rollouts, rewards_of, save_rollouts
 from .stage import Processes, Progress, StageFolder, check_settings, progress_bar, read_manifest
 
 # TRL's signature: f(prompts, completions, **kwargs) -> list[float], one reward for each pair. Further columns of the
@@ -282,15 +282,15 @@ def label_rollouts(
         elif stage.processes.index == 0:
             stage.write_manifest(known | {"complete": False, "rewards": names})
         stage.processes.wait()
-        total = known["counts"]["rollouts"] if "counts" in known else 0
-        with progress_bar("rewards", int(total), progress, stage.processes.index) as advance:
+        total = sum(count_rollouts(stage.part_path(index)) for index in stage.own_parts())
+        with progress_bar("rewards", total, progress, stage.processes.index) as advance:
             for index in stage.own_parts():
                 path = stage.part_path(index)
                 rollouts = load_rollouts(path)
                 if rewards_of(path) is None and rollouts:
                     scored = score_rollouts(rollouts, *rewards.values(), on_bad_rows=on_bad_rows, source=path.name)
                     save_rollouts(scored, path, names)
-                advance(len(rollouts) * (stage.processes.count if progress is None else 1))
+                advance(len(rollouts))
         return stage.finish(
             partial(_count_scored, names=names), {"bad_rows": known.get("bad_rows", 0), "rewards": names}
         )

@@ -53,7 +53,9 @@ class Processes:
             return
         # One process may have much more to do than another before they meet: the default is ten minutes.
         distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        self._state = PartialState(**({"timeout": timedelta(days=7)} if distributed else {}))
+        # Unless told that there is no accelerator, it does not connect processes that compute on CPUs.
+        cpu = not torch.accelerator.is_available()
+        self._state = PartialState(cpu=cpu, **({"timeout": timedelta(days=7)} if distributed else {}))
         self.index, self.count = self._state.process_index, self._state.num_processes
         self.device = self._state.device
 

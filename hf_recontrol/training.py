@@ -343,6 +343,6 @@ def train_value_head(
         head = head.cpu()
         for parameter in head.parameters():
             parameter.requires_grad_(True)
-    for warning in figures["warnings"]:
+    for warning in figures["warnings"] if trainer.processes.index == 0 else ():
         logger.warning(warning)
     return head, figures | {"log": trainer.state.log_history}

@@ -51,7 +51,7 @@ def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, b
     if not used:
         raise ValueError("No rollout has a token to measure.")
     total, count = 0.0, 0
-    for start in logging.tqdm(range(0, len(used), batch_size), desc="KL", leave=False):
+    for start in logging.tqdm(range(0, len(used), batch_size), desc="KL", leave=False, disable=None):
         batch = used[start : start + batch_size]
         inputs, parts = teacher_forced(model, batch, keep_logits=True)
         controlled = model(**inputs).logits
