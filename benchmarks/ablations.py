@@ -34,8 +34,8 @@ from hf_recontrol.targets import pad_episodes, td_targets
 from hf_recontrol.training import ValueTrainer, split_by_prompt, train_value_head
 from hf_recontrol.value_head import ValueHead
 
-VALUE = {"td_lambda": 0.95, "num_epochs": 30, "patience": 4, "learning_rate": 3e-4}
-ADVANTAGE = {"gae_lambda": 0.0, "num_epochs": 10, "patience": 2}
+VALUE = {"td_lambda": 0.95, "num_epochs": 15, "patience": 3, "learning_rate": 3e-4}
+ADVANTAGE = {"gae_lambda": 0.0, "num_epochs": 6, "patience": 2}
 SIZES = [512]
 
 
@@ -103,6 +103,23 @@ VALUE_FIGURES = ("value_error", "value_error_last", "correlation_first", "correl
 ADVANTAGE_FIGURES = ("advantage_correlation", "constant_correlation", "advantage_error", "constant_error")
 
 
+class Stores(dict):
+    """The states of a folder of rollouts by hook point, read when first asked for."""
+
+    def __init__(self, rollouts: Path, folder: Path):
+        super().__init__()
+        self.rollouts, self.folder = rollouts, folder
+
+    def __missing__(self, hook_point: str) -> StateStore:
+        name = read_manifest(self.rollouts, "rollouts", "recontrol rollout")["settings"]["model"]
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        shape = {"hook_point": hook_point, "advantage_sizes": [] if hook_point == "lm_head" else None}
+        config = ValueHeadConfig(hook_width(base, ValueHeadConfig(1, **shape)), **shape)
+        write_states(self.folder / hook_point, base, self.rollouts, config)
+        self[hook_point] = StateStore.open(self.folder / hook_point)
+        return self[hook_point]
+
+
 def subset(store: StateStore, share: float, every: int, seed: int, directions: bool) -> StateStore:
     """Every k-th state of the episodes, with fewer training prompts but all held-out ones."""
     if share == 1 and every == 1:
@@ -136,7 +153,7 @@ def held_out_share(store: StateStore, part: StateStore) -> float:
     return round(0.1 * len(store.prompts.unique())) / len(part.prompts.unique())
 
 
-def run_value(stores: dict[str, StateStore], change: dict[str, Any], seed: int) -> tuple[ValueHead, dict[str, float]]:
+def run_value(stores: Stores, change: dict[str, Any], seed: int) -> tuple[ValueHead, dict[str, float]]:
     """V with one choice changed, and its held-out figures."""
     change = dict(change)
     store = stores[change.pop("hook_point", "lm_head")]
@@ -256,8 +273,10 @@ def main() -> None:
         print(tables(results))
     if arguments.plot or arguments.table:
         return
-    stores = open_stores(arguments.rollouts, arguments.states or arguments.rollouts.with_name("states-ablations"))
+    stores = Stores(arguments.rollouts, arguments.states or arguments.rollouts.with_name("states-ablations"))
     runs = [(seed, name) for seed in range(arguments.seeds) for name in VALUE_RUNS if arguments.only in name]
+    # What needs the second set of states comes last.
+    runs.sort(key=lambda run: "hook_point" in VALUE_RUNS[run[1]])
     for seed, name in runs:
         key = f"value/{name}/{seed}"
         pending = [x for x in ADVANTAGE_RUNS if arguments.only in x and f"advantage/{x}/{seed}" not in results]
@@ -277,22 +296,6 @@ def keep(results: dict, key: str, path: Path) -> None:
     print(key, {name: round(value, 3) for name, value in results[key].items()}, flush=True)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def open_stores(rollouts: Path, folder: Path) -> dict[str, StateStore]:
-    """The states at both hook points, read if they are not there yet."""
-    settings = read_manifest(rollouts, "rollouts", "recontrol rollout")["settings"]
-    stores = {}
-    base = None
-    for hook_point in ("lm_head", "decoder_layer"):
-        path = folder / hook_point
-        if not (path / "manifest.json").exists() or not json.loads((path / "manifest.json").read_text())["complete"]:
-            base = base or AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval()
-            shape = {"hook_point": hook_point, "advantage_sizes": [] if hook_point == "lm_head" else None}
-            config = ValueHeadConfig(hook_width(base, ValueHeadConfig(1, **shape)), **shape)
-            write_states(path, base, rollouts, config)
-        stores[hook_point] = StateStore.open(path)
-    return stores
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
 """Responses to rewards."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_recontrol.records import Rollout
-from hf_recontrol.rewards import ClassifierReward, load_reward, score_rollouts
+from hf_recontrol.prompts import load_prompts
+from hf_recontrol.records import Rollout, load_rollouts
+from hf_recontrol.rewards import ClassifierReward, label_rollouts, load_reward, score_rollouts
+from hf_recontrol.rollouts import write_rollouts
+from hf_recontrol.stage import read_manifest
 
+from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
 
@@ -102,3 +108,64 @@ def test_a_classifier_of_several_labels_needs_one_by_name(tmp_path):
     scores = [ClassifierReward(model, tiny_tokenizer(), label=f"LABEL_{i}")(["w5"], ["w6"])[0] for i in range(3)]
     expected = model(**tiny_tokenizer()(["w5"], ["w6"], return_tensors="pt")).logits[0]
     assert scores == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_bools_numpy_and_one_element_tensors_are_numbers():
+    values = [True, np.float32(0.5), np.int64(2), torch.tensor([3.0]), np.array([[4.0]])]
+    scored = score_rollouts(rollouts("a", "b", "c", "d", "e"), lambda prompts, completions, **_: values)
+    assert [r.reward for r in scored] == [[1.0], [0.5], [2.0], [3.0], [4.0]]
+
+
+def test_columns_named_like_a_function_s_arguments_do_not_clash():
+    row = replace(rollouts("a")[0], columns={"prompts": 1, "completions": 2, "topic": "x"})
+
+    def topic(prompts, completions, topic, **columns):
+        assert prompts == [row.prompt] and not columns
+        return [float(len(topic[0]))]
+
+    assert score_rollouts([row], topic)[0].reward == [1.0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    prompts = load_prompts([{"prompt": f"w{i}", "topic": i} for i in range(5, 15)])
+    write_rollouts(tmp_path / "r", model, tiny_tokenizer(), prompts, max_new_tokens=4, part_size=4)
+    return tmp_path / "r"
+
+
+def test_a_folder_is_scored_in_place_and_scored_once(folder, monkeypatch):
+    before = load_rollouts(folder)
+    counts = label_rollouts(folder, {"length": length, "topic": load_reward("topic", {"topic"})})
+    after = load_rollouts(folder)
+    assert [replace(r, reward=None) for r in after] == before
+    assert [r.reward for r in after] == [[float(len(r.completion)), float(r.columns["topic"])] for r in after]
+    assert counts["unscored"] == 0 and counts["reward topic"] == sum(range(5, 15))
+    assert read_manifest(folder, "rollouts", "")["rewards"] == ["length", "topic"]
+    monkeypatch.setattr("hf_recontrol.rewards.score_rollouts", None)
+    assert label_rollouts(folder, {"length": length, "topic": load_reward("column:topic")}) == counts
+    with pytest.raises(ValueError, match=r"another rewards \(there \['length', 'topic'\], now \['length'\]\)"):
+        label_rollouts(folder, [length])
+
+
+def test_a_failing_reward_leaves_the_folder_to_go_on_from(folder):
+    calls = []
+
+    def failing(prompts, completions, **columns):
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise ZeroDivisionError("once")
+        return length(prompts, completions)
+
+    with pytest.raises(RuntimeError, match="failing failed: ZeroDivisionError: once"):
+        label_rollouts(folder, [failing])
+    with pytest.raises(ValueError, match="not finished"):
+        load_rollouts(folder)
+    label_rollouts(folder, [failing])
+    assert calls == [4, 4, 4, 2], "the first file was not scored again"
+    assert all(r.reward == [float(len(r.completion))] for r in load_rollouts(folder))
+
+
+def test_a_folder_without_rollouts_is_an_error(tmp_path):
+    with pytest.raises(OSError, match=r"holds no manifest\.json"):
+        label_rollouts(tmp_path, [length])

@@ -1,6 +1,8 @@
 """States to a head: what training finds in data that hold something to find, and its errors."""
 
+import json
 import math
+import pickle
 from copy import deepcopy
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from hf_recontrol import ValueHeadConfig
 from hf_recontrol.advantage import fit_advantage
-from hf_recontrol.store import States
+from hf_recontrol.store import States, StateStore, StateWriter
 from hf_recontrol.training import ValueTrainer, split_by_prompt, train_value_head
 
 # With so few held-out responses training warns, rightly.
@@ -155,6 +157,36 @@ def test_mixed_precision_schedules_and_trackers_are_the_trainer_s(tmp_path):
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2 * rates[0]
     assert figures["value_error"] < 0.9 and next(head.parameters()).dtype == torch.float32
     assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_a_store_in_several_files_is_fetched_by_workers_as_by_one(tmp_path):
+    """Whole episodes at random out of memory-mapped files, here and in other processes, train the same head."""
+    states = episodes(90)
+    starts = states.lengths.cumsum(0) - states.lengths
+    for number, part in enumerate(torch.arange(90).split(40)):
+        rows = slice(int(starts[part[0]]), int(starts[part[-1]] + states.lengths[part[-1]]))
+        small = {name: getattr(states, name)[part] for name in ("lengths", "rewards", "prompts", "finished")}
+        path = tmp_path / f"part-{number:05d}.safetensors"
+        names = ("hidden", "directions")
+        with StateWriter(path, small, rows.stop - rows.start, WIDTH, torch.float32, names, {}) as writer:
+            for name in names:
+                writer.write(name, 0, getattr(states, name)[rows])
+    manifest = {"kind": "states", "complete": True, "parts": {f"part-{i:05d}.safetensors": "" for i in range(3)}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    store = StateStore.open(tmp_path)
+    chosen = torch.tensor([80, 3, 41, 3, 0])
+    for name in ("hidden", "directions"):
+        assert torch.equal(store.gather(name, chosen), StateStore([states]).gather(name, chosen))
+    options = {"num_epochs": 2, "batch_size": 16}
+    expected, _ = train_value_head(states, CONFIG, **options)
+    for workers in (0, 2):
+        arguments = {"dataloader_num_workers": workers}
+        if workers:
+            arguments["dataloader_prefetch_factor"] = 2
+        head, _ = train_value_head(store, CONFIG, training_arguments=arguments, **options)
+        for a, b in zip(head.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+    assert torch.equal(pickle.loads(pickle.dumps(store)).gather("hidden", chosen), store.gather("hidden", chosen))
 
 
 def test_figures_name_the_baselines_and_warn_in_plain_words(recontrol_warnings):
