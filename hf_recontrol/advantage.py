@@ -81,7 +81,7 @@ class AdvantageTrainer(EpisodeTrainer):
         head = self.accelerator.unwrap_model(self.model).head
         device = next(head.parameters()).device
         sums = torch.zeros(6, dtype=torch.float64)
-        for _, batch in self.held_out.batches(256, self.processes):
+        for _, batch in self.held_out.batches(64, self.processes):
             batch = {name: value.to(device) for name, value in batch.items()}
             target = advantage_targets(head, batch, self.gae_lambda, self.discount).double().cpu()
             advantage = (batch["directions"] * head.advantage(batch["hidden"])).sum(-1).double().cpu()

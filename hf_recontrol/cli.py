@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ._version import __version__
 from .cli_options import (
     AdvantageSizesOption,
     BatchOption,
@@ -55,6 +56,21 @@ responses), **label** (score them), **states** (read hidden states), **train** (
 the one before, goes on where it was stopped, and shares its work between the processes of `accelerate launch`. Then
 **generate** under the head's control. **demo** does all of it on a small model.""",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf_recontrol {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _load_base(model: str, dtype: str, device: str | None, head: str | None = None):

@@ -124,7 +124,7 @@ class ValueTrainer(EpisodeTrainer):
         head = self.accelerator.unwrap_model(self.model).head
         device = next(head.parameters()).device
         numbers, summaries = [], []
-        for part, batch in self.held_out.batches(256, self.processes):
+        for part, batch in self.held_out.batches(64, self.processes):
             values = pad_episodes(head(batch["hidden"].to(device)).float().cpu(), batch["lengths"])
             summaries.append(episode_summaries(values, batch["rewards"], batch["lengths"]))
             numbers.append(part)
@@ -207,13 +207,14 @@ def new_head(
         return head
     count, total, squares = 0, torch.zeros(store.hidden_size).double(), torch.zeros(store.hidden_size).double()
     shift = None
-    for part in train.split(256):
+    for part in train.split(16):
         hidden = store.gather("hidden", part).double()
         # Sums of squares around a state, not around 0, so that a large mean does not swallow a small spread.
-        shift = hidden[0] if shift is None else shift
+        shift = hidden[0].clone() if shift is None else shift
+        hidden -= shift
         count += len(hidden)
-        total += (hidden - shift).sum(0)
-        squares += (hidden - shift).square().sum(0)
+        total += hidden.sum(0)
+        squares += hidden.square_().sum(0)
     if not torch.isfinite(squares).all():
         raise ValueError("The states hold NaN or infinite values.")
     variance = (squares / count - (total / count).square()).clamp(min=0)

@@ -1,6 +1,8 @@
 """Rollouts to states."""
 
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hf_recontrol.records import Rollout, load_rollouts, rollout_parts
 from hf_recontrol.rewards import label_rollouts
 from hf_recontrol.rollouts import write_rollouts
 from hf_recontrol.store import StateStore
+from hf_recontrol.training import new_head
 
 from .conftest import make_head
 from .tiny_models import layers_of, lm_head_of, tiny_model
@@ -212,6 +215,44 @@ def test_a_store_takes_little_more_than_its_states(rollouts, tmp_path, dtype, si
     counts = write_states(tmp_path / "s", model, tmp_path / "r", ValueHeadConfig(256), dtype=dtype)
     on_disk = sum(path.stat().st_size for path in (tmp_path / "s").glob("part-*"))
     assert counts["bytes"] == counts["states"] * 256 * size <= on_disk <= 1.02 * counts["bytes"]
+
+
+def anonymous_megabytes() -> float:
+    """Memory of this process that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_memory_is_bounded_by_the_batch_whatever_the_number_of_rollouts(tmp_path):
+    """One file of 79 MB of states, written and read through in half of that."""
+    width = 1024
+    model = tiny_model("llama", dtype=torch.float32, hidden_size=width, head_dim=8, num_hidden_layers=1)
+    prompts = load_prompts([f"w{i % 80 + 5} w{i // 80 + 5}" for i in range(600)])
+    options = {"max_new_tokens": 36, "part_size": 1000, "batch_size": 50}
+    write_rollouts(tmp_path / "r", model, tiny_tokenizer(), prompts, **options)
+    label_rollouts(tmp_path / "r", [length])
+    config = ValueHeadConfig(width, head_sizes=[8], hook_point="lm_head")
+    # Once before, so that what torch keeps for itself is there.
+    warm_up = load_rollouts(tmp_path / "r")[:16]
+    collect_states(model, warm_up, config, batch_size=8)
+    peak, done = [0.0], threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous_megabytes())
+
+    before = anonymous_megabytes()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        counts = write_states(tmp_path / "s", model, tmp_path / "r", config, batch_size=8)
+        new_head(store := StateStore.open(tmp_path / "s"), config, *[torch.arange(len(store))] * 2, "feature", 0)
+    finally:
+        done.set()
+        watcher.join()
+    assert counts["bytes"] > 75e6
+    assert peak[0] - before < 40
 
 
 def test_a_state_beyond_the_dtype_s_range_is_an_error_and_leaves_no_part(rollouts, tmp_path):

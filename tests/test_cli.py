@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import hf_recontrol
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
 from hf_recontrol.cli import app, main
 
@@ -96,6 +97,10 @@ def test_help_teaches(command):
     text = CliRunner().invoke(app, [command, "--help"]).output
     assert "Usage" in text and "--help" in text
     assert "Example" in text or command in ("demo", "info")
+
+
+def test_the_version_is_shown():
+    assert CliRunner().invoke(app, ["--version"]).output == f"hf_recontrol {hf_recontrol.__version__}\n"
 
 
 def test_without_a_command_there_is_help():
