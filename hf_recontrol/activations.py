@@ -19,6 +19,7 @@ from .files import atomic_path
 from .hooks import find_lm_head, hook_width, read_states
 from .hub import portable_name
 from .modeling import ReControlForCausalLM
+from .prompts import Prompt
 from .records import Rollout, count_rollouts, load_rollouts, rollout_parts
 from .rollouts import pad_batch
 from .stage import Progress, StageFolder, model_settings, progress_bar, read_manifest
@@ -106,9 +107,9 @@ def _read(
                 yield i, states[0][row, part], directions
 
 
-def _prompt_number(rollout: Rollout) -> int:
+def prompt_number(prompt: Prompt) -> int:
     """A number that is the same for equal prompts, in every process."""
-    text = json.dumps(rollout.prompt, sort_keys=True)
+    text = json.dumps(prompt, sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)
 
 
@@ -116,7 +117,7 @@ def _small(rollouts: Sequence[Rollout], every: int, num_objectives: int) -> dict
     return {
         "lengths": torch.tensor([math.ceil(len(r.completion_ids) / every) for r in rollouts], dtype=torch.int64),
         "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float32).reshape(-1, num_objectives),
-        "prompts": torch.tensor([_prompt_number(r) for r in rollouts], dtype=torch.int64),
+        "prompts": torch.tensor([prompt_number(r.prompt) for r in rollouts], dtype=torch.int64),
         "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
     }
 

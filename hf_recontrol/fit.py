@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .activations import write_states
+from .activations import DTYPES, prompt_number, write_states
 from .advantage import fit_advantage
 from .configuration import ControlConfig, ValueHeadConfig
 from .evaluation import match_kl
@@ -35,7 +36,7 @@ from .records import Rollout, load_rollouts, rollout_parts
 from .rewards import RewardFunction, label_rollouts, load_reward, reward_name
 from .rollouts import write_rollouts
 from .stage import Processes, Progress, check_settings, lock_folder, read_manifest
-from .store import StateStore
+from .store import States, StateStore
 from .training import split_by_prompt, train_value_head
 from .value_head import ValueHead
 
@@ -275,6 +276,7 @@ def fit(
     if not isinstance(prompts, Prompts):
         prompts = load_prompts(prompts, on_bad_rows=on_bad_rows)
     rewards = _rewards(reward, prompts)
+    _check_settings(prompts, value_options, advantage_options, states_dtype)
     processes = Processes()
     if processes.index == 0:
         check_target(output / "report.html")
@@ -336,6 +338,27 @@ def fit(
             _report(output, tokenizer, figures, (value_options or {}).get("validation_split", 0.1), seed)
         processes.wait()
     return figures
+
+
+def _check_settings(
+    prompts: Prompts, value_options: dict | None, advantage_options: dict | None, states_dtype: str
+) -> None:
+    """Raise now for what only the last stages would stumble over."""
+    for name, function, options in (
+        ("value_options", train_value_head, value_options),
+        ("advantage_options", fit_advantage, advantage_options),
+    ):
+        if unknown := sorted((options or {}).keys() - inspect.signature(function).parameters.keys()):
+            raise TypeError(f"`{name}` holds {unknown}, which {function.__name__} does not know.")
+    if states_dtype not in DTYPES:
+        raise ValueError(f"`states_dtype` must be one of {DTYPES}, got {states_dtype!r}.")
+    numbers = torch.tensor(list({prompt_number(row["prompt"]) for row in prompts.rows}))
+    # The split itself says what is wrong with it.
+    split_by_prompt(
+        States(torch.empty(0), torch.empty(0), torch.empty(0), numbers),
+        (value_options or {}).get("validation_split", 0.1),
+        seed=0,
+    )
 
 
 def _rewards(reward, prompts: Prompts) -> dict[str, RewardFunction]:

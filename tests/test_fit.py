@@ -75,8 +75,7 @@ def test_a_finished_run_is_not_made_again(base, tmp_path, monkeypatch):
         "rollouts._sample",
         "rewards.score_rollouts",
         "activations._read",
-        "fit.train_value_head",
-        "fit.fit_advantage",
+        "fit._train_both",
         "fit.match_kl",
     ):
         monkeypatch.setattr(f"hf_recontrol.{name}", None)
@@ -140,6 +139,12 @@ def test_what_cannot_work_is_said_before_anything_is_made(base, tmp_path):
         run(base, tmp_path / "run", reward=[variety, variety])
     with pytest.raises(ValueError, match="tokenizer"):
         fit(base, PROMPTS, variety, tmp_path / "run")
+    with pytest.raises(ValueError, match="1 prompts cannot be split"):
+        run(base, tmp_path / "run", prompts=["w5", "w5"])
+    with pytest.raises(ValueError, match="states_dtype"):
+        run(base, tmp_path / "run", states_dtype="float8")
+    with pytest.raises(TypeError, match=r"`value_options` holds \['epochs'\]"):
+        run(base, tmp_path / "run", value_options={"epochs": 3})
     assert not list(tmp_path.glob("run/*/*"))
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="is a file"):
@@ -151,7 +156,7 @@ def test_train_head_goes_on_from_v_when_it_is_done(base, tmp_path, monkeypatch):
     figures = json.loads((tmp_path / "head" / "training.json").read_text())
     for name in ("training.json", "config.json", "model.safetensors"):
         (tmp_path / "head" / name).unlink()
-    monkeypatch.setattr("hf_recontrol.fit.train_value_head", None)
+    monkeypatch.setattr("hf_recontrol.training.ValueTrainer.fit", None)
     run(base, tmp_path)
     again = json.loads((tmp_path / "head" / "training.json").read_text())
     for name, value in figures["figures"].items():
