@@ -94,6 +94,20 @@ def _on_device(load, *names, dtype: str, device: str | None, **kwargs):
     return load(*names, dtype=dtype, **kwargs).eval().to(device or Processes().device)
 
 
+def _load_prompts(prompts, split, config_name, column, limit, streaming, skip_bad_rows):
+    from .prompts import load_prompts
+
+    return load_prompts(
+        prompts,
+        split=split,
+        config_name=config_name,
+        column=column,
+        limit=limit,
+        streaming=streaming,
+        on_bad_rows=_bad_rows(skip_bad_rows),
+    )
+
+
 def _print_json(values: dict) -> None:
     typer.echo(json.dumps(values, indent=2))
 
@@ -166,19 +180,10 @@ def fit(
     Example: `recontrol fit -m org/base --prompts prompts.jsonl --reward my_module:my_reward -o run --samples 2`
     """
     from .fit import fit as run_fit
-    from .prompts import load_prompts
 
     value_widths = _widths("--head-sizes", head_sizes)
     advantage_widths = _widths("--advantage-sizes", advantage_sizes)
-    rows = load_prompts(
-        prompts,
-        split=split,
-        config_name=config_name,
-        column=prompt_column,
-        limit=limit,
-        streaming=streaming,
-        on_bad_rows=_bad_rows(skip_bad_rows),
-    )
+    rows = _load_prompts(prompts, split, config_name, prompt_column, limit, streaming, skip_bad_rows)
     figures = run_fit(
         model,
         rows,
@@ -242,19 +247,10 @@ def rollout(
     Example: `recontrol rollout -m org/base --prompts prompts.jsonl -o run/rollouts --temperature 0.9`
     """
     from .files import check_target
-    from .prompts import load_prompts
     from .rollouts import write_rollouts
     from .stage import MANIFEST_NAME
 
-    rows = load_prompts(
-        prompts,
-        split=split,
-        config_name=config_name,
-        column=prompt_column,
-        limit=limit,
-        streaming=streaming,
-        on_bad_rows=_bad_rows(skip_bad_rows),
-    )
+    rows = _load_prompts(prompts, split, config_name, prompt_column, limit, streaming, skip_bad_rows)
     check_target(output / MANIFEST_NAME)
     base, tokenizer, control = _load_base(model, dtype, device, head)
     counts = write_rollouts(

@@ -61,11 +61,7 @@ def td_targets(
         `torch.Tensor` of the shape of `values`; 0 behind an episode's end.
     """
     values = values.detach()
-    last = _last(lengths, values)
-    inside = episode_mask(lengths)[..., None]
-    ends = rewards[:, None].expand_as(values)
-    if open_ended is not None:
-        ends = torch.where(open_ended[:, None, None], values, ends)
+    last, inside, ends = _ends(values, rewards, lengths, open_ended)
     following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     offsets = torch.where(last, ends, discount * (1 - td_lambda) * following) * inside
     return _scan(offsets, _factors(last, inside, values, discount * td_lambda))
@@ -85,11 +81,7 @@ def value_differences(
     `open_ended` episodes), and `A_t = δ_t + γ λ A_{t+1}`. Arguments and result as for [`td_targets`].
     """
     values = values.detach()
-    last = _last(lengths, values)
-    inside = episode_mask(lengths)[..., None]
-    ends = rewards[:, None].expand_as(values)
-    if open_ended is not None:
-        ends = torch.where(open_ended[:, None, None], values, ends)
+    last, inside, ends = _ends(values, rewards, lengths, open_ended)
     following = discount * torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     deltas = (torch.where(last, ends, following) - values) * inside
     return _scan(deltas, _factors(last, inside, values, discount * gae_lambda))
@@ -99,5 +91,12 @@ def _factors(last: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, fac
     return torch.full_like(values, factor).masked_fill(last | ~inside, 0.0)
 
 
-def _last(lengths: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return (torch.arange(values.shape[1], device=values.device)[None] == lengths[:, None] - 1)[..., None]
+def _ends(
+    values: torch.Tensor, rewards: torch.Tensor, lengths: torch.Tensor, open_ended: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where each episode's last state is, where its states are, and what follows its last one."""
+    last = (torch.arange(values.shape[1], device=values.device)[None] == lengths[:, None] - 1)[..., None]
+    ends = rewards[:, None].expand_as(values)
+    if open_ended is not None:
+        ends = torch.where(open_ended[:, None, None], values, ends)
+    return last, episode_mask(lengths)[..., None], ends
