@@ -386,7 +386,7 @@ def train(
     Example: `recontrol train run/states -o run/head`
     """
     from .configuration import ValueHeadConfig
-    from .fit import train_head
+    from .training_stage import train_head
 
     shared = {
         "batch_size": batch_size,

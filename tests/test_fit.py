@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hf_recontrol import ReControlForCausalLM, ValueHead
-from hf_recontrol.fit import fit, train_head
+from hf_recontrol.fit import fit
 from hf_recontrol.records import load_rollouts
 from hf_recontrol.store import StateStore
+from hf_recontrol.training_stage import train_head
 
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
@@ -75,7 +76,7 @@ def test_a_finished_run_is_not_made_again(base, tmp_path, monkeypatch):
         "rollouts._sample",
         "rewards.score_rollouts",
         "activations._read",
-        "fit._train_both",
+        "training_stage._train_both",
         "fit.match_kl",
     ):
         monkeypatch.setattr(f"hf_recontrol.{name}", None)

@@ -1,0 +1,154 @@
+"""The last stage: a folder of states to a folder with a head, resumed after any stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from .advantage import fit_advantage
+from .configuration import ValueHeadConfig
+from .files import atomic_path, check_target, make_folder
+from .hub import CONFIG_NAME
+from .stage import Processes, Progress, check_settings, lock_folder, read_manifest
+from .store import StateStore
+from .training import train_value_head
+from .value_head import ValueHead
+
+FIGURES_NAME = "training.json"
+
+
+def _write_json(path: Path, values: dict) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _states_id(folder: str | os.PathLike) -> str:
+    parts = read_manifest(folder, "states", "recontrol states")["parts"]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def train_head(
+    output: str | os.PathLike,
+    states: str | os.PathLike,
+    *,
+    head_sizes: Sequence[int] = (1024,),
+    advantage_sizes: Sequence[int] | None = (256,),
+    activation: str = "relu",
+    value_options: dict[str, Any] | None = None,
+    advantage_options: dict[str, Any] | None = None,
+    progress: Callable[[str], Progress] | None = None,
+) -> dict[str, Any]:
+    """
+    Train both parts of a head from a folder of states into a folder, the last stage of [`fit`]. Checkpoints go to
+    `output/training`; a run that was stopped goes on from the last one.
+
+    Args:
+        output (`str` or `os.PathLike`):
+            Folder for the head (`config.json`, `model.safetensors`, card) and `training.json` (its figures and
+            curves).
+        states (`str` or `os.PathLike`):
+            Folder of [`write_states`].
+        head_sizes, advantage_sizes, activation:
+            As in [`ValueHeadConfig`]. States without directions get no advantage part.
+        value_options, advantage_options (`dict`, *optional*):
+            Keyword arguments of [`train_value_head`] and [`fit_advantage`]; `validation_split`, `seed`, `discount` and
+            `open_truncated` are the value part's for both.
+        progress (*optional*):
+            Gives, for a description, what is called with (done, total).
+
+    Returns:
+        The figures of [`train_value_head`] and [`fit_advantage`].
+
+    Raises:
+        `ValueError`: if the folder holds another head, or was made with other settings; else as those two.
+    """
+    output, value_options = Path(output), dict(value_options or {})
+    advantage_options = dict(advantage_options or {})
+    shared = ("validation_split", "seed", "discount", "open_truncated")
+    advantage_options |= {name: value_options[name] for name in shared if name in value_options}
+    store = StateStore.open(states)
+    if not store.has_directions:
+        advantage_sizes = None
+    config = ValueHeadConfig(
+        store.hidden_size,
+        head_sizes=list(head_sizes),
+        advantage_sizes=None if advantage_sizes is None else list(advantage_sizes),
+        activation=activation,
+        num_objectives=store.rewards.shape[1],
+        hook_point=store.place["hook_point"],
+        layer=store.place["layer"],
+    )
+    settings = {
+        "states": _states_id(states),
+        "head": config.to_dict(),
+        "value_options": value_options,
+        "advantage_options": advantage_options,
+    }
+    settings = json.loads(json.dumps(settings, default=repr))
+    processes, work = Processes(), output / "training"
+    lock = nullcontext()
+    if processes.index == 0:
+        check_target(output / CONFIG_NAME)
+        if (output / CONFIG_NAME).exists() and not (work / "settings.json").exists():
+            raise ValueError(f"{output} holds a head that was not trained there: name another folder.")
+        make_folder(work)
+        lock = lock_folder(work)
+    with lock:
+        if processes.index == 0:
+            if (work / "settings.json").exists():
+                check_settings(output, json.loads((work / "settings.json").read_text(encoding="utf-8")), settings)
+            _write_json(work / "settings.json", settings)
+        processes.wait()
+        if not (output / FIGURES_NAME).exists():
+            _train_both(output, work, store, config, value_options, advantage_options, processes, progress)
+    return json.loads((output / FIGURES_NAME).read_text(encoding="utf-8"))["figures"]
+
+
+def _train_both(
+    output: Path,
+    work: Path,
+    store: StateStore,
+    config: ValueHeadConfig,
+    value_options: dict[str, Any],
+    advantage_options: dict[str, Any],
+    processes: Processes,
+    progress: Callable[[str], Progress] | None,
+) -> None:
+    def shown(description: str) -> Progress | None:
+        return None if progress is None else progress(description)
+
+    finished = work / "value_head"
+    if (finished / FIGURES_NAME).exists():
+        head, figures = ValueHead.from_pretrained(finished), read_json(finished / FIGURES_NAME)
+    else:
+        head, figures = train_value_head(
+            store, config, output_dir=work / "value", progress=shown("value head"), **value_options
+        )
+        if processes.index == 0:
+            head.save_pretrained(finished)
+            _write_json(finished / FIGURES_NAME, figures)
+        processes.wait()
+    curves = {"value": figures.pop("log")}
+    if config.advantage_sizes is not None:
+        found = fit_advantage(
+            head, store, output_dir=work / "advantage", progress=shown("advantage"), **advantage_options
+        )
+        curves["advantage"] = found.pop("log")
+        figures |= found
+    if processes.index == 0:
+        head.save_pretrained(output)
+        _write_json(output / FIGURES_NAME, {"figures": figures, "curves": curves})
+        for checkpoint in work.glob("*/checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    processes.wait()
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file that was written here."""
+    return json.loads(path.read_text(encoding="utf-8"))
