@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
+from hf_recontrol.figures import correlation
 from hf_recontrol.rewards import ClassifierReward
 
 NUM_TEST_PROMPTS = 200
@@ -83,8 +84,21 @@ def main() -> None:
     train = [pair for pair in pairs if pair["first"] in allowed]
     held_out = [pair for pair in pairs if pair["first"] in measured]
 
+    figures = {"training_pairs": len(train), "training_prompts": len(train_prompts), "test_prompts": len(test_prompts)}
+    path = arguments.output / "figures.json"
+    if path.exists():
+        minutes = json.loads(path.read_text())["minutes"]
+    else:
+        minutes = round(train_model(base, train, arguments.output, arguments.seed), 1)
+    figures |= {"minutes": minutes} | measure(arguments.output, held_out)
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+
+
+def train_model(base: str, train: list[dict[str, str]], output: Path, seed: int) -> float:
+    """Fit the classifier, save it, and return the minutes that took."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     model.base_model.embeddings.requires_grad_(False)
 
@@ -94,12 +108,12 @@ def main() -> None:
         return dict(tokenizer(asked, answers, truncation=True, max_length=128, padding=True, return_tensors="pt"))
 
     settings = TrainingArguments(
-        output_dir=str(arguments.output / "training"),
+        output_dir=str(output / "training"),
         per_device_train_batch_size=16,
         num_train_epochs=1,
         learning_rate=1e-4,
         warmup_steps=12,
-        seed=arguments.seed,
+        seed=seed,
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
@@ -107,25 +121,26 @@ def main() -> None:
     )
     begin = time.perf_counter()
     BradleyTerryTrainer(model=model, args=settings, train_dataset=train, data_collator=collate).train()
-    minutes = (time.perf_counter() - begin) / 60
     tokenizer.model_max_length = 128
-    model.save_pretrained(arguments.output)
-    tokenizer.save_pretrained(arguments.output)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return (time.perf_counter() - begin) / 60
 
-    reward = ClassifierReward.from_pretrained(arguments.output)
+
+def measure(folder: Path, held_out: list[dict[str, str]]) -> dict[str, float]:
+    """How many held-out pairs are ranked right, and how much of that the answers' lengths alone would do."""
+    reward = ClassifierReward.from_pretrained(folder)
     asked = [pair["prompt"] for pair in held_out]
-    chosen, rejected = (torch.tensor(reward(asked, [p[key] for p in held_out])) for key in ("chosen", "rejected"))
-    figures = {
-        "training_pairs": len(train),
+    keys = ("chosen", "rejected")
+    scores = [torch.tensor(reward(asked, [pair[key] for pair in held_out])) for key in keys]
+    lengths = [torch.tensor([float(len(pair[key])) for pair in held_out]) for key in keys]
+    return {
         "held_out_pairs": len(held_out),
-        "accuracy": float((chosen > rejected).float().mean()),
-        "mean_margin": float((chosen - rejected).mean()),
-        "training_prompts": len(train_prompts),
-        "test_prompts": len(test_prompts),
-        "minutes": round(minutes, 1),
+        "accuracy": float((scores[0] > scores[1]).float().mean()),
+        "mean_margin": float((scores[0] - scores[1]).mean()),
+        "accuracy_of_the_shorter": float((lengths[0] < lengths[1]).float().mean()),
+        "correlation_with_length": correlation(torch.cat(scores), torch.cat(lengths)),
     }
-    (arguments.output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
