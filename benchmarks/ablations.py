@@ -267,10 +267,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables of what is there")
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    shown = {key: run for key, run in results.items() if int(key.rsplit("/", 1)[1]) < arguments.seeds}
     if arguments.plot:
-        plot(results, arguments.plot)
+        plot(shown, arguments.plot)
     if arguments.table:
-        print(tables(results))
+        print(tables(shown))
     if arguments.plot or arguments.table:
         return
     stores = Stores(arguments.rollouts, arguments.states or arguments.rollouts.with_name("states-ablations"))
