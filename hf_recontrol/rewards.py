@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import os
@@ -187,7 +188,11 @@ def _finite(value: Any) -> float | None:
         value = value.item()
     if isinstance(value, np.generic):
         value = value.item()
-    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
+    try:
+        # Training computes in float32.
+        return float(value) if isinstance(value, Real) and abs(value) <= torch.finfo(torch.float32).max else None
+    except OverflowError:
+        return None
 
 
 def score_rollouts(
@@ -218,7 +223,8 @@ def score_rollouts(
     for function in rewards:
         name = reward_name(function)
         try:
-            values = list(function(prompts, completions, **columns))
+            # Copies: a function may change what it is given, and the next one must not see that, nor the file.
+            values = list(function(*copy.deepcopy((prompts, completions)), **copy.deepcopy(columns)))
         except (ImportError, MissingColumnError):
             raise  # each says what to do
         except Exception as error:
@@ -275,11 +281,11 @@ def label_rollouts(
     with stage:
         if not all(stage.part_path(index).is_file() for index in range(stage.num_parts)):
             raise ValueError(f"The rollouts in {folder} are not finished: run the same `recontrol rollout` again.")
-        if known.get("rewards") is not None:
+        if known.get("rewards") is not None and (known["complete"] or _scored_parts(stage)):
             check_settings(folder, {"rewards": known["rewards"]}, {"rewards": names})
             if known["complete"]:
                 return stage.counts()
-        elif stage.processes.index == 0:
+        if stage.processes.index == 0:
             stage.write_manifest(known | {"complete": False, "rewards": names})
         stage.processes.wait()
         total = sum(count_rollouts(stage.part_path(index)) for index in stage.own_parts())
@@ -294,6 +300,10 @@ def label_rollouts(
         return stage.finish(
             partial(_count_scored, names=names), {"bad_rows": known.get("bad_rows", 0), "rewards": names}
         )
+
+
+def _scored_parts(stage: StageFolder) -> bool:
+    return any(rewards_of(stage.part_path(index)) is not None for index in range(stage.num_parts))
 
 
 def _count_scored(path: Path, names: Sequence[str]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 
@@ -113,6 +114,10 @@ def sampling_config(
     config = (
         GenerationConfig(do_sample=True, top_k=0) if generation_config is None else copy.deepcopy(generation_config)
     )
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
+    if temperature is not None and not temperature >= 0:
+        raise ValueError(f"`temperature` must be 0 or above, got {temperature}.")
     if temperature is not None:
         config.do_sample = temperature > 0
         config.temperature = temperature if temperature > 0 else None
@@ -145,7 +150,11 @@ def _encode_all(tokenizer, prompts: Prompts, indices: Sequence[int], room: int |
     encoded: dict[int, list[int]] = {}
     bad = []
     for i in indices:
-        ids = encode_prompt(tokenizer, prompts.rows[i]["prompt"])
+        try:
+            ids = encode_prompt(tokenizer, prompts.rows[i]["prompt"])
+        except (ValueError, TemplateError) as error:
+            bad.append(BadRow(f"prompt {prompts.numbers[i]}", str(error)))
+            continue
         if room is not None and len(ids) + max_new_tokens > room:
             reason = (
                 f"prompt and {max_new_tokens} new tokens make {len(ids) + max_new_tokens} tokens, the model has room "
@@ -224,7 +233,10 @@ def _sample(
     return rollouts
 
 
-def _check_num_samples(config: GenerationConfig, num_samples: int) -> None:
+def _check_numbers(config: GenerationConfig, num_samples: int, **others: int) -> None:
+    for name, value in {"num_samples": num_samples, **others}.items():
+        if value < (name != "seed"):
+            raise ValueError(f"`{name}` must be at least {int(name != 'seed')}, got {value}.")
     if num_samples > 1 and not config.do_sample:
         raise ValueError(f"{num_samples} samples of a prompt would be the same without sampling: set a temperature.")
 
@@ -286,7 +298,7 @@ def generate_rollouts(
         top_p=top_p,
         stop_strings=stop_strings,
     )
-    _check_num_samples(config, num_samples)
+    _check_numbers(config, num_samples, batch_size=batch_size, seed=seed)
     encoded, bad = _encode_all(tokenizer, prompts, range(len(prompts)), _room(model), config.max_new_tokens)
     report_bad_rows(bad, "error")
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(num_samples)]
@@ -344,7 +356,7 @@ def write_rollouts(
         top_p=top_p,
         stop_strings=stop_strings,
     )
-    _check_num_samples(config, num_samples)
+    _check_numbers(config, num_samples, batch_size=batch_size, seed=seed, part_size=part_size)
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(num_samples)]
     settings = {
         **model_settings(model),

@@ -25,6 +25,7 @@ from .hub import portable_name
 
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
+FORMAT_VERSION = 1
 
 # Called with (done, total) as a stage gets on.
 Progress = Callable[[int, int], None]
@@ -176,6 +177,12 @@ def read_manifest(folder: str | os.PathLike, kind: str, command: str, complete: 
         raise ValueError(f"{path} is not the manifest of a stage ({error}): make it with `{command}`.") from error
     if found != kind:
         raise ValueError(f"{folder} holds {found}, not {kind}: make them with `{command}`.")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} was made by another release of hf_recontrol: read it with that one, or upgrade.")
+    if complete and not finished and manifest.get("rewards") is not None:
+        raise ValueError(
+            f"The {kind} in {folder} are not scored to the end: run the same `recontrol label` again, it goes on."
+        )
     if complete and not finished:
         raise ValueError(f"The {kind} in {folder} are not finished: run the same `{command}` again, it goes on.")
     return manifest
@@ -276,7 +283,7 @@ class StageFolder:
     def write_manifest(self, values: dict[str, Any]) -> None:
         """Write the manifest: format, versions and settings, and `values`."""
         manifest = {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "kind": self.kind,
             "versions": _versions(),
             "settings": self.settings,

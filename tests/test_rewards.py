@@ -46,7 +46,7 @@ def test_columns_reach_the_function_and_can_be_the_reward():
         score_rollouts(rows, load_reward("column:absent"))
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, None, "1"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None, "1", 10**400, 1e300])
 def test_a_reward_that_is_no_finite_number_is_named_with_its_row(bad):
     def broken(prompts, completions, **kwargs):
         return [0.0, bad]
@@ -159,7 +159,7 @@ def test_a_failing_reward_leaves_the_folder_to_go_on_from(folder):
 
     with pytest.raises(RuntimeError, match="failing failed: ZeroDivisionError: once"):
         label_rollouts(folder, [failing])
-    with pytest.raises(ValueError, match="not finished"):
+    with pytest.raises(ValueError, match="not scored to the end: run the same `recontrol label`"):
         load_rollouts(folder)
     label_rollouts(folder, [failing])
     assert calls == [4, 4, 4, 2], "the first file was not scored again"
@@ -169,3 +169,27 @@ def test_a_failing_reward_leaves_the_folder_to_go_on_from(folder):
 def test_a_folder_without_rollouts_is_an_error(tmp_path):
     with pytest.raises(OSError, match=r"holds no manifest\.json"):
         label_rollouts(tmp_path, [length])
+
+
+def test_a_reward_that_changes_what_it_is_given_changes_nothing_else():
+    def rude(prompts, completions, topic, **columns):
+        prompts[0].append({"role": "assistant", "content": completions[0]})
+        topic[0].append(9)
+        completions.clear()
+        return [1.0]
+
+    prompt = [{"role": "user", "content": "w5"}]
+    row = Rollout(prompt, "w6", [5], [6], False, columns={"topic": [1]})
+    scored = score_rollouts([row], rude, length)[0]
+    assert scored == replace(row, reward=[1.0, 2.0])
+    assert scored.prompt == [{"role": "user", "content": "w5"}] and scored.columns == {"topic": [1]}
+
+
+def test_rewards_can_be_changed_as_long_as_nothing_is_scored(folder):
+    def broken(prompts, completions, **columns):
+        return [float("nan")] * len(prompts)
+
+    with pytest.raises(ValueError, match="broken returned nan"):
+        label_rollouts(folder, [broken])
+    label_rollouts(folder, [length])
+    assert read_manifest(folder, "rollouts", "")["rewards"] == ["length"]

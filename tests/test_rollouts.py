@@ -256,3 +256,34 @@ def test_prompts_too_long_for_the_model_can_be_left_out(model, tokenizer, tmp_pa
     assert counts["rollouts"] == 2 and "room for 64" in recontrol_warnings[0]
     assert [r.prompt_number for r in load_rollouts(tmp_path / "r")] == [0, 2]
     assert read_manifest(tmp_path / "r", "rollouts", "")["bad_rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"seed": -1}, "seed"),
+        ({"part_size": 0}, "part_size"),
+    ],
+)
+def test_numbers_out_of_range_are_named_before_anything_is_made(model, tokenizer, tmp_path, arguments, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        write_rollouts(tmp_path / "r", model, tokenizer, load(PROMPTS), **arguments)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_a_bad_row(model, tmp_path, recontrol_warnings):
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') if messages | length > 1 else 'w5' }}"
+    turn = {"role": "user", "content": "w5"}
+    prompts = load_prompts([[turn], [turn, turn]])
+    with pytest.raises(ValueError, match="prompt 1: roles must alternate"):
+        write_rollouts(tmp_path / "r", model, tokenizer, prompts, max_new_tokens=2)
+    assert (
+        write_rollouts(tmp_path / "r", model, tokenizer, prompts, max_new_tokens=2, on_bad_rows="skip")["rollouts"]
+        == 1
+    )

@@ -171,7 +171,12 @@ def test_a_store_in_several_files_is_fetched_by_workers_as_by_one(tmp_path):
         with StateWriter(path, small, rows.stop - rows.start, WIDTH, torch.float32, names, {}) as writer:
             for name in names:
                 writer.write(name, 0, getattr(states, name)[rows])
-    manifest = {"kind": "states", "complete": True, "parts": {f"part-{i:05d}.safetensors": "" for i in range(3)}}
+    manifest = {
+        "format_version": 1,
+        "kind": "states",
+        "complete": True,
+        "parts": {f"part-{i:05d}.safetensors": "" for i in range(3)},
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     store = StateStore.open(tmp_path)
     chosen = torch.tensor([80, 3, 41, 3, 0])
