@@ -199,8 +199,9 @@ def fit(
                 progress=show,
             )
         if processes.index == 0:
+            split_seed = (value_options or {}).get("seed", seed)
             _recommend(output, base, target_kl)
-            _report(output, tokenizer, figures, (value_options or {}).get("validation_split", 0.1), seed)
+            _report(output, tokenizer, figures, (value_options or {}).get("validation_split", 0.1), split_seed)
         processes.wait()
     return figures
 

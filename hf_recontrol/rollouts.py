@@ -261,8 +261,8 @@ def generate_rollouts(
 
     A response depends on the model, its prompt, the seed, the prompt's number and the sample's number, not on what
     else is in its batch (up to the rounding of another batch's arithmetic) or on how many processes work.
-    Processors that look back at the prompt's tokens (`repetition_penalty`, `no_repeat_ngram_size`, `min_length`) see its
-    padding, and models without an attention mask (xLSTM) read it: with these the batch does matter.
+    Processors that look back at the prompt's tokens (`repetition_penalty`, `no_repeat_ngram_size`, `min_length`) see
+    its padding, and models without an attention mask (xLSTM) read it: with these the batch does matter.
 
     Args:
         model, tokenizer:

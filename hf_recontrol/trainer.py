@@ -183,8 +183,12 @@ class EpisodeTrainer(Trainer):
         )
         if not (stopped or state.global_step >= state.max_steps):
             return False
+        if state.best_model_checkpoint is None:
+            return False
+        # The folder may have been moved since.
+        state.best_model_checkpoint = str(Path(checkpoint).with_name(Path(state.best_model_checkpoint).name))
         self.state = state
-        return state.best_model_checkpoint is not None
+        return True
 
 
 def _same(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
