@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jinja2 import TemplateError
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import GenerationMode
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration import ControlConfig
 from .modeling import ReControlForCausalLM
 from .prompts import BadRow, Prompt, Prompts, encode_prompt, load_prompts, report_bad_rows
 from .records import Rollout, load_rollouts, save_rollouts
+from .sampling import RowSampler, StopStrings, cut_response, needs_equal_lengths, sampling_config
 from .stage import Progress, StageFolder, model_fingerprint, model_settings, progress_bar
 
 
@@ -32,117 +32,6 @@ def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, side: str, device) -> 
         ids[i, part] = torch.tensor(row)
         mask[i, part] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response, by the generation config, else by the tokenizer."""
-    end = model.generation_config.eos_token_id
-    if end is None or end == []:
-        end = tokenizer.eos_token_id
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
-
-
-def pad_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to pad with: the tokenizer's, else one that ends a response, else 0. Padding is always masked."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return next(iter(end_token_ids(model, tokenizer)), 0)
-
-
-class RowSampler(LogitsProcessor):
-    """
-    Draws the next token of each row from numbers of the row's own: token y is the first with `F(y) > x F(last)`, where
-    F is the cumulative distribution and x uniform in [0, 1) (inverse transform sampling). It must be the last
-    processor; the drawn token's score becomes infinite, so that greedy decoding takes it.
-
-    Args:
-        seeds (sequence of `list[int]`):
-            For each row, what its numbers depend on.
-        max_new_tokens (`int`), prompt_width (`int`):
-            Numbers for each row, and the length of the padded prompts.
-    """
-
-    def __init__(self, seeds: Sequence[Sequence[int]], max_new_tokens: int, prompt_width: int, device: torch.device):
-        numbers = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
-        self.numbers, self.prompt_width = torch.from_numpy(numbers).to(device), prompt_width
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        step = input_ids.shape[1] - self.prompt_width
-        # float64: in float32 the sum over a large vocabulary would round small probabilities away.
-        cumulative = torch.softmax(scores, dim=-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
-        tokens = torch.searchsorted(cumulative, self.numbers[:, step, None] * cumulative[:, -1:], right=True)
-        return scores.scatter(1, tokens.clamp(max=scores.shape[-1] - 1), torch.inf)
-
-
-def _cut(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], end_ids: list[int], stop_strings: Sequence[str]
-) -> tuple[str, list[int], bool]:
-    """The response up to its turn's end: its text, its tokens with the one that ended the turn, whether it ended."""
-    end = next((i for i, token in enumerate(ids) if token in end_ids), None)
-    body, kept = ids[:end], ids if end is None else ids[: end + 1]
-    text = tokenizer.decode(body, skip_special_tokens=True)
-
-    def stopped(tokens: list[int]) -> bool:
-        # A stop string may be a special token, which the text leaves out.
-        spelled = tokenizer.decode(tokens)
-        return any(stop in spelled for stop in stop_strings)
-
-    if not stopped(body):
-        return text, kept, end is not None
-    length = next(i for i in range(1, len(body) + 1) if stopped(body[:i]))
-    text = tokenizer.decode(body[:length], skip_special_tokens=True)
-    return text[: min([text.index(stop) for stop in stop_strings if stop in text], default=None)], body[:length], True
-
-
-def sampling_config(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    generation_config: GenerationConfig | None = None,
-    *,
-    max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    stop_strings: Sequence[str] = (),
-) -> GenerationConfig:
-    """
-    The complete settings of rollouts: `generation_config`, else plain sampling at temperature 1, with what the other
-    arguments change.
-
-    Raises:
-        `ValueError`: for a mode in which a row's sample cannot depend on its own seed alone.
-    """
-    config = (
-        GenerationConfig(do_sample=True, top_k=0) if generation_config is None else copy.deepcopy(generation_config)
-    )
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
-    if temperature is not None and not temperature >= 0:
-        raise ValueError(f"`temperature` must be 0 or above, got {temperature}.")
-    if temperature is not None:
-        config.do_sample = temperature > 0
-        config.temperature = temperature if temperature > 0 else None
-        if temperature == 0:
-            config.top_p = config.top_k = None
-    if top_p is not None and config.do_sample:
-        config.top_p = top_p
-    if stop_strings:
-        config.stop_strings = list(stop_strings)
-    elif isinstance(config.stop_strings, str):
-        config.stop_strings = [config.stop_strings]
-    config.max_new_tokens = max_new_tokens or config.max_new_tokens or 128
-    if config.eos_token_id is None:
-        config.eos_token_id = end_token_ids(model, tokenizer) or None
-    if config.pad_token_id is None:
-        config.pad_token_id = pad_token_id(model, tokenizer)
-    config.return_dict_in_generate = None
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):
-        raise ValueError(
-            f"Rollouts are sampled, greedy or beam-searched; this generation config asks for {mode.value}."
-        )
-    if (config.num_return_sequences or 1) > 1:
-        raise ValueError("Ask for several responses with `num_samples`, not with `num_return_sequences`.")
-    return config
 
 
 def _encode_all(tokenizer, prompts: Prompts, indices: Sequence[int], room: int | None, max_new_tokens: int):
@@ -170,6 +59,15 @@ def _room(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
+def _batches(lengths: Sequence[int], batch_size: int, equal: bool) -> Iterator[list[int]]:
+    """Numbers of the rows of each batch, the longest prompts first; of one length each if `equal`."""
+    order = sorted(range(len(lengths)), key=lambda k: -lengths[k])
+    groups = groupby(order, key=lambda k: lengths[k]) if equal else [(None, order)]
+    for _, group in groups:
+        group = list(group)
+        yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
+
+
 def _sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -188,17 +86,18 @@ def _sample(
     model = copy.copy(model)
     model.generation_config = GenerationConfig(bos_token_id=model.generation_config.bos_token_id)
     prepare_processors = model._get_logits_processor
-    options: dict[str, Any] = {"tokenizer": tokenizer} if config.stop_strings else {}
+    stop_strings, config = config.stop_strings or (), copy.copy(config)
+    config.stop_strings = None
+    options: dict[str, Any] = {}
     if isinstance(model, ReControlForCausalLM):
         options["control"] = control
     end = config.eos_token_id
     end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
     temperature = (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0
 
-    order = sorted(range(len(rows)), key=lambda k: -len(encoded[rows[k][0]]))
     rollouts: list[Rollout | None] = [None] * len(rows)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    lengths = [len(encoded[i]) for i, _ in rows]
+    for batch in _batches(lengths, batch_size, needs_equal_lengths(model, config)):
         inputs = pad_batch([encoded[rows[k][0]] for k in batch], config.pad_token_id, "left", model.device)
         width = inputs["input_ids"].shape[1]
         if config.do_sample:
@@ -214,10 +113,12 @@ def _sample(
 
             # Processors that a caller hands to generate() come before temperature and top-p; the sampler must not.
             model._get_logits_processor = with_sampler
+        if stop_strings:
+            options["stopping_criteria"] = [StopStrings(tokenizer, stop_strings, width)]
         output = model.generate(**inputs, generation_config=config, **options)
         for k, ids in zip(batch, output[:, width:].tolist(), strict=True):
             i, sample = rows[k]
-            text, kept, finished = _cut(tokenizer, ids, end_ids, config.stop_strings or ())
+            text, kept, finished = cut_response(tokenizer, ids, end_ids, stop_strings)
             rollouts[k] = Rollout(
                 prompts.rows[i]["prompt"],
                 text,
@@ -260,9 +161,9 @@ def generate_rollouts(
     Sample responses, in memory.
 
     A response depends on the model, its prompt, the seed, the prompt's number and the sample's number, not on what
-    else is in its batch (up to the rounding of another batch's arithmetic) or on how many processes work.
-    Processors that look back at the prompt's tokens (`repetition_penalty`, `no_repeat_ngram_size`, `min_length`) see
-    its padding, and models without an attention mask (xLSTM) read it: with these the batch does matter.
+    else is in its batch (up to the rounding of another batch's arithmetic) or on how many processes work. Where
+    padding would be read (`repetition_penalty` and other processors that look back, models without an attention mask),
+    only prompts of one length share a batch, which is slower.
 
     Args:
         model, tokenizer:

@@ -8,7 +8,8 @@ from transformers import GenerationConfig
 from hf_recontrol import ControlConfig, ReControlForCausalLM
 from hf_recontrol.prompts import load_prompts
 from hf_recontrol.records import load_rollouts
-from hf_recontrol.rollouts import RowSampler, _cut, generate_rollouts, pad_batch, write_rollouts
+from hf_recontrol.rollouts import generate_rollouts, pad_batch, write_rollouts
+from hf_recontrol.sampling import RowSampler, cut_response
 from hf_recontrol.stage import read_manifest
 
 from .conftest import make_head
@@ -80,6 +81,43 @@ def test_a_stop_string_ends_the_turn_and_is_cut_from_text_and_tokens():
     assert cut.completion_ids == plain.completion_ids[: start + 2]
 
 
+def test_a_stop_string_does_not_begin_in_the_prompt():
+    model, tokenizer = tiny_model("llama", dtype=torch.float32, vocab_size=258), byte_tokenizer()
+    options = {"max_new_tokens": 8, "temperature": 1.0}
+    prompts = ["ab", "hello wor", "x"]
+    plain = generate_rollouts(model, tokenizer, prompts, **options)
+    stop = "x" + tokenizer.decode(plain[2].completion_ids[:1])
+    assert "\ufffd" not in stop and not any(stop in rollout.completion for rollout in plain)
+    assert generate_rollouts(model, tokenizer, prompts, stop_strings=[stop], **options) == plain
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 2.0}, {"num_beams": 2}, {"do_sample": False}])
+def test_rows_that_stop_early_hold_no_padding(settings):
+    model, tokenizer = tiny_model("llama", dtype=torch.float32, vocab_size=258), byte_tokenizer()
+    config = GenerationConfig(**{"do_sample": "temperature" in settings, "top_k": None} | settings)
+    prompts = [chr(97 + i) * (1 + i % 5) for i in range(24)]
+    plain = generate_rollouts(model, tokenizer, prompts, generation_config=config, max_new_tokens=8)
+    stops = list({r.completion[2] for r in plain if len(r.completion) > 3 and r.completion[2] != "\ufffd"})[:3]
+    found = generate_rollouts(
+        model, tokenizer, prompts, generation_config=config, max_new_tokens=8, stop_strings=stops, batch_size=7
+    )
+    stopped = [r for r in found if r.finished]
+    assert stopped and len(stopped) < len(found)
+    for rollout in found:
+        text = tokenizer.decode(rollout.completion_ids)
+        assert rollout.finished == any(stop in text for stop in stops)
+        assert not any(stop in tokenizer.decode(rollout.completion_ids[:-1]) for stop in stops)
+        assert rollout.finished or len(rollout.completion_ids) == 8
+
+
+def test_a_stop_string_with_a_tokenizer_of_whole_words(model, tokenizer):
+    plain = generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=8)
+    row = next(i for i, rollout in enumerate(plain) if len(rollout.completion.split()) > 2)
+    stop = plain[row].completion.split()[1]
+    cut = generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=8, stop_strings=[stop])[row]
+    assert cut.finished and tokenizer.decode(cut.completion_ids).endswith(stop)
+
+
 def test_odd_defaults_of_the_base_do_not_bend_its_rollouts(model, tokenizer):
     plain = generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=8)
     odd = {"repetition_penalty": 1.9, "top_k": 2, "no_repeat_ngram_size": 1, "num_beams": 3, "typical_p": 0.5}
@@ -98,9 +136,9 @@ def test_a_stop_string_that_is_a_special_token_or_follows_split_characters():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<stop>"]})
     stop = tokenizer.convert_tokens_to_ids("<stop>")
     letters = tokenizer("ab")["input_ids"]
-    assert _cut(tokenizer, [*letters, stop, 0, 0], [1], ["<stop>"]) == ("ab", [*letters, stop], True)
+    assert cut_response(tokenizer, [*letters, stop, 0, 0], [1], ["<stop>"]) == ("ab", [*letters, stop], True)
     ids = tokenizer("\U0001f44d!\n\nHuman: x")["input_ids"]
-    assert _cut(tokenizer, ids, [1], ["\n\nHuman:"]) == ("\U0001f44d!", ids[: 4 + 1 + 8], True)
+    assert cut_response(tokenizer, ids, [1], ["\n\nHuman:"]) == ("\U0001f44d!", ids[: 4 + 1 + 8], True)
 
 
 def test_a_prompt_too_long_for_the_model_is_an_error(model, tokenizer):
@@ -146,6 +184,31 @@ def test_a_sample_depends_on_its_prompt_and_number_not_on_its_batch(model, token
     # The first prompts keep their samples when others follow.
     longer = generate_rollouts(model, tokenizer, [*PROMPTS, "w11 w12 w13 w14"], **options)
     assert together == longer[: len(together)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"repetition_penalty": 3.0},
+        {"min_length": 6},
+        {"sequence_bias": [[[0, 9], 5.0]]},
+        {"exponential_decay_length_penalty": (2, 3.0)},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_processors_that_read_tokens_see_no_padding(model, tokenizer, settings):
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=8, **settings)
+    options = {"num_samples": 4, "generation_config": config}
+    together = generate_rollouts(model, tokenizer, PROMPTS, batch_size=12, **options)
+    assert together == generate_rollouts(model, tokenizer, PROMPTS, batch_size=1, **options)
+
+
+def test_a_model_without_an_attention_mask_samples_each_row_as_if_alone(tokenizer):
+    model = tiny_model("xlstm", dtype=torch.float32)
+    options = {"num_samples": 4, "max_new_tokens": 6, "temperature": 2.0}
+    together = generate_rollouts(model, tokenizer, PROMPTS, batch_size=12, **options)
+    assert together == generate_rollouts(model, tokenizer, PROMPTS, batch_size=1, **options)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,174 @@
+"""How one response is drawn: settings, numbers of its own, and where it ends."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
+from transformers.generation import GenerationMode
+
+# Settings whose processors read a row's token ids or count them, the padding too.
+_READS_TOKENS = (
+    "bad_words_ids",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "exponential_decay_length_penalty",
+    "min_length",
+    "no_repeat_ngram_size",
+    "repetition_penalty",
+    "sequence_bias",
+    "watermarking_config",
+)
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response, by the generation config, else by the tokenizer."""
+    end = model.generation_config.eos_token_id
+    if end is None or end == []:
+        end = tokenizer.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def pad_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to pad with: the tokenizer's, else one that ends a response, else 0. Padding is always masked."""
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return next(iter(end_token_ids(model, tokenizer)), 0)
+
+
+class RowSampler(LogitsProcessor):
+    """
+    Draws the next token of each row from numbers of the row's own: token y is the first with `F(y) > x F(last)`, where
+    F is the cumulative distribution and x uniform in [0, 1) (inverse transform sampling). It must be the last
+    processor; the drawn token's score becomes infinite, so that greedy decoding takes it.
+
+    Args:
+        seeds (sequence of `list[int]`):
+            For each row, what its numbers depend on.
+        max_new_tokens (`int`), prompt_width (`int`):
+            Numbers for each row, and the length of the padded prompts.
+    """
+
+    def __init__(self, seeds: Sequence[Sequence[int]], max_new_tokens: int, prompt_width: int, device: torch.device):
+        numbers = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
+        self.numbers, self.prompt_width = torch.from_numpy(numbers).to(device), prompt_width
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        step = input_ids.shape[1] - self.prompt_width
+        # float64: in float32 the sum over a large vocabulary would round small probabilities away.
+        cumulative = torch.softmax(scores, dim=-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
+        tokens = torch.searchsorted(cumulative, self.numbers[:, step, None] * cumulative[:, -1:], right=True)
+        return scores.scatter(1, tokens.clamp(max=scores.shape[-1] - 1), torch.inf)
+
+
+class StopStrings(StoppingCriteria):
+    """
+    Stops a row when its response holds one of the stop strings. transformers' own criterion looks at the prompt too,
+    so a stop string could begin there, and does not know every tokenizer.
+
+    Args:
+        tokenizer, stop_strings:
+            What to look for, special tokens spelled out.
+        prompt_width (`int`, *optional*, defaults to 0):
+            Length of the padded prompts.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], prompt_width: int = 0):
+        self.tokenizer, self.stop_strings, self.prompt_width = tokenizer, stop_strings, prompt_width
+        # Each token spells a byte at least, but for a few at a boundary.
+        self.tail = max(len(stop.encode()) for stop in stop_strings) + 8
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether the last of these tokens completes a stop string, if none before has."""
+        text = self.tokenizer.decode(ids[-self.tail :])
+        return any(stop in text for stop in self.stop_strings)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        rows = input_ids[:, self.prompt_width :][:, -self.tail :].tolist()
+        return torch.tensor([self.ends(row) for row in rows], device=input_ids.device)
+
+
+def cut_response(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], end_ids: list[int], stop_strings: Sequence[str]
+) -> tuple[str, list[int], bool]:
+    """The response up to its turn's end: its text, its tokens with the one that ended the turn, whether it ended."""
+    end = next((i for i, token in enumerate(ids) if token in end_ids), None)
+    body, kept = ids[:end], ids if end is None else ids[: end + 1]
+    length = None
+    if stop_strings:
+        # Token by token, as generation looked: what it padded a stopped row with must not be taken for drawn tokens.
+        stop = StopStrings(tokenizer, stop_strings)
+        length = next((i for i in range(1, len(body) + 1) if stop.ends(body[:i])), None)
+    if length is None:
+        return tokenizer.decode(body, skip_special_tokens=True), kept, end is not None
+    text = tokenizer.decode(body[:length], skip_special_tokens=True)
+    # A stop string may be a special token, which the text leaves out.
+    return text[: min([text.index(stop) for stop in stop_strings if stop in text], default=None)], body[:length], True
+
+
+def sampling_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    stop_strings: Sequence[str] = (),
+) -> GenerationConfig:
+    """
+    The complete settings of rollouts: `generation_config`, else plain sampling at temperature 1, with what the other
+    arguments change.
+
+    Raises:
+        `ValueError`: for a mode in which a row's sample cannot depend on its own seed alone.
+    """
+    config = (
+        GenerationConfig(do_sample=True, top_k=0) if generation_config is None else copy.deepcopy(generation_config)
+    )
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
+    if temperature is not None and not temperature >= 0:
+        raise ValueError(f"`temperature` must be 0 or above, got {temperature}.")
+    if temperature is not None:
+        config.do_sample = temperature > 0
+        config.temperature = temperature if temperature > 0 else None
+        if temperature == 0:
+            config.top_p = config.top_k = None
+    if top_p is not None and config.do_sample:
+        config.top_p = top_p
+    if stop_strings:
+        config.stop_strings = list(stop_strings)
+    elif isinstance(config.stop_strings, str):
+        config.stop_strings = [config.stop_strings]
+    config.max_new_tokens = max_new_tokens or config.max_new_tokens or 128
+    if config.eos_token_id is None:
+        config.eos_token_id = end_token_ids(model, tokenizer) or None
+    if config.pad_token_id is None:
+        config.pad_token_id = pad_token_id(model, tokenizer)
+    config.return_dict_in_generate = None
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):
+        raise ValueError(
+            f"Rollouts are sampled, greedy or beam-searched; this generation config asks for {mode.value}."
+        )
+    if (config.num_return_sequences or 1) > 1:
+        raise ValueError("Ask for several responses with `num_samples`, not with `num_return_sequences`.")
+    return config
+
+
+def needs_equal_lengths(model: PreTrainedModel, config: GenerationConfig) -> bool:
+    """Whether a row's sample would depend on its padding, so that only prompts of one length can share a batch."""
+    if any(getattr(config, name, None) is not None for name in _READS_TOKENS):
+        return True
+    return "attention_mask" not in inspect.signature(model.forward).parameters
