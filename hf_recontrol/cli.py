@@ -43,6 +43,9 @@ from .cli_options import (
     TemperatureOption,
 )
 
+# What typer makes of Ctrl-C.
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="recontrol",
     no_args_is_help=True,
@@ -278,6 +281,7 @@ def rollout(
 def label(
     rollouts: Annotated[Path, typer.Argument(help="Folder of `recontrol rollout`; it is scored in place.")],
     reward: RewardOption,
+    again: Annotated[bool, typer.Option("--again", help="Replace the rewards of an earlier scoring.")] = False,
     skip_bad_rows: SkipOption = False,
 ) -> None:
     """Score responses with one or more rewards.
@@ -292,7 +296,10 @@ def label(
     first = next(iter(sorted(rollouts.glob("part-*.parquet"))), None)
     columns = {name for row in (load_rollouts(first) if first else [])[:1] for name in row.columns}
     counts = label_rollouts(
-        rollouts, {spec: load_reward(spec, columns) for spec in reward}, on_bad_rows=_bad_rows(skip_bad_rows)
+        rollouts,
+        {spec: load_reward(spec, columns) for spec in reward},
+        again=again,
+        on_bad_rows=_bad_rows(skip_bad_rows),
     )
     if _is_main():
         scored = counts["rollouts"] - counts["unscored"]
@@ -506,9 +513,10 @@ def main() -> None:
         logging.getLogger("hf_recontrol").setLevel(logging.ERROR)
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            typer.echo("recontrol: interrupted. Stages go on where they were: run the same command again.", err=True)
+        raise
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         typer.echo(f"recontrol: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("recontrol: interrupted.", err=True)
-        sys.exit(130)

@@ -29,7 +29,7 @@ from .hooks import hook_width
 from .modeling import ReControlForCausalLM
 from .prompts import Prompts, load_prompts
 from .records import Rollout, load_rollouts, rollout_parts
-from .rewards import RewardFunction, label_rollouts, load_reward, reward_name
+from .rewards import RewardFunction, by_name, label_rollouts, load_reward, reward_name
 from .rollouts import write_rollouts
 from .stage import Processes, Progress, lock_folder, read_manifest
 from .store import States, StateStore
@@ -230,13 +230,8 @@ def _check_settings(
 def _rewards(reward, prompts: Prompts) -> dict[str, RewardFunction]:
     given = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
     columns = set(prompts.rows[0]) - {"prompt"}
-    rewards = {}
-    for item in given:
-        name = item if isinstance(item, str) else reward_name(item)
-        rewards[name] = load_reward(item, columns) if isinstance(item, str) else item
-    if len(rewards) < len(given):
-        raise ValueError(f"Two rewards have the same name: {[*rewards]}.")
-    return rewards
+    functions = [load_reward(item, columns) if isinstance(item, str) else item for item in given]
+    return by_name(functions, [item if isinstance(item, str) else reward_name(item) for item in given])
 
 
 def _base(model, tokenizer, dtype: str, processes: Processes):

@@ -286,6 +286,9 @@ def load_prompts(
     if not rows and found and not {column, "messages"} & found:
         raise ValueError(f"{name} has no column {column!r}, it has {sorted(map(str, found))}: name the column.")
     report_bad_rows(bad, on_bad_rows if rows else "error")
+    # A reward function gets the same columns for every row, however rows are shared out.
+    missing = dict.fromkeys(key for row in rows for key in row)
+    rows = [missing | row for row in rows]
     return Prompts(rows, numbers, bad, _fingerprint(rows, numbers))
 
 

@@ -59,14 +59,19 @@ def _parquet():
     return pyarrow
 
 
-def save_rollouts(rollouts: Sequence[Rollout], path: str | os.PathLike, rewards: Sequence[str] | None = None) -> None:
+def save_rollouts(
+    rollouts: Sequence[Rollout],
+    path: str | os.PathLike,
+    rewards: Sequence[str] | None = None,
+    scoring: int | None = None,
+) -> None:
     """
     Write rollouts as a Parquet file with the columns of [`Rollout`]: `reward` is a number, or a list if there are
     several objectives; `columns` is JSON.
 
     Args:
-        rewards (sequence of `str`, *optional*):
-            Names of the rewards, kept in the file's metadata.
+        rewards (sequence of `str`, *optional*), scoring (`int`, *optional*):
+            Names of the rewards, and which scoring of the folder they are from; kept in the file's metadata.
     """
     pa = _parquet()
     chat = any(not isinstance(rollout.prompt, str) for rollout in rollouts)
@@ -86,7 +91,7 @@ def save_rollouts(rollouts: Sequence[Rollout], path: str | os.PathLike, rewards:
             "prompt_number": pa.int64(),
             "sample": pa.int32(),
         },
-        metadata={_METADATA_KEY: json.dumps({"rewards": rewards})},
+        metadata={_METADATA_KEY: json.dumps({"rewards": rewards, "scoring": scoring})},
     )
     rows = []
     for rollout in rollouts:
@@ -136,14 +141,14 @@ def count_rollouts(path: Path) -> int:
     return _parquet().parquet.read_metadata(path).num_rows
 
 
-def rewards_of(path: Path) -> list[str] | None:
-    """Names of the rewards in a Parquet file of rollouts, or `None` if they have not been scored."""
+def scoring_of(path: Path) -> int | None:
+    """Which scoring the rewards in a Parquet file of rollouts are from, or `None` if it has not been scored."""
     pa = _parquet()
     try:
         metadata = pa.parquet.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
-    return json.loads(metadata.get(_METADATA_KEY, b"{}")).get("rewards")
+    return json.loads(metadata.get(_METADATA_KEY, b"{}")).get("scoring")
 
 
 def rollout_parts(folder: str | os.PathLike) -> list[Path]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
+import inspect
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,8 +22,17 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .prompts import BadRow, Prompt, report_bad_rows
-from .records import Rollout, count_rollouts, load_rollouts, rewards_of, save_rollouts
-from .stage import Processes, Progress, StageFolder, check_settings, progress_bar, read_manifest
+from .records import Rollout, count_rollouts, load_rollouts, save_rollouts, scoring_of
+from .stage import (
+    MANIFEST_NAME,
+    Processes,
+    Progress,
+    StageFolder,
+    file_checksum,
+    model_fingerprint,
+    progress_bar,
+    read_manifest,
+)
 
 # TRL's signature: f(prompts, completions, **kwargs) -> list[float], one reward for each pair. Further columns of the
 # data come as keyword arguments, lists of the same length.
@@ -182,6 +194,38 @@ def reward_name(function: RewardFunction) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
+def reward_fingerprint(function: RewardFunction) -> str:
+    """
+    A hash that tells a reward from another of the same name: of a classifier's weights, else of the function's own
+    source (not of what it calls).
+    """
+    if isinstance(function, ClassifierReward):
+        return f"{model_fingerprint(function.model)}/{function.index}"
+    known = function.func if isinstance(function, partial) else function
+    code = getattr(inspect.unwrap(known), "__code__", None)
+    if code is not None and reward_name(known) == "<lambda>":
+        text = f"{code.co_code} {code.co_consts} {code.co_names}"  # its line holds other things too
+    else:
+        try:
+            text = textwrap.dedent(inspect.getsource(known if code is not None else type(known)))
+        except (OSError, TypeError):  # made in an interpreter, or not in Python
+            text = reward_name(function)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def by_name(rewards: Sequence[RewardFunction], names: Sequence[str] | None = None) -> dict[str, RewardFunction]:
+    """
+    Reward functions by their own names, or by `names`.
+
+    Raises:
+        `ValueError`: if two have the same.
+    """
+    names = [reward_name(function) for function in rewards] if names is None else names
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two rewards have the same name: {list(names)}. Give each its own.")
+    return dict(zip(names, rewards, strict=True))
+
+
 def _finite(value: Any) -> float | None:
     """The reward as a float, or `None` where it is no finite number."""
     if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
@@ -215,9 +259,9 @@ def score_rollouts(
     """
     if not rollouts or not rewards:
         raise ValueError(f"Nothing to score: {len(rollouts)} rollouts, {len(rewards)} reward functions.")
-    names = set(rollouts[0].columns).intersection(*(rollout.columns for rollout in rollouts))
     # A function's own arguments are not the data's to give.
-    columns = {name: [r.columns[name] for r in rollouts] for name in sorted(names - {"prompts", "completions"})}
+    names = {name for rollout in rollouts for name in rollout.columns} - {"prompts", "completions"}
+    columns = {name: [rollout.columns.get(name) for rollout in rollouts] for name in sorted(names)}
     prompts, completions = [r.prompt for r in rollouts], [r.completion for r in rollouts]
     scores, bad = [], []
     for function in rewards:
@@ -249,6 +293,7 @@ def label_rollouts(
     folder: str | os.PathLike,
     rewards: dict[str, RewardFunction] | Sequence[RewardFunction],
     *,
+    again: bool = False,
     on_bad_rows: str = "error",
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -261,6 +306,8 @@ def label_rollouts(
             A finished folder of [`write_rollouts`].
         rewards (`dict[str, RewardFunction]`, or sequence of functions):
             The rewards, one objective each, by their names.
+        again (`bool`, *optional*, defaults to `False`):
+            Replace the rewards of an earlier scoring. The same call goes on with a stopped one.
         on_bad_rows (`str`, *optional*, defaults to `"error"`):
             As for [`score_rollouts`].
         progress (`Callable[[int, int], None]`, *optional*):
@@ -270,40 +317,62 @@ def label_rollouts(
         Counts: those of the rollouts, `unscored`, and the sum of each reward, `reward NAME`.
 
     Raises:
-        `ValueError`: as [`score_rollouts`]; if the rollouts have other rewards already. `OSError`: as
+        `ValueError`: as [`score_rollouts`]; if the rollouts have other rewards already (also those of a function of
+        the same name whose source differs) and `again` is not set; if a file is damaged. `OSError`: as
         [`read_manifest`].
     """
     if not isinstance(rewards, dict):
-        rewards = {reward_name(function): function for function in rewards}
+        rewards = by_name(rewards)
     folder, names = Path(folder), list(rewards)
+    wanted = {"rewards": names, "fingerprints": [reward_fingerprint(function) for function in rewards.values()]}
     known = read_manifest(folder, "rollouts", "recontrol rollout", complete=False)
     stage = StageFolder(folder, "rollouts", known["settings"], known["num_parts"], ".parquet")
     with stage:
-        if not all(stage.part_path(index).is_file() for index in range(stage.num_parts)):
+        scorings = [scoring_of(path) for path in map(stage.part_path, range(stage.num_parts)) if path.is_file()]
+        if len(scorings) < stage.num_parts:
             raise ValueError(f"The rollouts in {folder} are not finished: run the same `recontrol rollout` again.")
-        if known.get("rewards") is not None and (known["complete"] or _scored_parts(stage)):
-            check_settings(folder, {"rewards": known["rewards"]}, {"rewards": names})
-            if known["complete"]:
-                return stage.counts()
+        scoring = known.get("scoring", 0)
+        found = {name: known.get(name) for name in wanted}
+        if scoring in scorings and found != wanted and not again:
+            raise ValueError(_other_rewards(folder, found, wanted))
+        finished = known["complete"] and known.get("rewards") is not None
+        if finished and not again:
+            return stage.counts()
+        if found != wanted or finished:
+            scoring = max((number for number in scorings if number is not None), default=-1) + 1
+        stage.processes.wait()
         if stage.processes.index == 0:
-            stage.write_manifest(known | {"complete": False, "rewards": names})
+            stage.write_manifest(known | {"complete": False, "scoring": scoring} | wanted)
         stage.processes.wait()
         total = sum(count_rollouts(stage.part_path(index)) for index in stage.own_parts())
         with progress_bar("rewards", total, progress, stage.processes.index) as advance:
             for index in stage.own_parts():
                 path = stage.part_path(index)
+                if (known["complete"] or scorings[index] is None) and file_checksum(path) != known["parts"].get(
+                    path.name
+                ):
+                    raise ValueError(f"{path} was changed or damaged: it is not what its {MANIFEST_NAME} names.")
                 rollouts = load_rollouts(path)
-                if rewards_of(path) is None and rollouts:
+                if scorings[index] != scoring and rollouts:
                     scored = score_rollouts(rollouts, *rewards.values(), on_bad_rows=on_bad_rows, source=path.name)
-                    save_rollouts(scored, path, names)
+                    save_rollouts(scored, path, names, scoring)
                 advance(len(rollouts))
         return stage.finish(
-            partial(_count_scored, names=names), {"bad_rows": known.get("bad_rows", 0), "rewards": names}
+            partial(_count_scored, names=names), {"bad_rows": known.get("bad_rows", 0), "scoring": scoring} | wanted
         )
 
 
-def _scored_parts(stage: StageFolder) -> bool:
-    return any(rewards_of(stage.part_path(index)) is not None for index in range(stage.num_parts))
+def _other_rewards(folder: Path, found: dict[str, list], wanted: dict[str, list]) -> str:
+    remedy = "Name another folder, or replace the rewards: `recontrol label --again` (`again=True`)."
+    if found["rewards"] == wanted["rewards"]:
+        return (
+            f"The rollouts in {folder} were scored with {found['rewards']}, but its source or weights are others now. "
+            f"{remedy}"
+        )
+    return (
+        f"The rollouts in {folder} were scored with another reward (there {found['rewards']}, now "
+        f"{wanted['rewards']}). {remedy}"
+    )
 
 
 def _count_scored(path: Path, names: Sequence[str]) -> dict[str, float]:

@@ -88,7 +88,7 @@ def test_a_finished_run_is_not_made_again(base, tmp_path, monkeypatch):
     ("changes", "name"),
     [
         ({"seed": 1}, "seed"),
-        ({"reward": length}, "rewards"),
+        ({"reward": length}, "reward"),
         ({"head_sizes": [32]}, "head"),
         ({"every": 2}, "every"),
         ({"value_options": {"num_epochs": 5}}, "value_options"),

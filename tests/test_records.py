@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from hf_recontrol.records import Rollout, load_rollouts, rewards_of, save_rollouts
+from hf_recontrol.records import Rollout, load_rollouts, save_rollouts, scoring_of
 
 TEXT = Rollout("é w5", "ü\n", [5], [6, 2], True, [0.5], 0.7, {"topic": "x", "deep": {"a": [1, None]}}, 3, 1)
 CHAT = Rollout([{"role": "system", "content": "w5"}, {"role": "user", "content": "w6"}], "", [5], [], False)
@@ -15,17 +15,17 @@ CHAT = Rollout([{"role": "system", "content": "w5"}, {"role": "user", "content":
 def test_files_round_trip(tmp_path, rollouts):
     path = tmp_path / "deeper" / "rollouts.parquet"
     save_rollouts(rollouts, path)
-    assert load_rollouts(path) == rollouts and rewards_of(path) is None
+    assert load_rollouts(path) == rollouts and scoring_of(path) is None
 
 
 def test_one_reward_is_a_number_and_several_are_a_list(tmp_path):
     save_rollouts([TEXT], tmp_path / "one.parquet", ["length"])
     two = Rollout("w5", "", [5], [6], True, [1.0, -2.0])
-    save_rollouts([two], tmp_path / "two.parquet", ["length", "tone"])
+    save_rollouts([two], tmp_path / "two.parquet", ["length", "tone"], scoring=3)
     assert pq.read_table(tmp_path / "one.parquet")["reward"].to_pylist() == [0.5]
     assert pq.read_table(tmp_path / "two.parquet")["reward"].to_pylist() == [[1.0, -2.0]]
     assert load_rollouts(tmp_path / "two.parquet") == [two]
-    assert rewards_of(tmp_path / "two.parquet") == ["length", "tone"]
+    assert scoring_of(tmp_path / "two.parquet") == 3
 
 
 def test_messages_keep_their_further_keys(tmp_path):
@@ -38,7 +38,7 @@ def test_messages_keep_their_further_keys(tmp_path):
 def test_files_that_are_no_parquet_are_named(tmp_path, content):
     path = tmp_path / "r.parquet"
     path.write_bytes(content)
-    for read in (load_rollouts, rewards_of):
+    for read in (load_rollouts, scoring_of):
         with pytest.raises(ValueError, match=r"r\.parquet is not a complete Parquet file"):
             read(path)
 

@@ -118,9 +118,9 @@ def work(uninterrupted, tmp_path):
 
 
 def scored(folder) -> int:
-    from hf_recontrol.records import rewards_of
+    from hf_recontrol.records import scoring_of
 
-    return sum(rewards_of(path) is not None for path in (folder / "run" / "rollouts").glob("part-*.parquet"))
+    return sum(scoring_of(path) is not None for path in (folder / "run" / "rollouts").glob("part-*.parquet"))
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
@@ -157,7 +157,7 @@ def test_changed_settings_are_refused_and_change_nothing(uninterrupted):
     before = digest(uninterrupted / "run")
     for arguments, name in [
         ([*rollout_arguments("run"), "--seed", "1"], "seed"),
-        (["label", "run/rollouts", "--reward", "topic"], "rewards"),
+        (["label", "run/rollouts", "--reward", "topic"], "reward"),
         ([*states_arguments("run"), "--every", "2"], "every"),
         ([*train_arguments("run"), "--td-lambda", "0.5"], "value_options"),
     ]:

@@ -1,6 +1,9 @@
 """Responses to rewards."""
 
+import importlib
+import linecache
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +12,15 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_recontrol.prompts import load_prompts
-from hf_recontrol.records import Rollout, load_rollouts
-from hf_recontrol.rewards import ClassifierReward, label_rollouts, load_reward, score_rollouts
+from hf_recontrol.records import Rollout, load_rollouts, save_rollouts
+from hf_recontrol.rewards import (
+    ClassifierReward,
+    by_name,
+    label_rollouts,
+    load_reward,
+    reward_fingerprint,
+    score_rollouts,
+)
 from hf_recontrol.rollouts import write_rollouts
 from hf_recontrol.stage import read_manifest
 
@@ -144,8 +154,91 @@ def test_a_folder_is_scored_in_place_and_scored_once(folder, monkeypatch):
     assert read_manifest(folder, "rollouts", "")["rewards"] == ["length", "topic"]
     monkeypatch.setattr("hf_recontrol.rewards.score_rollouts", None)
     assert label_rollouts(folder, {"length": length, "topic": load_reward("column:topic")}) == counts
-    with pytest.raises(ValueError, match=r"another rewards \(there \['length', 'topic'\], now \['length'\]\)"):
+    before = hashes(folder)
+    with pytest.raises(ValueError, match=r"another reward \(there \['length', 'topic'\], now \['length'\]\).*--again"):
         label_rollouts(folder, [length])
+    assert hashes(folder) == before
+
+
+def hashes(folder):
+    return {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def edited(source: str, tmp_path, monkeypatch):
+    """A reward from a module of its own, as a user's editor leaves it."""
+    (tmp_path / "edited_reward.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "edited_reward", raising=False)
+    importlib.invalidate_caches()
+    linecache.clearcache()
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return load_reward("edited_reward:reward")
+
+
+def test_an_edited_reward_of_the_same_name_is_noticed_and_can_replace_the_old_one(folder, tmp_path, monkeypatch):
+    source = "def reward(prompts, completions, **columns):\n    return [{} for text in completions]\n"
+    label_rollouts(folder, [edited(source.format("1.0"), tmp_path, monkeypatch)])
+    changed = edited(source.format("2.0 + len(text)"), tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=r"its source or weights are others now.*--again"):
+        label_rollouts(folder, [changed])
+    label_rollouts(folder, [changed], again=True)
+    assert all(r.reward == [2.0 + len(r.completion)] for r in load_rollouts(folder))
+    assert read_manifest(folder, "rollouts", "")["scoring"] == 1
+
+
+def test_a_stopped_scoring_again_goes_on_and_mixes_nothing(folder):
+    calls = []
+
+    def failing(prompts, completions, **columns):
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise ZeroDivisionError("once")
+        return [-1.0] * len(prompts)
+
+    label_rollouts(folder, [length])
+    with pytest.raises(RuntimeError, match="once"):
+        label_rollouts(folder, [failing], again=True)
+    label_rollouts(folder, [failing])
+    assert calls == [4, 4, 4, 2] and all(r.reward == [-1.0] for r in load_rollouts(folder))
+    label_rollouts(folder, [failing], again=True)
+    assert calls[4:] == [4, 4, 2], "what is finished is scored again when asked for"
+
+
+def test_a_classifier_with_other_weights_is_noticed(folder):
+    model = bert(1)
+    label_rollouts(folder, {"judge": ClassifierReward(model, tiny_tokenizer())})
+    torch.nn.init.ones_(model.classifier.weight)
+    with pytest.raises(ValueError, match=r"\['judge'\], but its source or weights"):
+        label_rollouts(folder, {"judge": ClassifierReward(model, tiny_tokenizer())})
+
+
+def test_lambdas_differ_by_what_they_do():
+    first, second = (lambda prompts, completions: [1.0]), (lambda prompts, completions: [2.0])
+    assert reward_fingerprint(first) != reward_fingerprint(second)
+    with pytest.raises(ValueError, match="same name"):
+        by_name([first, second])
+
+
+def test_a_damaged_file_is_not_scored(folder):
+    path = folder / "part-00001.parquet"
+    save_rollouts(load_rollouts(path)[:2], path)
+    with pytest.raises(ValueError, match=r"part-00001\.parquet was changed or damaged"):
+        label_rollouts(folder, [length])
+
+
+def test_columns_that_only_some_rows_have_are_none_elsewhere_in_every_file(tmp_path):
+    prompts = load_prompts([{"prompt": f"w{i}", **({"topic": i} if i < 7 else {})} for i in range(5, 15)])
+    write_rollouts(
+        tmp_path, tiny_model("llama", dtype=torch.float32), tiny_tokenizer(), prompts, max_new_tokens=2, part_size=4
+    )
+    seen = []
+
+    def reward(prompts, completions, topic, **columns):
+        seen.extend(topic)
+        return [0.0] * len(prompts)
+
+    label_rollouts(tmp_path, [reward])
+    assert seen == [5, 6] + [None] * 8
 
 
 def test_a_failing_reward_leaves_the_folder_to_go_on_from(folder):
