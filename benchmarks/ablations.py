@@ -31,6 +31,7 @@ from hf_recontrol.hooks import hook_width
 from hf_recontrol.stage import read_manifest
 from hf_recontrol.store import States, StateStore
 from hf_recontrol.targets import pad_episodes, td_targets
+from hf_recontrol.trainer import Episodes
 from hf_recontrol.training import ValueTrainer, split_by_prompt, train_value_head
 from hf_recontrol.value_head import ValueHead
 
@@ -180,14 +181,14 @@ def run_value(stores: Stores, change: dict[str, Any], seed: int) -> tuple[ValueH
 def whole_figures(head: ValueHead, store: StateStore, seed: int) -> dict[str, Any]:
     """The figures of a head on all states of the held-out episodes."""
     episodes = split_by_prompt(store, 0.1, seed)[1]
-    mean, std = torch.tensor([head.config.reward_mean]), torch.tensor([head.config.reward_std])
-    rewards, lengths = (store.rewards[episodes] - mean) / std, store.lengths[episodes]
+    units = Episodes(store, episodes, head, ["hidden"], open_ended=False)
+    rewards, lengths = units.rewards(episodes), store.lengths[episodes]
     summaries = [
         episode_summaries(pad_episodes(head(store.gather("hidden", episodes[part])), lengths[part]), *rest)
         for part in torch.arange(len(episodes)).split(256)
         for rest in [(rewards[part], lengths[part])]
     ]
-    return value_figures(torch.cat(summaries), rewards, lengths, store.prompts[episodes], mean, std)
+    return value_figures(torch.cat(summaries), rewards, lengths, store.prompts[episodes], units.mean, units.std)
 
 
 def run_advantage(store: StateStore, value: ValueHead, change: dict[str, Any], seed: int) -> dict[str, float]:

@@ -22,10 +22,14 @@ from .modeling import ReControlForCausalLM
 from .prompts import Prompt
 from .records import Rollout, count_rollouts, load_rollouts, rollout_parts
 from .rollouts import pad_batch
+from .sampling import reshaped_by
 from .stage import Progress, StageFolder, model_settings, progress_bar, read_manifest
 from .store import States, StateWriter
 
 logger = logging.get_logger(__name__)
+
+# Beyond this share of the features' spread int8 is not worth what it saves.
+_LARGE_INT8_ERROR = 0.05
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
@@ -116,7 +120,8 @@ def prompt_number(prompt: Prompt) -> int:
 def _small(rollouts: Sequence[Rollout], every: int, num_objectives: int) -> dict[str, torch.Tensor]:
     return {
         "lengths": torch.tensor([math.ceil(len(r.completion_ids) / every) for r in rollouts], dtype=torch.int64),
-        "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float32).reshape(-1, num_objectives),
+        # In float64: of rewards that are large next to their spread float32 would keep nothing.
+        "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float64).reshape(-1, num_objectives),
         "prompts": torch.tensor([prompt_number(r.prompt) for r in rollouts], dtype=torch.int64),
         "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
     }
@@ -182,6 +187,14 @@ def collect_states(
     )
 
 
+def check_storage(dtype: str, every: int, max_gigabytes: float | None) -> None:
+    """Raise `ValueError` if the arguments of [`write_states`] that say what is kept are out of range."""
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {DTYPES}, got {dtype!r}.")
+    if every < 1 or (max_gigabytes is not None and not max_gigabytes > 0):
+        raise ValueError(f"`every` must be at least 1 and `max_gigabytes` above 0, got {every} and {max_gigabytes}.")
+
+
 def write_states(
     folder: str | os.PathLike,
     model: PreTrainedModel,
@@ -223,18 +236,22 @@ def write_states(
     Raises:
         `ValueError`: as [`collect_states`]; if a state leaves the range of `dtype`. `OSError`: as [`StageFolder`].
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {DTYPES}, got {dtype!r}.")
-    if every < 1 or (max_gigabytes is not None and not max_gigabytes > 0):
-        raise ValueError(f"`every` must be at least 1 and `max_gigabytes` above 0, got {every} and {max_gigabytes}.")
+    check_storage(dtype, every, max_gigabytes)
     parts = rollout_parts(rollouts)
     manifest = read_manifest(rollouts, "rollouts", "recontrol rollout")
     if manifest["rewards"] is None:
         raise ValueError(f"The rollouts in {rollouts} have no rewards: score them first (`recontrol label`).")
+    _check_rewards(parts, manifest["rewards"])
     if manifest["settings"]["model"] != portable_name(model.config._name_or_path):
         logger.warning(
             f"The rollouts are those of {manifest['settings']['model']}, the states are read from "
             f"{model.config._name_or_path}."
+        )
+    reshaped = reshaped_by(manifest["settings"]["generation_config"])
+    if config.advantage_sizes is not None and reshaped:
+        logger.warning(
+            f"The responses were not drawn from the whole distribution ({', '.join(reshaped)}), but the advantage "
+            "part is fitted as if they were: sample with a temperature alone for it."
         )
     width = hook_width(model, config)
     stored = getattr(torch, dtype) if dtype != "auto" else model.dtype
@@ -281,7 +298,28 @@ def write_states(
         counts = stage.finish(_count_part)
         if not counts.get("states"):
             raise ValueError(f"No scored rollout in {rollouts} has a token: nothing to learn from.")
+        error = (counts.get("int8_squared_error", 0) / counts["states"]) ** 0.5
+        if error > _LARGE_INT8_ERROR and stage.processes.index == 0:
+            logger.warning(
+                f"int8 keeps these states badly: its error is {error:.1%} of each feature's spread. Use bfloat16."
+            )
         return counts
+
+
+def _check_rewards(parts: Sequence[Path], names: Sequence[str]) -> None:
+    """Raise if a reward is the same everywhere, before anything is read for it."""
+    known: list[set[float]] = [set() for _ in names]
+    for path in parts:
+        for rollout in load_rollouts(path):
+            for values, value in zip(known, rollout.reward or (), strict=False):
+                values.add(value)
+        if all(len(values) > 1 for values in known):
+            return
+    for name, values in zip(names, known, strict=True):
+        if len(values) == 1:
+            raise ValueError(
+                f"All rewards of {name} are equal ({values.pop()}), so there is nothing to learn from it."
+            )
 
 
 def _count_part(path: Path) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import nn
 from .stage import Processes, Progress
 from .store import States, StateStore
 from .targets import episode_mask, pad_episodes, value_differences
-from .trainer import Episodes, EpisodeTrainer, own_randomness, require_accelerate
+from .trainer import Episodes, EpisodeTrainer, check_options, own_randomness
 from .training import split_by_prompt
 from .value_head import ValueHead
 
@@ -174,7 +174,7 @@ def fit_advantage(
     Raises:
         `ValueError`: if the head has no advantage part, or the states have no directions or are not finite.
     """
-    require_accelerate()
+    check_options(learning_rate, max(num_epochs, 1), batch_size, training_arguments)
     if head.advantage_mlp is None:
         raise ValueError("This head has no advantage part: give `advantage_sizes` in its ValueHeadConfig.")
     store = StateStore.of(states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .activations import DTYPES, prompt_number, write_states
+from .activations import check_storage, prompt_number, write_states
 from .advantage import fit_advantage
 from .configuration import ControlConfig, ValueHeadConfig
 from .evaluation import match_kl
@@ -29,12 +30,13 @@ from .hooks import hook_width
 from .modeling import ReControlForCausalLM
 from .prompts import Prompts, load_prompts
 from .records import Rollout, load_rollouts, rollout_parts
-from .rewards import RewardFunction, by_name, label_rollouts, load_reward, reward_name
+from .rewards import RewardFunction, by_name, check_columns, label_rollouts, load_reward, reward_name
 from .rollouts import write_rollouts
 from .stage import Processes, Progress, lock_folder, read_manifest
 from .store import States, StateStore
+from .trainer import check_options
 from .training import split_by_prompt, train_value_head
-from .training_stage import FIGURES_NAME, read_json, train_head
+from .training_stage import FIGURES_NAME, check_shared, read_json, train_head
 from .value_head import ValueHead
 
 logger = logging.get_logger(__name__)
@@ -140,8 +142,10 @@ def fit(
     output = Path(output)
     if not isinstance(prompts, Prompts):
         prompts = load_prompts(prompts, on_bad_rows=on_bad_rows)
-    rewards = _rewards(reward, prompts)
-    _check_settings(prompts, value_options, advantage_options, states_dtype)
+    rewards = _rewards(reward, prompts, on_bad_rows)
+    value_options = {"seed": seed, "patience": 5, "validation_split": 0.1} | (value_options or {})
+    advantage_options = {"patience": 2} | (advantage_options or {})
+    _check_settings(prompts, value_options, advantage_options, states_dtype, every, max_gigabytes, target_kl)
     processes = Processes()
     if processes.index == 0:
         check_target(output / "report.html")
@@ -150,9 +154,13 @@ def fit(
         processes.wait()
         base, tokenizer = _base(model, tokenizer, dtype, processes)
         at_head = hook_point == "lm_head"
-        shape = {"hook_point": hook_point, "layer": layer}
+        shape = {
+            "hook_point": hook_point,
+            "layer": layer,
+            "head_sizes": list(head_sizes),
+            "advantage_sizes": list(advantage_sizes) if at_head and advantage_sizes is not None else None,
+        }
         config = ValueHeadConfig(hook_width(base, ValueHeadConfig(1, **shape)), **shape)
-        config.advantage_sizes = list(advantage_sizes) if at_head and advantage_sizes is not None else None
         stages = [
             "rollouts",
             "rewards",
@@ -194,42 +202,57 @@ def fit(
                 output / "states",
                 head_sizes=head_sizes,
                 advantage_sizes=config.advantage_sizes,
-                value_options={"seed": seed, "patience": 5} | (value_options or {}),
-                advantage_options={"patience": 2} | (advantage_options or {}),
+                value_options=value_options,
+                advantage_options=advantage_options,
                 progress=show,
             )
         if processes.index == 0:
-            split_seed = (value_options or {}).get("seed", seed)
             _recommend(output, base, target_kl)
-            _report(output, tokenizer, figures, (value_options or {}).get("validation_split", 0.1), split_seed)
+            _report(output, tokenizer, figures, value_options["validation_split"], value_options["seed"])
         processes.wait()
     return figures
 
 
 def _check_settings(
-    prompts: Prompts, value_options: dict | None, advantage_options: dict | None, states_dtype: str
+    prompts: Prompts,
+    value_options: dict[str, Any],
+    advantage_options: dict[str, Any],
+    states_dtype: str,
+    every: int,
+    max_gigabytes: float | None,
+    target_kl: float,
 ) -> None:
     """Raise now for what only the last stages would stumble over."""
+    for name in ("matplotlib", "pyarrow"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"`fit` needs {name}: `pip install 'hf_recontrol[train]'`.")
     for name, function, options in (
         ("value_options", train_value_head, value_options),
         ("advantage_options", fit_advantage, advantage_options),
     ):
-        if unknown := sorted((options or {}).keys() - inspect.signature(function).parameters.keys()):
+        parameters = inspect.signature(function).parameters
+        if unknown := sorted(options.keys() - parameters.keys()):
             raise TypeError(f"`{name}` holds {unknown}, which {function.__name__} does not know.")
-    if states_dtype not in DTYPES:
-        raise ValueError(f"`states_dtype` must be one of {DTYPES}, got {states_dtype!r}.")
+        names = ("learning_rate", "num_epochs", "batch_size", "training_arguments")
+        check_options(*(options.get(key, parameters[key].default) for key in names))
+    check_shared(advantage_options)
+    check_storage(states_dtype, every, max_gigabytes)
+    if not target_kl > 0:
+        raise ValueError(f"`target_kl` must be above 0, got {target_kl}.")
     numbers = torch.tensor(list({prompt_number(row["prompt"]) for row in prompts.rows}))
     # The split itself says what is wrong with it.
     split_by_prompt(
         States(torch.empty(0), torch.empty(0), torch.empty(0), numbers),
-        (value_options or {}).get("validation_split", 0.1),
-        seed=0,
+        value_options["validation_split"],
+        value_options["seed"],
     )
 
 
-def _rewards(reward, prompts: Prompts) -> dict[str, RewardFunction]:
+def _rewards(reward, prompts: Prompts, on_bad_rows: str) -> dict[str, RewardFunction]:
     given = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
     columns = set(prompts.rows[0]) - {"prompt"}
+    if on_bad_rows == "error":
+        check_columns([item for item in given if isinstance(item, str)], prompts)
     functions = [load_reward(item, columns) if isinstance(item, str) else item for item in given]
     return by_name(functions, [item if isinstance(item, str) else reward_name(item) for item in given])
 

@@ -72,9 +72,14 @@ def hook_layer(model: PreTrainedModel, config: ValueHeadConfig) -> int | None:
 
 
 def hook_width(model: PreTrainedModel, config: ValueHeadConfig) -> int:
-    """Width of the state at the hook point of `config`."""
+    """
+    Width of the state at the hook point of `config`.
+
+    Raises:
+        `ValueError`: if the model has no such place.
+    """
     text_config = model.config.get_text_config(decoder=True)
-    if config.hook_point == "lm_head":
+    if hook_layer(model, config) is None:
         lm_head = find_lm_head(model)
         return getattr(lm_head, "in_features", None) or text_config.hidden_size
     return text_config.hidden_size

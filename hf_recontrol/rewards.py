@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .prompts import BadRow, Prompt, report_bad_rows
+from .prompts import BadRow, Prompt, Prompts, report_bad_rows
 from .records import Rollout, count_rollouts, load_rollouts, save_rollouts, scoring_of
 from .stage import (
     MANIFEST_NAME,
@@ -155,10 +155,8 @@ def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
     Raises:
         `ValueError`, `OSError`: if there is no such thing.
     """
-    if spec in columns:
-        return _column(spec)
-    if spec.startswith("column:"):
-        return _column(spec.removeprefix("column:"))
+    if (column := reward_column(spec, columns)) is not None:
+        return _column(column)
     module_name, colon, function_name = spec.partition(":")
     if colon and all(part.isidentifier() for part in module_name.split(".")) and function_name.isidentifier():
         if "" not in sys.path:
@@ -177,6 +175,33 @@ def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
     reward = ClassifierReward.from_pretrained(name, label=label or None)
     reward.model.to(Processes().device)
     return reward
+
+
+def reward_column(spec: str, columns: Collection[str]) -> str | None:
+    """The column that a reward's description names, or `None` if it names something else."""
+    if spec in columns:
+        return spec
+    return spec.removeprefix("column:") if spec.startswith("column:") else None
+
+
+def check_columns(specs: Sequence[str], prompts: Prompts) -> None:
+    """
+    Check the columns that rewards name, before any response is sampled.
+
+    Raises:
+        `ValueError`: if there is no such column, or it holds something that is no finite number; names the rows.
+    """
+    for column in (reward_column(spec, prompts.rows[0]) for spec in specs):
+        if column is None:
+            continue
+        if column not in prompts.rows[0]:
+            raise MissingColumnError(f"The data have no column {column!r}, they have {sorted(prompts.rows[0])}.")
+        bad = [
+            BadRow(f"prompt {number}", f"the column {column} holds {row[column]!r}, expected a finite number")
+            for number, row in zip(prompts.numbers, prompts.rows, strict=True)
+            if _finite(row[column]) is None
+        ]
+        report_bad_rows(bad, "error")
 
 
 def _column(name: str) -> RewardFunction:

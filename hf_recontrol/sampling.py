@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,6 +166,33 @@ def sampling_config(
     if (config.num_return_sequences or 1) > 1:
         raise ValueError("Ask for several responses with `num_samples`, not with `num_return_sequences`.")
     return config
+
+
+# Further settings that draw from another distribution than the model's at a temperature, and the values that do not.
+_RESHAPES = {
+    "begin_suppress_tokens": (),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "min_new_tokens": (0,),
+    "min_p": (0,),
+    "num_beams": (1,),
+    "suppress_tokens": (),
+    "top_k": (0,),
+    "top_p": (1,),
+    "typical_p": (1,),
+}
+
+
+def reshaped_by(generation_config: dict[str, Any]) -> list[str]:
+    """Which settings of a generation config make its draws others than those of the model at a temperature."""
+    # What generate() takes where nothing is set.
+    settings = {"top_k": 50} | generation_config
+    leaves = dict.fromkeys(_READS_TOKENS, ()) | {"repetition_penalty": (1,), "min_length": (0,)} | _RESHAPES
+    found = [f"{name}={settings[name]}" for name in leaves if settings.get(name) not in (None, *leaves[name])]
+    return found if settings.get("do_sample") else ["do_sample=False"]
 
 
 def needs_equal_lengths(model: PreTrainedModel, config: GenerationConfig) -> bool:

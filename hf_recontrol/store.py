@@ -17,6 +17,7 @@ from .stage import MANIFEST_NAME, read_manifest
 
 # Names of dtypes in a safetensors header.
 _HEADER_NAMES = {
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
@@ -24,7 +25,9 @@ _HEADER_NAMES = {
     torch.int8: "I8",
     torch.bool: "BOOL",
 }
-# Features whose first states are smaller than this share of the average one are not given a finer grid.
+# The scales of int8 features are set by the first states of a file, so many.
+_STATES_FOR_SCALES = 2048
+# Features that are smaller there than this share of the average one are not given a finer grid.
 _SMALLEST_FEATURE = 1e-2
 
 
@@ -239,6 +242,7 @@ class StateWriter:
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
         self._feature_scales: dict[str, torch.Tensor] = {}
+        self._held: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in names}
         # For each feature: squared error of int8, sum, sum of squares; in float64.
         self._moments = torch.zeros(3, hidden_size, dtype=torch.float64)
         self._file = path.open("wb")
@@ -254,6 +258,8 @@ class StateWriter:
     def __exit__(self, error_type, *error) -> None:
         try:
             if self.dtype == torch.int8 and error_type is None:
+                for name in self._held:
+                    self._write_held(name)
                 self._write("int8_error", 0, torch.tensor([self._int8_error()]))
         finally:
             self._file.close()
@@ -282,10 +288,25 @@ class StateWriter:
         values = values.float().cpu()
         if not torch.isfinite(values).all():
             raise ValueError(f"The {name} hold NaN or infinite values.")
-        if name not in self._feature_scales:
-            size = values.abs().amax(0)
-            self._feature_scales[name] = size.clamp(min=float(size.mean()) * _SMALLEST_FEATURE + 1e-30)
-            self._write(f"{name}_feature_scale", 0, self._feature_scales[name])
+        if name in self._feature_scales:
+            self._write_int8(name, first_row, values)
+            return
+        self._held[name].append((first_row, values))
+        if sum(len(held) for _, held in self._held[name]) >= _STATES_FOR_SCALES:
+            self._write_held(name)
+
+    def _write_held(self, name: str) -> None:
+        """Set the scales of the features by the states held back so far, and write these."""
+        held, self._held[name] = self._held[name], []
+        if not held:
+            return
+        size = torch.stack([values.abs().amax(0) for _, values in held if len(values)]).amax(0)
+        self._feature_scales[name] = size.clamp(min=float(size.mean()) * _SMALLEST_FEATURE + 1e-30)
+        self._write(f"{name}_feature_scale", 0, self._feature_scales[name])
+        for first_row, values in held:
+            self._write_int8(name, first_row, values)
+
+    def _write_int8(self, name: str, first_row: int, values: torch.Tensor) -> None:
         scaled = values / self._feature_scales[name]
         row_scale = scaled.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         stored = (scaled / row_scale).round().to(torch.int8)

@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,19 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import is_accelerate_available, logging
+from transformers.utils import logging
 
 from .stage import Processes, Progress, progress_bar
 from .store import StateStore
 from .value_head import ValueHead
+
+try:
+    from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+except ImportError as error:
+    raise ImportError("Training needs `pip install 'hf_recontrol[train]'`.") from error
 
 logger = logging.get_logger(__name__)
 
@@ -36,10 +41,16 @@ class Episodes(Dataset):
 
     def __init__(self, store: StateStore, episodes: torch.Tensor, head: ValueHead, names: list[str], open_ended: bool):
         self.store, self.episodes, self.names, self.open_ended = store, episodes, names, open_ended
-        self.mean, self.std = (store.rewards.new_tensor(x) for x in (head.config.reward_mean, head.config.reward_std))
+        self.mean, self.std = (
+            torch.tensor(x, dtype=torch.float64) for x in (head.config.reward_mean, head.config.reward_std)
+        )
 
     def __len__(self) -> int:
         return len(self.episodes)
+
+    def rewards(self, episodes: torch.Tensor) -> torch.Tensor:
+        """Standardised rewards of episodes of the store, in float32."""
+        return ((self.store.rewards[episodes].double() - self.mean) / self.std).float()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.__getitems__([index])
@@ -47,8 +58,7 @@ class Episodes(Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         chosen = self.episodes[torch.as_tensor(indices)]
         batch = {name: self.store.gather(name, chosen) for name in self.names}
-        rewards = (self.store.rewards[chosen] - self.mean) / self.std
-        batch |= {"lengths": self.store.lengths[chosen], "rewards": rewards}
+        batch |= {"lengths": self.store.lengths[chosen], "rewards": self.rewards(chosen)}
         return batch | ({"open_ended": ~self.store.finished[chosen]} if self.open_ended else {})
 
     def batches(self, size: int, processes: Processes | None = None) -> Iterator[tuple[torch.Tensor, dict]]:
@@ -168,6 +178,8 @@ class EpisodeTrainer(Trainer):
         if checkpoint is not None and self._was_finished(checkpoint):
             self._load_best_model()
         else:
+            if checkpoint is not None:
+                self.add_callback(_Moved(checkpoint))
             self.train(resume_from_checkpoint=checkpoint)
         return self.state.best_metric is not None and np.isfinite(self.state.best_metric)
 
@@ -185,14 +197,29 @@ class EpisodeTrainer(Trainer):
             return False
         if state.best_model_checkpoint is None:
             return False
-        # The folder may have been moved since.
-        state.best_model_checkpoint = str(Path(checkpoint).with_name(Path(state.best_model_checkpoint).name))
+        _follow_move(state, checkpoint)
         self.state = state
         return True
 
 
 def _same(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return batch
+
+
+def _follow_move(state: TrainerState, checkpoint: str) -> None:
+    """The best checkpoint stands beside this one, also where the folder has been moved since."""
+    if state.best_model_checkpoint is not None:
+        state.best_model_checkpoint = str(Path(checkpoint).with_name(Path(state.best_model_checkpoint).name))
+
+
+class _Moved(TrainerCallback):
+    """Corrects the state of training that Trainer has just read from a checkpoint."""
+
+    def __init__(self, checkpoint: str):
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        _follow_move(state, self.checkpoint)
 
 
 class _Report(TrainerCallback):
@@ -216,10 +243,21 @@ class _Report(TrainerCallback):
         self._bar.__exit__(None, None, None)
 
 
-def require_accelerate() -> None:
-    """Raise `ImportError` that names the extra if transformers' Trainer cannot run."""
-    if not is_accelerate_available():
-        raise ImportError("Training needs `pip install 'hf_recontrol[train]'`.")
+def check_options(
+    learning_rate: float, num_epochs: int, batch_size: int, training_arguments: dict[str, Any] | None
+) -> None:
+    """
+    Check what is handed to [`~transformers.TrainingArguments`].
+
+    Raises:
+        `ValueError`: names the number out of range. `TypeError`: names the arguments that it does not know.
+    """
+    for name, value in (("learning_rate", learning_rate), ("num_epochs", num_epochs), ("batch_size", batch_size)):
+        if not value > 0:
+            raise ValueError(f"`{name}` must be above 0, got {value}.")
+    known = {field.name for field in fields(TrainingArguments)}
+    if unknown := sorted((training_arguments or {}).keys() - known):
+        raise TypeError(f"`training_arguments` holds {unknown}, which TrainingArguments does not know.")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

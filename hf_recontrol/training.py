@@ -20,7 +20,7 @@ from .figures import episode_summaries, value_figures
 from .stage import Progress
 from .store import States, StateStore
 from .targets import episode_mask, pad_episodes, td_targets
-from .trainer import Episodes, EpisodeTrainer, own_randomness, require_accelerate
+from .trainer import Episodes, EpisodeTrainer, check_options, own_randomness
 from .value_head import ValueHead
 
 logger = logging.get_logger(__name__)
@@ -139,7 +139,7 @@ class ValueTrainer(EpisodeTrainer):
         store, episodes = self.held_out.store, self.held_out.episodes
         return value_figures(
             gathered,
-            (store.rewards[episodes] - self.held_out.mean) / self.held_out.std,
+            self.held_out.rewards(episodes),
             store.lengths[episodes],
             store.prompts[episodes],
             self.held_out.mean,
@@ -189,8 +189,9 @@ def new_head(
     Raises:
         `ValueError`: if all rewards are equal, or the states are not finite.
     """
-    mean, std = store.rewards[rewarded].mean(0), store.rewards[rewarded].std(0, correction=0)
-    if not (std > 0).all():
+    rewards = store.rewards[rewarded].double()
+    mean, std = rewards.mean(0), rewards.std(0, correction=0)
+    if (rewards == rewards[0]).all(0).any():
         raise ValueError("All rewards are equal, so there is nothing to learn: check the reward function.")
     one = config.num_objectives == 1
     config = replace(
@@ -296,7 +297,7 @@ def train_value_head(
         `ValueError`: if sizes do not fit, the data are not finite, all rewards are equal, or training diverged.
         `ImportError`: if accelerate is not installed.
     """
-    require_accelerate()
+    check_options(learning_rate, num_epochs, batch_size, training_arguments)
     for name, value in (("td_lambda", td_lambda), ("discount", discount)):
         if not 0 <= value <= 1:
             raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")

@@ -21,6 +21,8 @@ from .training import train_value_head
 from .value_head import ValueHead
 
 FIGURES_NAME = "training.json"
+# Of both parts: on other splits the advantage part would be measured on prompts that V was trained on.
+SHARED_OPTIONS = ("validation_split", "seed", "discount", "open_truncated")
 
 
 def _write_json(path: Path, values: dict) -> None:
@@ -31,6 +33,12 @@ def _write_json(path: Path, values: dict) -> None:
 def _states_id(folder: str | os.PathLike) -> str:
     parts = read_manifest(folder, "states", "recontrol states")["parts"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def check_shared(advantage_options: dict[str, Any]) -> None:
+    """Raise `ValueError` if they hold what both parts take from the value part's options."""
+    if double := sorted(set(SHARED_OPTIONS) & advantage_options.keys()):
+        raise ValueError(f"Give {double} in `value_options` alone: both parts take them from there.")
 
 
 def train_head(
@@ -70,8 +78,8 @@ def train_head(
     """
     output, value_options = Path(output), dict(value_options or {})
     advantage_options = dict(advantage_options or {})
-    shared = ("validation_split", "seed", "discount", "open_truncated")
-    advantage_options |= {name: value_options[name] for name in shared if name in value_options}
+    check_shared(advantage_options)
+    advantage_options |= {name: value_options[name] for name in SHARED_OPTIONS if name in value_options}
     store = StateStore.open(states)
     if not store.has_directions:
         advantage_sizes = None

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig, activations
 from hf_recontrol.activations import collect_states, write_states
 from hf_recontrol.prompts import load_prompts
 from hf_recontrol.records import Rollout, load_rollouts, rollout_parts
@@ -185,6 +185,49 @@ def test_int8_reports_its_error(rollouts, tmp_path):
     assert store.parts[0].hidden.dtype == torch.int8
 
 
+def test_int8_scales_are_of_many_states_and_a_large_error_is_told(rollouts, tmp_path, monkeypatch, recontrol_warnings):
+    """A feature that is almost nothing in the first response and large later is kept."""
+    model, folder = rollouts
+    real = activations._read
+
+    def uneven(*args):
+        for number, (i, hidden, directions) in enumerate(real(*args)):
+            hidden = hidden.clone()
+            hidden[:, 3] = 50.0 * (number > 0) * torch.linspace(0.5, 1.0, len(hidden))
+            yield i, hidden, directions
+
+    monkeypatch.setattr(activations, "_read", uneven)
+    counts = write_states(tmp_path / "good", model, folder, WITH_ADVANTAGE, dtype="int8")
+    assert (counts["int8_squared_error"] / counts["states"]) ** 0.5 < 0.02 and not recontrol_warnings
+    monkeypatch.setattr("hf_recontrol.store._STATES_FOR_SCALES", 1)
+    write_states(tmp_path / "bad", model, folder, WITH_ADVANTAGE, dtype="int8")
+    assert "int8 keeps these states badly" in recontrol_warnings[0]
+
+
+def test_rewards_that_are_all_equal_are_told_before_states_are_read(rollouts, tmp_path):
+    model, folder = rollouts
+    label_rollouts(folder, {"length": length, "same": lambda prompts, completions: [0.1] * len(prompts)}, again=True)
+    with pytest.raises(ValueError, match=r"All rewards of same are equal \(0\.1\)"):
+        write_states(tmp_path / "states", model, folder, WITH_ADVANTAGE)
+    assert not (tmp_path / "states").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({}, "top_k=50"), ({"top_k": 0, "top_p": 0.9}, "top_p=0.9"), ({"do_sample": False}, "do_sample=False")],
+)
+def test_draws_from_a_part_of_the_distribution_are_told_for_g(tmp_path, settings, named, recontrol_warnings):
+    model = tiny_model("llama", dtype=torch.float32)
+    config = GenerationConfig(**{"do_sample": True} | settings)
+    prompts = load_prompts([f"w{i}" for i in range(5, 15)])
+    write_rollouts(tmp_path / "r", model, tiny_tokenizer(), prompts, generation_config=config, max_new_tokens=8)
+    label_rollouts(tmp_path / "r", [length])
+    write_states(tmp_path / "plain", model, tmp_path / "r", ValueHeadConfig(16, hook_point="lm_head"))
+    assert not recontrol_warnings
+    write_states(tmp_path / "both", model, tmp_path / "r", WITH_ADVANTAGE)
+    assert named in recontrol_warnings[0]
+
+
 def test_every_kth_state_is_kept_counted_back_from_the_last(rollouts, tmp_path):
     model, folder = rollouts
     write_states(tmp_path / "all", model, folder, WITH_ADVANTAGE)
@@ -272,7 +315,7 @@ def test_unscored_folders_and_responses(rollouts, tmp_path, recontrol_warnings):
         write_states(tmp_path / "s", model, tmp_path / "r", WITH_ADVANTAGE)
 
     def sometimes(prompts, completions, **columns):
-        return [float("nan") if i % 2 else 1.0 for i in range(len(prompts))]
+        return [float("nan") if i % 2 else float(i) for i in range(len(prompts))]
 
     counts = label_rollouts(tmp_path / "r", [sometimes], on_bad_rows="skip")
     assert counts["unscored"] == 3 and "row 1" in recontrol_warnings[0]

@@ -142,10 +142,31 @@ def test_what_cannot_work_is_said_before_anything_is_made(base, tmp_path):
         fit(base, PROMPTS, variety, tmp_path / "run")
     with pytest.raises(ValueError, match="1 prompts cannot be split"):
         run(base, tmp_path / "run", prompts=["w5", "w5"])
-    with pytest.raises(ValueError, match="states_dtype"):
+    with pytest.raises(ValueError, match="`dtype` must be one of"):
         run(base, tmp_path / "run", states_dtype="float8")
     with pytest.raises(TypeError, match=r"`value_options` holds \['epochs'\]"):
         run(base, tmp_path / "run", value_options={"epochs": 3})
+    scored = [{"prompt": text, "score": i % 3, "name": "x"} for i, text in enumerate(PROMPTS)]
+    for reward, message in (
+        ("column:absent", "no column 'absent'"),
+        ("name", "prompt 0: the column name holds 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(base, tmp_path / "run", reward=reward, prompts=scored)
+    for change, message in (
+        ({"hook_point": "decoder_layer", "layer": 99}, "decoder layer 99"),
+        ({"head_sizes": [0]}, "head_sizes"),
+        ({"advantage_sizes": [-1]}, "advantage_sizes"),
+        ({"target_kl": -1.0}, "target_kl"),
+        ({"every": 0}, "every"),
+        ({"max_gigabytes": 0.0}, "max_gigabytes"),
+        ({"value_options": {"num_epochs": 0}}, "num_epochs"),
+        ({"advantage_options": {"validation_split": 0.3}}, "`value_options` alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(base, tmp_path / "run", **change)
+    with pytest.raises(TypeError, match=r"`training_arguments` holds \['nope'\]"):
+        run(base, tmp_path / "run", value_options={"training_arguments": {"nope": 1}})
     assert not list(tmp_path.glob("run/*/*"))
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="is a file"):

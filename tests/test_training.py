@@ -86,6 +86,15 @@ def test_the_best_epoch_is_kept():
     assert errors == sorted(errors, reverse=True)
 
 
+def test_rewards_far_from_zero_train_as_the_same_ones_near_it():
+    states = episodes(80)
+    far = change(states, rewards=states.rewards.double() + 1e8)
+    near, _ = train_value_head(states, CONFIG, num_epochs=3)
+    head, _ = train_value_head(far, CONFIG, num_epochs=3)
+    assert head.config.reward_std == pytest.approx(near.config.reward_std, rel=1e-5)
+    torch.testing.assert_close(head(states.hidden), near(states.hidden), rtol=1e-3, atol=1e-3)
+
+
 def test_a_run_that_stopped_early_or_ended_is_taken_over_as_it_was(tmp_path, monkeypatch):
     states, options = episodes(80, noise=2.0), {"learning_rate": 1e-2, "patience": 2}
     for epochs, name in ((40, "stopped"), (2, "ended")):
