@@ -58,7 +58,8 @@ def test_states_are_those_each_token_was_drawn_from(family, hook_point, layer):
     assert states.lengths.tolist() == [len(row.completion_ids) for row in used]
     assert states.rewards.tolist() == [row.reward for row in used]
     expected = torch.cat([one_by_one(model, row, hook_point, layer)[0] for row in used])
-    torch.testing.assert_close(states.hidden, expected, rtol=1e-3, atol=1e-3)
+    # Mamba's states go to thousands, and are rounded differently from one run to the next.
+    torch.testing.assert_close(states.hidden, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
