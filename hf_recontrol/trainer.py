@@ -16,9 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .stage import Processes, Progress, progress_bar
@@ -26,7 +23,10 @@ from .store import StateStore
 from .value_head import ValueHead
 
 try:
-    from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
     raise ImportError("Training needs `pip install 'hf_recontrol[train]'`.") from error
 
@@ -178,8 +178,6 @@ class EpisodeTrainer(Trainer):
         if checkpoint is not None and self._was_finished(checkpoint):
             self._load_best_model()
         else:
-            if checkpoint is not None:
-                self.add_callback(_Moved(checkpoint))
             self.train(resume_from_checkpoint=checkpoint)
         return self.state.best_metric is not None and np.isfinite(self.state.best_metric)
 
@@ -197,29 +195,14 @@ class EpisodeTrainer(Trainer):
             return False
         if state.best_model_checkpoint is None:
             return False
-        _follow_move(state, checkpoint)
+        # The folder may have been moved since; Trainer itself sees to that where it goes on.
+        state.best_model_checkpoint = str(Path(checkpoint).with_name(Path(state.best_model_checkpoint).name))
         self.state = state
         return True
 
 
 def _same(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return batch
-
-
-def _follow_move(state: TrainerState, checkpoint: str) -> None:
-    """The best checkpoint stands beside this one, also where the folder has been moved since."""
-    if state.best_model_checkpoint is not None:
-        state.best_model_checkpoint = str(Path(checkpoint).with_name(Path(state.best_model_checkpoint).name))
-
-
-class _Moved(TrainerCallback):
-    """Corrects the state of training that Trainer has just read from a checkpoint."""
-
-    def __init__(self, checkpoint: str):
-        self.checkpoint = checkpoint
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        _follow_move(state, self.checkpoint)
 
 
 class _Report(TrainerCallback):

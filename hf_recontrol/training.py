@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .configuration import ValueHeadConfig
@@ -20,7 +19,7 @@ from .figures import episode_summaries, value_figures
 from .stage import Progress
 from .store import States, StateStore
 from .targets import episode_mask, pad_episodes, td_targets
-from .trainer import Episodes, EpisodeTrainer, check_options, own_randomness
+from .trainer import Episodes, EpisodeTrainer, TrainerCallback, check_options, own_randomness
 from .value_head import ValueHead
 
 logger = logging.get_logger(__name__)

@@ -1,6 +1,8 @@
 """One line from prompts to a head: what it makes, that it goes on, what it refuses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -171,6 +173,16 @@ def test_what_cannot_work_is_said_before_anything_is_made(base, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="is a file"):
         run(base, tmp_path / "file")
+
+
+def test_what_is_not_installed_is_named_before_anything_is_made(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"needs matplotlib: `pip install 'hf_recontrol\[train\]'`"):
+        run(base, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    program = "import sys; sys.modules['accelerate'] = None; import hf_recontrol.fit"
+    failed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert failed.stderr.endswith("ImportError: Training needs `pip install 'hf_recontrol[train]'`.\n")
 
 
 def test_train_head_goes_on_from_v_when_it_is_done(base, tmp_path, monkeypatch):

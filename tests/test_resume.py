@@ -139,6 +139,18 @@ def test_a_killed_stage_goes_on_to_the_same_result(stage, uninterrupted, work):
     assert_same(uninterrupted / f"after_{stage.__name__}", folder / "run")
 
 
+def test_ctrl_c_says_how_to_go_on(work):
+    folder = work(label_arguments)
+    process = start(label_arguments("run"), folder)
+    while not scored(folder) and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.endswith(
+        "recontrol: interrupted. Stages go on where they were: run the same command again.\n"
+    )
+
+
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_unharmed(uninterrupted, work):
     folder = work(label_arguments)
     first = start(label_arguments("run"), folder)

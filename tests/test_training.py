@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shutil
 from copy import deepcopy
 
 import pytest
@@ -93,6 +94,26 @@ def test_rewards_far_from_zero_train_as_the_same_ones_near_it():
     head, _ = train_value_head(far, CONFIG, num_epochs=3)
     assert head.config.reward_std == pytest.approx(near.config.reward_std, rel=1e-5)
     torch.testing.assert_close(head(states.hidden), near(states.hidden), rtol=1e-3, atol=1e-3)
+
+
+def test_training_goes_on_in_a_folder_that_was_moved_with_its_best_epoch(tmp_path):
+    """The best epoch comes before the move, so it is found only where the folder is now."""
+    states, options = episodes(80, noise=2.0), {"learning_rate": 3e-2, "num_epochs": 8}
+
+    def stopped(done, total):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_value_head(states, CONFIG, output_dir=tmp_path / "old", progress=stopped, **options)
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    head, figures = train_value_head(states, CONFIG, output_dir=tmp_path / "old", **options)
+    errors = [row["eval_value_error"] for row in figures["log"] if "eval_value_error" in row]
+    assert errors.index(min(errors)) < 5 and len(errors) == 8
+    shutil.rmtree(tmp_path / "old")
+    moved, again = train_value_head(states, CONFIG, output_dir=tmp_path / "new", **options)
+    assert again["value_error"] == pytest.approx(figures["value_error"], rel=1e-4)
+    torch.testing.assert_close(moved(states.hidden), head(states.hidden), rtol=1e-3, atol=1e-3)
 
 
 def test_a_run_that_stopped_early_or_ended_is_taken_over_as_it_was(tmp_path, monkeypatch):
