@@ -288,8 +288,9 @@ def label(
 
     Example: `recontrol label run/rollouts --reward hf_recontrol.rewards:vader`
     """
+    from .labels import label_rollouts
     from .records import load_rollouts
-    from .rewards import label_rollouts, load_reward
+    from .rewards import load_reward
     from .stage import read_manifest
 
     read_manifest(rollouts, "rollouts", "recontrol rollout", complete=False)

@@ -27,10 +27,11 @@ from .evaluation import match_kl
 from .evaluation.report import write_report
 from .files import check_target, make_folder
 from .hooks import hook_width
+from .labels import label_rollouts
 from .modeling import ReControlForCausalLM
 from .prompts import Prompts, load_prompts
 from .records import Rollout, load_rollouts, rollout_parts
-from .rewards import RewardFunction, by_name, check_columns, label_rollouts, load_reward, reward_name
+from .rewards import RewardFunction, by_name, check_columns, load_reward, reward_name
 from .rollouts import write_rollouts
 from .stage import Processes, Progress, lock_folder, read_manifest
 from .store import States, StateStore

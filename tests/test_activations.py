@@ -10,9 +10,9 @@ from transformers import DynamicCache, GenerationConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig, activations
 from hf_recontrol.activations import collect_states, write_states
+from hf_recontrol.labels import label_rollouts
 from hf_recontrol.prompts import load_prompts
 from hf_recontrol.records import Rollout, load_rollouts, rollout_parts
-from hf_recontrol.rewards import label_rollouts
 from hf_recontrol.rollouts import write_rollouts
 from hf_recontrol.store import StateStore
 from hf_recontrol.training import new_head

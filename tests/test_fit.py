@@ -76,7 +76,7 @@ def test_a_finished_run_is_not_made_again(base, tmp_path, monkeypatch):
     before = hashes(tmp_path)
     for name in (
         "rollouts._sample",
-        "rewards.score_rollouts",
+        "labels.score_rollouts",
         "activations._read",
         "training_stage._train_both",
         "fit.match_kl",

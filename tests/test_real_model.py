@@ -9,7 +9,7 @@ from hf_recontrol.activations import collect_states
 from hf_recontrol.advantage import fit_advantage
 from hf_recontrol.demo import embedded_model
 from hf_recontrol.evaluation import match_kl
-from hf_recontrol.rewards import score_rollouts
+from hf_recontrol.labels import score_rollouts
 from hf_recontrol.rollouts import generate_rollouts
 from hf_recontrol.training import train_value_head
 
