@@ -7,6 +7,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .configuration import ControlConfig, ValueHeadConfig
+    from .logits_processor import ReControlLogitsProcessor
     from .modeling import ReControlForCausalLM
     from .value_head import ValueHead
 
@@ -14,11 +15,19 @@ if TYPE_CHECKING:
 _MODULES = {
     "ControlConfig": ".configuration",
     "ReControlForCausalLM": ".modeling",
+    "ReControlLogitsProcessor": ".logits_processor",
     "ValueHead": ".value_head",
     "ValueHeadConfig": ".configuration",
 }
 
-__all__ = ["ControlConfig", "ReControlForCausalLM", "ValueHead", "ValueHeadConfig", "__version__"]
+__all__ = [
+    "ControlConfig",
+    "ReControlForCausalLM",
+    "ReControlLogitsProcessor",
+    "ValueHead",
+    "ValueHeadConfig",
+    "__version__",
+]
 
 
 def __getattr__(name: str):

@@ -14,9 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from .configuration import ControlConfig, ValueHeadConfig
-from .hooks import ControlHooks, find_lm_head, hook_layer, hook_width, read_states
+from .configuration import ControlConfig
+from .hooks import ControlHooks, read_states
 from .hub import portable_name
+from .matching import head_config, matched_head
 from .value_head import ValueHead
 
 logger = logging.get_logger(__name__)
@@ -149,35 +150,9 @@ class ReControlForCausalLM:
                 "A PeftModel cannot be controlled itself: control its base, "
                 "`ReControlForCausalLM.from_model(peft_model.get_base_model(), ...)`; the adapters stay active."
             )
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}.")
-        if model.config.is_encoder_decoder:
-            raise ValueError(f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported.")
-        find_lm_head(model)
-        if not model.can_generate():
-            raise ValueError(f"{type(model).__name__} cannot generate: load it with AutoModelForCausalLM.")
-        if isinstance(value_head, (str, os.PathLike)):
-            value_head = ValueHead.from_pretrained(value_head)
-        config = head_config(value_head)
-        if control is None:
-            control = config.control or ControlConfig()
-        if not isinstance(control, ControlConfig):
-            raise TypeError(f"`control` must be a ControlConfig, got {type(control).__name__}.")
-        config.check_control(control)
-        hook_layer(model, config)
-        width = hook_width(model, config)
-        if width != config.hidden_size:
-            raise ValueError(
-                f"The head reads states of width {config.hidden_size}, {type(model).__name__} has {width} at "
-                f"{config.hook_point!r}: it was made for another base model"
-                f"{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}."
-            )
-        if isinstance(value_head, ValueHead):
-            value_head.check_finite()
-            _check_not_idle(value_head, control)
-        _warn_of_other_base(model, config)
+        value_head, control = matched_head(model, value_head, control)
 
-        hooks = ControlHooks(model, value_head, config, control)
+        hooks = ControlHooks(model, value_head, value_head.config, control)
         try:
             hooks.check(control)
         except ValueError:
@@ -352,42 +327,6 @@ class ReControlForCausalLM:
         # The dynamic class has no importable name, so the copy is rebuilt from the base's. Also what deepcopy uses.
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _new_instance, (_base_class(type(self)),), _drop_transient(dict(state))
-
-
-def head_config(head: nn.Module) -> ValueHeadConfig:
-    """The configuration of a head.
-
-    Raises:
-        `TypeError`: if it has none.
-    """
-    config = getattr(head, "config", None)
-    if not isinstance(head, nn.Module) or not isinstance(config, ValueHeadConfig):
-        raise TypeError(
-            f"`value_head` must be a ValueHead, its folder or Hub repo, or a module whose `config` is a "
-            f"ValueHeadConfig, got {type(head).__name__}."
-        )
-    return config
-
-
-def _check_not_idle(head: ValueHead, control: ControlConfig) -> None:
-    """Refuse a head whose edit is zero whatever the state: an untrained g, or a V that is constant."""
-    last = (head.advantage_mlp if control.method == "advantage" else head.value_mlp).layers[-1]
-    # The bias of V's last layer moves no state; that of g's is the constant part of the edit.
-    idle = not last.weight.any() and not (control.method == "advantage" and last.bias.any())
-    if idle:
-        raise ValueError(
-            f"This head would do nothing under `method={control.method!r}`: the last layer of its "
-            f"{'advantage' if control.method == 'advantage' else 'value'} part is all zeros, so it is not trained."
-        )
-
-
-def _warn_of_other_base(model: PreTrainedModel, config: ValueHeadConfig) -> None:
-    trained_for, here = config.base_model_name_or_path, model.config._name_or_path
-    if trained_for and here and os.path.basename(trained_for.rstrip("/")) != os.path.basename(here.rstrip("/")):
-        logger.warning(
-            f"This head was trained for {trained_for!r} and is put on {here!r}: the widths fit, but its values may "
-            "mean nothing there."
-        )
 
 
 def _drop_transient(attributes: dict[str, Any]) -> dict[str, Any]:
