@@ -477,6 +477,34 @@ def generate(
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="The authors' `.pth`, of RE-Control or PRE-Control.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the head.")],
+    base: Annotated[str | None, typer.Option(help="The model that it was trained on.")] = None,
+    step_size: Annotated[float | None, typer.Option(min=0, help="α to recommend (the paper: 0.2 to 1).")] = None,
+    num_steps: Annotated[int, typer.Option(min=0, help="Ascent steps to recommend.")] = 30,
+) -> None:
+    """Make a head from a value function that the authors' code trained.
+
+    Example: `recontrol convert value_model.pth -o my-head --base lmsys/vicuna-7b-v1.5 --step-size 0.5`
+    """
+    from .configuration import ControlConfig
+    from .convert import convert_checkpoint
+    from .files import check_target
+    from .hub import CONFIG_NAME
+
+    check_target(output / CONFIG_NAME)
+    if (output / CONFIG_NAME).exists():
+        raise ValueError(f"{output} holds a head already: name another folder.")
+    control = None if step_size is None else ControlConfig(step_size=step_size, num_steps=num_steps)
+    head = convert_checkpoint(checkpoint, base_model=base, control=control)
+    head.save_pretrained(output)
+    config = head.config
+    widths = " - ".join(map(str, [config.hidden_size, *config.head_sizes, config.num_objectives]))
+    typer.echo(f"V {widths}, {config.activation}, at the LM head's input -> {output}")
+
+
+@app.command()
 def info(
     head: Annotated[str, typer.Argument(help="Head: a folder or a Hub repo.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repo.")] = None,

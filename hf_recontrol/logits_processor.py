@@ -119,7 +119,7 @@ class ReControlLogitsProcessor(LogitsProcessor):
 
 @torch.no_grad()
 def _logit_factor(model: PreTrainedModel, lm_head: nn.Module) -> float:
-    """The factor between the LM head's output and the logits, from one forward with a usual and one with a large state."""
+    """The factor from the LM head's output to the logits, by a forward with a usual state and one with a large."""
     factors = []
     scale = 1.0
     for _ in range(2):
