@@ -162,6 +162,16 @@ def has_own_card(folder: Path) -> bool:
         return False
 
 
+def write_custom_generate(folder: Path, repo_id: str) -> None:
+    """Write what `generate(..., custom_generate=repo_id)` of a plain transformers runs, for the head in `folder`."""
+    source = Path(__file__).with_name("custom_generate")
+    target = folder / source.name
+    target.mkdir()
+    for path in source.glob("*.*"):
+        text = path.read_text(encoding="utf-8").replace("REPO = None", f'REPO = "{repo_id}"')
+        (target / path.name).write_text(text, encoding="utf-8")
+
+
 def push_folder(
     folder: Path,
     repo_id: str,
@@ -181,6 +191,7 @@ def push_folder(
     """
     api = HfApi(token=token, library_name="hf-recontrol", library_version=__version__)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    write_custom_generate(folder, repo_id)
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     has_card = api.file_exists(repo_id, CARD_NAME, revision=revision)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import subprocess
+import sys
 
 # Before huggingface_hub is imported, which reads it once. Tests with a server of their own run a fresh process.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_recontrol import ControlConfig, ValueHead, ValueHeadConfig
+
+from .hub_server import TOKEN, Hub
 
 torch.set_num_threads(1)
 
@@ -122,3 +126,39 @@ def input_ids() -> torch.Tensor:
 
 # Strong enough to change what the tiny Llama says.
 STRONG = ControlConfig(step_size=1.0, num_steps=10)
+
+
+@pytest.fixture
+def hub():
+    with Hub().running() as hub:
+        yield hub
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs Python in a fresh process, with an empty cache unless `home` names one; gives what it printed."""
+
+    def run(script, *args, endpoint, token=TOKEN, home="home", **environment):
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        variables |= {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / home),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+        if token:
+            variables["HF_TOKEN"] = token
+        result = subprocess.run(
+            [sys.executable, "-c", script, *args],
+            env=variables | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run

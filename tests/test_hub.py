@@ -1,10 +1,7 @@
 """Push to and load from a Hub: the real huggingface_hub, in processes of their own, against a server of ours."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 
 import huggingface_hub
 import pytest
@@ -13,7 +10,7 @@ import torch
 from hf_recontrol import ReControlForCausalLM, ValueHeadConfig
 
 from .conftest import STRONG, make_head, make_llama
-from .hub_server import TOKEN, Hub, Repo
+from .hub_server import TOKEN, Repo
 
 PRELUDE = """
 import sys, json, torch
@@ -35,42 +32,6 @@ for kwargs in json.loads(sys.argv[1]):
 print("RESULTS" + json.dumps(results))
 """
 )
-
-
-@pytest.fixture
-def hub():
-    with Hub().running() as hub:
-        yield hub
-
-
-@pytest.fixture
-def run(tmp_path):
-    """Runs Python in a fresh process, with an empty cache unless `home` names one; gives what it printed."""
-
-    def run(script, *args, endpoint, token=TOKEN, home="home", **environment):
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        variables |= {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path / home),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }
-        if token:
-            variables["HF_TOKEN"] = token
-        result = subprocess.run(
-            [sys.executable, "-c", script, *args],
-            env=variables | environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    return run
 
 
 def load(run, *requests, **options) -> list[dict]:
@@ -106,7 +67,8 @@ def test_a_pushed_head_loads_in_a_fresh_process_as_it_was(hub, run, tmp_path):
     repo = hub.repos["me/head"]
     assert repo.private
     assert repo.commits == ["First head"]
-    assert sorted(repo.branches["main"]) == ["README.md", "config.json", "model.safetensors"]
+    code = ["custom_generate/generate.py", "custom_generate/requirements.txt"]
+    assert sorted(repo.branches["main"]) == ["README.md", "config.json", *code, "model.safetensors"]
     card = huggingface_hub.ModelCard(repo.branches["main"]["README.md"].decode())
     assert card.data.base_model == "org/base" and "mine" in card.data.tags
     assert 'from_pretrained("me/head")' in card.text

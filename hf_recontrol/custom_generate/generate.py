@@ -1,0 +1,111 @@
+"""
+`base.generate(**inputs, custom_generate="user/head", trust_remote_code=True)`: generation under the control of the
+value head in this repo (https://arxiv.org/abs/2406.05954), with transformers, torch and safetensors alone. It draws the
+tokens that hf_recontrol draws, which is faster and knows more modes.
+"""
+
+import json
+import math
+import os
+from contextlib import ExitStack
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import nn
+
+REPO = None
+DEFAULTS = {"method": "ascent", "step_size": 0.5, "num_steps": 30, "l2": 0.0, "plausibility": 0.0}
+ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "silu": nn.functional.silu, "gelu": nn.functional.gelu}
+
+
+def generate(model, value_head=None, control=None, **kwargs):
+    """
+    Args:
+        model: the base, which stays as it is.
+        value_head (`str`, *optional*): another repo or a folder with a head; default: this repo.
+        control (`dict` or `False`, *optional*): settings that differ from the recommended ones, such as
+            `{"step_size": 1.0}`; `False` for none.
+        kwargs: as for `generate`; `revision`, `token` and `cache_dir` also say where the head is.
+    """
+    config, tensors = load_head(value_head or REPO, kwargs)
+    settings = DEFAULTS | (config["control"] or {}) | (control or {})
+    if unknown := sorted(settings.keys() - DEFAULTS.keys()):
+        raise ValueError(f"`control` holds {unknown}, expected some of {sorted(DEFAULTS)}.")
+    if settings["method"] == "advantage" and config["advantage_sizes"] is None:
+        raise ValueError("This head has no advantage part: use method='ascent'.")
+    with ExitStack() as hooks:
+        if control is not False:
+            for handle in add_hooks(model, config, tensors, settings):
+                hooks.callback(handle.remove)
+        return model.generate(**kwargs)
+
+
+def load_head(name, kwargs):
+    """(configuration, tensors) of the head in a repo or folder."""
+    if name is None:
+        raise ValueError("This file does not know its repo: name the head, `value_head='user/head'`.")
+    options = {key: kwargs.pop(key, None) for key in ("revision", "token", "cache_dir")}
+    paths = [
+        os.path.join(name, file) if os.path.isdir(name) else hf_hub_download(name, file, **options)
+        for file in ("config.json", "model.safetensors")
+    ]
+    with open(paths[0], encoding="utf-8") as file:
+        return json.load(file), load_file(paths[1])
+
+
+def mlp(tensors, part, activation, x):
+    """One part of the head, `"value_mlp"` or `"advantage_mlp"`."""
+    count = sum(name.startswith(f"{part}.layers.") for name in tensors) // 2
+    for i in range(count):
+        x = nn.functional.linear(x, tensors[f"{part}.layers.{i}.weight"], tensors[f"{part}.layers.{i}.bias"])
+        x = ACTIVATIONS[activation](x) if i < count - 1 else x
+    return x
+
+
+def edit(hidden, config, tensors, settings):
+    """u of h + u: `step_size * g(h)`, or `num_steps` of gradient ascent on V, in the head's scaled coordinates."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    tensors = {name: tensor.to(hidden.device, dtype) for name, tensor in tensors.items()}
+    alpha, scale = settings["step_size"], tensors["state_scale"]
+    x = (hidden.detach().to(dtype) - tensors["state_mean"]) / scale
+    if settings["method"] == "advantage":
+        return alpha * mlp(tensors, "advantage_mlp", config["activation"], x)
+    step = torch.zeros_like(x)
+    with torch.enable_grad():
+        for _ in range(settings["num_steps"]):
+            moved = (x + step).requires_grad_(True)
+            value = mlp(tensors, "value_mlp", config["activation"], moved).sum()
+            step = step + alpha * (torch.autograd.grad(value, moved)[0] - 2 * settings["l2"] * step)
+    return scale * step.detach()
+
+
+def add_hooks(model, config, tensors, settings):
+    """Hooks that edit the state at the head's place, and mask what the base finds implausible."""
+
+    def edited(hidden):
+        moved = (hidden + edit(hidden, config, tensors, settings)).to(hidden.dtype)
+        # With a plausibility, base and controlled states go on together, as a doubled batch.
+        return torch.cat([hidden, moved]) if settings["plausibility"] else moved
+
+    def edit_head_input(module, args):
+        return (edited(args[0]), *args[1:])
+
+    def edit_layer_output(module, args, output):
+        return (edited(output[0]), *output[1:]) if isinstance(output, tuple) else edited(output)
+
+    def mask(module, args, output):
+        base, logits = output.logits.chunk(2)
+        limit = base.float().amax(-1, keepdim=True) + math.log(settings["plausibility"])
+        output.logits = logits.masked_fill(base.float() < limit, -math.inf)
+        return output
+
+    if config["hook_point"] == "lm_head":
+        handles = [model.get_output_embeddings().register_forward_pre_hook(edit_head_input)]
+    else:
+        count = model.config.get_text_config(decoder=True).num_hidden_layers
+        lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        if config["layer"] not in (-1, count - 1):
+            raise ValueError("A head on a layer other than the last needs hf_recontrol.")
+        handles = [lists[0][-1].register_forward_hook(edit_layer_output)]
+    return [*handles, *([model.register_forward_hook(mask)] if settings["plausibility"] else [])]
