@@ -154,9 +154,9 @@ model.push_to_hub("me/again")
     model = ReControlForCausalLM.from_model(make_llama(), head)
     expected = model.generate(input_ids, max_new_tokens=6, do_sample=False).tolist()
     assert [json.loads(line) for line in output.splitlines()] == [expected] * 2
-    # Only the head was pushed, and what was pushed is what was saved.
+    # Only the head and the code that runs it were pushed, and what was pushed is what was saved.
     pushed, saved = hub.repos["me/again"].branches["main"], files_of(tmp_path / "saved")
-    assert sorted(pushed) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(name for name in pushed if "/" not in name) == ["README.md", "config.json", "model.safetensors"]
     assert pushed["model.safetensors"] == saved["model.safetensors"]
     assert pushed["config.json"] == saved["config.json"]
     assert json.loads(pushed["config.json"])["base_model_name_or_path"] == "org/base"

@@ -1,7 +1,7 @@
 """
 `base.generate(**inputs, custom_generate="user/head", trust_remote_code=True)`: generation under the control of the
-value head in this repo (https://arxiv.org/abs/2406.05954), with transformers, torch and safetensors alone. It draws the
-tokens that hf_recontrol draws, which is faster and knows more modes.
+value head in this repo (https://arxiv.org/abs/2406.05954), with transformers, torch and safetensors alone. It draws
+the tokens that hf_recontrol draws, which is faster and knows more modes.
 """
 
 import json
