@@ -102,7 +102,7 @@ def _sample(
         width = inputs["input_ids"].shape[1]
         if config.do_sample:
             seeds = [[seed, prompts.numbers[rows[k][0]], rows[k][1]] for k in batch]
-            sampler = RowSampler(seeds, config.max_new_tokens, width, model.device)
+            sampler = RowSampler(seeds, model.device)
 
             def with_sampler(generation_config, *args, sampler=sampler, **kwargs):
                 processors = prepare_processors(generation_config, *args, **kwargs)

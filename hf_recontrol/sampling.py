@@ -49,27 +49,39 @@ def pad_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 class RowSampler(LogitsProcessor):
     """
-    Draws the next token of each row from numbers of the row's own: token y is the first with `F(y) > x F(last)`, where
-    F is the cumulative distribution and x uniform in [0, 1) (inverse transform sampling). It must be the last
-    processor; the drawn token's score becomes infinite, so that greedy decoding takes it.
+    Draws the next token of each row with noise of the row's own: the token with the largest `p_y / E_y`, where the
+    `E_y` are standard exponential (an exponential race, as in `torch.multinomial`). Rounding of p by a share ε changes
+    a draw with a probability of about ε; inverse transform sampling, which needs one number only, would change the
+    draws of all tokens less likely than the rounding of the cumulative sum. It must be the last processor; the drawn
+    token's score becomes infinite, so that greedy decoding takes it.
 
     Args:
         seeds (sequence of `list[int]`):
-            For each row, what its numbers depend on.
-        max_new_tokens (`int`), prompt_width (`int`):
-            Numbers for each row, and the length of the padded prompts.
+            For each row, what its noise depends on.
+        device (`torch.device`):
+            Where the scores are.
     """
 
-    def __init__(self, seeds: Sequence[Sequence[int]], max_new_tokens: int, prompt_width: int, device: torch.device):
-        numbers = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
-        self.numbers, self.prompt_width = torch.from_numpy(numbers).to(device), prompt_width
+    def __init__(self, seeds: Sequence[Sequence[int]], device: torch.device):
+        self.on_cpu = device.type == "cpu"
+        self.generators = [
+            # numpy's are several times as fast on a CPU; elsewhere the noise is made where it is used.
+            np.random.Generator(np.random.SFC64(seed))
+            if self.on_cpu
+            else torch.Generator(device).manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+            for seed in seeds
+        ]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        step = input_ids.shape[1] - self.prompt_width
-        # float64: in float32 the sum over a large vocabulary would round small probabilities away.
-        cumulative = torch.softmax(scores, dim=-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
-        tokens = torch.searchsorted(cumulative, self.numbers[:, step, None] * cumulative[:, -1:], right=True)
-        return scores.scatter(1, tokens.clamp(max=scores.shape[-1] - 1), torch.inf)
+        noise = torch.empty(scores.shape, device=scores.device)
+        for row, generator in zip(noise, self.generators, strict=True):
+            if self.on_cpu:
+                generator.standard_exponential(dtype=np.float32, out=row.numpy())
+            else:
+                row.exponential_(generator=generator)
+        # Where both are 0 a masked token would win.
+        race = torch.softmax(scores, dim=-1, dtype=torch.float32) / noise.clamp_(min=torch.finfo(noise.dtype).tiny)
+        return scores.scatter(1, race.argmax(-1, keepdim=True), torch.inf)
 
 
 class StopStrings(StoppingCriteria):
