@@ -89,7 +89,7 @@ VALUE_RUNS: dict[str, dict[str, Any]] = {
     "decoder_layer, scaling=scalar": {"hook_point": "decoder_layer", "scaling": "scalar"},
     "decoder_layer, scaling=none": {"hook_point": "decoder_layer", "scaling": "none"},
     **{f"{x:.0%} of the prompts": {"share": x} for x in (0.125, 0.25, 0.5)},
-    **{f"every {k}th state": {"every": k} for k in (2, 4, 8, 16)},
+    **{f"one state in {k}": {"every": k} for k in (2, 4, 8, 16)},
 }
 # Of the advantage part, on the default V of the seed.
 ADVANTAGE_RUNS: dict[str, dict[str, Any]] = {
@@ -98,7 +98,7 @@ ADVANTAGE_RUNS: dict[str, dict[str, Any]] = {
     "linear": {"advantage_sizes": []},
     **{f"g width {x}": {"advantage_sizes": [x]} for x in (64, 1024)},
     **{f"g on {x:.0%} of the prompts": {"share": x} for x in (0.125, 0.25, 0.5)},
-    **{f"g on every {k}th state": {"every": k} for k in (4,)},
+    "g on one state in 4": {"every": 4},
 }
 VALUE_FIGURES = ("value_error", "value_error_last", "correlation_first", "correlation_last")
 ADVANTAGE_FIGURES = ("advantage_correlation", "constant_correlation", "advantage_error", "constant_error")
@@ -215,17 +215,29 @@ def interval(values: list[float]) -> str:
 
 
 def tables(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Markdown tables of all finished runs: means over the seeds, 95 % intervals."""
+    """
+    Markdown tables of all finished runs: means over the seeds with 95 % intervals, and the mean difference from the
+    default within a seed, whose interval is free of what the seeds' splits differ in.
+    """
     text = []
-    for kind, figures in (("value", VALUE_FIGURES), ("advantage", ADVANTAGE_FIGURES)):
-        names = dict.fromkeys(key.split("/")[1] for key in results if key.startswith(kind))
-        text += [f"| {kind} | " + " | ".join(figures) + " | minutes |", "|---" * (len(figures) + 2) + "|"]
-        for name in names:
-            runs = [run for key, run in results.items() if key.split("/")[:2] == [kind, name]]
-            cells = [interval([run[figure] for run in runs]) for figure in figures]
-            text.append(
-                f"| {name} | " + " | ".join(cells) + f" | {statistics.fmean(r['minutes'] for r in runs):.2f} |"
-            )
+    for kind, figures, compared in (
+        ("value", VALUE_FIGURES, "value_error_last"),
+        ("advantage", ADVANTAGE_FIGURES, "advantage_correlation"),
+    ):
+        runs: dict[str, dict[str, dict[str, float]]] = {}
+        for key, run in results.items():
+            if key.startswith(kind):
+                _, name, seed = key.split("/")
+                runs.setdefault(name, {})[seed] = run
+        header = [kind, *figures, f"{compared} - default", "minutes"]
+        text += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+        for name, by_seed in runs.items():
+            cells = [interval([run[figure] for run in by_seed.values()]) for figure in figures]
+            common = by_seed.keys() & runs["default"].keys()
+            differences = [by_seed[seed][compared] - runs["default"][seed][compared] for seed in sorted(common)]
+            cells.append("" if name == "default" else interval(differences))
+            cells.append(f"{statistics.fmean(run['minutes'] for run in by_seed.values()):.2f}")
+            text.append(f"| {name} | " + " | ".join(cells) + " |")
         text.append("")
     return "\n".join(text)
 

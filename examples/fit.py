@@ -1,10 +1,11 @@
 """
 From prompts and a reward to a head, in a few lines of Python.
 
-    python examples/fit.py org/base run
+    python examples/fit.py org/base run [number of prompts]
 
-The reward here is VADER's sentiment; any function `f(prompts, completions, **columns) -> list[float]` does, and so
-does the name of a reward model. Run it again after a stop: it goes on where it was. Then open `run/report.html`.
+The reward here is VADER's sentiment (`pip install '.[demo]'`); any function `f(prompts, completions, **columns) ->
+list[float]` does, and so does the name of a reward model. Run it again after a stop: it goes on where it was. Then open
+`run/report.html`. With all 480 prompts a model of 135 M parameters takes about ten minutes on 2 cores.
 """
 
 import sys
@@ -14,12 +15,15 @@ from transformers import AutoTokenizer
 
 from hf_recontrol import ReControlForCausalLM
 from hf_recontrol.fit import fit
+from hf_recontrol.prompts import load_prompts
 from hf_recontrol.rewards import vader
 
-base, output = sys.argv[1:3]
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
+base, output, *limit = sys.argv[1:]
 figures = fit(
     base,
-    prompts=Path(__file__).with_name("prompts.jsonl"),
+    prompts=load_prompts(Path(__file__).with_name("prompts.jsonl"), limit=int(limit[0]) if limit else None),
     reward=vader,
     output=output,
     max_new_tokens=48,

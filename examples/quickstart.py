@@ -1,17 +1,19 @@
 """
 Answer under control, with the head that `make demo` trained.
 
-    python examples/quickstart.py
+    python examples/quickstart.py [demo/head]
 
 Everything here works the same with a head and a base from the Hub.
 """
 
 import sys
+from dataclasses import replace
 
 from transformers import AutoTokenizer
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM
+from hf_recontrol import ReControlForCausalLM
 
+# The folder that `make demo` makes, from the repository's root.
 head = sys.argv[1] if len(sys.argv) > 1 else "demo/head"
 model = ReControlForCausalLM.from_pretrained(head)  # the head knows its base model
 tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
@@ -20,11 +22,12 @@ chat = [{"role": "user", "content": "My neighbour's dog barks all night. What sh
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 length = inputs["input_ids"].shape[1]
 
+strong = replace(model.control, step_size=3 * model.control.step_size)
 for name, control in {
     "base": False,
-    "recommended": None,  # model.control, here the advantage edit
-    "ascent": ControlConfig(method="ascent", step_size=0.5, num_steps=30),
-    "guarded": ControlConfig(method="advantage", step_size=2 * model.control.step_size, plausibility=0.1),
+    f"recommended ({model.control.method})": None,  # model.control
+    "three times as strong": strong,
+    "the same, guarded": replace(strong, plausibility=0.1),
 }.items():
     output = model.generate(**inputs, control=control, max_new_tokens=48, do_sample=False)
     print(f"--- {name}\n{tokenizer.decode(output[0, length:], skip_special_tokens=True)}")

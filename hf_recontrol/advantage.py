@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .stage import Processes, Progress
 from .store import States, StateStore
@@ -18,6 +19,10 @@ from .trainer import Episodes, EpisodeTrainer, check_options, own_randomness
 from .training import split_by_prompt
 from .value_head import ValueHead
 
+logger = logging.get_logger(__name__)
+
+# Below this correlation g has found next to nothing.
+_USELESS = 0.05
 # Ridge penalties tried, relative to the largest eigenvalue of the directions' second moment.
 _PENALTIES = torch.logspace(-6, 2, 17, dtype=torch.float64)
 
@@ -221,6 +226,11 @@ def fit_advantage(
         if not best:
             head.advantage_mlp.load_state_dict(before)
         figures = trainer.figures()
+        if figures["advantage_correlation"] < _USELESS and trainer.processes.index == 0:
+            logger.warning(
+                f"On held-out prompts g's correlation with V's differences is {figures['advantage_correlation']:.3f}: "
+                "the advantage edit can hardly steer. Use more rollouts, or the ascent."
+            )
         head.cpu()
         head.value_mlp.requires_grad_(True)
     return figures | {

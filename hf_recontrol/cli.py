@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,8 +80,10 @@ def _options(
 def _load_base(model: str, dtype: str, device: str | None, head: str | None = None):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .hub import check_base
     from .modeling import ReControlForCausalLM
 
+    check_base(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     if head is not None:
         base = _on_device(ReControlForCausalLM.from_pretrained, model, value_head=head, dtype=dtype, device=device)
@@ -465,14 +468,24 @@ def generate(
         controlled = _on_device(ReControlForCausalLM.from_pretrained, head, **options)
     else:
         controlled = _on_device(ReControlForCausalLM.from_pretrained, model, value_head=head, **options)
-    controlled.control = replace(controlled.control, **changes)
+    recommended, wanted = controlled.value_head.config.control, replace(controlled.control, **changes)
+    controlled.value_head.config.check_control(wanted)
+    if method is not None and step_size is None and (recommended is None or recommended.method != method):
+        raise ValueError(
+            f"This head recommends no step size for {method!r}: name one, `--step-size` (that of another method is in "
+            "other units)."
+        )
+    if recommended is None and step_size is None:
+        typer.echo(f"This head recommends no control, so this is {wanted}: try `--step-size`.", err=True)
+    controlled.control = wanted
     tokenizer = AutoTokenizer.from_pretrained(controlled.config._name_or_path)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     answers = generate_rollouts(controlled, tokenizer, prompt, control=controlled.control, **settings)
     bases = generate_rollouts(controlled, tokenizer, prompt, **settings) if compare else [None] * len(answers)
     for answer, base in zip(answers, bases, strict=True):
         if base is not None:
-            typer.echo(f"# {answer.prompt}\n## base\n{base.completion}\n## {controlled.control.method}")
+            used = f"{controlled.control.method}, step size {controlled.control.step_size:g}"
+            typer.echo(f"# {answer.prompt}\n## base\n{base.completion}\n## {used}")
         typer.echo(answer.completion)
 
 
@@ -546,6 +559,13 @@ def main() -> None:
         if stop.code == _INTERRUPTED:
             typer.echo("recontrol: interrupted. Stages go on where they were: run the same command again.", err=True)
         raise
+    except RuntimeError as error:
+        if error.__cause__ is None:
+            raise
+        # Somebody else's function failed: where, and in which.
+        typer.echo("".join(traceback.format_exception(error.__cause__)), err=True, nl=False)
+        typer.echo(f"recontrol: {error}", err=True)
+        sys.exit(1)
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         typer.echo(f"recontrol: {error}", err=True)
         sys.exit(1)

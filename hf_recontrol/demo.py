@@ -19,6 +19,7 @@ from .configuration import ControlConfig
 from .evaluation import diversity, kl_divergence, match_kl
 from .files import atomic_path
 from .fit import fit
+from .hub import check_base
 from .modeling import ReControlForCausalLM
 from .prompts import load_prompts
 from .records import Rollout, load_rollouts
@@ -117,6 +118,7 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
     training = [rows[i] for i in order[settings.num_unseen_prompts :][: settings.num_training_prompts]]
 
     model = str(embedded_model()) if model is None else model
+    check_base(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     figures = fit(
@@ -142,8 +144,10 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
         controlled = ReControlForCausalLM.from_model(base, output / "head")
         sample = load_rollouts(output / "rollouts" / "part-00000.parquet")
         sample = [rollout for rollout in sample if len(rollout.completion_ids) > 8][:8] or sample[:8]
-        ascent = match_kl(controlled, sample, ControlConfig("ascent", 1.0, settings.num_steps), settings.target_kl)
-        controls = {"base": False, "ascent": ascent, "advantage": controlled.control}
+        starts = (ControlConfig("ascent", 1.0, settings.num_steps), ControlConfig("advantage", 1.0))
+        controls = {"base": False} | {
+            start.method: match_kl(controlled, sample, start, settings.target_kl) for start in starts
+        }
         results = _demo_compare(controlled, tokenizer, unseen, controls, settings)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

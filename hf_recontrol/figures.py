@@ -8,6 +8,8 @@ import torch
 
 # Shares of a response at which V is looked at.
 POSITIONS = tuple(round(0.1 * i, 1) for i in range(11))
+# From this share of the constant's error on, V has found next to nothing.
+_USELESS = 0.98
 # Fewer held-out responses than this say little.
 _FEW = 50
 
@@ -118,7 +120,7 @@ def _calibration(
 def _warnings(figures: dict[str, Any]) -> list[str]:
     warnings = []
     error, prompt_mean = figures["value_error_last"], figures["baselines"]["prompt_mean"]
-    if error >= 1:
+    if error >= _USELESS:
         warnings.append(
             f"On held-out prompts V predicts the reward no better than its mean does (error {error:.2f} of the "
             "constant's at the last token). It cannot steer: use more rollouts, another reward, or a smaller head."

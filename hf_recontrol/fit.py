@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,11 +28,12 @@ from .evaluation import match_kl
 from .evaluation.report import write_report
 from .files import check_target, make_folder
 from .hooks import hook_width
+from .hub import check_base
 from .labels import label_rollouts
 from .modeling import ReControlForCausalLM
 from .prompts import Prompts, load_prompts
 from .records import Rollout, load_rollouts, rollout_parts
-from .rewards import RewardFunction, by_name, check_columns, load_reward, reward_name
+from .rewards import RewardFunction, by_name, check_columns, load_reward, reward_name, vader
 from .rollouts import write_rollouts
 from .stage import Processes, Progress, lock_folder, read_manifest
 from .store import States, StateStore
@@ -42,12 +44,15 @@ from .value_head import ValueHead
 
 logger = logging.get_logger(__name__)
 
+# How much better than its constant part g must be on held-out prompts to be recommended.
+_CLEARLY_BETTER = 1.1
+
 
 @contextmanager
-def _display(stages: Sequence[str], quiet: bool) -> Iterator[Callable[[str], Progress]]:
-    """One display with a line for each stage."""
-    if quiet:
-        yield lambda stage: lambda done, total: None
+def _display(stages: Sequence[str], quiet: bool) -> Iterator[Callable[[str], Progress | None]]:
+    """One display with a line for each stage; into a file, each stage's own lines."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda stage: (lambda done, total: None) if quiet else None
         return
     from rich.console import Console
     from rich.progress import (
@@ -65,10 +70,18 @@ def _display(stages: Sequence[str], quiet: bool) -> Iterator[Callable[[str], Pro
         tasks = {stage: display.add_task(stage, start=False, total=None) for stage in stages}
 
         def show(stage: str):
+            finish()
             display.start_task(tasks[stage])
             return lambda done, total: display.update(tasks[stage], completed=done, total=total)
 
+        def finish():
+            """A stage that had nothing to do, since an earlier run has done it, is not left without numbers."""
+            for task in display.tasks:
+                if task.started and task.total is None:
+                    display.update(task.id, completed=1, total=1, description=f"{task.description} (was done)")
+
         yield show
+        finish()
 
 
 def fit(
@@ -123,7 +136,9 @@ def fit(
         value_options, advantage_options (`dict`, *optional*):
             As for [`train_head`].
         target_kl (`float`, *optional*, defaults to 0.1):
-            The head recommends the step size at which control moves the policy by so many nats a token.
+            The head recommends the step size at which control moves the policy by so many nats a token: of the
+            advantage edit where g's held-out correlation is a tenth better than that of its constant part, else of the
+            ascent.
         batch_size (`int`, *optional*, defaults to 16):
             Sequences in one forward of the base.
         on_bad_rows (`str`, *optional*, defaults to `"error"`):
@@ -208,7 +223,7 @@ def fit(
                 progress=show,
             )
         if processes.index == 0:
-            _recommend(output, base, target_kl)
+            _recommend(output, base, figures, target_kl)
             _report(output, tokenizer, figures, value_options["validation_split"], value_options["seed"])
         processes.wait()
     return figures
@@ -255,6 +270,8 @@ def _rewards(reward, prompts: Prompts, on_bad_rows: str) -> dict[str, RewardFunc
     if on_bad_rows == "error":
         check_columns([item for item in given if isinstance(item, str)], prompts)
     functions = [load_reward(item, columns) if isinstance(item, str) else item for item in given]
+    if vader in functions:
+        vader([], [])  # says so if it is not installed
     return by_name(functions, [item if isinstance(item, str) else reward_name(item) for item in given])
 
 
@@ -263,19 +280,24 @@ def _base(model, tokenizer, dtype: str, processes: Processes):
         if tokenizer is None:
             raise ValueError("A loaded model needs its `tokenizer` too.")
         return model.eval(), tokenizer
+    check_base(model)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(processes.device), tokenizer
 
 
-def _recommend(output: Path, base: PreTrainedModel, target_kl: float) -> None:
-    """Give the head the control that moves the policy by `target_kl`, unless it has one."""
+def _recommend(output: Path, base: PreTrainedModel, figures: dict[str, Any], target_kl: float) -> None:
+    """
+    Give the head the control that moves the policy by `target_kl`, unless it has one: the advantage edit where g is
+    clearly better than its constant part, else the ascent.
+    """
     head = ValueHead.from_pretrained(output / "head")
     if head.config.control is not None:
         return
     # A few responses give the mean KL well enough, at a second or two for each step size tried.
     part = load_rollouts(rollout_parts(output / "rollouts")[0])
     sample = sorted(part, key=lambda rollout: -len(rollout.completion_ids))[:64][::8]
-    method = "ascent" if head.config.advantage_sizes is None else "advantage"
+    gained = figures.get("advantage_correlation", 0) > _CLEARLY_BETTER * figures.get("constant_correlation", 0)
+    method = "advantage" if gained else "ascent"
     controlled = ReControlForCausalLM.from_model(base, head, ControlConfig(method, 1.0))
     try:
         head.config.control = match_kl(controlled, sample, controlled.control, target_kl)

@@ -80,6 +80,18 @@ def find_file(
         ) from error
 
 
+def check_base(name_or_path: str | os.PathLike) -> None:
+    """Raise `OSError` if what is named as a base model is a head, or neither a folder nor the name of a Hub repo."""
+    path = Path(name_or_path)
+    if not path.is_dir() and not REPO_ID.fullmatch(str(name_or_path)):
+        raise OSError(f"The base model {name_or_path} is no folder, and not the name of a Hub repo.")
+    try:
+        config = ValueHeadConfig.from_json_file(path / CONFIG_NAME)
+    except (OSError, ValueError):
+        return
+    raise OSError(f"{name_or_path} is a value head, not a model: its base is {config.base_model_name_or_path}.")
+
+
 def portable_name(name_or_path: str) -> str | None:
     """A base model's name as a head records it: a local folder by its whole path, so that any folder finds it."""
     if not name_or_path:

@@ -162,7 +162,13 @@ def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
             raise ValueError(f"The module {module_name!r} has no function {function_name!r}.")
         return function
     name, _, label = spec.partition("#")
-    reward = ClassifierReward.from_pretrained(name, label=label or None)
+    try:
+        reward = ClassifierReward.from_pretrained(name, label=label or None)
+    except OSError as error:
+        raise OSError(
+            f"The reward {spec!r} is no column of the data ({sorted(columns)}) and no `module:function`, and no "
+            f"classifier of that name could be loaded: {error}"
+        ) from error
     reward.model.to(Processes().device)
     return reward
 

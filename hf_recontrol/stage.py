@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +26,8 @@ from .hub import portable_name
 
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
+# How often progress is told where it is no bar that moves.
+_SECONDS_BETWEEN_LINES = 30
 FORMAT_VERSION = 1
 
 # Called with (done, total) as a stage gets on.
@@ -80,10 +83,11 @@ def progress_bar(
 ) -> Iterator[Callable[[int], None]]:
     """
     A function that is called with how much more is done: it tells `progress`, else a bar, which only the first process
-    shows, and only on a terminal.
+    shows; into a file, a line now and then.
     """
     if progress is None:
-        with logging.tqdm(total=total, desc=description, disable=None if process_index == 0 else True) as bar:
+        seconds = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+        with logging.tqdm(total=total, desc=description, disable=process_index > 0, mininterval=seconds) as bar:
             yield bar.update
         return
     done = 0
@@ -315,13 +319,26 @@ class StageFolder:
 
 def check_settings(folder: Path, known: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise `ValueError` that names every setting in which a run differs from the one that made `folder`."""
+    before, now = _flat(known), _flat(settings)
     changed = [
-        f"{name} (there {known.get(name)!r}, now {settings.get(name)!r})"
-        for name in sorted(known.keys() | settings.keys())
-        if known.get(name) != settings.get(name)
+        f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
     ]
     if changed:
         raise ValueError(
-            f"{folder} was made with another {'; another '.join(changed)}. Nothing was changed: name another folder, "
+            f"{folder} was made with other settings: {'; '.join(changed)}. Nothing was changed: name another folder, "
             "or remove this one."
         )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    is_checksum = isinstance(value, str) and len(value) >= 16 and set(value) <= set("0123456789abcdef")
+    return f"{value[:8]}... (a checksum)" if is_checksum else repr(value)

@@ -21,6 +21,21 @@ from .training import train_value_head
 from .value_head import ValueHead
 
 FIGURES_NAME = "training.json"
+# Arguments of TrainingArguments that change nothing of the result.
+_INDIFFERENT = (
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "disable_tqdm",
+    "logging_dir",
+    "logging_first_step",
+    "logging_steps",
+    "project",
+    "report_to",
+    "run_name",
+    "trackio_space_id",
+)
 # Of both parts: on other splits the advantage part would be measured on prompts that V was trained on.
 SHARED_OPTIONS = ("validation_split", "seed", "discount", "open_truncated")
 
@@ -33,6 +48,13 @@ def _write_json(path: Path, values: dict) -> None:
 def _states_id(folder: str | os.PathLike) -> str:
     parts = read_manifest(folder, "states", "recontrol states")["parts"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _what_matters(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the head depends on: not where its training is shown, nor how its data are fetched."""
+    arguments = options.get("training_arguments") or {}
+    kept = {key: value for key, value in arguments.items() if key not in _INDIFFERENT}
+    return options | {"training_arguments": kept}
 
 
 def check_shared(advantage_options: dict[str, Any]) -> None:
@@ -95,8 +117,8 @@ def train_head(
     settings = {
         "states": _states_id(states),
         "head": config.to_dict(),
-        "value_options": value_options,
-        "advantage_options": advantage_options,
+        "value_options": _what_matters(value_options),
+        "advantage_options": _what_matters(advantage_options),
     }
     settings = json.loads(json.dumps(settings, default=repr))
     processes, work = Processes(), output / "training"

@@ -153,6 +153,27 @@ def test_an_error_of_the_reward_function_itself_shows_where(base, tmp_path):
     assert done.returncode == 1 and "bad.py" in done.stderr and "ZeroDivisionError" in done.stderr
 
 
+def test_the_step_size_of_one_method_is_not_taken_for_another(base, tmp_path):
+    head = make_head(
+        hidden_size=16, hook_point="lm_head", advantage_sizes=[4], control=ControlConfig("advantage", 9.5)
+    )
+    head.save_pretrained(tmp_path / "head")
+    generate = ("generate", tmp_path / "head", "w5", "-m", base, "--max-new-tokens", 2, "--method", "ascent")
+    assert "no step size for 'ascent'" in run(*generate, code=1).stderr
+    assert "## ascent, step size 0.5" in run(*generate, "--step-size", 0.5, "--compare").stdout
+
+
+def test_a_base_that_is_a_head_or_nothing_is_named(base, tmp_path):
+    make_head(hidden_size=16, base_model_name_or_path="org/base").save_pretrained(tmp_path / "head")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5"}\n')
+    for model, words in (
+        (tmp_path / "head", "its base is org/base"),
+        ("/no/such", "base model /no/such is no folder"),
+    ):
+        arguments = ("rollout", "-m", model, "--prompts", tmp_path / "prompts.jsonl", "-o", tmp_path / "r")
+        assert words in run(*arguments, code=1).stderr
+
+
 def test_widths_that_are_no_numbers_are_a_usage_error(tmp_path):
     done = CliRunner().invoke(app, ["train", "absent", "-o", str(tmp_path / "head"), "--head-sizes", "big"])
     assert done.exit_code == 2 and "expected widths" in done.output

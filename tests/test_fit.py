@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_recontrol import ReControlForCausalLM, ValueHead
-from hf_recontrol.fit import fit
+from hf_recontrol.fit import _recommend, fit
 from hf_recontrol.records import load_rollouts
 from hf_recontrol.store import StateStore
 from hf_recontrol.training_stage import train_head
@@ -65,7 +65,7 @@ def test_a_head_a_report_and_plain_files(base, tmp_path):
     assert "variety" in page and "<svg" in page
 
     head = ValueHead.from_pretrained(tmp_path / "head")
-    assert head.config.head_sizes == [16] and head.config.control.method == "advantage"
+    assert head.config.head_sizes == [16] and head.config.control.method in ("ascent", "advantage")
     model = ReControlForCausalLM.from_model(base, tmp_path / "head")
     ids = torch.tensor([[5, 6]])
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 6)
@@ -100,7 +100,7 @@ def test_a_finished_run_is_not_made_again(base, tmp_path, monkeypatch):
 def test_other_settings_are_refused_and_change_nothing(base, tmp_path, changes, name):
     run(base, tmp_path)
     before = hashes(tmp_path)
-    with pytest.raises(ValueError, match=f"another {name}"):
+    with pytest.raises(ValueError, match=rf"(other settings: .*|another )\b{name}"):
         run(base, tmp_path, **changes)
     assert hashes(tmp_path) == before
 
@@ -110,6 +110,16 @@ def test_several_rewards_are_several_objectives(base, tmp_path):
     head = ValueHead.from_pretrained(tmp_path / "head")
     assert head.config.num_objectives == 2 and len(head.config.reward_mean) == 2
     assert load_rollouts(tmp_path / "rollouts")[0].reward[1] == len(load_rollouts(tmp_path / "rollouts")[0].completion)
+
+
+def test_the_advantage_edit_is_recommended_where_g_is_better_than_its_constant_part(base, tmp_path):
+    run(base, tmp_path)
+    for g, method in ((0.2, "advantage"), (0.101, "ascent")):
+        head = ValueHead.from_pretrained(tmp_path / "head")
+        head.config.control = None
+        head.save_pretrained(tmp_path / "head")
+        _recommend(tmp_path, base, {"advantage_correlation": g, "constant_correlation": 0.1}, 0.1)
+        assert ValueHead.from_pretrained(tmp_path / "head").config.control.method == method
 
 
 def test_a_column_by_its_name_and_chat_messages(base, tmp_path):

@@ -326,7 +326,7 @@ def test_a_finished_folder_is_not_sampled_again_and_other_settings_are_refused(
         ({"prompts": load([*PROMPTS, "w11"])}, "prompts"),
     ]:
         changed = {"model": model, "prompts": load(PROMPTS), **options} | change
-        with pytest.raises(ValueError, match=f"another {name}"):
+        with pytest.raises(ValueError, match=rf"other settings: .*\b{name}"):
             write_rollouts(tmp_path, changed.pop("model"), tokenizer, changed.pop("prompts"), **changed)
     assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == before
 
