@@ -137,7 +137,8 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
         seed=seed,
     )
     numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
-    print(f"Held out: {', '.join(f'{name} {value:.2f}' for name, value in numbers.items())}")
+    shown = (f"{name} {value if isinstance(value, int) else f'{value:.2f}'}" for name, value in numbers.items())
+    print(f"On held-out prompts: {', '.join(shown)}")
 
     path = output / "results.json"
     if not path.is_file():

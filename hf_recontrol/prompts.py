@@ -206,8 +206,10 @@ def _check_row(row: Any, column: str) -> tuple[dict[str, Any] | None, str]:
             if prompt[-1].get("role") != "assistant":
                 break
             prompt = prompt[:-1]
+    elif column not in row:
+        return None, f"no column {column!r}, it has {sorted(map(str, row))}"
     else:
-        prompt = row.pop(column, None)
+        prompt = row.pop(column)
     if isinstance(prompt, list):
         prompt = _clean_messages(prompt)
         if prompt is None:

@@ -31,6 +31,8 @@ except ImportError as error:
     raise ImportError("Training needs `pip install 'hf_recontrol[train]'`.") from error
 
 logger = logging.get_logger(__name__)
+# Checkpoints of a small head follow each other so fast that Trainer doubts the clock, at each of them.
+logging.get_logger("transformers.trainer_utils").addFilter(lambda record: "mtime may not" not in record.getMessage())
 
 
 class Episodes(Dataset):
