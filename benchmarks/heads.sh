@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The two heads of docs/training.md, from preference pairs to held-out figures and the tables of choices, in heads/. About
-# two hours on 2 cores; every step goes on where it was stopped.
+# The two heads of docs/training.md, from preference pairs to held-out figures and the tables of choices, in heads/. The
+# choices alone take two hours on 2 cores; every step goes on where it was stopped.
 set -euo pipefail
 export HF_HUB_OFFLINE=1
 BIN=${BIN:-.venv/bin}
