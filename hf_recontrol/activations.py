@@ -295,7 +295,9 @@ def write_states(
                             for name, value in zip(names, values, strict=False):
                                 writer.write(name, starts[i], value[kept])
                 advance(len(part))
-        counts = stage.finish(_count_part)
+        source = {name: manifest.get(name) for name in ("rewards", "dataset", "counts")}
+        source["sampling"] = manifest["settings"]["generation_config"]
+        counts = stage.finish(_count_part, {"source": source})
         if not counts.get("states"):
             raise ValueError(f"No scored rollout in {rollouts} has a token: nothing to learn from.")
         error = (counts.get("int8_squared_error", 0) / counts["states"]) ** 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -118,6 +119,12 @@ def _print_json(values: dict) -> None:
     typer.echo(json.dumps(values, indent=2))
 
 
+def _own_command() -> str:
+    """This command as others may see it: of whole paths only the names."""
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
+    return shlex.join(["recontrol", *words])
+
+
 def _is_main() -> bool:
     from .stage import Processes
 
@@ -214,6 +221,7 @@ def fit(
         on_bad_rows=_bad_rows(skip_bad_rows),
         seed=seed,
         dtype=dtype,
+        command=_own_command(),
     )
     if _is_main():
         _print_figures(figures)
@@ -429,6 +437,7 @@ def train(
             **shared,
         },
         advantage_options={"gae_lambda": gae_lambda, **shared},
+        command=_own_command(),
     )
     if _is_main():
         _print_figures(figures)

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,63 @@ class ControlConfig:
         return cls(**_known_items(cls, values, source))
 
 
+@dataclass(frozen=True)
+class TrainingRecord:
+    """
+    What a head was trained on and what was measured, for its card. Whatever is not known is `None` or empty.
+
+    Args:
+        rewards (`list[str]`):
+            Names of the rewards, one for each objective.
+        dataset (`str`, *optional*):
+            The Hub data set that the prompts are from.
+        prompts, responses, finished, tokens, states (`int`, *optional*):
+            Numbers of prompts, responses, responses that ended by themselves, tokens drawn, hidden states kept.
+        states_dtype (`str`, *optional*):
+            What the states were stored as.
+        sampling (`dict`):
+            The generation config that the responses were drawn with.
+        figures (`dict[str, float]`), warnings (`list[str]`):
+            Held-out figures, see [`train_head`], and what is to be said of them.
+        command (`str`, *optional*):
+            What measured them.
+
+    Raises:
+        `ValueError`: for a value of another type, naming the field.
+    """
+
+    rewards: list[str] = field(default_factory=list)
+    dataset: str | None = None
+    prompts: int | None = None
+    responses: int | None = None
+    finished: int | None = None
+    tokens: int | None = None
+    states: int | None = None
+    states_dtype: str | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    command: str | None = None
+
+    def __post_init__(self):
+        for name in ("rewards", "warnings"):
+            value = getattr(self, name)
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"`{name}` must be a list of strings, got {value!r}.")
+        for name in ("dataset", "states_dtype", "command"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"`{name}` must be a string or None, got {value!r}.")
+        for name in ("prompts", "responses", "finished", "tokens", "states"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), low=0)
+        for name in ("sampling", "figures"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"`{name}` must be a dict, got {getattr(self, name)!r}.")
+        for name, value in self.figures.items():
+            _check_number(f"figures[{name!r}]", value)
+
+
 @dataclass
 class ValueHeadConfig:
     r"""
@@ -171,6 +228,8 @@ class ValueHeadConfig:
             The model whose states the head was trained on.
         control ([`ControlConfig`], *optional*):
             The recommended control, used when the caller names none.
+        training ([`TrainingRecord`], *optional*):
+            What the head was trained on and its held-out figures.
         format_version (`int`, *optional*):
             Version of the file format.
 
@@ -190,6 +249,7 @@ class ValueHeadConfig:
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     control: ControlConfig | None = None
+    training: TrainingRecord | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self):
@@ -224,6 +284,10 @@ class ValueHeadConfig:
         if isinstance(self.control, dict):
             self.control = ControlConfig.from_dict(self.control, source="`control`")
         self.check_control(self.control)
+        if isinstance(self.training, dict):
+            self.training = TrainingRecord(**_known_items(TrainingRecord, self.training, "`training`"))
+        if self.training is not None and not isinstance(self.training, TrainingRecord):
+            raise ValueError(f"`training` must be a TrainingRecord or None, got {self.training!r}.")
 
     def _check_per_objective(self, name: str, value: Any) -> float | list[float]:
         if not isinstance(value, (list, tuple)):
@@ -252,6 +316,7 @@ class ValueHeadConfig:
         """A JSON-serialisable `dict`, the inverse of [`ValueHeadConfig.from_dict`]."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["control"] = None if self.control is None else self.control.to_dict()
+        values["training"] = None if self.training is None else asdict(self.training)
         return values
 
     def to_json(self) -> str:

@@ -135,6 +135,7 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
         batch_size=32,
         part_size=64,
         seed=seed,
+        command=f"recontrol demo --seed {seed}",
     )
     numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
     shown = (f"{name} {value if isinstance(value, int) else f'{value:.2f}'}" for name, value in numbers.items())

@@ -112,6 +112,7 @@ def fit(
     seed: int = 0,
     dtype: str = "auto",
     quiet: bool = False,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """
     Everything from prompts to a head: sample responses, score them, read their states, train V and g, find a step
@@ -147,6 +148,8 @@ def fit(
             Seed of everything random; dtype of a base that is loaded here.
         quiet (`bool`, *optional*, defaults to `False`):
             Show no progress.
+        command (`str`, *optional*):
+            As for [`train_head`].
 
     Returns:
         The figures of [`train_head`].
@@ -221,6 +224,7 @@ def fit(
                 value_options=value_options,
                 advantage_options=advantage_options,
                 progress=show,
+                command=command,
             )
         if processes.index == 0:
             _recommend(output, base, figures, target_kl)

@@ -133,9 +133,8 @@ def label_rollouts(
                     scored = score_rollouts(rollouts, *rewards.values(), on_bad_rows=on_bad_rows, source=path.name)
                     save_rollouts(scored, path, names, scoring)
                 advance(len(rollouts))
-        return stage.finish(
-            partial(_count_scored, names=names), {"bad_rows": known.get("bad_rows", 0), "scoring": scoring} | wanted
-        )
+        kept = {"bad_rows": known.get("bad_rows", 0), "dataset": known.get("dataset")}
+        return stage.finish(partial(_count_scored, names=names), kept | {"scoring": scoring} | wanted)
 
 
 def _other_rewards(folder: Path, found: dict[str, list], wanted: dict[str, list]) -> str:

@@ -48,12 +48,15 @@ class Prompts:
             What was left out.
         fingerprint (`str`):
             A hash of rows and numbers, whatever the format they were read from.
+        dataset (`str`, *optional*):
+            The Hub data set that they are from.
     """
 
     rows: list[dict[str, Any]]
     numbers: list[int]
     bad_rows: list[BadRow] = field(default_factory=list)
     fingerprint: str = ""
+    dataset: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -291,7 +294,8 @@ def load_prompts(
     # A reward function gets the same columns for every row, however rows are shared out.
     missing = dict.fromkeys(key for row in rows for key in row)
     rows = [missing | row for row in rows]
-    return Prompts(rows, numbers, bad, _fingerprint(rows, numbers))
+    dataset = source if isinstance(source, str) and not os.path.exists(source) else None
+    return Prompts(rows, numbers, bad, _fingerprint(rows, numbers), dataset)
 
 
 def _fingerprint(rows: Iterable[dict[str, Any]], numbers: Iterable[int]) -> str:

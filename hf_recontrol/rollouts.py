@@ -293,7 +293,8 @@ def write_rollouts(
                 )
                 save_rollouts(rollouts, stage.part_path(index))
         bad_rows = sum(stage.processes.gather(len(bad)))
-        return stage.finish(_count_part, {"bad_rows": len(prompts.bad_rows) + bad_rows, "rewards": None})
+        more = {"bad_rows": len(prompts.bad_rows) + bad_rows, "dataset": prompts.dataset, "rewards": None}
+        return stage.finish(_count_part, more)
 
 
 def _count_part(path: Path) -> dict[str, float]:

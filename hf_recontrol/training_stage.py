@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .advantage import fit_advantage
-from .configuration import ValueHeadConfig
+from .configuration import TrainingRecord, ValueHeadConfig
 from .files import atomic_path, check_target, make_folder
 from .hub import CONFIG_NAME
 from .stage import Processes, Progress, check_settings, lock_folder, read_manifest
@@ -73,6 +75,7 @@ def train_head(
     value_options: dict[str, Any] | None = None,
     advantage_options: dict[str, Any] | None = None,
     progress: Callable[[str], Progress] | None = None,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """
     Train both parts of a head from a folder of states into a folder, the last stage of [`fit`]. Checkpoints go to
@@ -91,6 +94,8 @@ def train_head(
             `open_truncated` are the value part's for both.
         progress (*optional*):
             Gives, for a description, what is called with (done, total).
+        command (`str`, *optional*):
+            What the head's card says that its figures were measured by.
 
     Returns:
         The figures of [`train_value_head`] and [`fit_advantage`].
@@ -136,8 +141,28 @@ def train_head(
             _write_json(work / "settings.json", settings)
         processes.wait()
         if not (output / FIGURES_NAME).exists():
-            _train_both(output, work, store, config, value_options, advantage_options, processes, progress)
+            record = _record(states, store, command)
+            _train_both(output, work, store, config, value_options, advantage_options, processes, progress, record)
     return json.loads((output / FIGURES_NAME).read_text(encoding="utf-8"))["figures"]
+
+
+def _record(states: str | os.PathLike, store: StateStore, command: str | None) -> TrainingRecord:
+    """What is known of the data, but for the figures."""
+    manifest = read_manifest(states, "states", "recontrol states")
+    source = manifest.get("source") or {}
+    counts = source.get("counts") or {}
+    return TrainingRecord(
+        rewards=source.get("rewards") or [],
+        dataset=source.get("dataset"),
+        prompts=len(store.prompts.unique()),
+        responses=len(store),
+        finished=int(store.finished.sum()),
+        tokens=counts.get("tokens"),
+        states=store.num_states,
+        states_dtype=manifest["settings"]["dtype"],
+        sampling=source.get("sampling") or {},
+        command=command,
+    )
 
 
 def _train_both(
@@ -149,6 +174,7 @@ def _train_both(
     advantage_options: dict[str, Any],
     processes: Processes,
     progress: Callable[[str], Progress] | None,
+    record: TrainingRecord,
 ) -> None:
     def shown(description: str) -> Progress | None:
         return None if progress is None else progress(description)
@@ -172,6 +198,12 @@ def _train_both(
         curves["advantage"] = found.pop("log")
         figures |= found
     if processes.index == 0:
+        measured = {
+            name: value
+            for name, value in figures.items()
+            if isinstance(value, (int, float)) and math.isfinite(value) and not isinstance(value, bool)
+        }
+        head.config.training = replace(record, figures=measured, warnings=figures["warnings"])
         head.save_pretrained(output)
         _write_json(output / FIGURES_NAME, {"figures": figures, "curves": curves})
         for checkpoint in work.glob("*/checkpoint-*"):

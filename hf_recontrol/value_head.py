@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .card import is_untouched, model_card, write_card
 from .configuration import ValueHeadConfig
 from .files import atomic_path, make_folder
-from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, has_own_card, push_folder, write_card
+from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, push_folder
 
 
 class MLP(nn.Module):
@@ -110,13 +111,12 @@ class ValueHead(nn.Module):
         """
         self.check_finite()
         folder = make_folder(save_directory)
-        replace_card = has_own_card(folder)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         # Both are written before either is renamed: new weights beside the old config would be no head.
         with atomic_path(folder / CONFIG_NAME) as config_path, atomic_path(folder / WEIGHTS_NAME) as weights_path:
             config_path.write_text(self.config.to_json(), encoding="utf-8")
             save_file(tensors, weights_path, metadata={"format": "pt"})
-        write_card(folder, self.config, overwrite=replace_card)
+        write_card(folder, model_card(self.config))
 
     @classmethod
     def from_pretrained(
@@ -178,7 +178,8 @@ class ValueHead(nn.Module):
         tags: list[str] | None = None,
     ):
         """
-        Push the head, its configuration and its card to a Hub repo in one commit. A card that is there is kept.
+        Push the head, its configuration and its card to a Hub repo in one commit. A card that is there and that
+        somebody wrote or edited is kept.
 
         Args:
             repo_id (`str`):
@@ -190,10 +191,13 @@ class ValueHead(nn.Module):
 
         Returns:
             [`~huggingface_hub.CommitInfo`]
+
+        Raises:
+            `ValueError`: if the head holds NaN or infinite values. `OSError`: if the Hub refuses or cannot be reached.
         """
         with tempfile.TemporaryDirectory() as folder:
-            write_card(Path(folder), self.config, repo_id, tags)
             self.save_pretrained(folder)
+            write_card(Path(folder), model_card(self.config, repo_id, tags))
             return push_folder(
                 Path(folder),
                 repo_id,
@@ -202,6 +206,7 @@ class ValueHead(nn.Module):
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
+                may_replace_card=is_untouched,
             )
 
 

@@ -13,6 +13,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_" + "x" * 34
@@ -46,6 +47,12 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str]] = []
         self.endpoint = ""
+
+    def put(self, repo_id: str, folder: Path, prefix: str = "", branch: str = "main", **kwargs) -> None:
+        """Put the files of a folder into a repo, made with `kwargs` if there is none."""
+        repo = self.repos.setdefault(repo_id, Repo(**kwargs))
+        files = {prefix + path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        repo.branches.setdefault(branch, {}).update(files)
 
     @contextmanager
     def running(self):

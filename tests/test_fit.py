@@ -64,6 +64,9 @@ def test_a_head_a_report_and_plain_files(base, tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "variety" in page and "<svg" in page
 
+    card = (tmp_path / "head" / "README.md").read_text(encoding="utf-8")
+    assert "`variety`" in card and f"| {figures['value_error_last']:.3f} |" in card
+    assert "80 responses of the base (40 prompts" in card and "`temperature=1.5`" in card
     head = ValueHead.from_pretrained(tmp_path / "head")
     assert head.config.head_sizes == [16] and head.config.control.method in ("ascent", "advantage")
     model = ReControlForCausalLM.from_model(base, tmp_path / "head")

@@ -120,19 +120,14 @@ for folder, kwargs in json.loads(sys.argv[1]):
         assert result["value"] == pytest.approx(value_of(make_head(seed=seed)), rel=1e-4)
 
 
-def put(hub, repo_id, folder, prefix="", branch="main", **kwargs) -> None:
-    repo = hub.repos.setdefault(repo_id, Repo(**kwargs))
-    repo.branches.setdefault(branch, {}).update({prefix + name: content for name, content in files_of(folder).items()})
-
-
 def test_a_model_is_put_together_from_a_head_and_a_base_on_the_hub(hub, run, tmp_path, input_ids):
     make_llama(seed=5).save_pretrained(tmp_path / "other base")
     make_llama().save_pretrained(tmp_path / "base")
     head = make_head(base_model_name_or_path="org/base", base_model_revision="v2", control=STRONG)
     head.save_pretrained(tmp_path / "head")
-    put(hub, "org/base", tmp_path / "other base")
-    put(hub, "org/base", tmp_path / "base", branch="v2")
-    put(hub, "me/head", tmp_path / "head", prefix="deep/er/")
+    hub.put("org/base", tmp_path / "other base")
+    hub.put("org/base", tmp_path / "base", branch="v2")
+    hub.put("me/head", tmp_path / "head", prefix="deep/er/")
     script = (
         PRELUDE
         + """
@@ -164,9 +159,9 @@ model.push_to_hub("me/again")
 
 def test_what_cannot_be_had_from_the_hub_is_an_oserror_that_says_why_and_what_to_do(hub, run, tmp_path):
     make_head().save_pretrained(tmp_path / "head")
-    put(hub, "me/head", tmp_path / "head")
-    put(hub, "me/private", tmp_path / "head", private=True)
-    put(hub, "me/gated", tmp_path / "head", gated=True)
+    hub.put("me/head", tmp_path / "head")
+    hub.put("me/private", tmp_path / "head", private=True)
+    hub.put("me/gated", tmp_path / "head", gated=True)
     hub.repos["me/empty"] = Repo()
     hub.repos["me/pickled"] = Repo(
         branches={"main": {"config.json": (tmp_path / "head" / "config.json").read_bytes(), "model.bin": b"pickle"}}

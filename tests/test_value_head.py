@@ -1,13 +1,11 @@
 """ValueHead: shapes, units, files. Loading is strict, saving is atomic, and nothing is ever unpickled."""
 
-import ast
 import json
 import os
 import pickle
 import re
 import stat
 
-import huggingface_hub
 import pytest
 import torch
 from hypothesis import given, settings
@@ -458,70 +456,3 @@ def test_a_head_saved_in_a_training_or_inference_state_is_the_same(tmp_path):
         head = make_head()
         head.save_pretrained(tmp_path)
     assert_same_head(ValueHead.from_pretrained(tmp_path), head)
-
-
-# The card
-
-
-@pytest.mark.parametrize("content", ["# Mine\n", ""])
-def test_an_existing_card_is_never_overwritten(tmp_path, content):
-    (tmp_path / "README.md").write_text(content)
-    make_head().save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == content
-
-
-CARD_CONFIGS = {
-    "bare": {},
-    "full": {
-        "hook_point": "lm_head",
-        "advantage_sizes": [4],
-        "base_model_name_or_path": "org/base-model",
-        "base_model_revision": "abc123",
-        "control": ControlConfig("advantage", step_size=(0.5, 2.0), plausibility=0.1),
-    },
-    "layer": {"layer": 3, "head_sizes": [], "base_model_name_or_path": "gpt2"},
-    "odd names": {"base_model_name_or_path": 'a: "b" #c\n- d', "base_model_revision": "x\ny"},
-}
-
-
-@pytest.mark.parametrize("name", CARD_CONFIGS)
-def test_the_card_has_metadata_that_the_hub_reads_and_code_that_python_reads(tmp_path, name):
-    config = CARD_CONFIGS[name]
-    make_head(**config).save_pretrained(tmp_path)
-    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
-    data = card.data.to_dict()
-    assert data["library_name"] == "hf-recontrol"
-    assert data["pipeline_tag"] == "text-generation"
-    assert {"re-control", "value-head"} <= set(data["tags"])
-    # A name that no repo can have may be left out, but never be written so that the metadata breaks.
-    base = config.get("base_model_name_or_path")
-    assert data.get("base_model") in ((base, None) if name == "odd names" else (base,))
-    assert data.get("base_model_relation") == ("adapter" if data.get("base_model") else None)
-    assert "None" not in str(card)
-    (code,) = re.findall(r"```python\n(.*?)```", str(card), re.DOTALL)
-    ast.parse(code)
-    if "control" in config:
-        (written,) = re.findall(r"`(ControlConfig\(.*\))`", str(card))
-        assert eval(written, {"ControlConfig": ControlConfig}) == config["control"]
-
-
-def test_a_local_base_is_not_given_to_the_hub_as_a_repo(tmp_path):
-    make_head(base_model_name_or_path=str(tmp_path)).save_pretrained(tmp_path / "head")
-    data = huggingface_hub.ModelCard.load(tmp_path / "head" / "README.md").data.to_dict()
-    assert "base_model" not in data and "base_model_relation" not in data
-
-
-def test_a_local_base_that_is_gone_is_not_given_to_the_hub_as_a_repo(tmp_path):
-    make_head(base_model_name_or_path=str(tmp_path / "moved" / "away")).save_pretrained(tmp_path / "head")
-    data = huggingface_hub.ModelCard.load(tmp_path / "head" / "README.md").data.to_dict()
-    assert "base_model" not in data and "base_model_relation" not in data
-
-
-def test_another_head_in_the_folder_gets_its_own_card_and_an_edited_one_is_kept(tmp_path):
-    make_head(head_sizes=[12]).save_pretrained(tmp_path)
-    make_head(head_sizes=[5]).save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "16 - 5 - 1" in card and "16 - 12 - 1" not in card
-    (tmp_path / "README.md").write_text(card + "mine\n")
-    make_head(head_sizes=[7]).save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == card + "mine\n"
