@@ -37,7 +37,9 @@ What steers towards a reward would, trained on its negative, steer away from it.
 deceive or harass people, or in place of the safeguards that its base needs."""
 
 
-def model_card(config: ValueHeadConfig, repo_id: str | None = None, tags: list[str] | None = None) -> str:
+def model_card(
+    config: ValueHeadConfig, repo_id: str | None = None, subfolder: str = "", tags: list[str] | None = None
+) -> str:
     """
     The text of the card of a head. It states what is known and leaves out the rest.
 
@@ -46,6 +48,8 @@ def model_card(config: ValueHeadConfig, repo_id: str | None = None, tags: list[s
             Of the head.
         repo_id (`str`, *optional*):
             Where the head is on the Hub; by default the card is that of a local folder.
+        subfolder (`str`, *optional*):
+            Where in the repo.
         tags (`list[str]`, *optional*):
             Further tags.
     """
@@ -67,7 +71,7 @@ def model_card(config: ValueHeadConfig, repo_id: str | None = None, tags: list[s
     sections = [
         f"# {title}",
         _introduction(training),
-        _usage(base if repo_id is None else base_on_hub, repo_id or "."),
+        _usage(base if repo_id is None else base_on_hub, repo_id or ".", subfolder),
         _bullets("## The head", _shape(config, base_on_hub)),
         _bullets("## Training data", _data(config, training)),
         _measured(training),
@@ -125,16 +129,17 @@ def _introduction(training: TrainingRecord) -> str:
     )
 
 
-def _usage(base: str | None, name: str) -> str:
+def _usage(base: str | None, name: str, subfolder: str) -> str:
+    place = f'"{name}", subfolder="{subfolder}"' if subfolder else f'"{name}"'
     if base is None:
         return f"""## Use
 
 The head does not name a base model on the Hub. With the base as `model` and its `tokenizer`:
 
 ```python
-from hf_recontrol import ReControlForCausalLM
+from hf_recontrol import ReControlForCausalLM, ValueHead
 
-model = ReControlForCausalLM.from_model(model, "{name}")
+model = ReControlForCausalLM.from_model(model, ValueHead.from_pretrained({place}))
 print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=48)[0]))
 ```"""
     where = " in this folder" if name == "." else ""
@@ -146,13 +151,13 @@ print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"),
 from transformers import AutoTokenizer
 from hf_recontrol import ReControlForCausalLM
 
-model = ReControlForCausalLM.from_pretrained("{name}")
+model = ReControlForCausalLM.from_pretrained({place})
 tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
 print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=48)[0]))
 ```
 
 `control=False` gives the base, bit for bit; `control=ControlConfig(...)` other settings for one call."""
-    if name == ".":
+    if name == "." or subfolder:
         return text
     return (
         f"{text} With transformers alone, and the base as `model`:\n\n```python\n"

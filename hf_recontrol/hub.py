@@ -86,12 +86,14 @@ def find_file(
                     local_files_only=local_files_only,
                 )
             )
+    except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _refused(f"get {where} from", name_or_path, error.__cause__) from error
+        raise OSError(
+            f"Could not get {where} from {name_or_path!r}: it is no local folder, it is not in the cache, and the Hub "
+            "could not be reached or was not to be asked. Check the name and the connection."
+        ) from error
     except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            raise OSError(
-                f"Could not get {where} from {name_or_path!r}: it is no local folder, it is not in the cache, and the "
-                "Hub could not be reached or was not to be asked. Check the name and the connection."
-            ) from error
         raise OSError(f"The Hub repo {name_or_path!r} has no {where}.") from error
 
 
@@ -109,16 +111,23 @@ def explained(action: str, repo_id: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise OSError(f"Could not {action} {repo_id!r}: offline mode is on, unset HF_HUB_OFFLINE.") from error
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        remedy = _REMEDIES.get(
-            status, "The Hub has trouble of its own: wait and try again." if (status or 0) >= 500 else ""
-        )
-        raise OSError(f"Could not {action} {repo_id!r}: {error}. {remedy}".strip()) from error
+        raise _refused(action, repo_id, error) from error
     except (HTTPError, ConnectionError, TimeoutError) as error:
         raise OSError(
-            f"Could not {action} {repo_id!r}: the connection failed ({type(error).__name__}: {error}). Check "
-            "it, and try again."
+            f"Could not {action} {repo_id!r}: the connection failed ({type(error).__name__}: {error}). Check it, and "
+            "try again."
         ) from error
+    except RuntimeError as error:
+        # huggingface_hub wraps what ends the upload of a large file.
+        if not isinstance(error.__cause__, HTTPError):
+            raise
+        with explained(action, repo_id):
+            raise error.__cause__ from error
+
+
+def _refused(action: str, repo_id: str, error: HfHubHTTPError) -> OSError:
+    status = 404 if error.response is None else error.response.status_code
+    return OSError(f"Could not {action} {repo_id!r}: {error}. {_REMEDIES.get(min(status, 500), '')}".strip())
 
 
 def check_base(name_or_path: str | os.PathLike) -> None:
@@ -159,6 +168,7 @@ def push_folder(
     token: str | bool | None,
     revision: str | None,
     create_pr: bool,
+    subfolder: str,
     may_replace_card: Callable[[str], bool],
 ):
     """
@@ -175,13 +185,15 @@ def push_folder(
     api = HfApi(token=token, library_name="hf-recontrol", library_version=__version__)
     with explained("push to", repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        write_custom_generate(folder, repo_id)
+        if not subfolder:
+            write_custom_generate(folder, repo_id)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        old_card = _card_of(repo_id, revision, token)
+        old_card = _card_of(repo_id, subfolder, revision, token)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
+            path_in_repo=subfolder or None,
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
@@ -189,9 +201,9 @@ def push_folder(
         )
 
 
-def _card_of(repo_id: str, revision: str | None, token: str | bool | None) -> str | None:
+def _card_of(repo_id: str, subfolder: str, revision: str | None, token: str | bool | None) -> str | None:
     try:
-        card = hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)
+        card = hf_hub_download(repo_id, CARD_NAME, subfolder=subfolder or None, revision=revision, token=token)
     except EntryNotFoundError:
         return None
     return Path(card).read_text(encoding="utf-8", errors="replace")

@@ -175,6 +175,7 @@ class ValueHead(nn.Module):
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        subfolder: str = "",
         tags: list[str] | None = None,
     ):
         """
@@ -186,6 +187,9 @@ class ValueHead(nn.Module):
                 `"user/name"`, created if it does not exist.
             commit_message, private, token, revision, create_pr:
                 As in [`~huggingface_hub.HfApi.upload_folder`].
+            subfolder (`str`, *optional*):
+                Where in the repo, so that one repo can hold several heads. `custom_generate` finds only a head at the
+                root.
             tags (`list[str]`, *optional*):
                 Further tags for a new card.
 
@@ -197,7 +201,7 @@ class ValueHead(nn.Module):
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            write_card(Path(folder), model_card(self.config, repo_id, tags))
+            write_card(Path(folder), model_card(self.config, repo_id, subfolder, tags))
             return push_folder(
                 Path(folder),
                 repo_id,
@@ -206,6 +210,7 @@ class ValueHead(nn.Module):
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
+                subfolder=subfolder,
                 may_replace_card=is_untouched,
             )
 

@@ -1,6 +1,7 @@
 """
 A Hub of our own on 127.0.0.1: as much of the Hub's HTTP interface as huggingface_hub needs to create a repo, push a
-commit, and download files. Repos live in memory, and every file is uploaded inside the commit (no LFS).
+commit (weights by LFS), and download files (weights from another address, in ranges). Repos live in memory. It can be
+told to fail, see `Hub.fail`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,28 +27,64 @@ class Repo:
     gated: bool = False
     # Branch name -> path -> content.
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
+    # Tag -> path -> content, as it was when the tag was made.
+    tags: dict[str, dict[str, bytes]] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
 
     def files(self, revision: str) -> dict[str, bytes] | None:
-        """The files at a branch, or at the commit that a branch is at."""
-        by_commit = {self.commit_hash(branch): files for branch, files in self.branches.items()}
-        return self.branches.get(revision, by_commit.get(revision))
+        """The files at a branch or tag, or at the commit that one is at."""
+        named = self.branches | self.tags
+        by_commit = {self.commit_hash(name): files for name, files in named.items()}
+        return named.get(revision, by_commit.get(revision))
 
     def commit_hash(self, revision: str) -> str:
-        if revision not in self.branches:
+        named = self.branches | self.tags
+        if revision not in named:
             return revision
-        files = self.branches[revision]
+        files = named[revision]
         text = json.dumps({path: hashlib.sha1(content).hexdigest() for path, content in sorted(files.items())})
         return hashlib.sha1(text.encode()).hexdigest()
 
 
+# How a file that is cut off ends: the socket is closed after so many bytes.
+CUT = "cut"
+
+
+@dataclass
+class Failure:
+    """What becomes of the next `times` requests whose method and path match: a status, or `CUT`."""
+
+    method: str
+    pattern: str
+    status: int | str
+    times: int
+    after: int = 0
+
+
 class Hub:
-    """The server's state, and what it saw: `requests` holds (method, path) of each."""
+    """
+    The server's state, and what it saw: `requests` holds (method, path) of each, `ranges` the parts of files that were
+    asked for. `blobs` are the files uploaded by LFS, by their checksum.
+    """
 
     def __init__(self):
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str]] = []
+        self.ranges: list[str] = []
+        self.blobs: dict[str, bytes] = {}
+        self.failures: list[Failure] = []
         self.endpoint = ""
+
+    def fail(self, method: str, pattern: str, status: int | str, times: int = 10**6, after: int = 0) -> None:
+        """Let requests fail: with an HTTP status, or (`CUT`) a socket closed unanswered or after so many bytes."""
+        self.failures.append(Failure(method, pattern, status, times, after))
+
+    def failure(self, method: str, path: str) -> Failure | None:
+        for failure in self.failures:
+            if failure.times and failure.method == method and re.fullmatch(failure.pattern, path):
+                failure.times -= 1
+                return failure
+        return None
 
     def put(self, repo_id: str, folder: Path, prefix: str = "", branch: str = "main", **kwargs) -> None:
         """Put the files of a folder into a repo, made with `kwargs` if there is none."""
@@ -83,18 +121,33 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self._answer()
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def _answer(self):
         url = urlsplit(self.path)
         path, query = unquote(url.path), parse_qs(url.query)
         self.state.requests.append((self.command, path))
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
+        self._failure = self.state.failure(self.command, path)
+        if self._failure is not None and self._failure.status != CUT:
+            return self._error(self._failure.status, None, "told to fail")
+        if self._failure is not None and not self._failure.after:
+            return self._hang_up()
         for pattern, method in _ROUTES:
             match = re.fullmatch(pattern, path)
             if match and method.__name__.split("_")[2] in (self.command.lower(), "read"):
                 return method(self, body, query, **match.groupdict())
         return self._error(404, None, f"no such route: {self.command} {path}")
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def _send(self, status: int, content: bytes, **headers: str):
         self.send_response(status)
@@ -102,8 +155,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        if self.command == "HEAD":
+            return
+        if self._failure is not None and self._failure.status == CUT:
+            self.wfile.write(content[: self._failure.after])
+            self.wfile.flush()
+            return self._hang_up()
+        self.wfile.write(content)
+
+    def _hang_up(self):
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
 
     def _json(self, value, status: int = 200):
         self._send(status, json.dumps(value).encode(), Content_Type="application/json")
@@ -185,8 +247,8 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in repo.branches:
             return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = [
-            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-            for file in json.loads(body)["files"]
+            {"path": path, "uploadMode": "lfs" if _is_lfs(path) else "regular", "shouldIgnore": False, "oid": None}
+            for path in (file["path"] for file in json.loads(body)["files"])
         ]
         return self._json({"files": files})
 
@@ -201,14 +263,21 @@ class _Handler(BaseHTTPRequestHandler):
             base, revision = revision, f"refs/pr/{number}"
             repo.branches[revision] = dict(repo.branches[base])
             pull_request = f"{self.state.endpoint}/{repo_id}/discussions/{number}"
-        files = repo.branches[revision]
+        # All of a commit or nothing.
+        files, summaries = dict(repo.branches[revision]), []
         for line in lines:
-            if line["key"] == "header":
-                repo.commits.append(line["value"]["summary"])
-            elif line["key"] == "file":
-                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            key, value = line["key"], line["value"]
+            if key == "header":
+                summaries.append(value["summary"])
+            elif key == "file" and not _is_lfs(value["path"]):
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile" and value["oid"] in self.state.blobs:
+                files[value["path"]] = self.state.blobs[value["oid"]]
             else:
-                return self._error(400, None, f"this Hub knows no {line['key']}")
+                return self._error(400, None, f"this Hub cannot commit {line}")
+        repo.branches[revision].clear()
+        repo.branches[revision].update(files)
+        repo.commits += summaries
         commit = repo.commit_hash(revision)
         return self._json(
             {
@@ -229,15 +298,55 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if path not in files:
             return self._error(404, "EntryNotFound", "Entry not found")
-        content = files[path]
+        content, commit = files[path], repo.commit_hash(revision)
+        if not _is_lfs(path):
+            return self._file(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=commit)
+        oid = hashlib.sha256(content).hexdigest()
+        self.state.blobs[oid] = content
         return self._send(
-            200,
-            content,
-            ETag=f'"{hashlib.sha1(content).hexdigest()}"',
-            X_Repo_Commit=repo.commit_hash(revision),
-            Accept_Ranges="bytes",
-            Content_Type="application/octet-stream",
+            302,
+            b"",
+            # Another host, as on the Hub: the client takes the file's size and checksum from here.
+            Location=f"{self.state.endpoint.replace('127.0.0.1', 'localhost')}/cdn/{oid}",
+            X_Linked_Etag=f'"{oid}"',
+            X_Linked_Size=str(len(content)),
+            X_Repo_Commit=commit,
         )
+
+    def _do_read_blob(self, body, query, oid):
+        return self._file(self.state.blobs[oid], ETag=f'"{oid}"')
+
+    def _file(self, content: bytes, **headers: str):
+        """A file, or the part of it that is asked for."""
+        headers |= {"Accept_Ranges": "bytes", "Content_Type": "application/octet-stream"}
+        wanted = self.headers.get("Range")
+        if wanted is None:
+            return self._send(200, content, **headers)
+        self.state.ranges.append(wanted)
+        start, end = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted).groups()
+        end = min(int(end or len(content) - 1), len(content) - 1)
+        headers["Content_Range"] = f"bytes {start}-{end}/{len(content)}"
+        return self._send(206, content[int(start) : end + 1], **headers)
+
+    def _do_post_lfs(self, body, query, repo_id):
+        if self._repo(repo_id, write=True) is None:
+            return None
+        objects = []
+        for wanted in json.loads(body)["objects"]:
+            href = f"{self.state.endpoint}/upload/{wanted['oid']}"
+            known = wanted["oid"] in self.state.blobs
+            objects.append(wanted | ({} if known else {"actions": {"upload": {"href": href}}}))
+        return self._json({"transfer": "basic", "objects": objects})
+
+    def _do_put_blob(self, body, query, oid):
+        if hashlib.sha256(body).hexdigest() != oid:
+            return self._error(400, None, "this is another file")
+        self.state.blobs[oid] = body
+        return self._send(200, b"")
+
+
+def _is_lfs(path: str) -> bool:
+    return path.endswith(".safetensors")
 
 
 _ID = r"(?P<repo_id>[^/]+/[^/]+)"
@@ -250,5 +359,8 @@ _ROUTES = [
     (rf"/api/models/{_ID}/branch/(?P<branch>.+)", _Handler._do_post_branch),
     (rf"/api/models/{_ID}/preupload/(?P<revision>.+)", _Handler._do_post_preupload),
     (rf"/api/models/{_ID}/commit/(?P<revision>.+)", _Handler._do_post_commit),
+    (rf"/{_ID}\.git/info/lfs/objects/batch", _Handler._do_post_lfs),
+    (r"/upload/(?P<oid>\w+)", _Handler._do_put_blob),
+    (r"/cdn/(?P<oid>\w+)", _Handler._do_read_blob),
     (rf"/{_ID}/resolve/(?P<revision>refs/pr/\d+|[^/]+)/(?P<path>.+)", _Handler._do_read_resolve),
 ]

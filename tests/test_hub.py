@@ -10,7 +10,7 @@ import torch
 from hf_recontrol import ReControlForCausalLM, ValueHeadConfig
 
 from .conftest import STRONG, make_head, make_llama
-from .hub_server import TOKEN, Repo
+from .hub_server import CUT, TOKEN, Repo
 
 PRELUDE = """
 import sys, json, torch
@@ -239,3 +239,186 @@ def test_loading_and_saving_a_local_head_asks_no_server(hub, run, tmp_path):
     run(script, str(tmp_path / "head"), str(tmp_path / "again"), endpoint=hub.endpoint)
     assert files_of(tmp_path / "again") == files_of(tmp_path / "head")
     assert hub.requests == []
+
+
+PUSH_OR_SAY = (
+    PRELUDE
+    + """
+import time
+time.sleep = lambda seconds: None  # huggingface_hub waits between its tries
+for folder in sys.argv[2:]:
+    try:
+        ValueHead.from_pretrained(folder).push_to_hub("me/head", **json.loads(sys.argv[1]))
+        print("PUSHED")
+    except OSError as error:
+        print("REFUSED", error)
+"""
+)
+
+
+def test_weights_go_by_lfs_and_come_back_from_where_the_hub_points(hub, run, tmp_path):
+    head = make_head(base_model_name_or_path="org/base", control=STRONG)
+    head.save_pretrained(tmp_path / "head")
+    run(PUSH, str(tmp_path / "head"), "me/head", "{}", endpoint=hub.endpoint)
+    weights = (tmp_path / "head" / "model.safetensors").read_bytes()
+    assert list(hub.blobs.values()) == [weights]
+    assert any(method == "PUT" and path.startswith("/upload/") for method, path in hub.requests)
+    # The same weights again are not uploaded again.
+    hub.requests.clear()
+    run(PUSH, str(tmp_path / "head"), "me/head", '{"revision": "again"}', endpoint=hub.endpoint)
+    assert not any(method == "PUT" for method, _ in hub.requests)
+    (loaded,) = load(run, {"pretrained_model_name_or_path": "me/head", "revision": "again"}, endpoint=hub.endpoint)
+    assert loaded["value"] == pytest.approx(value_of(head), rel=1e-4)
+
+
+def test_what_is_in_the_cache_is_not_downloaded_again(hub, run, tmp_path):
+    make_head().save_pretrained(tmp_path / "head")
+    hub.put("me/head", tmp_path / "head")
+    name = {"pretrained_model_name_or_path": "me/head"}
+    load(run, name, endpoint=hub.endpoint)
+    hub.requests.clear()
+    load(run, name, endpoint=hub.endpoint)
+    assert not any(method == "GET" and "/me/head/" in path for method, path in hub.requests)
+    # A file that changed is.
+    make_head(seed=2).save_pretrained(tmp_path / "other")
+    hub.put("me/head", tmp_path / "other")
+    (changed,) = load(run, name, endpoint=hub.endpoint)
+    assert changed["value"] == pytest.approx(value_of(make_head(seed=2)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "status", "remedy"),
+    [
+        ("PUT", "/upload/.*", 500, "wait"),
+        ("PUT", "/upload/.*", 403, "token"),
+        ("PUT", "/upload/.*", CUT, "Check it"),
+        ("POST", ".*/commit/main", 500, "wait"),
+        ("POST", ".*/commit/main", 403, "token"),
+        ("POST", ".*/commit/main", 409, "try again"),
+        ("POST", ".*/commit/main", 412, "try again"),
+        ("POST", ".*/commit/main", 429, "wait"),
+        ("POST", ".*/preupload/main", 503, "wait"),
+    ],
+)
+def test_a_push_that_fails_leaves_the_repo_as_it_was_and_can_be_repeated(
+    hub, run, tmp_path, method, pattern, status, remedy
+):
+    make_head(seed=1).save_pretrained(tmp_path / "one")
+    make_head(seed=2).save_pretrained(tmp_path / "two")
+    hub.put("me/head", tmp_path / "one")
+    before = dict(hub.repos["me/head"].branches["main"])
+    hub.fail(method, pattern, status)
+    output = run(PUSH_OR_SAY, "{}", str(tmp_path / "two"), endpoint=hub.endpoint)
+    assert "REFUSED" in output and "me/head" in output and remedy in output, output
+    assert TOKEN not in output
+    assert hub.repos["me/head"].branches == {"main": before} and hub.repos["me/head"].commits == []
+
+    hub.failures.clear()
+    assert "PUSHED" in run(PUSH_OR_SAY, "{}", str(tmp_path / "two"), endpoint=hub.endpoint)
+    after = hub.repos["me/head"].branches["main"]
+    assert after["model.safetensors"] == files_of(tmp_path / "two")["model.safetensors"]
+    assert len(hub.repos["me/head"].commits) == 1
+
+
+def test_a_push_to_a_hub_that_has_trouble_for_a_moment_goes_through(hub, run, tmp_path):
+    make_head().save_pretrained(tmp_path / "head")
+    hub.fail("PUT", "/upload/.*", 503, times=2)
+    assert "PUSHED" in run(PUSH_OR_SAY, "{}", str(tmp_path / "head"), endpoint=hub.endpoint)
+
+
+def test_a_push_offline_or_without_a_connection_names_the_repo_and_the_way_out(run, tmp_path):
+    make_head().save_pretrained(tmp_path / "head")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    output = run(PUSH_OR_SAY, "{}", str(tmp_path / "head"), endpoint=endpoint)
+    assert "REFUSED" in output and "'me/head'" in output and "connection" in output
+    output = run(PUSH_OR_SAY, "{}", str(tmp_path / "head"), endpoint=endpoint, HF_HUB_OFFLINE="1")
+    assert "REFUSED" in output and "'me/head'" in output and "HF_HUB_OFFLINE" in output
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [(401, "log in"), (403, "accept its terms"), (404, "name"), (429, "wait"), (500, "wait"), (503, "wait")],
+)
+def test_a_download_that_the_hub_refuses_names_the_repo_and_the_way_out(hub, run, tmp_path, status, remedy):
+    make_head().save_pretrained(tmp_path / "head")
+    hub.put("me/head", tmp_path / "head")
+    for method in ("HEAD", "GET"):
+        hub.fail(method, "/me/head/resolve/.*", status)
+    script = "import time; time.sleep = lambda seconds: None\n" + LOAD
+    output = run(script, json.dumps([{"pretrained_model_name_or_path": "me/head"}]), endpoint=hub.endpoint)
+    (result,) = json.loads(output.split("RESULTS")[1])
+    assert result["is_oserror"] and "'me/head'" in result["text"] and "config.json" in result["text"]
+    assert remedy in result["text"] and TOKEN not in output, result["text"]
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(hub, run, tmp_path):
+    make_head(head_sizes=[2000]).save_pretrained(tmp_path / "head")
+    hub.put("me/head", tmp_path / "head")
+    size = (tmp_path / "head" / "model.safetensors").stat().st_size
+    hub.fail("GET", "/cdn/.*", CUT, times=2, after=size // 3)
+    # huggingface_hub keeps what it has got in pieces of 10 MB: smaller ones, for a small file.
+    script = (
+        "import time; time.sleep = lambda seconds: None\n"
+        "import huggingface_hub.constants as constants; constants.DOWNLOAD_CHUNK_SIZE = 1000\n" + LOAD
+    )
+    output = run(script, json.dumps([{"pretrained_model_name_or_path": "me/head"}]), endpoint=hub.endpoint)
+    (result,) = json.loads(output.split("RESULTS")[1])
+    assert result["value"] == pytest.approx(value_of(make_head(head_sizes=[2000])), rel=1e-4)
+    starts = [int(wanted.removeprefix("bytes=").split("-")[0]) for wanted in hub.ranges]
+    assert len(starts) == 2 and 0 < starts[0] < starts[1] < size
+
+
+def test_one_repo_holds_several_heads_branches_and_tags(hub, run, tmp_path):
+    for seed, name in enumerate(("kind", "short", "newer"), start=1):
+        make_head(seed=seed, base_model_name_or_path="org/base").save_pretrained(tmp_path / name)
+    script = (
+        PRELUDE
+        + """
+for folder, kwargs in json.loads(sys.argv[1]):
+    ValueHead.from_pretrained(folder).push_to_hub("me/head", **kwargs)
+"""
+    )
+    pushes = [
+        (str(tmp_path / "kind"), {"subfolder": "kind"}),
+        (str(tmp_path / "short"), {"subfolder": "short"}),
+        (str(tmp_path / "newer"), {"subfolder": "kind", "revision": "next"}),
+    ]
+    run(script, json.dumps(pushes), endpoint=hub.endpoint)
+    repo = hub.repos["me/head"]
+    files = {f"{head}/{file}" for head in ("kind", "short") for file in files_of(tmp_path / "kind")}
+    assert set(repo.branches["main"]) == set(repo.branches["next"]) == files
+    assert 'from_pretrained("me/head", subfolder="short")' in repo.branches["main"]["short/README.md"].decode()
+    repo.tags["v1"] = dict(repo.branches["main"])
+    hub.put("me/head", tmp_path / "newer", prefix="kind/")
+
+    name = {"pretrained_model_name_or_path": "me/head"}
+    requests = [
+        {"subfolder": "kind", "revision": "v1"},
+        {"subfolder": "short"},
+        {"subfolder": "kind", "revision": "next"},
+        {"subfolder": "kind"},
+    ]
+    results = load(run, *(name | request for request in requests), endpoint=hub.endpoint)
+    for seed, result in zip((1, 2, 3, 3), results, strict=True):
+        assert result["value"] == pytest.approx(value_of(make_head(seed=seed)), rel=1e-4)
+
+
+def test_the_token_of_a_call_is_used_and_the_cache_is_where_it_says(hub, run, tmp_path):
+    make_head().save_pretrained(tmp_path / "head")
+    script = (
+        PRELUDE
+        + """
+head = ValueHead.from_pretrained(sys.argv[1])
+head.push_to_hub("me/head", private=True, token=sys.argv[2])
+ValueHead.from_pretrained("me/head", token=sys.argv[2], cache_dir=sys.argv[3])
+"""
+    )
+    arguments = [str(tmp_path / "head"), TOKEN, str(tmp_path / "cache")]
+    run(script, *arguments, endpoint=hub.endpoint, token=None)
+    assert hub.repos["me/head"].private
+    assert {path.name for path in (tmp_path / "cache").glob("models--me--head/snapshots/*/*")} == {
+        "config.json",
+        "model.safetensors",
+    }
