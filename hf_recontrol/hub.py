@@ -59,6 +59,8 @@ def find_file(
         `OSError`: if the folder, the repo or the file in it cannot be had; says what was asked for and what to do.
     """
     name_or_path = os.fspath(name_or_path)
+    if os.path.isabs(subfolder) or ".." in Path(subfolder).parts:
+        raise OSError(f"`subfolder` must lie inside {name_or_path}, got {subfolder!r}.")
     folder = Path(name_or_path, subfolder)
     if Path(name_or_path).exists():
         path = folder / filename

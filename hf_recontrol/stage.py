@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from .files import atomic_path, check_target, make_folder
 from .hub import portable_name
 
 MANIFEST_NAME = "manifest.json"
+_PART_NAME = re.compile(r"part-\d{5,}\.\w+")
 LOCK_NAME = ".lock"
 # How often progress is told where it is no bar that moves.
 _SECONDS_BETWEEN_LINES = 30
@@ -177,7 +179,11 @@ def read_manifest(folder: str | os.PathLike, kind: str, command: str, complete: 
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found, finished = manifest["kind"], manifest["complete"]
-    except (ValueError, KeyError, TypeError) as error:
+        # Names from a file that may be anybody's: they are joined to the folder.
+        odd = [name for name in manifest.get("parts", ()) if not _PART_NAME.fullmatch(name)]
+        if odd:
+            raise ValueError(f"it names the part {odd[0]!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the manifest of a stage ({error}): make it with `{command}`.") from error
     if found != kind:
         raise ValueError(f"{folder} holds {found}, not {kind}: make them with `{command}`.")

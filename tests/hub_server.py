@@ -192,6 +192,14 @@ class _Handler(BaseHTTPRequestHandler):
             return repo
         return None
 
+    def _repo_at(self, repo_id: str, revision: str) -> tuple[Repo | None, dict[str, bytes] | None]:
+        """The repo and its files at a revision; the files are `None` after an error was sent."""
+        repo = self._repo(repo_id)
+        files = None if repo is None else repo.files(revision)
+        if repo is not None and files is None:
+            self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return repo, files
+
     def _do_post_create(self, body, query):
         if not self._logged_in:
             return self._error(401, None, "Invalid username or password.")
@@ -213,12 +221,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({"errors": [], "warnings": []})
 
     def _do_read_info(self, body, query, repo_id, revision="main"):
-        repo = self._repo(repo_id)
-        if repo is None:
-            return None
-        files = repo.files(revision)
+        repo, files = self._repo_at(repo_id, revision)
         if files is None:
-            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
         return self._json(
             {
                 "id": repo_id,
@@ -290,12 +295,9 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _do_read_resolve(self, body, query, repo_id, revision, path):
-        repo = self._repo(repo_id)
-        if repo is None:
-            return None
-        files = repo.files(revision)
+        repo, files = self._repo_at(repo_id, revision)
         if files is None:
-            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
         if path not in files:
             return self._error(404, "EntryNotFound", "Entry not found")
         content, commit = files[path], repo.commit_hash(revision)

@@ -34,6 +34,14 @@ print("RESULTS" + json.dumps(results))
 )
 
 
+@pytest.fixture
+def nowhere() -> str:
+    """An address on which nobody answers."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{closed.getsockname()[1]}"
+
+
 def load(run, *requests, **options) -> list[dict]:
     output = run(LOAD, json.dumps(list(requests)), **options)
     return json.loads(output.split("RESULTS")[1])
@@ -191,16 +199,13 @@ def test_what_cannot_be_had_from_the_hub_is_an_oserror_that_says_why_and_what_to
 
 
 @pytest.mark.parametrize("kind", ["refused", "offline"])
-def test_a_hub_that_cannot_be_reached_is_an_oserror_that_names_the_repo_and_the_ways_out(run, kind):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+def test_a_hub_that_cannot_be_reached_is_an_oserror_that_names_the_repo_and_the_ways_out(run, nowhere, kind):
     offline = {"HF_HUB_OFFLINE": "1"} if kind == "offline" else {}
     # huggingface_hub tries again for 23 seconds where there is no cached file to fall back on.
     output = run(
         "import time; time.sleep = lambda seconds: None\n" + LOAD,
         json.dumps([{"pretrained_model_name_or_path": "me/head"}]),
-        endpoint=endpoint,
+        endpoint=nowhere,
         **offline,
     )
     (result,) = json.loads(output.split("RESULTS")[1])
@@ -326,14 +331,11 @@ def test_a_push_to_a_hub_that_has_trouble_for_a_moment_goes_through(hub, run, tm
     assert "PUSHED" in run(PUSH_OR_SAY, "{}", str(tmp_path / "head"), endpoint=hub.endpoint)
 
 
-def test_a_push_offline_or_without_a_connection_names_the_repo_and_the_way_out(run, tmp_path):
+def test_a_push_offline_or_without_a_connection_names_the_repo_and_the_way_out(run, nowhere, tmp_path):
     make_head().save_pretrained(tmp_path / "head")
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    output = run(PUSH_OR_SAY, "{}", str(tmp_path / "head"), endpoint=endpoint)
+    output = run(PUSH_OR_SAY, "{}", str(tmp_path / "head"), endpoint=nowhere)
     assert "REFUSED" in output and "'me/head'" in output and "connection" in output
-    output = run(PUSH_OR_SAY, "{}", str(tmp_path / "head"), endpoint=endpoint, HF_HUB_OFFLINE="1")
+    output = run(PUSH_OR_SAY, "{}", str(tmp_path / "head"), endpoint=nowhere, HF_HUB_OFFLINE="1")
     assert "REFUSED" in output and "'me/head'" in output and "HF_HUB_OFFLINE" in output
 
 
