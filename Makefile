@@ -6,7 +6,7 @@ PROMPTS ?= examples/prompts.jsonl
 OUTPUT ?= demo
 SEED ?= 0
 
-.PHONY: demo test test-slow test-oldest package lint format heads clean
+.PHONY: demo test test-slow lint format heads clean
 
 demo: .venv/demo
 	$(BIN)/recontrol demo --prompts "$(PROMPTS)" --output "$(OUTPUT)" --seed $(SEED) $(if $(MODEL),--model "$(MODEL)")
@@ -16,24 +16,6 @@ test: .venv/dev
 
 test-slow: .venv/dev .venv/demo
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
-
-# What is published: the source archive and the wheel.
-package: .venv/dev
-	rm -rf build dist
-	$(BIN)/python -m build --quiet
-	$(BIN)/twine check --strict dist/*
-
-# The wheel with the oldest releases that it admits: first with its core dependencies alone, then what the suite asks of
-# a base, a head and the Hub.
-OLD := .venv-oldest/bin
-OLD_PIP := $(OLD)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints-oldest.txt
-test-oldest: package
-	rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
-	$(OLD_PIP) torch==2.13.0
-	$(OLD_PIP) dist/*.whl
-	cd / && "$(CURDIR)/$(OLD)/python" -W error::DeprecationWarning:hf_recontrol "$(CURDIR)/tests/core_only.py"
-	$(OLD_PIP) "$$(echo dist/*.whl)[train]" gguf hypothesis pytest pytest-xdist
-	$(OLD)/python -m pytest -n 2 -q -m "not slow" $(OLDEST_TESTS) $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -50,7 +32,7 @@ heads: .venv/demo
 	BIN=$(BIN) PAIRS="$(PAIRS)" benchmarks/heads.sh
 
 clean:
-	rm -rf .venv .venv-oldest demo build dist *.egg-info
+	rm -rf .venv demo build dist *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
