@@ -240,7 +240,9 @@ def rollout(
     samples: SamplesOption = 1,
     max_new_tokens: NewTokensOption = 128,
     temperature: TemperatureOption = 1.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling.")] = 1.0,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Nucleus sampling; default: the whole distribution.")
+    ] = None,
     generation_config: GenerationConfigOption = None,
     stop: StopOption = None,
     head: Annotated[str | None, typer.Option(help="Sample under the control that this head recommends.")] = None,

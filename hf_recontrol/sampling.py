@@ -81,7 +81,13 @@ class RowSampler(LogitsProcessor):
                 row.exponential_(generator=generator)
         # Where both are 0 a masked token would win.
         race = torch.softmax(scores, dim=-1, dtype=torch.float32) / noise.clamp_(min=torch.finfo(noise.dtype).tiny)
-        return scores.scatter(1, race.argmax(-1, keepdim=True), torch.inf)
+        fastest, winners = race.max(-1, keepdim=True)
+        if fastest.isnan().any():
+            raise FloatingPointError(
+                "The model's logits hold NaN, or nothing but -inf, so no token can be drawn: load it in another dtype "
+                "(bfloat16 has a wider range than float16)."
+            )
+        return scores.scatter(1, winners, torch.inf)
 
 
 class StopStrings(StoppingCriteria):
@@ -144,7 +150,8 @@ def sampling_config(
     arguments change.
 
     Raises:
-        `ValueError`: for a mode in which a row's sample cannot depend on its own seed alone.
+        `ValueError`: for a mode in which a row's sample cannot depend on its own seed alone, and for a setting that is
+        out of its range.
     """
     config = (
         GenerationConfig(do_sample=True, top_k=0) if generation_config is None else copy.deepcopy(generation_config)
@@ -160,10 +167,11 @@ def sampling_config(
             config.top_p = config.top_k = None
     if top_p is not None and config.do_sample:
         config.top_p = top_p
+    stop_strings = stop_strings or config.stop_strings
     if stop_strings:
-        config.stop_strings = list(stop_strings)
-    elif isinstance(config.stop_strings, str):
-        config.stop_strings = [config.stop_strings]
+        config.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        if not all(isinstance(stop, str) and stop for stop in config.stop_strings):
+            raise ValueError(f"A stop string must be a text that is not empty, got {config.stop_strings}.")
     config.max_new_tokens = max_new_tokens or config.max_new_tokens or 128
     if config.eos_token_id is None:
         config.eos_token_id = end_token_ids(model, tokenizer) or None

@@ -256,6 +256,30 @@ def test_rounding_changes_hardly_a_draw_also_of_rare_tokens():
     assert not torch.equal(samplers[0](ids, scores).argmax(-1), drawn[0]), "the next draw has noise of its own"
 
 
+@pytest.mark.parametrize("scores", [torch.nan, -torch.inf])
+def test_scores_that_nothing_can_be_drawn_from_are_an_error(scores):
+    sampler = RowSampler([[0], [1]], torch.device("cpu"))
+    rows = torch.zeros(2, 5)
+    rows[1] = scores
+    with pytest.raises(FloatingPointError, match="NaN"):
+        sampler(torch.zeros(2, 1, dtype=torch.long), rows)
+
+
+@pytest.mark.parametrize("stops", [[""], ["w5", ""], [5]])
+def test_a_stop_string_that_would_stop_everything_is_refused(stops):
+    with pytest.raises(ValueError, match="stop string"):
+        generate_rollouts(tiny_model("llama"), tiny_tokenizer(), ["w5"], stop_strings=stops)
+
+
+def test_one_stop_string_may_be_given_as_a_text():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    one, several = (
+        generate_rollouts(model, tokenizer, ["w5 w6"], max_new_tokens=6, stop_strings=stops)
+        for stops in ("w1", ["w1"])
+    )
+    assert one == several
+
+
 def test_noise_made_on_another_device_has_the_distribution_too():
     """The way of accelerators, with torch's generators."""
     sampler = RowSampler([[i] for i in range(4000)], torch.device("cpu"))
