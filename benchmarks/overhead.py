@@ -15,6 +15,7 @@ moves a state by --relative-edit of its norm, and each control is checked to mov
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -43,13 +44,13 @@ class Variant:
 class AuthorsLoop(Controller):
     """V as the authors climb it: a forward and a backward of the network at each step, also to its own parameters."""
 
-    def edit(self, hidden: torch.Tensor, control: ControlConfig, step_size: float, **checks):
+    def edit(self, hidden: torch.Tensor, control: ControlConfig, step_size: float, *weights, **checks):
         with torch.inference_mode(False), torch.enable_grad():
             edited = hidden.detach().float().requires_grad_(True)
             optimizer = torch.optim.SGD([edited], lr=step_size)
             for _ in range(control.num_steps):
                 optimizer.zero_grad()
-                (-self.head(edited).sum()).backward()
+                (-self.heads["default"](edited).sum()).backward()
                 optimizer.step()
         return edited.detach().to(hidden.dtype)
 
@@ -57,13 +58,14 @@ class AuthorsLoop(Controller):
 class DirectLoop(Controller):
     """The same steps without autograd, for one hidden layer: two products with W₁ each."""
 
-    def edit(self, hidden: torch.Tensor, control: ControlConfig, step_size: float, **checks):
-        first, last = self.head.value_mlp.layers
-        x = self.head.scaled(hidden)
+    def edit(self, hidden: torch.Tensor, control: ControlConfig, step_size: float, *weights, **checks):
+        head = self.heads["default"]
+        first, last = head.value_mlp.layers
+        x = head.scaled(hidden)
         for _ in range(control.num_steps):
             active = torch.nn.functional.linear(x, first.weight, first.bias) > 0
             x = x + step_size * ((active * last.weight[0]) @ first.weight)
-        return (x * self.head.state_scale + self.head.state_mean).to(hidden.dtype)
+        return (x * head.state_scale + head.state_mean).to(hidden.dtype)
 
 
 def scaled_head(config: ValueHeadConfig, states: torch.Tensor, relative_edit: float) -> ValueHead:
@@ -81,6 +83,16 @@ def scaled_head(config: ValueHeadConfig, states: torch.Tensor, relative_edit: fl
         nn.init.normal_(head.advantage_mlp.layers[-1].bias, std=float(relative_edit * states.std() / STEP_SIZE))
         nn.init.normal_(head.advantage_mlp.layers[-1].weight, std=1e-3)
     return head
+
+
+def shuffled(head: ValueHead, seed: int) -> ValueHead:
+    """A head that differs from this one: its features in another order, each with a scale of its own."""
+    order = torch.randperm(head.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+    other = copy.deepcopy(head)
+    with torch.no_grad():
+        other.value_mlp.layers[0].weight.copy_(head.value_mlp.layers[0].weight[:, order])
+        other.state_scale.mul_(0.8 + 0.4 * order.to(head.state_scale) / len(order))
+    return other
 
 
 def flips_per_row(head: ValueHead, states: torch.Tensor, num_steps: int) -> float:
@@ -131,8 +143,10 @@ def measure(
     for round_number in range(-1, rounds):
         timed("base", step)
         for variant in variants:
-            controlled = ReControlForCausalLM.from_model(model, variant.controller.head, variant.control)
+            heads = variant.controller.heads
+            controlled = ReControlForCausalLM.from_model(model, heads["default"], variant.control)
             controlled._recontrol.controller = variant.controller
+            controlled.set_value_heads(dict.fromkeys(heads, 1 / len(heads)))
             logits = timed(variant.name, step)
             controlled.unload()
             if torch.equal(logits, base_logits):
@@ -160,8 +174,15 @@ def make_variants(model, hidden_size: int, args) -> tuple[list[Variant], dict[st
         ValueHeadConfig(head_sizes=[8], advantage_sizes=[args.advantage_width], **shape), states, args.relative_edit
     )
     one, two, advantage = (head.to(model.device) for head in (one, two, advantage))
+    mixtures = {}
+    for count in (2, 4):
+        mixtures[count] = Controller(one)
+        for seed in range(1, count):
+            mixtures[count].heads[f"head {seed}"] = shuffled(one, seed)
     controllers = {
         "ascent": Controller(one),
+        "ascent, 2 heads,": mixtures[2],
+        "ascent, 4 heads,": mixtures[4],
         "ascent, two layers,": Controller(two),
         "direct loop": DirectLoop(one),
     }
@@ -250,7 +271,7 @@ def main() -> None:
             }
             rows = report(f"7B geometry, batch {batch_size} (32 layers extrapolated)", base, ratios, flips)
             results.append({"batch_size": batch_size, "base_seconds": base, "rows": rows})
-        head = variants[0].controller.head
+        head = variants[0].controller.heads["default"]
         head_bytes = 4 * (sum(t.numel() for t in head.state_dict().values()) + head.config.head_sizes[0] ** 2)
         layer_bytes = sum(p.numel() * 2 for p in shallow.model.layers[0].parameters())
         other_bytes = sum(p.numel() * 2 for p in shallow.parameters()) - 2 * layer_bytes

@@ -29,6 +29,16 @@ def _check_number(name: str, value: Any, low: float = -math.inf, high: float = m
     return float(value)
 
 
+def check_numbers(name: str, value: Any, each: str, low: float = -math.inf) -> float | tuple[float, ...]:
+    """A finite number, or a tuple of them for a sequence that holds one for each `each`; else `ValueError`."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return _check_number(name, value, low)
+    if not value:
+        raise ValueError(f"`{name}` must hold one number for each {each}, got none.")
+    return tuple(_check_number(name, item, low) for item in value)
+
+
 def _check_int(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}.")
@@ -67,6 +77,7 @@ class ControlConfig:
 
     - `method="ascent"` (RE-Control, Kong et al. 2024): from `x = (h - state_mean) / state_scale` and `d = 0`,
       `num_steps` steps of `d ← d + α (∇V(x + d) - 2 λ d)`; then `u = state_scale * d`.
+      With a `target` they minimise `½‖V(x + d) - target‖²` instead (PRE-Control, arXiv 2510.12121).
     - `method="advantage"`: `u = α g(h)` in one step, with `α = 1/τ`; then `softmax(W (h + u))` is the optimum of
       `E[A] - τ KL(π ‖ π0)` for the advantage `A(h, y) = (w_y - E_π0[w])ᵀ g(h)`. This holds for logits `W h` at
       temperature 1; where a base scales or soft-caps its logits the edit of the state is the same, the optimum is not.
@@ -85,6 +96,9 @@ class ControlConfig:
         plausibility (`float`, *optional*, defaults to 0.0):
             p in [0, 1]: a token whose probability under the base is below p × that of the base's most likely token is
             masked (logit -inf) after control. At 0 nothing is masked.
+        target (`float` or a sequence of `float`, *optional*):
+            For the ascent: values to approach, in the reward's own units, one for each objective. Above a target the
+            edit lowers the value.
 
     Raises:
         `ValueError`: for a value outside the ranges above, naming the field.
@@ -95,17 +109,15 @@ class ControlConfig:
     num_steps: int = 30
     l2: float = 0.0
     plausibility: float = 0.0
+    target: float | tuple[float, ...] | None = None
 
     def __post_init__(self):
         _check_choice("method", self.method, CONTROL_METHODS)
-        step_size = self.step_size.tolist() if hasattr(self.step_size, "tolist") else self.step_size
-        if isinstance(step_size, Sequence) and not isinstance(step_size, str):
-            if not step_size:
-                raise ValueError("`step_size` must hold one number for each prompt, got none.")
-            step_size = tuple(_check_number("step_size", value, low=0) for value in step_size)
-        else:
-            step_size = _check_number("step_size", step_size, low=0)
-        object.__setattr__(self, "step_size", step_size)
+        object.__setattr__(self, "step_size", check_numbers("step_size", self.step_size, "prompt", low=0))
+        if self.target is not None:
+            object.__setattr__(self, "target", check_numbers("target", self.target, "objective"))
+            if self.method != "ascent":
+                raise ValueError("`target` is for `method='ascent'`: the advantage edit knows no values.")
         _check_int("num_steps", self.num_steps, low=0)
         object.__setattr__(self, "l2", _check_number("l2", self.l2, low=0))
         object.__setattr__(self, "plausibility", _check_number("plausibility", self.plausibility, low=0, high=1))
@@ -132,9 +144,7 @@ class ControlConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable `dict`, the inverse of [`ControlConfig.from_dict`]."""
-        values = asdict(self)
-        values["step_size"] = list(self.step_size) if self.per_row else self.step_size
-        return values
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "ControlConfig") -> ControlConfig:
@@ -300,7 +310,8 @@ class ValueHeadConfig:
         """Raise if `control` asks for what a head of this configuration cannot do.
 
         Raises:
-            `TypeError`: if `control` is no [`ControlConfig`]. `ValueError`: if it needs a missing advantage part.
+            `TypeError`: if `control` is no [`ControlConfig`]. `ValueError`: if it needs a missing advantage part, or
+            its target is not one value for each objective.
         """
         if control is None:
             return
@@ -311,6 +322,9 @@ class ValueHeadConfig:
                 "`method='advantage'` needs a head with an advantage part, this one has none (`advantage_sizes` is "
                 "None). Train one, or use `method='ascent'`."
             )
+        count = len(control.target) if isinstance(control.target, tuple) else 1
+        if control.target is not None and count != self.num_objectives:
+            raise ValueError(f"`target` holds {count} values, this head has {self.num_objectives} objectives.")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable `dict`, the inverse of [`ValueHeadConfig.from_dict`]."""

@@ -1,59 +1,22 @@
-"""
-From a hidden state `h` to the edited state `h + u`: gradient ascent on V, or the advantage edit.
-
-Notation: `x = (h - state_mean) / state_scale` is the scaled state, `z = W₁ x + b₁` the first pre-activation,
-`δ = ∂V/∂z` and `d` the edit in scaled coordinates, so `∇ₓV = W₁ᵀ δ` and `u = state_scale * d`. The ascent never leaves
-the row space of W₁: `d = W₁ᵀ c` with `c ← (1 - 2αλ) c + α δ`, and `z = z₀ + G c` with the Gram matrix `G = W₁ W₁ᵀ`.
-So a step costs one product with G instead of two with W₁, and no autograd graph. It is exact, for any depth and
-activation.
-"""
+"""Applies heads to states: which form of the edit, in which dtype, with what guards. Knows nothing of the model."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from .ascent import Plan, advantage_edit, ascend, build_plan
 from .configuration import ControlConfig
 from .value_head import ValueHead
 
 # Rows edited at once: bounds the memory of a long teacher-forced forward to a few arrays of this many rows.
 _MAX_ROWS = 4096
+DEFAULT_NAME = "default"
 
-
-@dataclass(frozen=True)
-class _Plan:
-    """The head's tensors as the ascent and the advantage edit need them, in one dtype on one device."""
-
-    mean: torch.Tensor
-    scale: torch.Tensor
-    # (weight, bias) of each hidden layer of V, and the gradient of the summed objectives at its last activation.
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-    out: torch.Tensor
-    gram: torch.Tensor | None
-    # (weight, bias) of each layer of g, where there is one.
-    advantage: list[tuple[torch.Tensor, torch.Tensor]] | None
-
-
-def _build_plan(head: ValueHead, device: torch.device, dtype: torch.dtype, with_gram: bool = True) -> _Plan:
-    def convert(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to(device=device, dtype=dtype)
-
-    *hidden, last = head.value_mlp.layers
-    layers = [(convert(layer.weight), convert(layer.bias)) for layer in hidden]
-    # Beyond twice the state's width two products with W₁ are cheaper than one with G.
-    with_gram = with_gram and bool(layers) and layers[0][0].shape[0] <= 2 * layers[0][0].shape[1]
-    advantage = head.advantage_mlp
-    return _Plan(
-        mean=convert(head.state_mean),
-        scale=convert(head.state_scale),
-        layers=layers,
-        out=convert(last.weight).sum(0),
-        gram=layers[0][0] @ layers[0][0].T if with_gram else None,
-        advantage=None if advantage is None else [(convert(x.weight), convert(x.bias)) for x in advantage.layers],
-    )
+# Of each head that acts, by name: its weight, a number or one value for each state, `hidden.shape[:-1] + (1,)`.
+Weights = Mapping[str, "float | torch.Tensor"]
 
 
 class _Snapshot:
@@ -75,149 +38,84 @@ class _Snapshot:
         )
 
 
-def _derivative(activation: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Value and derivative of an activation. The ReLU's derivative at 0 is 0, as in autograd."""
-    if activation == "relu":
-        return z.relu(), (z > 0).to(z.dtype)
-    if activation == "tanh":
-        value = z.tanh()
-        return value, 1 - value * value
-    if activation == "silu":
-        gate = z.sigmoid()
-        return z * gate, gate * (1 + z * (1 - gate))
-    if activation == "gelu":
-        cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
-        return z * cdf, cdf + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-    raise ValueError(f"No derivative is known of the activation {activation!r}.")
+def _target_values(head: nn.Module, control: ControlConfig, like: torch.Tensor) -> torch.Tensor | None:
+    """The target in standardised values, `(num_objectives,)`, or `None`."""
+    if control.target is None:
+        return None
+    target, mean, std = (
+        like.new_tensor(value) for value in (control.target, head.config.reward_mean, head.config.reward_std)
+    )
+    return ((target - mean) / std).expand(head.config.num_objectives)
 
 
-def _first_layer_gradient(plan: _Plan, activation: str, z: torch.Tensor) -> torch.Tensor:
-    """δ = ∂V/∂z at the first pre-activation, shape `(rows, width)`: a forward and a backward by hand."""
-    slopes = []
-    for weight, bias in plan.layers[1:]:
-        value, slope = _derivative(activation, z)
-        slopes.append(slope)
-        z = torch.addmm(bias, value, weight.T)
-    delta = _derivative(activation, z)[1] * plan.out
-    for (weight, _), slope in zip(reversed(plan.layers[1:]), reversed(slopes), strict=True):
-        delta = (delta @ weight) * slope
-    return delta
-
-
-def _ascend(plan: _Plan, activation: str, z: torch.Tensor, alpha, decay, num_steps: int) -> torch.Tensor:
-    """The coefficients c after `num_steps` dense steps from `z`, both `(rows, width)`."""
-    coefficients = torch.zeros_like(z)
-    start, moved = z, torch.zeros_like(z)
-    for step in range(num_steps):
-        delta = _first_layer_gradient(plan, activation, z)
-        coefficients = decay * coefficients + alpha * delta
-        if step < num_steps - 1:
-            if plan.gram is not None:
-                change = delta @ plan.gram
-            else:
-                weight = plan.layers[0][0]
-                change = (delta @ weight) @ weight.T
-            moved = decay * moved + alpha * change
-            z = start + moved
-    return coefficients
-
-
-def _ascend_by_flips(plan: _Plan, z: torch.Tensor, alpha, decay, num_steps: int) -> torch.Tensor:
-    """
-    [`_ascend`] for one hidden ReLU layer. There δ = w₂ ⊙ 1[z > 0] changes only where a unit's sign flips, so `G δ` is
-    kept up to date from those rows of G alone, and where no unit flips the steps go on in a straight line and are
-    taken at once. Which units flip is data, so this is for eager mode.
-    """
-    weight, gram = plan.out, plan.gram
-    penalised = isinstance(decay, torch.Tensor) or decay != 1.0
-
-    def step(total: torch.Tensor, direction: torch.Tensor, times: int = 1) -> torch.Tensor:
-        if penalised:
-            total = total.mul_(decay)
-        if isinstance(alpha, torch.Tensor):
-            return total.addcmul_(alpha, direction, value=times)
-        return total.add_(direction, alpha=alpha * times)
-
-    start, moved = z, torch.zeros_like(z)
-    coefficients = torch.zeros_like(z)
-    delta = (z > 0) * weight
-    change = delta @ gram
-    remaining, without_looking = num_steps, 0
-    while remaining > 0:
-        coefficients = step(coefficients, delta)
-        remaining -= 1
-        if remaining == 0:
-            break
-        moved = step(moved, change)
-        z = start + moved
-        before, delta = delta, (z > 0) * weight
-        if without_looking > 0:
-            without_looking -= 1
-            change = delta @ gram
-            continue
-        difference = delta - before
-        units = (difference if len(difference) == 1 else difference.any(0)[None]).nonzero()[:, 1]
-        if 4 * len(units) > len(weight):
-            # So many rarely become few at once, and looking costs as much as a small product.
-            without_looking = 8
-            change = delta @ gram
-        elif len(units) > 0:
-            change = torch.addmm(change, difference[:, units], gram[units])
-        elif not penalised:  # a penalty bends the path; without a product with G its steps are cheap enough
-            # How many more steps can be taken before a unit flips? One short of it: rounding must not step over.
-            velocity = alpha * change
-            crossing = torch.where(((z > 0) != (velocity > 0)) & (velocity != 0), -z / velocity, torch.inf)
-            free = float(crossing.nan_to_num_(torch.inf).min()) - 1
-            jump = remaining if free >= remaining else int(free)
-            if jump > 0:
-                coefficients = step(coefficients, delta, jump)
-                moved = step(moved, change, jump)
-                remaining -= jump
-    return coefficients
-
-
-def _ascend_by_autograd(head: nn.Module, hidden: torch.Tensor, scale, alpha, decay, num_steps: int) -> torch.Tensor:
-    """The edit d for any module that maps states to values; `hidden` and the result are `(rows, hidden_size)`."""
+def _ascend_by_autograd(
+    heads: Sequence[nn.Module], hidden: torch.Tensor, weights: Sequence, alpha, decay, control: ControlConfig
+) -> torch.Tensor:
+    """[`ascend`] for any modules that map states to values; `hidden` and the result are `(rows, hidden_size)`."""
     # generate() may run under inference_mode, whose tensors cannot be saved for a backward.
     with torch.inference_mode(False), torch.enable_grad():
-        hidden, scale = hidden.clone(), scale.clone()
+        hidden = hidden.clone()
         edit = torch.zeros_like(hidden)
-        for _ in range(num_steps):
-            leaf = edit.detach().clone().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(head(hidden + scale * leaf).sum(), leaf)
-            edit = decay * edit + alpha * gradient
+        for _ in range(control.num_steps):
+            direction = torch.zeros_like(hidden)
+            for head, weight in zip(heads, weights, strict=True):
+                parameter = next(head.parameters(), hidden)
+                scale = getattr(head, "state_scale", torch.ones(1)).detach().clone().to(hidden)
+                leaf = torch.zeros_like(hidden).requires_grad_(True)
+                values = head((hidden + edit + scale * leaf).to(parameter.dtype))
+                target = _target_values(head, control, values)
+                total = values.sum() if target is None else -0.5 * (values - target).square().sum()
+                (gradient,) = torch.autograd.grad(total, leaf)
+                direction = direction + weight * scale * gradient
+            edit = decay * edit + alpha * direction
     return edit.detach()
 
 
 class Controller:
     """
-    Applies a head to states: owns the head and its prepared tensors, knows nothing of the model.
+    Applies heads to states: owns the heads and their prepared tensors, knows nothing of the model.
 
     Args:
         head ([`ValueHead`] or `nn.Module`):
             V. A module that is no plain [`ValueHead`] must map `(rows, hidden_size)` to `(rows, num_objectives)`; it
             is climbed by autograd.
+
+    Attributes:
+        heads (`dict[str, nn.Module]`):
+            All heads by name, this one as `"default"`. All read states of one place.
     """
 
     def __init__(self, head: nn.Module):
-        self.head = head
-        # One plan for each device and compute dtype, with what the head was when it was made.
-        self._plans: dict[tuple[torch.device, torch.dtype], tuple[_Snapshot, _Plan]] = {}
-        # The plan used last: traced code can neither build nor look one up.
-        self._last_plan: _Plan | None = None
+        self.heads = {DEFAULT_NAME: head}
+        # One plan for each device, dtype and set of heads, with what the heads were when it was made.
+        self._plans: dict[tuple[torch.device, torch.dtype, tuple[str, ...]], tuple[_Snapshot, Plan]] = {}
+        # The plan used last, and its heads: traced code can neither build nor look one up.
+        self._last_plan: Plan | None = None
+        self._last_names: tuple[str, ...] = ()
 
     def __getstate__(self):
-        return {"head": self.head}
+        return {"heads": self.heads}
 
     def __setstate__(self, state):
-        self.__init__(state["head"])
+        self.__init__(None)
+        self.heads = dict(state["heads"])
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the head is a [`ValueHead`] whose methods are the ones that the fast forms restate."""
-        kind = type(self.head)
-        return isinstance(self.head, ValueHead) and all(
-            getattr(kind, name) is getattr(ValueHead, name) for name in ("forward", "scaled", "advantage")
+    def remove(self, name: str) -> None:
+        """Forget a head and what was prepared of it."""
+        del self.heads[name]
+        self._plans = {key: value for key, value in self._plans.items() if name not in key[2]}
+        if name in self._last_names:
+            self._last_plan, self._last_names = None, ()
+
+    def _are_plain(self, names: Sequence[str]) -> bool:
+        """Whether all are [`ValueHead`]s whose methods are the ones that the fast forms restate."""
+        return all(
+            isinstance(self.heads[name], ValueHead)
+            and all(
+                getattr(type(self.heads[name]), method) is getattr(ValueHead, method)
+                for method in ("forward", "scaled", "advantage")
+            )
+            for name in names
         )
 
     def edit(
@@ -225,6 +123,7 @@ class Controller:
         hidden: torch.Tensor,
         control: ControlConfig,
         step_size: float | torch.Tensor,
+        weights: Weights | None = None,
         check_states: bool = False,
         prepared: bool = False,
     ) -> torch.Tensor:
@@ -239,12 +138,15 @@ class Controller:
                 What to do; its `step_size` is not read.
             step_size (`float` or `torch.Tensor` that broadcasts to `hidden.shape[:-1] + (1,)`):
                 α of each state.
+            weights (mapping of `str` to `float`, or to `torch.Tensor` as `step_size`, *optional*):
+                The heads that act, by name, and the weight of each; all numbers or all tensors. Defaults to the only
+                head, once.
             check_states (`bool`, *optional*, defaults to `False`):
                 Whether states that are not finite to begin with are an error too. Without it they stay as they are: a
                 base may give NaN at padded positions that nothing reads.
             prepared (`bool`, *optional*, defaults to `False`):
-                Whether [`Controller.refresh`] was called since the head last changed. Only compiled code asks: it can
-                then use the Gram matrix, and reads the head's own weights otherwise.
+                Whether [`Controller.refresh`] was called since the heads last changed. Only compiled code asks: it can
+                then use the Gram matrix, and reads the heads' own weights otherwise.
 
         Raises:
             `FloatingPointError`: if an edited state is not finite. Compiled code cannot raise: it clamps the edited
@@ -253,16 +155,23 @@ class Controller:
         states = hidden.detach()
         rows = states.reshape(-1, states.shape[-1])
         dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
-        if isinstance(step_size, torch.Tensor):
+
+        def by_row(value: float | torch.Tensor) -> float | torch.Tensor:
+            if not isinstance(value, torch.Tensor):
+                return value
             # The dtype first: not every device knows float64.
-            step_size = step_size.to(dtype).to(rows.device).expand(*states.shape[:-1], 1).reshape(-1, 1)
+            return value.to(dtype).to(rows.device).expand(*states.shape[:-1], 1).reshape(-1, 1)
+
+        weights = dict.fromkeys(self.heads, 1.0) if weights is None else weights
+        names = tuple(weights)
+        numbers = [by_row(step_size), *map(by_row, weights.values())]
         compiling = torch.compiler.is_compiling()
         with torch.no_grad():
             parts = (rows,) if compiling else rows.split(_MAX_ROWS)
-            steps = step_size.split(len(parts[0])) if isinstance(step_size, torch.Tensor) else [step_size] * len(parts)
+            columns = [x.split(len(parts[0])) if isinstance(x, torch.Tensor) else [x] * len(parts) for x in numbers]
             edits = [
-                self._edit_rows(part.to(dtype), control, step, prepared)
-                for part, step in zip(parts, steps, strict=True)
+                self._edit_rows(part.to(dtype), control, alpha, names, omegas, prepared)
+                for part, alpha, *omegas in zip(parts, *columns, strict=True)
             ]
             edit = edits[0] if len(edits) == 1 else torch.cat(edits)
             if compiling:
@@ -288,62 +197,52 @@ class Controller:
             )
         return torch.where(usable, edited, hidden)
 
-    def _edit_rows(self, rows: torch.Tensor, control: ControlConfig, alpha, prepared: bool) -> torch.Tensor:
-        """u for `(rows, hidden_size)` states in the compute dtype, with `alpha` a number or `(rows, 1)`."""
+    def _edit_rows(
+        self, rows: torch.Tensor, control: ControlConfig, alpha, names: tuple[str, ...], weights, prepared: bool
+    ) -> torch.Tensor:
+        """u for `(rows, hidden_size)` states in the compute dtype; `alpha` and `weights` as for [`ascend`]."""
         decay = 1.0 - 2.0 * control.l2 * alpha if control.l2 else 1.0
-        if not self.is_plain:
-            return self._edit_rows_by_module(rows, control, alpha, decay)
-        plan = self._traced_plan(rows, prepared) if torch.compiler.is_compiling() else self._plan(rows)
-        activation = self.head.config.activation
-        x = (rows - plan.mean) / plan.scale
+        if not self._are_plain(names):
+            return self._edit_rows_by_modules(rows, control, alpha, decay, [self.heads[x] for x in names], weights)
+        compiling = torch.compiler.is_compiling()
+        plan = self._traced_plan(rows, names, prepared) if compiling else self._plan(names, rows.device, rows.dtype)
         if control.method == "advantage":
-            *hidden, (weight, bias) = plan.advantage
-            for w, b in hidden:
-                x = self.head.advantage_mlp.activation(torch.addmm(b, x, w.T))
-            return alpha * torch.addmm(bias, x, weight.T)
-        if not plan.layers:
-            # A linear V has the same gradient everywhere.
-            return plan.scale * alpha * sum(decay**k for k in range(control.num_steps)) * plan.out.expand_as(rows)
-        weight, bias = plan.layers[0]
-        z = torch.addmm(bias, x, weight.T)
-        one_relu = len(plan.layers) == 1 and activation == "relu"
-        # Finding the flips makes the host wait for the device at each step: a gain on a CPU only.
-        by_flips = one_relu and plan.gram is not None and rows.device.type == "cpu" and len(rows) > 0
-        if by_flips and not torch.compiler.is_compiling():
-            coefficients = _ascend_by_flips(plan, z, alpha, decay, control.num_steps)
-        else:
-            coefficients = _ascend(plan, activation, z, alpha, decay, control.num_steps)
-        return plan.scale * (coefficients @ weight)
+            return advantage_edit(plan, rows, weights, alpha)
+        target = _target_values(self.heads[names[0]], control, rows)
+        return ascend(plan, rows, weights, alpha, decay, control.num_steps, target, eager=not compiling)
 
-    def _edit_rows_by_module(self, rows: torch.Tensor, control: ControlConfig, alpha, decay) -> torch.Tensor:
-        parameter = next(self.head.parameters(), rows)
-        if parameter.device != rows.device:
-            self.head.to(rows.device)
-        inputs = rows.to(parameter.dtype)
-        if control.method == "advantage":
-            return alpha * self.head.advantage(inputs).to(rows.dtype)
-        scale = getattr(self.head, "state_scale", torch.ones(1)).to(rows.device, parameter.dtype)
-        edit = _ascend_by_autograd(self.head, inputs, scale, alpha, decay, control.num_steps)
-        return (scale * edit).to(rows.dtype)
+    def _edit_rows_by_modules(self, rows: torch.Tensor, control: ControlConfig, alpha, decay, heads, weights):
+        for head in heads:
+            if next(head.parameters(), rows).device != rows.device:
+                head.to(rows.device)
+        if control.method != "advantage":
+            return _ascend_by_autograd(heads, rows, weights, alpha, decay, control)
+        return alpha * sum(
+            weight * head.advantage(rows.to(next(head.parameters(), rows).dtype)).to(rows.dtype)
+            for head, weight in zip(heads, weights, strict=True)
+        )
 
-    def _plan(self, rows: torch.Tensor) -> _Plan:
-        """The plan for such rows, built on first use and again if the head has changed since."""
-        slot = (rows.device, rows.dtype)
-        tensors = list(self.head.state_dict().values())
+    def _plan(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Plan:
+        """The plan for these heads, built on first use and again if a head has changed since."""
+        slot = (device, dtype, names)
+        tensors = [tensor for name in names for tensor in self.heads[name].state_dict().values()]
         known = self._plans.get(slot)
         if known is None or not known[0].matches(tensors):
             with torch.inference_mode(False):
-                known = self._plans[slot] = (_Snapshot(tensors), _build_plan(self.head, *slot))
-        self._last_plan = known[1]
+                plan = build_plan([self.heads[name] for name in names], device, dtype)
+                known = self._plans[slot] = (_Snapshot(tensors), plan)
+        self._last_plan, self._last_names = known[1], names
         return known[1]
 
-    def refresh(self) -> None:
-        """Renew the plan used last if the head has changed since. Called before code that may be compiled."""
-        if self._last_plan is not None and self.is_plain:
-            self._plan(self._last_plan.mean)
+    def refresh(self, names: tuple[str, ...]) -> None:
+        """Renew what was prepared of heads if they have changed since. Called before code that may be compiled."""
+        if names and self._last_plan is not None and self._are_plain(names):
+            mean = self._last_plan.parts[0].mean
+            self._plan(names, mean.device, mean.dtype)
 
-    def _traced_plan(self, rows: torch.Tensor, prepared: bool) -> _Plan:
+    def _traced_plan(self, rows: torch.Tensor, names: tuple[str, ...], prepared: bool) -> Plan:
         plan = self._last_plan
-        if not prepared or plan is None or plan.mean.device != rows.device or plan.mean.dtype != rows.dtype:
-            return _build_plan(self.head, rows.device, rows.dtype, with_gram=False)
+        usable = prepared and plan is not None and self._last_names == names
+        if not usable or plan.parts[0].mean.device != rows.device or plan.parts[0].mean.dtype != rows.dtype:
+            return build_plan([self.heads[name] for name in names], rows.device, rows.dtype, with_gram=False)
         return plan

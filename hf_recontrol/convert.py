@@ -27,7 +27,7 @@ def convert_checkpoint(
 ) -> ValueHead:
     """
     A head from the `.pth` of the authors' code: `relu` layers on the state after the final norm, one output for each
-    attribute, without scaling (https://github.com/Lingkai-Kong/RE-Control, https://github.com/liqinye/pre-control).
+    attribute, without scaling (https://github.com/Lingkai-Kong/RE-Control, https://github.com/Pre-Control/pre-control).
 
     Args:
         path (`str` or `os.PathLike`):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration import ControlConfig, ValueHeadConfig
-from .control import Controller
+from .control import DEFAULT_NAME, Controller
+
+# How much each head counts, by name: a number, or one for each prompt of the batch.
+HeadWeights = Mapping[str, "float | tuple[float, ...]"]
 
 
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -123,8 +126,8 @@ class _Forward:
     edited: bool = False
     # Whether base and controlled states went on together, as a doubled batch.
     doubled: bool = False
-    # The step sizes of the states whose logits are kept, where they differ by row.
-    step_sizes: torch.Tensor | None = None
+    # Which of the states whose logits are kept are edited, where that differs by row.
+    controlled: torch.Tensor | None = None
 
 
 @dataclass
@@ -133,8 +136,10 @@ class _Call:
 
     # `None`: the settings of the model; `False`: no control.
     control: ControlConfig | bool | None = None
-    # Per-row step sizes after beams or num_return_sequences expanded the batch, shape (rows,).
-    step_sizes: torch.Tensor | None = None
+    # `None`: those of the model.
+    weights: HeadWeights | None = None
+    # How many rows beams or num_return_sequences made of each prompt.
+    expansion: int = 1
     generating: bool = False
 
 
@@ -157,6 +162,7 @@ class ControlHooks:
         self.controller = Controller(head)
         self.config = config
         self.control = control
+        self.weights: HeadWeights = {DEFAULT_NAME: 1.0}
         self.layer = hook_layer(model, config)
         self.num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
         self.knows_logits_to_keep = model._supports_logits_to_keep()
@@ -213,20 +219,26 @@ class ControlHooks:
             self.register(model)
 
     @contextmanager
-    def call(self, control: ControlConfig | bool | None, generating: bool = False) -> Iterator[None]:
+    def call(
+        self,
+        control: ControlConfig | bool | None,
+        weights: HeadWeights | None = None,
+        generating: bool = False,
+    ) -> Iterator[None]:
         """
         Settings for the forwards inside the block, in this thread. `None` keeps those of an enclosing block.
 
         Raises:
-            `TypeError`, `ValueError`: if the head cannot do what `control` asks for.
+            `TypeError`, `ValueError`: if the heads cannot do what `control` and `weights` ask for.
         """
-        if control is not None and control is not False:
-            self.check(control)
         outer = getattr(self._thread, "call", None)
-        if control is None and outer is not None:
-            control = outer.control
-        self.controller.refresh()
-        self._thread.call = _Call(control, generating=generating)
+        if outer is not None:
+            control = outer.control if control is None else control
+            weights = outer.weights if weights is None else weights
+        if control is not None or weights is not None:
+            self.check(self.control if control is None else control, self.weights if weights is None else weights)
+        self._thread.call = _Call(control, weights, generating=generating)
+        self.controller.refresh(tuple(self.active_weights()))
         try:
             yield
         finally:
@@ -234,44 +246,86 @@ class ControlHooks:
             # A KeyboardInterrupt reaches no post-hook.
             self._thread.forward = None
 
-    def check(self, control: ControlConfig) -> None:
-        """Raise `TypeError` or `ValueError` if this head, at this hook point, cannot do what `control` asks for."""
+    def check(self, control: ControlConfig | bool, weights: HeadWeights) -> None:
+        """
+        Raise `TypeError` or `ValueError` if these heads, at this hook point, cannot do what `control` asks for
+        (`False`: nothing).
+        """
+        if unknown := sorted(weights.keys() - self.controller.heads.keys()):
+            raise ValueError(f"This model has no head {unknown}, it has {sorted(self.controller.heads)}.")
+        if control is False:
+            return
         if not isinstance(control, ControlConfig):
             raise TypeError(f"`control` must be a ControlConfig, False or None, got {type(control).__name__}.")
-        self.config.check_control(control)
+        active = self.nonzero(weights)
+        for name in active:
+            self.controller.heads[name].config.check_control(control)
+        if control.target is not None and len(active) > 1:
+            raise ValueError(
+                f"`target` is for the values of one head, {len(active)} act: set the weights of the others to 0."
+            )
         if control.plausibility and not self.is_last_layer:
             raise ValueError(
                 f"`plausibility` needs a head at the LM head or the last decoder layer, this one acts on layer "
                 f"{self.layer}: later layers would have to run twice."
             )
 
+    @staticmethod
+    def nonzero(weights: HeadWeights) -> HeadWeights:
+        """Those of the weights that are not 0, in some row at least."""
+        return {name: w for name, w in weights.items() if (any(w) if isinstance(w, tuple) else w)}
+
+    def place(self, model: PreTrainedModel, config: ValueHeadConfig | None = None) -> str:
+        """Where heads of `config`, by default this model's, act, in words."""
+        layer = hook_layer(model, config or self.config)
+        return "the LM head" if layer is None else f"decoder layer {layer}"
+
+    def active_weights(self) -> HeadWeights:
+        """The weights in force in this thread, of the heads that have any."""
+        call = getattr(self._thread, "call", None)
+        return self.nonzero(self.weights if call is None or call.weights is None else call.weights)
+
     def active_control(self) -> ControlConfig | None:
         """The settings in force in this thread, or `None` where the base is to be left alone."""
         call = getattr(self._thread, "call", None)
         control = self.control if call is None or call.control is None else call.control
-        return None if control is False or control.is_identity else control
+        return None if control is False or control.is_identity or not self.active_weights() else control
+
+    def by_row(self) -> dict[str, tuple[float, ...]]:
+        """The settings in force that hold one value for each prompt, by name."""
+        control = self.active_control()
+        if control is None:
+            return {}
+        settings = {"step_size": control.step_size}
+        settings |= {f"the weight of {name!r}": weight for name, weight in self.active_weights().items()}
+        return {name: value for name, value in settings.items() if isinstance(value, tuple)}
 
     def expand(self, batch_size: int, factor: int) -> None:
         """
-        Tell that generate turned `batch_size` prompts into `factor` rows each, for per-row step sizes.
+        Tell that generate turned `batch_size` prompts into `factor` rows each, for settings that differ by row.
 
         Raises:
-            `ValueError`: if there is not one step size for each prompt.
+            `ValueError`: if there is not one value for each prompt.
         """
-        control, call = self.active_control(), getattr(self._thread, "call", None)
-        if control is None or not control.per_row or call is None:
-            return
-        if len(control.step_size) != batch_size:
-            raise ValueError(f"`step_size` holds {len(control.step_size)} values for {batch_size} prompts.")
-        call.step_sizes = torch.tensor(control.step_size, dtype=torch.float64).repeat_interleave(factor)
-
-    def _row_step_sizes(self, control: ControlConfig, num_rows: int) -> torch.Tensor:
         call = getattr(self._thread, "call", None)
-        expanded = None if call is None else call.step_sizes
-        step_sizes = torch.tensor(control.step_size, dtype=torch.float64) if expanded is None else expanded
-        if len(step_sizes) != num_rows:
-            raise ValueError(f"`step_size` holds {len(step_sizes)} values for {num_rows} rows.")
-        return step_sizes
+        if call is None:
+            return
+        for name, values in self.by_row().items():
+            if len(values) != batch_size:
+                raise ValueError(f"`{name}` holds {len(values)} values for {batch_size} prompts.")
+        call.expansion = factor
+
+    def _of_states(self, name: str, value: float | tuple[float, ...], hidden: torch.Tensor) -> float | torch.Tensor:
+        """A setting for states of shape `(rows, positions, width)` or, flattened by a bool mask, `(states, width)`."""
+        if not isinstance(value, tuple):
+            return value
+        forward, call = getattr(self._thread, "forward", None), getattr(self._thread, "call", None)
+        values = torch.tensor(value, dtype=torch.float64).repeat_interleave(1 if call is None else call.expansion)
+        flat = hidden.ndim == 2 and forward is not None and isinstance(forward.logits_to_keep, torch.Tensor)
+        num_rows = len(forward.logits_to_keep) if flat else len(hidden)
+        if len(values) != num_rows:
+            raise ValueError(f"`{name}` holds {len(values)} values for {num_rows} rows.")
+        return values[forward.logits_to_keep.nonzero()[:, 0].cpu()][:, None] if flat else values[:, None, None]
 
     def _edit(self, hidden: torch.Tensor, control: ControlConfig) -> torch.Tensor:
         """Edit states of shape (rows, positions, width) or, flattened by a bool mask, (states, width)."""
@@ -280,23 +334,22 @@ class ControlHooks:
                 f"At {self.config.hook_point!r} this model's states have shape {tuple(hidden.shape)}, the head reads "
                 f"(batch, positions, {self.config.hidden_size}): this architecture cannot be controlled there."
             )
-        step_size: float | torch.Tensor = control.step_size
+        step_size = self._of_states("step_size", control.step_size, hidden)
+        weights = {
+            name: self._of_states(f"the weight of {name!r}", weight, hidden)
+            for name, weight in self.active_weights().items()
+        }
         forward = getattr(self._thread, "forward", None)
         if forward is not None:
             forward.edited = True
-        if control.per_row:
-            if hidden.ndim == 2 and forward is not None and isinstance(forward.logits_to_keep, torch.Tensor):
-                rows = forward.logits_to_keep.nonzero()[:, 0].cpu()
-                step_size = self._row_step_sizes(control, len(forward.logits_to_keep))[rows][:, None]
-            else:
-                step_size = self._row_step_sizes(control, len(hidden))[:, None, None]
-            if forward is not None:
-                forward.step_sizes = step_size
+            moved = step_size * sum(map(abs, weights.values()))
+            forward.controlled = moved != 0 if isinstance(moved, torch.Tensor) else None
         call = getattr(self._thread, "call", None)
         return self.controller.edit(
             hidden,
             control,
             step_size,
+            weights,
             check_states=call is not None and call.generating,
             prepared=call is not None,
         )
@@ -371,9 +424,9 @@ class ControlHooks:
         base, logits = logits.chunk(2)
         base = base.float()
         implausible = base < base.amax(-1, keepdim=True) + math.log(control.plausibility)
-        if forward.step_sizes is not None:
+        if forward.controlled is not None:
             # A row of step size 0 is the base's.
-            implausible &= forward.step_sizes.to(implausible.device) > 0
+            implausible &= forward.controlled.to(implausible.device)
         logits = logits.masked_fill(implausible, -math.inf)
         if isinstance(output, tuple):
             return (logits, *output[1:])

@@ -42,6 +42,20 @@ def matched_head(
     Raises:
         `TypeError`, `ValueError`: as [`ReControlForCausalLM.from_model`].
     """
+    check_model(model)
+    if isinstance(value_head, (str, os.PathLike)):
+        value_head = ValueHead.from_pretrained(value_head)
+    config = head_config(value_head)
+    if control is None:
+        control = config.control or ControlConfig()
+    config.check_control(control)
+    check_head(model, value_head)
+    check_not_idle(value_head, control)
+    return value_head, control
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise `TypeError` or `ValueError` if a model is none that can be controlled."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}.")
     if model.config.is_encoder_decoder:
@@ -49,14 +63,16 @@ def matched_head(
     find_lm_head(model)
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} cannot generate: load it with AutoModelForCausalLM.")
-    if isinstance(value_head, (str, os.PathLike)):
-        value_head = ValueHead.from_pretrained(value_head)
-    config = head_config(value_head)
-    if control is None:
-        control = config.control or ControlConfig()
-    if not isinstance(control, ControlConfig):
-        raise TypeError(f"`control` must be a ControlConfig, got {type(control).__name__}.")
-    config.check_control(control)
+
+
+def check_head(model: PreTrainedModel, head: nn.Module) -> None:
+    """
+    Check that a head reads states that a model has; warns if it was trained for another one.
+
+    Raises:
+        `ValueError`: if it does not, or holds values that are not finite.
+    """
+    config = head_config(head)
     hook_layer(model, config)
     width = hook_width(model, config)
     if width != config.hidden_size:
@@ -65,15 +81,15 @@ def matched_head(
             f"{config.hook_point!r}: it was made for another base model"
             f"{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}."
         )
-    if isinstance(value_head, ValueHead):
-        value_head.check_finite()
-        _check_not_idle(value_head, control)
+    if isinstance(head, ValueHead):
+        head.check_finite()
     _warn_of_other_base(model, config)
-    return value_head, control
 
 
-def _check_not_idle(head: ValueHead, control: ControlConfig) -> None:
+def check_not_idle(head: nn.Module, control: ControlConfig) -> None:
     """Refuse a head whose edit is zero whatever the state: an untrained g, or a V that is constant."""
+    if not isinstance(head, ValueHead):
+        return
     last = (head.advantage_mlp if control.method == "advantage" else head.value_mlp).layers[-1]
     # The bias of V's last layer moves no state; that of g's is the constant part of the edit.
     idle = not last.weight.any() and not (control.method == "advantage" and last.bias.any())

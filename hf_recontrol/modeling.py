@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration import ControlConfig
-from .hooks import ControlHooks, read_states
+from .hooks import ControlHooks, HeadWeights, read_states
 from .hub import portable_name
 from .matching import head_config, matched_head
+from .mixture import ValueHeadMixtureMixin, checked_weights
 from .value_head import ValueHead
 
 logger = logging.get_logger(__name__)
@@ -26,7 +27,7 @@ logger = logging.get_logger(__name__)
 _TRANSIENT = ("_compiled_call", "_last_compile_config")
 
 
-class ReControlForCausalLM:
+class ReControlForCausalLM(ValueHeadMixtureMixin):
     """
     A mixin that puts a loaded causal language model under the control of a head.
 
@@ -52,8 +53,6 @@ class ReControlForCausalLM:
     whose logits are kept. Modes where that cannot hold raise: `use_cache=False`, chunked prefill, classifier-free
     guidance, use as a draft model, continuous batching.
     """
-
-    _recontrol: ControlHooks
 
     @classmethod
     def from_pretrained(
@@ -154,7 +153,7 @@ class ReControlForCausalLM:
 
         hooks = ControlHooks(model, value_head, value_head.config, control)
         try:
-            hooks.check(control)
+            hooks.check(control, hooks.weights)
         except ValueError:
             hooks.remove()
             raise
@@ -172,25 +171,28 @@ class ReControlForCausalLM:
         return self
 
     @property
-    def value_head(self) -> ValueHead:
-        """The head. It is no submodule of the model."""
-        return self._recontrol.controller.head
-
-    @property
     def control(self) -> ControlConfig:
         """The settings of calls that name none. Assign another [`ControlConfig`] to change them."""
         return self._recontrol.control
 
     @control.setter
     def control(self, control: ControlConfig) -> None:
-        self._recontrol.check(control)
+        if control is False:
+            raise TypeError("`control` must be a ControlConfig: `disable_control()` or `control=False` turn it off.")
+        self._recontrol.check(control, self._recontrol.weights)
         self._recontrol.control = control
 
     def disable_control(self) -> AbstractContextManager[None]:
         """A context manager in which the model is the base, in this thread."""
         return self._recontrol.call(False)
 
-    def generate(self, *args, control: ControlConfig | bool | None = None, **kwargs):
+    def generate(
+        self,
+        *args,
+        control: ControlConfig | bool | None = None,
+        value_heads: HeadWeights | None = None,
+        **kwargs,
+    ):
         """
         [`~transformers.GenerationMixin.generate`] under control.
 
@@ -198,6 +200,9 @@ class ReControlForCausalLM:
             control ([`ControlConfig`] or `False`, *optional*):
                 Settings of this call; `False` gives the base, bit for bit. Defaults to `model.control`. A `step_size`
                 that holds one value for each prompt follows beams and `num_return_sequences`.
+            value_heads (mapping of `str` to `float` or a sequence of `float`, *optional*):
+                Weights of the heads in this call, as for [`ReControlForCausalLM.set_value_heads`]. Defaults to those
+                set there.
             args, kwargs:
                 As in the base.
 
@@ -205,31 +210,47 @@ class ReControlForCausalLM:
             `ValueError`: if the head, the control and the generation mode do not go together.
             `FloatingPointError`: if a state is not finite, or control made it so.
         """
+        weights = None if value_heads is None else checked_weights(value_heads)
         self._recontrol.follow(self)
-        with self._recontrol.call(control, generating=True):
+        with self._recontrol.call(control, weights, generating=True):
             return super().generate(*args, **kwargs)
 
-    def generate_batch(self, *args, control: ControlConfig | bool | None = None, **kwargs):
+    def generate_batch(
+        self,
+        *args,
+        control: ControlConfig | bool | None = None,
+        value_heads: HeadWeights | None = None,
+        **kwargs,
+    ):
         """[`~transformers.GenerationMixin.generate_batch`] (continuous batching) under control."""
+        weights = None if value_heads is None else checked_weights(value_heads)
         self._recontrol.follow(self)
-        with self._recontrol.call(control):
+        with self._recontrol.call(control, weights):
             return super().generate_batch(*args, **kwargs)
 
-    def init_continuous_batching(self, *args, control: ControlConfig | bool | None = None, **kwargs):
+    def init_continuous_batching(
+        self,
+        *args,
+        control: ControlConfig | bool | None = None,
+        value_heads: HeadWeights | None = None,
+        **kwargs,
+    ):
         """
         [`~transformers.GenerationMixin.init_continuous_batching`] under control. The manager generates in a thread of
         its own, with the settings in force now.
 
         Raises:
-            `ValueError`: for step sizes per row, and for a head on a layer other than the last.
+            `ValueError`: for step sizes or weights per row, and for a head on a layer other than the last.
         """
         hooks = self._recontrol
+        weights = None if value_heads is None else checked_weights(value_heads)
         hooks.follow(self)
-        with hooks.call(control):
-            active = hooks.active_control()
-            if active is not None and active.per_row:
+        with hooks.call(control, weights):
+            active, weights = hooks.active_control(), hooks.active_weights()
+            if by_row := hooks.by_row():
                 raise ValueError(
-                    "Continuous batching packs requests into one row, so `step_size` cannot differ between them."
+                    f"Continuous batching packs requests into one row, so `{next(iter(by_row))}` cannot differ "
+                    "between them."
                 )
             if active is not None and not hooks.is_last_layer:
                 raise ValueError(
@@ -237,14 +258,18 @@ class ReControlForCausalLM:
                     "requests: generate without it, or use a head on the last layer."
                 )
             manager = super().init_continuous_batching(*args, **kwargs)
-        manager.warmup = _with_settings(hooks, active, type(manager).warmup.__get__(manager))
+        manager.warmup = _with_settings(hooks, active, weights, type(manager).warmup.__get__(manager))
         manager._run_generation_loop = _with_settings(
-            hooks, active, type(manager)._run_generation_loop.__get__(manager)
+            hooks, active, weights, type(manager)._run_generation_loop.__get__(manager)
         )
         return manager
 
     def values(
-        self, input_ids: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        value_head: str | None = None,
+        **kwargs,
     ) -> torch.Tensor:
         """
         V at every position of the base's (uncontrolled) states, in the reward's own units.
@@ -252,11 +277,13 @@ class ReControlForCausalLM:
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`), attention_mask (*optional*, same shape), kwargs:
                 As in the base's forward.
+            value_head (`str`, *optional*):
+                Which head, by name, if the model has several.
 
         Returns:
             `torch.Tensor` of shape `(batch, seq, num_objectives)`. Values at padded positions mean nothing.
         """
-        config, head = self._recontrol.config, self.value_head
+        config, head = self._recontrol.config, self._one_head(value_head)
         if config.hook_point != "lm_head" and self._supports_logits_to_keep():
             kwargs.setdefault("logits_to_keep", 1)
         with self.disable_control(), read_states(self, config) as states:
@@ -265,12 +292,19 @@ class ReControlForCausalLM:
         values = head(states[0].to(parameter.device, parameter.dtype))
         return (head.rewards(values) if isinstance(head, ValueHead) else values).to(states[0].device)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *, value_head: str | None = None, **kwargs) -> None:
         """
         Save the head, its configuration (with `model.control` as the recommended one) and its card; never the base.
 
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                A folder.
+            value_head (`str`, *optional*):
+                Which head, by name, if the model has several.
+
         A call with `state_dict=...`, as [`~transformers.Trainer`] makes for its checkpoints, is about the base: it
-        saves the base as the base would, and the head in the folder `value_head` inside, so that nothing is lost.
+        saves the base as the base would, and the head in the folder `value_head` inside (several heads in folders of
+        their names in there), so that nothing is lost.
         """
         if kwargs and "state_dict" not in kwargs:
             raise TypeError(
@@ -280,19 +314,27 @@ class ReControlForCausalLM:
         if kwargs:
             super().save_pretrained(save_directory, **kwargs)
             save_directory = os.path.join(save_directory, "value_head")
-        self._named_head().save_pretrained(save_directory)
+            if value_head is None and len(self.value_heads) > 1:
+                for name in self.value_heads:
+                    self._named_head(name).save_pretrained(os.path.join(save_directory, name))
+                return
+        self._named_head(value_head).save_pretrained(save_directory)
 
-    def push_to_hub(self, repo_id: str, **kwargs):
+    def push_to_hub(self, repo_id: str, *, value_head: str | None = None, **kwargs):
         """[`ValueHead.push_to_hub`] of what [`ReControlForCausalLM.save_pretrained`] saves; never the base."""
-        return self._named_head().push_to_hub(repo_id, **kwargs)
+        return self._named_head(value_head).push_to_hub(repo_id, **kwargs)
 
-    def _named_head(self) -> ValueHead:
-        head = self.value_head
+    def _named_head(self, name: str | None) -> ValueHead:
+        head = self._one_head(name)
         if not isinstance(head, ValueHead):
             raise TypeError(f"Only a ValueHead can be saved, this head is a {type(head).__name__}.")
         if not head.config.base_model_name_or_path:
             head.config.base_model_name_or_path = portable_name(self.config._name_or_path)
             head.config.base_model_revision = getattr(self.config, "_commit_hash", None)
+        try:
+            head.config.check_control(self.control)
+        except ValueError:  # settings for the model's other heads
+            return head
         if not self.control.per_row:
             head.config.control = self.control
         return head
@@ -343,7 +385,7 @@ def _controlled_class(base: type) -> type:
 
 
 def _base_class(controlled: type) -> type:
-    return controlled.__mro__[2]
+    return controlled.__bases__[1]
 
 
 def _new_instance(base: type):
@@ -351,9 +393,11 @@ def _new_instance(base: type):
     return controlled.__new__(controlled)
 
 
-def _with_settings(hooks: ControlHooks, control: ControlConfig | None, function: Callable) -> Callable:
+def _with_settings(
+    hooks: ControlHooks, control: ControlConfig | None, weights: HeadWeights, function: Callable
+) -> Callable:
     def run(*args, **kwargs):
-        with hooks.call(control or False):
+        with hooks.call(control or False, weights):
             return function(*args, **kwargs)
 
     return run

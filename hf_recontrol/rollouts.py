@@ -269,7 +269,10 @@ def write_rollouts(
         "generation_config": {key: value for key, value in config.to_diff_dict().items() if key[0] != "_"},
         "seed": seed,
         "control": control.to_dict() if isinstance(control, ControlConfig) else control,
-        "head_fingerprint": model_fingerprint(model.value_head) if control is not False else None,
+        "heads": {
+            name: [weight, model_fingerprint(model.value_heads[name])]
+            for name, weight in (model.value_head_weights.items() if control is not False else ())
+        },
         "part_size": part_size,
     }
     settings["generation_config"].pop("transformers_version", None)

@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -30,10 +31,52 @@ def _mlp(layers: nn.ModuleList, activation: str, x: torch.Tensor) -> torch.Tenso
     return x
 
 
+@dataclass
+class Mixture:
+    """Heads with a weight each: a number, or one for each row."""
+
+    heads: list[ValueHead]
+    weights: list
+
+    @property
+    def config(self):
+        return self.heads[0].config
+
+    def edit(self, hidden: torch.Tensor, control: ControlConfig, dtype: torch.dtype) -> torch.Tensor:
+        """The naive sum, in the coordinates of the state itself: u <- u + a (sum w scale^2 grad V(h + u) - 2 l2 u)."""
+        with torch.inference_mode(False), torch.enable_grad():
+            rows = [torch.tensor(x, dtype=dtype) for x in (control.step_size, *self.weights)]
+            step_size, *weights = [x[:, None, None] if x.ndim else x for x in rows]
+            hidden = hidden.detach().clone().to(dtype)
+            edit = torch.zeros_like(hidden)
+            for _ in range(control.num_steps if control.method == "ascent" else 1):
+                change = torch.zeros_like(hidden)
+                for head, weight in zip(self.heads, weights, strict=True):
+                    mean, scale = head.state_mean.detach().to(dtype), head.state_scale.detach().to(dtype)
+                    moved = (hidden + edit).detach().requires_grad_(True)
+                    x = (moved - mean) / scale
+                    if control.method == "advantage":
+                        change += weight * _mlp(head.advantage_mlp.layers, head.config.activation, x).detach()
+                        continue
+                    values = _mlp(head.value_mlp.layers, head.config.activation, x)
+                    total = values.sum()
+                    if control.target is not None:
+                        target, r_mean, r_std = (
+                            torch.tensor(y, dtype=dtype)
+                            for y in (control.target, head.config.reward_mean, head.config.reward_std)
+                        )
+                        total = -0.5 * (values - (target - r_mean) / r_std).square().sum()
+                    change += weight * scale**2 * torch.autograd.grad(total, moved)[0]
+                edit = edit + step_size * (change - 2 * control.l2 * edit)
+            return edit.detach()
+
+
 def reference_edit(
-    head: ValueHead, hidden: torch.Tensor, control: ControlConfig, dtype: torch.dtype = torch.float64
+    head: ValueHead | Mixture, hidden: torch.Tensor, control: ControlConfig, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
     """u for states of shape `(rows, positions, width)`, computed in `dtype`."""
+    if isinstance(head, Mixture):
+        return head.edit(hidden, control, dtype)
     with torch.inference_mode(False), torch.enable_grad():
         step_size = torch.tensor(control.step_size, dtype=dtype)
         if control.per_row:

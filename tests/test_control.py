@@ -13,9 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import hf_recontrol.ascent
 import hf_recontrol.control
 from hf_recontrol import ControlConfig, ValueHead, ValueHeadConfig
-from hf_recontrol.control import Controller
+from hf_recontrol.control import DEFAULT_NAME, Controller
 
 from .conftest import make_head
 
@@ -242,13 +243,13 @@ def test_all_forms_of_the_relu_ascent_agree(num_steps, l2, batch, monkeypatch):
     by_flips = edit(head, states, control, step_size)
     with monkeypatch.context() as patch:
         patch.setattr(
-            hf_recontrol.control,
+            hf_recontrol.ascent,
             "_ascend_by_flips",
-            lambda plan, *arguments: hf_recontrol.control._ascend(plan, "relu", *arguments),
+            lambda *arguments: hf_recontrol.ascent._ascend(*arguments, target=None),
         )
         dense = edit(head, states, control, step_size)
-    build = hf_recontrol.control._build_plan
-    monkeypatch.setattr(hf_recontrol.control, "_build_plan", lambda *args: build(*args, with_gram=False))
+    build = hf_recontrol.control.build_plan
+    monkeypatch.setattr(hf_recontrol.control, "build_plan", lambda *args: build(*args, with_gram=False))
     direct = edit(head, states, control, step_size)
     torch.testing.assert_close(by_flips, dense, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(direct, dense, rtol=1e-9, atol=1e-9)
@@ -569,8 +570,8 @@ def test_a_head_that_changed_is_noticed(name, dtype):
 
 def test_a_head_that_did_not_change_is_prepared_once(monkeypatch):
     builds = []
-    build = hf_recontrol.control._build_plan
-    monkeypatch.setattr(hf_recontrol.control, "_build_plan", lambda *args: builds.append(args[2]) or build(*args))
+    build = hf_recontrol.control.build_plan
+    monkeypatch.setattr(hf_recontrol.control, "build_plan", lambda *args: builds.append(args[2]) or build(*args))
     controller, control = Controller(make_head()), ControlConfig(num_steps=5)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float64):
         for shape in ((1, 16), (2, 3, 16)):
@@ -587,8 +588,8 @@ def test_a_copy_prepares_its_own_tensors(clone):
     other = clone(controller)
     assert not other._plans and other._last_plan is None
     assert torch.equal(other.edit(states, control, 0.5), expected)
-    if other.head is not head:
-        change_in_place(other.head)
+    if other.heads[DEFAULT_NAME] is not head:
+        change_in_place(other.heads[DEFAULT_NAME])
         assert not torch.equal(other.edit(states, control, 0.5), expected)
         assert torch.equal(controller.edit(states, control, 0.5), expected)
 
@@ -608,7 +609,7 @@ def test_old_preparations_are_freed_when_the_head_changes():
     controller, control = Controller(make_head()), ControlConfig(num_steps=3)
     controller.edit(torch.randn(3, 16), control, 0.5)
     old = weakref.ref(controller._last_plan.gram)
-    change_in_place(controller.head)
+    change_in_place(controller.heads[DEFAULT_NAME])
     controller.edit(torch.randn(3, 16), control, 0.5)
     gc.collect()
     assert old() is None
