@@ -27,7 +27,7 @@ from hf_recontrol.activations import write_states
 from hf_recontrol.advantage import fit_advantage
 from hf_recontrol.figures import episode_summaries, value_figures
 from hf_recontrol.files import atomic_path
-from hf_recontrol.hooks import hook_width
+from hf_recontrol.places import hook_width
 from hf_recontrol.stage import read_manifest
 from hf_recontrol.store import States, StateStore
 from hf_recontrol.targets import pad_episodes, td_targets

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatching
 from hf_recontrol import ValueHeadConfig
 from hf_recontrol.activations import teacher_forced, write_states
 from hf_recontrol.demo import embedded_model
-from hf_recontrol.hooks import find_lm_head, hook_width
 from hf_recontrol.labels import label_rollouts
+from hf_recontrol.places import find_lm_head, hook_width
 from hf_recontrol.prompts import encode_prompt, load_prompts
 from hf_recontrol.records import load_rollouts
 from hf_recontrol.rollouts import generate_rollouts, pad_batch, write_rollouts

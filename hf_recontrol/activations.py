@@ -16,9 +16,10 @@ from transformers.utils import logging
 
 from .configuration import ControlConfig, ValueHeadConfig
 from .files import atomic_path
-from .hooks import find_lm_head, hook_width, read_states
+from .hooks import read_states
 from .hub import portable_name
 from .modeling import ReControlForCausalLM
+from .places import find_lm_head, hook_width
 from .prompts import Prompt
 from .records import Rollout, count_rollouts, load_rollouts, rollout_parts
 from .rollouts import pad_batch

@@ -346,7 +346,7 @@ def states(
     from .activations import write_states
     from .configuration import ValueHeadConfig
     from .files import check_target
-    from .hooks import hook_width
+    from .places import hook_width
     from .records import rollout_parts
     from .stage import MANIFEST_NAME
 
@@ -454,6 +454,9 @@ def generate(
     step_size: Annotated[float | None, typer.Option(help="α, or 1/τ; default: the head's.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Ascent steps; default: the head's.")] = None,
     plausibility: Annotated[float | None, typer.Option(help="p; default: the head's.")] = None,
+    target: Annotated[
+        list[float] | None, typer.Option(help="Value to approach (ascent); once for each objective.")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also show the base's answer.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens drawn at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
@@ -474,6 +477,8 @@ def generate(
 
     names = {"method": method, "step_size": step_size, "num_steps": num_steps, "plausibility": plausibility}
     changes = {name: value for name, value in names.items() if value is not None}
+    if target:
+        changes["target"] = target
     options = {"dtype": dtype, "device": device}
     if model is None:
         controlled = _on_device(ReControlForCausalLM.from_pretrained, head, **options)

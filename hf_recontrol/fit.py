@@ -27,10 +27,10 @@ from .configuration import ControlConfig, ValueHeadConfig
 from .evaluation import match_kl
 from .evaluation.report import write_report
 from .files import check_target, make_folder
-from .hooks import hook_width
 from .hub import check_base
 from .labels import label_rollouts
 from .modeling import ReControlForCausalLM
+from .places import hook_width
 from .prompts import Prompts, load_prompts
 from .records import Rollout, load_rollouts, rollout_parts
 from .rewards import RewardFunction, by_name, check_columns, load_reward, reward_name, vader

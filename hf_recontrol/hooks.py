@@ -1,4 +1,4 @@
-"""Where a head acts in a model: its decoder layers, its LM head, and the hooks that edit or read the state there."""
+"""The hooks that edit or read the state where heads act, and the settings that they follow."""
 
 from __future__ import annotations
 
@@ -15,77 +15,10 @@ from transformers import PreTrainedModel
 
 from .configuration import ControlConfig, ValueHeadConfig
 from .control import DEFAULT_NAME, Controller
+from .places import find_decoder_layers, find_lm_head, hook_layer
 
 # How much each head counts, by name: a number, or one for each prompt of the batch.
 HeadWeights = Mapping[str, "float | tuple[float, ...]"]
-
-
-def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """
-    The decoder layers of a causal language model (of its language half, if it is multimodal).
-
-    They are the outermost `ModuleList` of `num_hidden_layers` modules inside the decoder.
-
-    Raises:
-        `ValueError`: if there is no such list, or more than one.
-    """
-    num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = [
-        (name, module)
-        for name, module in model.get_decoder().named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
-    outermost = min((name.count(".") for name, _ in lists), default=0)
-    lists = [(name, module) for name, module in lists if name.count(".") == outermost]
-    if len(lists) != 1:
-        found = "none" if not lists else ", ".join(name for name, _ in lists)
-        raise ValueError(
-            f"{type(model).__name__} cannot be controlled at a decoder layer: its decoder should hold one ModuleList "
-            f"of num_hidden_layers={num_layers} layers, found {found}. Use a head with `hook_point='lm_head'`."
-        )
-    return lists[0][1]
-
-
-def find_lm_head(model: PreTrainedModel) -> nn.Module:
-    """
-    The module that maps the last hidden state to logits.
-
-    Raises:
-        `ValueError`: if the model has none.
-    """
-    lm_head = model.get_output_embeddings()
-    if lm_head is None:
-        raise ValueError(f"{type(model).__name__} has no LM head: load the model with AutoModelForCausalLM.")
-    return lm_head
-
-
-def hook_layer(model: PreTrainedModel, config: ValueHeadConfig) -> int | None:
-    """
-    Index, counted from 0, of the decoder layer that a head of this configuration reads, or `None` at the LM head.
-
-    Raises:
-        `ValueError`: if the model has no such layer.
-    """
-    if config.hook_point == "lm_head":
-        return None
-    num_layers = len(find_decoder_layers(model))
-    if not -num_layers <= config.layer < num_layers:
-        raise ValueError(f"The head reads decoder layer {config.layer}, {type(model).__name__} has {num_layers}.")
-    return config.layer % num_layers
-
-
-def hook_width(model: PreTrainedModel, config: ValueHeadConfig) -> int:
-    """
-    Width of the state at the hook point of `config`.
-
-    Raises:
-        `ValueError`: if the model has no such place.
-    """
-    text_config = model.config.get_text_config(decoder=True)
-    if hook_layer(model, config) is None:
-        lm_head = find_lm_head(model)
-        return getattr(lm_head, "in_features", None) or text_config.hidden_size
-    return text_config.hidden_size
 
 
 def _keep(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

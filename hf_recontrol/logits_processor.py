@@ -15,9 +15,9 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from .configuration import ControlConfig
 from .control import Controller
-from .hooks import find_lm_head
 from .matching import matched_head
 from .modeling import ReControlForCausalLM
+from .places import find_lm_head
 from .value_head import ValueHead
 
 # How large the logits of the second probe are made: beyond what any soft cap leaves alone.

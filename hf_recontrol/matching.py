@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration import ControlConfig, ValueHeadConfig
-from .hooks import find_lm_head, hook_layer, hook_width
+from .places import find_lm_head, hook_layer, hook_width
 from .value_head import ValueHead
 
 logger = logging.get_logger(__name__)
