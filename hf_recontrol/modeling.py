@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .configuration import ControlConfig
 from .hooks import ControlHooks, read_states
-from .hub import portable_name
+from .hub import is_repo_id, portable_name
 from .matching import head_config, matched_head
 from .value_head import ValueHead
 
@@ -100,6 +100,12 @@ class ReControlForCausalLM:
             if base is None:
                 raise ValueError(
                     f"The head {pretrained_model_name_or_path!s} does not say which model it is for: name it, "
+                    f"`from_pretrained('org/base', value_head={str(pretrained_model_name_or_path)!r})`."
+                )
+            if not os.path.exists(pretrained_model_name_or_path) and not is_repo_id(base):
+                raise ValueError(
+                    f"The head {pretrained_model_name_or_path!s} comes from the Hub and names a base that does not, "
+                    f"{base!r}: name the base yourself, "
                     f"`from_pretrained('org/base', value_head={str(pretrained_model_name_or_path)!r})`."
                 )
         elif isinstance(value_head, nn.Module):

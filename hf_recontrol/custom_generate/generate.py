@@ -16,6 +16,7 @@ from torch import nn
 
 REPO = None
 DEFAULTS = {"method": "ascent", "step_size": 0.5, "num_steps": 30, "l2": 0.0, "plausibility": 0.0}
+HIGHEST = {"step_size": 1e30, "num_steps": 10_000, "l2": 1e30, "plausibility": 1}
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "silu": nn.functional.silu, "gelu": nn.functional.gelu}
 
 
@@ -30,12 +31,10 @@ def generate(model, value_head=None, control=None, **kwargs):
     """
     config, tensors = load_head(value_head or REPO, kwargs)
     settings = DEFAULTS | (config["control"] or {}) | (control or {})
-    if unknown := sorted(settings.keys() - DEFAULTS.keys()):
-        raise ValueError(f"`control` holds {unknown}, expected some of {sorted(DEFAULTS)}.")
-    if settings["method"] == "advantage" and config["advantage_sizes"] is None:
-        raise ValueError("This head has no advantage part: use method='ascent'.")
+    check(config, tensors, settings)
+    no_steps = settings["step_size"] == 0 or (settings["method"] == "ascent" and settings["num_steps"] == 0)
     with ExitStack() as hooks:
-        if control is not False:
+        if control is not False and not no_steps:
             for handle in add_hooks(model, config, tensors, settings):
                 hooks.callback(handle.remove)
         return model.generate(**kwargs)
@@ -52,6 +51,30 @@ def load_head(name, kwargs):
     ]
     with open(paths[0], encoding="utf-8") as file:
         return json.load(file), load_file(paths[1])
+
+
+def check(config, tensors, settings):
+    """Raise `ValueError` for values that mean nothing here: the head's files may be anybody's."""
+    if unknown := sorted(settings.keys() - DEFAULTS.keys()):
+        raise ValueError(f"`control` holds {unknown}, expected some of {sorted(DEFAULTS)}.")
+    for name, highest in HIGHEST.items():
+        kinds = (int,) if name == "num_steps" else (int, float)
+        if type(settings[name]) not in kinds or not 0 <= settings[name] <= highest:
+            raise ValueError(f"`{name}` must be one number from 0 to {highest:g}, got {settings[name]!r}.")
+    if settings["method"] == "ascent" and settings["step_size"] * settings["l2"] >= 1:
+        raise ValueError("`step_size * l2` must be below 1, or the steps run away.")
+    for name, value, known in (
+        ("format_version", config["format_version"], (1,)),
+        ("hook_point", config["hook_point"], ("decoder_layer", "lm_head")),
+        ("activation", config["activation"], tuple(ACTIVATIONS)),
+        ("method", settings["method"], ("ascent", "advantage")),
+    ):
+        if value not in known:
+            raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
+    if settings["method"] == "advantage" and config["advantage_sizes"] is None:
+        raise ValueError("This head has no advantage part: use method='ascent'.")
+    if bad := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
+        raise ValueError(f"The head's tensors {bad} hold NaN or infinite values.")
 
 
 def mlp(tensors, part, activation, x):
