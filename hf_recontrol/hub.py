@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
 # HTTPError is that of the HTTP library which huggingface_hub uses: a connection that broke is no error of its own.
 from huggingface_hub.errors import (
@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
 
 from ._version import __version__
 from .configuration import ValueHeadConfig
@@ -130,20 +131,20 @@ def explained(action: str, repo_id: str) -> Iterator[None]:
         raise OSError(f"Could not {action} {repo_id!r}: offline mode is on, unset HF_HUB_OFFLINE.") from error
     except HfHubHTTPError as error:
         raise _refused(action, repo_id, error) from error
-    except ValueError as error:
-        # The Hub finds the card's metadata wrong, or what answered is no Hub.
-        raise OSError(f"Could not {action} {repo_id!r}: {error}") from error
     except (HTTPError, ConnectionError, TimeoutError) as error:
         raise OSError(
             f"Could not {action} {repo_id!r}: the connection failed ({type(error).__name__}: {error}). Check it, and "
             "try again."
         ) from error
-    except RuntimeError as error:
-        # huggingface_hub wraps what ends the upload of a large file.
-        if not isinstance(error.__cause__, HTTPError):
+    except (RuntimeError, ValueError) as error:
+        # huggingface_hub wraps what ends the upload of a large file, or a download that was forced.
+        if isinstance(error.__cause__, (HTTPError, ConnectionError, TimeoutError)):
+            with explained(action, repo_id):
+                raise error.__cause__ from error
+        if isinstance(error, RuntimeError):
             raise
-        with explained(action, repo_id):
-            raise error.__cause__ from error
+        # The Hub finds the card's metadata wrong, or what answers is no Hub.
+        raise OSError(f"Could not {action} {repo_id!r}: {error}") from error
 
 
 def _refused(action: str, repo_id: str, error: HfHubHTTPError) -> OSError:
@@ -173,6 +174,21 @@ def check_base(name_or_path: str | os.PathLike) -> None:
     except (OSError, ValueError):
         return
     raise OSError(f"{name_or_path} is a value head, not a model: its base is {config.base_model_name_or_path}.")
+
+
+def with_commit(
+    model: PreTrainedModel, revision: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> PreTrainedModel:
+    """
+    A model that was just loaded, with the commit of its repo in its configuration, so that a head can name the very
+    weights that it was trained on. Releases of transformers that note it themselves are left to it.
+    """
+    name = str(model.config._name_or_path)
+    if getattr(model.config, "_commit_hash", None) is None and is_repo_id(name) and not os.path.exists(name):
+        file = try_to_load_from_cache(name, CONFIG_NAME, cache_dir=cache_dir, revision=revision)
+        if isinstance(file, str):
+            model.config._commit_hash = Path(file).parent.name
+    return model
 
 
 def portable_name(name_or_path: str) -> str | None:
@@ -256,7 +272,10 @@ def _branch(api: HfApi, repo_id: str, branch: str | None) -> Iterator[None]:
 
 def _card_of(repo_id: str, subfolder: str, revision: str | None, token: str | bool | None) -> str | None:
     try:
-        card = hf_hub_download(repo_id, CARD_NAME, subfolder=subfolder or None, revision=revision, token=token)
+        # By force: else a card in the cache, or none, would be the answer where the Hub gives no answer.
+        card = hf_hub_download(
+            repo_id, CARD_NAME, subfolder=subfolder or None, revision=revision, token=token, force_download=True
+        )
     except EntryNotFoundError:
         return None
     return Path(card).read_text(encoding="utf-8", errors="replace")

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .configuration import ControlConfig
 from .hooks import ControlHooks, read_states
-from .hub import is_repo_id, portable_name
+from .hub import is_repo_id, portable_name, with_commit
 from .matching import head_config, matched_head
 from .value_head import ValueHead
 
@@ -120,6 +120,8 @@ class ReControlForCausalLM:
         if subfolder:
             kwargs["subfolder"] = subfolder
         model = AutoModelForCausalLM.from_pretrained(base, *model_args, **kwargs)
+        if not subfolder:
+            with_commit(model, revision, kwargs.get("cache_dir"))
         return cls.from_model(model, head, control)
 
     @classmethod

@@ -95,6 +95,19 @@ def without(state, name):
         (lambda s: {**s, "fc1.weight": torch.full((24, 16), torch.nan)}, "NaN or infinite"),
         (lambda s: {**s, "module.fc1.weight": s["fc1.weight"]}, "not one weight and one bias"),
         (lambda s: {"layers.0.weight": s["fc1.weight"], "layers.1.weight": s["fc2.weight"]}, "not one weight"),
+        (
+            lambda s: {
+                **without(without(s, "fc2.weight"), "fc2.bias"),
+                "fc4.weight": s["fc2.weight"],
+                "fc4.bias": s["fc2.bias"],
+            },
+            "expected fc1, fc2, fc3",
+        ),
+        (lambda s: {**s, "fc02.weight": s["fc2.weight"]}, "holds 'fc02.weight'"),
+        # One number in the file, a terabyte to whoever copies it.
+        (lambda s: {"fc1.weight": torch.zeros(1).expand(500_000, 500_000)}, "holds 'fc1.weight'"),
+        (lambda s: {**s, "fc1.weight": torch.ones(24, 16, device="meta")}, "holds 'fc1.weight'"),
+        (lambda s: {**s, "fc1.weight": s["fc1.weight"].to_sparse()}, "holds 'fc1.weight'"),
         (lambda s: Sequence(16, 8).layers[1:].state_dict(prefix="layers."), "expected 0, 2, 4"),
         (lambda s: [1, 2], "holds list"),
         (lambda s: {}, "holds dict"),
