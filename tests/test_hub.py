@@ -515,6 +515,53 @@ for options in ({}, {"local_dir": sys.argv[1]}):
     assert values == [pytest.approx(value_of(head), rel=1e-4)] * 2
 
 
+def test_code_from_a_repo_runs_with_trust_remote_code_alone(hub, run, tmp_path):
+    base = make_llama()
+    base.save_pretrained(tmp_path / "evil")
+    config = json.loads((tmp_path / "evil" / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (tmp_path / "evil" / "config.json").write_text(json.dumps(config))
+    touch = f"import pathlib\npathlib.Path({str(tmp_path / 'touched')!r}).touch()\n"
+    (tmp_path / "evil" / "evil.py").write_text(touch)
+    base.save_pretrained(tmp_path / "base")
+    make_head(base_model_name_or_path="org/evil").save_pretrained(tmp_path / "head")
+    hub.put("org/evil", tmp_path / "evil")
+    hub.put("org/base", tmp_path / "base")
+    hub.put("me/head", tmp_path / "head")
+    code = {"custom_generate/generate.py": touch.encode() + b"def generate(model, **kwargs): return 'code'\n"}
+    hub.repos["me/head"].branches["main"] |= code | {"modeling.py": touch.encode(), "__init__.py": touch.encode()}
+    script = (
+        PRELUDE
+        + """
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+touched = Path(sys.argv[1])
+ValueHead.from_pretrained("me/head")
+model = ReControlForCausalLM.from_pretrained("org/base", value_head="me/head")
+ids = torch.ones(1, 2, dtype=torch.long)
+model.generate(ids, max_new_tokens=2)
+model.unload()
+for call in (
+    lambda **trust: ReControlForCausalLM.from_pretrained("me/head", **trust),
+    lambda **trust: model.generate(ids, custom_generate="me/head", **trust),
+):
+    try:
+        call()
+    except ValueError as error:
+        print("REFUSED", "trust_remote_code" in str(error))
+    assert not touched.exists()
+    try:
+        call(trust_remote_code=True)
+    except Exception as error:
+        print(error)
+    print(touched.exists())
+    touched.unlink()
+"""
+    )
+    output = run(script, str(tmp_path / "touched"), endpoint=hub.endpoint)
+    assert output.count("REFUSED True") == 2 and output.splitlines().count("True") == 2, output
+
+
 def test_the_token_is_in_no_log_no_error_and_no_file(hub, run, tmp_path):
     make_head(base_model_name_or_path="org/private").save_pretrained(tmp_path / "head")
     make_llama().save_pretrained(tmp_path / "base")
