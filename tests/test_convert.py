@@ -130,8 +130,9 @@ def test_nothing_in_the_file_is_run(tmp_path, monkeypatch):
     Path("plain.pth").write_bytes(pickle.dumps(Evil()))
     Path("text.pth").write_text("hello")
     Path("empty.pth").write_bytes(b"")
+    Path("short.pth").write_bytes(b"\x80\x02.")  # what the unpickler pops from an empty stack is an IndexError
     torch.save(ThreeLayers(16, 24), "module.pth")
-    for name in ("evil", "plain", "text", "empty", "module"):
+    for name in ("evil", "plain", "text", "empty", "short", "module"):
         with pytest.raises(ValueError, match=rf"{name}\.pth is no file of tensors alone"):
             convert_checkpoint(f"{name}.pth")
     assert not Path("touched").exists()
