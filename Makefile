@@ -6,7 +6,7 @@ PROMPTS ?= examples/prompts.jsonl
 OUTPUT ?= demo
 SEED ?= 0
 
-.PHONY: demo test test-slow lint format heads clean
+.PHONY: demo test test-slow fuzz lint format heads clean
 
 demo: .venv/demo
 	$(BIN)/recontrol demo --prompts "$(PROMPTS)" --output "$(OUTPUT)" --seed $(SEED) $(if $(MODEL),--model "$(MODEL)")
@@ -16,6 +16,17 @@ test: .venv/dev
 
 test-slow: .venv/dev .venv/demo
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+# Each target for so many seconds. What breaks one is left in build/fuzz.
+FUZZ_SECONDS ?= 60
+fuzz: .venv/dev
+	$(PIP) atheris
+	@mkdir -p build/fuzz
+	@for target in config weights header card described custom checkpoint pickle manifest; do \
+		echo "Fuzzing: $$target"; \
+		$(BIN)/python -W ignore tests/fuzz_untrusted.py $$target -max_total_time=$(FUZZ_SECONDS) -verbosity=0 \
+			-artifact_prefix=build/fuzz/$$target- || exit 1; \
+	done
 
 lint: .venv/dev
 	$(BIN)/ruff check .

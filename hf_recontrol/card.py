@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ._version import __version__
 from .configuration import TrainingRecord, ValueHeadConfig
 from .files import atomic_path
-from .hub import CARD_NAME, REPO_ID
+from .hub import CARD_NAME, is_repo_id
 
 # Ends a card that nobody has edited: the checksum of what stands before it.
 _SEAL = re.compile(r"\n<!-- as written by hf_recontrol: (?P<checksum>[0-9a-f]{64}) -->\n$")
@@ -38,7 +39,11 @@ deceive or harass people, or in place of the safeguards that its base needs."""
 
 
 def model_card(
-    config: ValueHeadConfig, repo_id: str | None = None, subfolder: str = "", tags: list[str] | None = None
+    config: ValueHeadConfig,
+    repo_id: str | None = None,
+    subfolder: str = "",
+    tags: list[str] | None = None,
+    revision: str | None = None,
 ) -> str:
     """
     The text of the card of a head. It states what is known and leaves out the rest.
@@ -52,10 +57,12 @@ def model_card(
             Where in the repo.
         tags (`list[str]`, *optional*):
             Further tags.
+        revision (`str`, *optional*):
+            The branch, if it is not the repo's first.
     """
     training = config.training or TrainingRecord()
     base = config.base_model_name_or_path
-    base_on_hub = base if base and REPO_ID.fullmatch(base) and not Path(base).exists() else None
+    base_on_hub = base if base and is_repo_id(base) and not Path(base).exists() else None
     title = f"Value head for {base_on_hub or 'a causal language model'}"
     results = _eval_results(training)
     data = ModelCardData(
@@ -63,7 +70,7 @@ def model_card(
         pipeline_tag="text-generation",
         base_model=base_on_hub,
         base_model_relation="adapter" if base_on_hub else None,
-        datasets=training.dataset if training.dataset and REPO_ID.fullmatch(training.dataset) else None,
+        datasets=training.dataset if training.dataset and is_repo_id(training.dataset) else None,
         tags=["re-control", "value-head", *(tags or [])],
         model_name=(repo_id.split("/")[-1] if repo_id else title) if results else None,
         eval_results=results or None,
@@ -71,7 +78,7 @@ def model_card(
     sections = [
         f"# {title}",
         _introduction(training),
-        _usage(base if repo_id is None else base_on_hub, repo_id or ".", subfolder),
+        _usage(base if repo_id is None else base_on_hub, repo_id or ".", subfolder, revision),
         _bullets("## The head", _shape(config, base_on_hub)),
         _bullets("## Training data", _data(config, training)),
         _measured(training),
@@ -129,8 +136,11 @@ def _introduction(training: TrainingRecord) -> str:
     )
 
 
-def _usage(base: str | None, name: str, subfolder: str) -> str:
-    place = f'"{name}", subfolder="{subfolder}"' if subfolder else f'"{name}"'
+def _usage(base: str | None, name: str, subfolder: str, revision: str | None) -> str:
+    # As JSON, so that no name ends its string and goes on as code.
+    where = {"subfolder": subfolder, "revision": revision}
+    options = "".join(f", {key}={json.dumps(value)}" for key, value in where.items() if value)
+    place = json.dumps(name) + options
     if base is None:
         return f"""## Use
 
@@ -142,10 +152,9 @@ from hf_recontrol import ReControlForCausalLM, ValueHead
 model = ReControlForCausalLM.from_model(model, ValueHead.from_pretrained({place}))
 print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=48)[0]))
 ```"""
-    where = " in this folder" if name == "." else ""
     text = f"""## Use
 
-`pip install hf_recontrol`, then{where}:
+`pip install hf_recontrol`, then{" in this folder" if name == "." else ""}:
 
 ```python
 from transformers import AutoTokenizer
@@ -161,7 +170,7 @@ print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"),
         return text
     return (
         f"{text} With transformers alone, and the base as `model`:\n\n```python\n"
-        f'model.generate(**inputs, custom_generate="{name}", trust_remote_code=True)\n```'
+        f"model.generate(**inputs, custom_generate={place}, trust_remote_code=True)\n```"
     )
 
 

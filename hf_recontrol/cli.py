@@ -81,7 +81,7 @@ def _options(
 def _load_base(model: str, dtype: str, device: str | None, head: str | None = None):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .hub import check_base
+    from .hub import check_base, with_commit
     from .modeling import ReControlForCausalLM
 
     check_base(model)
@@ -89,7 +89,8 @@ def _load_base(model: str, dtype: str, device: str | None, head: str | None = No
     if head is not None:
         base = _on_device(ReControlForCausalLM.from_pretrained, model, value_head=head, dtype=dtype, device=device)
         return base, tokenizer, base.control
-    return _on_device(AutoModelForCausalLM.from_pretrained, model, dtype=dtype, device=device), tokenizer, False
+    base = _on_device(AutoModelForCausalLM.from_pretrained, model, dtype=dtype, device=device)
+    return with_commit(base), tokenizer, False
 
 
 def _on_device(load, *names, dtype: str, device: str | None, **kwargs):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +20,10 @@ FORMAT_VERSION = 1
 CONTROL_METHODS = ("ascent", "advantage")
 HOOK_POINTS = ("decoder_layer", "lm_head")
 ACTIVATIONS = ("relu", "silu", "gelu", "tanh")
+# A configuration may be anybody's: these keep a few bytes of it from asking for hours, or for all the memory.
+_MAX_LAYERS = 100
+_MAX_STEPS = 10_000
+_MAX_BYTES = 1 << 20
 
 
 def _check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
@@ -47,6 +53,8 @@ def _check_int(name: str, value: Any, low: int) -> None:
 def _check_widths(name: str, value: Any) -> list[int]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ValueError(f"`{name}` must be a list of layer widths, got {value!r}.")
+    if len(value) > _MAX_LAYERS:
+        raise ValueError(f"`{name}` must hold at most {_MAX_LAYERS} layer widths, got {len(value)}.")
     for width in value:
         _check_int(f"{name}[...]", width, low=1)
     return list(value)
@@ -89,7 +97,8 @@ class ControlConfig:
             α: the ascent's step size, or 1/τ of the advantage edit, in units where the values are standardised. A
             sequence holds one value for each prompt of the batch. At 0 the base's logits are untouched.
         num_steps (`int`, *optional*, defaults to 30):
-            Number of ascent steps. Not used by the advantage edit. At 0 the base's logits are untouched.
+            Number of ascent steps, at most 10,000. Not used by the advantage edit. At 0 the base's logits are
+            untouched.
         l2 (`float`, *optional*, defaults to 0.0):
             λ of the ascent's penalty `λ‖d‖²` on the edit in scaled coordinates. `step_size * l2` must be below 1, or
             the steps would run away. Not used by the advantage edit.
@@ -119,6 +128,8 @@ class ControlConfig:
             if self.method != "ascent":
                 raise ValueError("`target` is for `method='ascent'`: the advantage edit knows no values.")
         _check_int("num_steps", self.num_steps, low=0)
+        if self.num_steps > _MAX_STEPS:
+            raise ValueError(f"`num_steps` must be at most {_MAX_STEPS}, got {self.num_steps}.")
         object.__setattr__(self, "l2", _check_number("l2", self.l2, low=0))
         object.__setattr__(self, "plausibility", _check_number("plausibility", self.plausibility, low=0, high=1))
         if self.method == "ascent" and self.largest_step_size * self.l2 >= 1:
@@ -291,6 +302,10 @@ class ValueHeadConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"`{name}` must be a string or None, got {value!r}.")
+        # The Hub's cache has a file for each revision, so this name becomes part of a path.
+        revision = self.base_model_revision
+        if revision is not None and (revision.startswith("/") or ".." in re.split(r"[/\\]", revision)):
+            raise ValueError(f"`base_model_revision` must be a branch, tag or commit, got {revision!r}.")
         if isinstance(self.control, dict):
             self.control = ControlConfig.from_dict(self.control, source="`control`")
         self.check_control(self.control)
@@ -361,7 +376,9 @@ class ValueHeadConfig:
             `ValueError`: if the file is no JSON object, or holds a bad value; names the file and the field.
         """
         try:
+            if (size := os.path.getsize(path)) > _MAX_BYTES:
+                raise ValueError(f"{size} bytes are more than the configuration of a head takes")
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a JSON file ({error}).") from error
+            raise ValueError(f"{path}: not a JSON file of a head ({error}).") from error
         return cls.from_dict(values, source=str(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ from .value_head import ValueHead
 
 # `fc1.weight`, ... (RE-Control, whose two-layer network has fc1 and fc3) or `layers.0.weight`, `layers.2.weight`, ...
 # (PRE-Control, with the ReLUs in between); `module.` where it was trained on several GPUs.
-_NAME = re.compile(r"(?:module\.)?(fc|layers\.)(\d+)\.(weight|bias)")
+_NAME = re.compile(r"(?:module\.)?(fc|layers\.)(0|[1-9][0-9]?)\.(weight|bias)")
 
 
 def convert_checkpoint(
@@ -65,7 +64,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise OSError(f"{path} is no file: name the authors' `value_model_*.pth` or `best_model.pth`.")
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # a damaged file is anything to an unpickler
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path} is no file of tensors alone ({reason}): save the network's `state_dict()`."
@@ -81,9 +80,9 @@ def _layers(path: Path, values: dict[str, torch.Tensor]) -> list[tuple[torch.Ten
     stems = set()
     for name, tensor in values.items():
         match = _NAME.fullmatch(name) if isinstance(name, str) else None
-        if match is None or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        if match is None or not _holds_its_values(tensor):
             raise ValueError(
-                f"{path} holds {name!r}, expected only `fc1.weight`, `fc1.bias`, ... (RE-Control) or "
+                f"{path} holds {name!r}, expected only tensors of floats: `fc1.weight`, ... (RE-Control) or "
                 "`layers.0.weight`, ... (PRE-Control)."
             )
         stems.add(match[1])
@@ -91,6 +90,8 @@ def _layers(path: Path, values: dict[str, torch.Tensor]) -> list[tuple[torch.Ten
     numbers = sorted({number for number, _ in found})
     if len(stems) > 1 or len(found) < len(values) or len(found) != 2 * len(numbers):
         raise ValueError(f"{path} holds {sorted(values)}, which is not one weight and one bias for each layer.")
+    if stems == {"fc"} and numbers not in ([1, 3], list(range(1, len(numbers) + 1))):
+        raise ValueError(f"{path} holds layers {numbers}, expected fc1, fc2, fc3 or fc1, fc3.")
     if stems == {"layers."} and numbers != list(range(0, 2 * len(numbers), 2)):
         raise ValueError(f"{path} holds layers {numbers}, expected 0, 2, 4, ... with a ReLU behind each but the last.")
     layers = [(found[number, "weight"], found[number, "bias"]) for number in numbers]
@@ -100,3 +101,14 @@ def _layers(path: Path, values: dict[str, torch.Tensor]) -> list[tuple[torch.Ten
     ):
         raise ValueError(f"{path} holds layers of shapes {shapes}, which do not follow each other.")
     return layers
+
+
+def _holds_its_values(tensor: object) -> bool:
+    """Whether each value of a tensor is in the file: a view of one number may be terabytes to whoever copies it."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.is_floating_point()
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )

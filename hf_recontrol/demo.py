@@ -19,7 +19,7 @@ from .configuration import ControlConfig
 from .evaluation import diversity, kl_divergence, match_kl
 from .files import atomic_path
 from .fit import fit
-from .hub import check_base
+from .hub import check_base, with_commit
 from .modeling import ReControlForCausalLM
 from .prompts import load_prompts
 from .records import Rollout, load_rollouts
@@ -120,7 +120,7 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
     model = str(embedded_model()) if model is None else model
     check_base(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    base = with_commit(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)).eval()
     figures = fit(
         base,
         training,

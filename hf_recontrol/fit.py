@@ -27,7 +27,7 @@ from .configuration import ControlConfig, ValueHeadConfig
 from .evaluation import match_kl
 from .evaluation.report import write_report
 from .files import check_target, make_folder
-from .hub import check_base
+from .hub import check_base, with_commit
 from .labels import label_rollouts
 from .modeling import ReControlForCausalLM
 from .places import hook_width
@@ -286,7 +286,8 @@ def _base(model, tokenizer, dtype: str, processes: Processes):
         return model.eval(), tokenizer
     check_base(model)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(processes.device), tokenizer
+    base = with_commit(AutoModelForCausalLM.from_pretrained(model, dtype=dtype))
+    return base.eval().to(processes.device), tokenizer
 
 
 def _recommend(output: Path, base: PreTrainedModel, figures: dict[str, Any], target_kl: float) -> None:

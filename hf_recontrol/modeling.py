@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .configuration import ControlConfig
 from .hooks import ControlHooks, HeadWeights, read_states
-from .hub import portable_name
+from .hub import is_repo_id, portable_name, with_commit
 from .matching import head_config, matched_head
 from .mixture import ValueHeadMixtureMixin, checked_weights
 from .value_head import ValueHead
@@ -101,6 +101,12 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
                     f"The head {pretrained_model_name_or_path!s} does not say which model it is for: name it, "
                     f"`from_pretrained('org/base', value_head={str(pretrained_model_name_or_path)!r})`."
                 )
+            if not os.path.exists(pretrained_model_name_or_path) and not is_repo_id(base):
+                raise ValueError(
+                    f"The head {pretrained_model_name_or_path!s} comes from the Hub and names a base that does not, "
+                    f"{base!r}: name the base yourself, "
+                    f"`from_pretrained('org/base', value_head={str(pretrained_model_name_or_path)!r})`."
+                )
         elif isinstance(value_head, nn.Module):
             head = value_head
         else:
@@ -113,6 +119,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
         if subfolder:
             kwargs["subfolder"] = subfolder
         model = AutoModelForCausalLM.from_pretrained(base, *model_args, **kwargs)
+        if not subfolder:
+            with_commit(model, revision, kwargs.get("cache_dir"))
         return cls.from_model(model, head, control)
 
     @classmethod

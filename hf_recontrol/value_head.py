@@ -180,7 +180,7 @@ class ValueHead(nn.Module):
     ):
         """
         Push the head, its configuration and its card to a Hub repo in one commit. A card that is there and that
-        somebody wrote or edited is kept.
+        somebody wrote or edited is kept; to replace it, delete it there first.
 
         Args:
             repo_id (`str`):
@@ -197,11 +197,12 @@ class ValueHead(nn.Module):
             [`~huggingface_hub.CommitInfo`]
 
         Raises:
-            `ValueError`: if the head holds NaN or infinite values. `OSError`: if the Hub refuses or cannot be reached.
+            `ValueError`: if the head holds NaN or infinite values. `OSError`: if the Hub refuses or cannot be reached;
+            what the repo held is then as it was.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            write_card(Path(folder), model_card(self.config, repo_id, subfolder, tags))
+            write_card(Path(folder), model_card(self.config, repo_id, subfolder, tags, revision))
             return push_folder(
                 Path(folder),
                 repo_id,

@@ -136,9 +136,12 @@ def hub():
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs Python in a fresh process, with an empty cache unless `home` names one; gives what it printed."""
+    """
+    Runs Python in a fresh process, with an empty cache unless `home` names one; gives what it printed. The token is
+    never in what it prints or logs.
+    """
 
-    def run(script, *args, endpoint, token=TOKEN, home="home", **environment):
+    def run(script, *args, endpoint, token=TOKEN, home="home", python=sys.executable, **environment):
         variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         variables |= {
             "HF_ENDPOINT": endpoint,
@@ -152,13 +155,15 @@ def run(tmp_path):
         if token:
             variables["HF_TOKEN"] = token
         result = subprocess.run(
-            [sys.executable, "-c", script, *args],
+            [python, "-c", script, *args],
             env=variables | environment,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=120,
         )
         assert result.returncode == 0, result.stderr
+        assert TOKEN not in result.stdout + result.stderr
         return result.stdout
 
     return run

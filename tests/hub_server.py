@@ -1,7 +1,8 @@
 """
 A Hub of our own on 127.0.0.1: as much of the Hub's HTTP interface as huggingface_hub needs to create a repo, push a
-commit (weights by LFS), and download files (weights from another address, in ranges). Repos live in memory. It can be
-told to fail, see `Hub.fail`.
+commit (weights by LFS), list and download files (weights from another address, in ranges), and check a card's
+metadata. Repos live in memory. Who is logged in is "me", who may write to `me/...` and open pull requests elsewhere.
+The server can be told to fail, see `Hub.fail`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 TOKEN = "hf_" + "x" * 34
 
 
 @dataclass
 class Repo:
     private: bool = False
+    # Whether it has terms, and whether "me" has accepted them.
     gated: bool = False
+    accepted: bool = False
     # Branch name -> path -> content.
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
     # Tag -> path -> content, as it was when the tag was made.
@@ -121,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self._answer()
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def _answer(self):
         url = urlsplit(self.path)
@@ -178,16 +185,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _logged_in(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
-    def _repo(self, repo_id: str, write: bool = False) -> Repo | None:
+    def _repo(self, repo_id: str, write: bool = False, by_anybody: bool = False) -> Repo | None:
         """The repo, or `None` after an error was sent."""
         repo = self.state.repos.get(repo_id)
         if write and not self._logged_in:
             self._error(401, None, "Invalid username or password.")
+        elif write and not by_anybody and not repo_id.startswith("me/"):
+            self._error(403, None, "You don't have the rights to write there")
         elif repo is None or (repo.private and not self._logged_in):
             # As the Hub: who is not logged in does not learn whether a private repo exists.
             self._error(404 if self._logged_in else 401, "RepoNotFound", "Repository not found")
-        elif repo.gated and not self._logged_in:
-            self._error(403, "GatedRepo", f"Access to model {repo_id} is restricted.")
+        elif repo.gated and not (self._logged_in and repo.accepted):
+            self._error(403 if self._logged_in else 401, "GatedRepo", f"Access to model {repo_id} is restricted.")
         else:
             return repo
         return None
@@ -205,6 +214,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(401, None, "Invalid username or password.")
         values = json.loads(body)
         repo_id = f"{values.get('organization') or 'me'}/{values['name']}"
+        if not repo_id.startswith("me/"):
+            return self._error(403, None, "You don't have the rights to create a model there")
         known = repo_id in self.state.repos
         repo = self.state.repos.setdefault(
             repo_id, Repo(private=bool(values.get("private")) or values.get("visibility") == "private")
@@ -218,7 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({"name": "me", "type": "user", "orgs": []})
 
     def _do_post_yaml(self, body, query):
-        return self._json({"errors": [], "warnings": []})
+        errors = [{"message": message} for message in metadata_errors(json.loads(body)["content"])]
+        return self._json({"errors": errors, "warnings": []}, status=400 if errors else 200)
 
     def _do_read_info(self, body, query, repo_id, revision="main"):
         repo, files = self._repo_at(repo_id, revision)
@@ -235,6 +247,25 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
+    def _do_read_tree(self, body, query, repo_id, revision, folder=""):
+        _, files = self._repo_at(repo_id, revision)
+        if files is None:
+            return None
+        entries = []
+        for path, content in sorted(files.items()):
+            if path.startswith(f"{folder}/" if folder else ""):
+                blob = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+                entry = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                entries.append(entry | ({"lfs": blob} if _is_lfs(path) else {}))
+        return self._json(entries) if entries else self._error(404, "EntryNotFound", "Entry not found")
+
+    def _do_delete_branch(self, body, query, repo_id, branch):
+        repo = self._repo(repo_id, write=True)
+        if repo is None:
+            return None
+        del repo.branches[branch]
+        return self._json({})
+
     def _do_post_branch(self, body, query, repo_id, branch):
         repo = self._repo(repo_id, write=True)
         if repo is None:
@@ -246,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({})
 
     def _do_post_preupload(self, body, query, repo_id, revision):
-        repo = self._repo(repo_id, write=True)
+        repo = self._repo(repo_id, write=True, by_anybody=query.get("create_pr") == ["1"])
         if repo is None:
             return None
         if revision not in repo.branches:
@@ -258,7 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({"files": files})
 
     def _do_post_commit(self, body, query, repo_id, revision):
-        repo = self._repo(repo_id, write=True)
+        repo = self._repo(repo_id, write=True, by_anybody=query.get("create_pr") == ["1"])
         if repo is None:
             return None
         lines = [json.loads(line) for line in body.splitlines()]
@@ -331,7 +362,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(206, content[int(start) : end + 1], **headers)
 
     def _do_post_lfs(self, body, query, repo_id):
-        if self._repo(repo_id, write=True) is None:
+        if self._repo(repo_id, write=True, by_anybody=True) is None:
             return None
         objects = []
         for wanted in json.loads(body)["objects"]:
@@ -347,6 +378,53 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, b"")
 
 
+def metadata_errors(card: str) -> list[str]:
+    """What the Hub, which has rules for the metadata that it uses, would say against that of a card."""
+    match = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
+    if match is None:
+        return []
+    try:
+        data = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        return [f"Invalid YAML: {error}"]
+    if not isinstance(data, dict):
+        return ["The metadata must be an object"]
+    errors = []
+
+    def check(name: str, holds: bool) -> None:
+        if not holds:
+            errors.append(f'"{name}" is not valid')
+
+    def is_text(value) -> bool:
+        return isinstance(value, str) and bool(value.strip())
+
+    for name in ("base_model", "datasets"):
+        values = data.get(name, [])
+        check(name, all(map(_is_repo_id, values if isinstance(values, list) else [values])))
+    for name in ("library_name", "pipeline_tag", "license"):
+        check(name, name not in data or (is_text(data[name]) and bool(re.fullmatch(r"[a-z0-9.-]+", data[name]))))
+    check("base_model_relation", data.get("base_model_relation", "adapter") in ("adapter", "finetune", "merge"))
+    check("tags", isinstance(data.get("tags", []), list) and all(map(is_text, data.get("tags", []))))
+    for model in data.get("model-index", []):
+        check("model-index.name", is_text(model.get("name")) and bool(model.get("results")))
+        for result in model.get("results", []):
+            check("model-index.task.type", is_text(result["task"].get("type")))
+            check("model-index.dataset", all(is_text(result["dataset"].get(key)) for key in ("type", "name")))
+            check("model-index.metrics", bool(result.get("metrics")))
+            for metric in result.get("metrics", []):
+                check("model-index.metrics.type", is_text(metric.get("type")))
+                check("model-index.metrics.value", isinstance(metric.get("value"), (int, float, str)))
+    return errors
+
+
+def _is_repo_id(name) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _is_lfs(path: str) -> bool:
     return path.endswith(".safetensors")
 
@@ -359,6 +437,8 @@ _ROUTES = [
     (rf"/api/models/{_ID}", _Handler._do_read_info),
     (rf"/api/models/{_ID}/revision/(?P<revision>.+)", _Handler._do_read_info),
     (rf"/api/models/{_ID}/branch/(?P<branch>.+)", _Handler._do_post_branch),
+    (rf"/api/models/{_ID}/branch/(?P<branch>.+)", _Handler._do_delete_branch),
+    (rf"/api/models/{_ID}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", _Handler._do_read_tree),
     (rf"/api/models/{_ID}/preupload/(?P<revision>.+)", _Handler._do_post_preupload),
     (rf"/api/models/{_ID}/commit/(?P<revision>.+)", _Handler._do_post_commit),
     (rf"/{_ID}\.git/info/lfs/objects/batch", _Handler._do_post_lfs),

@@ -13,7 +13,7 @@ from hf_recontrol.card import is_untouched, model_card
 from hf_recontrol.configuration import TrainingRecord
 
 from .conftest import STRONG, make_head, make_llama
-from .test_hub import PUSH
+from .test_hub import PUSH, PUSH_OR_SAY
 from .tiny_tokenizer import tiny_tokenizer
 
 
@@ -61,6 +61,63 @@ def test_the_card_has_metadata_that_the_hub_reads_and_code_that_python_reads(tmp
     if "control" in config:
         (written,) = re.findall(r"`(ControlConfig\(.*\))`", str(card))
         assert eval(written, {"ControlConfig": ControlConfig}) == config["control"]
+
+
+def test_the_hub_accepts_the_metadata_and_refuses_what_breaks_its_rules(hub, run, tmp_path):
+    cards = [model_card(ValueHeadConfig(16, **config), "me/head") for config in CARD_CONFIGS.values()]
+    cards += [
+        model_card(ValueHeadConfig(16, training=RECORD, base_model_name_or_path=base), repo_id)
+        for base in ("org/base", "../base", "é/x", "a" * 97, "org/base.git")
+        for repo_id in ("me/head", None)
+    ]
+    good = len(cards)
+    # So that the test would notice: what the Hub is known to refuse.
+    for old, new in (
+        ("base_model: org/base", "base_model: ../base"),
+        ("datasets: org/questions", "datasets: no data set"),
+        ("pipeline_tag: text-generation", "pipeline_tag: [1]"),
+        ("- re-control", "- 3"),
+        ("      value: 0.531", "      value: null"),
+    ):
+        assert old in cards[len(CARD_CONFIGS)], cards[len(CARD_CONFIGS)]
+        cards.append(cards[len(CARD_CONFIGS)].replace(old, new))
+    for i, card in enumerate(cards):
+        (tmp_path / f"{i:02d}.md").write_text(card)
+    script = """
+import sys
+from huggingface_hub import ModelCard, metadata_load
+for path in sys.argv[1:]:
+    metadata_load(path)
+    card = ModelCard("")
+    card.content = open(path).read()
+    try:
+        card.validate()
+        print("ACCEPTED")
+    except ValueError as error:
+        print("REFUSED", error)
+"""
+    output = run(script, *(str(tmp_path / f"{i:02d}.md") for i in range(len(cards))), endpoint=hub.endpoint)
+    answers = [line.split()[0] for line in output.splitlines()]
+    assert answers == ["ACCEPTED"] * good + ["REFUSED"] * (len(cards) - good), output
+
+
+def test_a_card_that_the_hub_refuses_names_the_repo_and_pushes_nothing(hub, run, tmp_path):
+    make_head().save_pretrained(tmp_path)
+    output = run(PUSH_OR_SAY, '{"tags": [" "]}', str(tmp_path), endpoint=hub.endpoint)
+    assert "REFUSED" in output and "'me/head'" in output and '"tags" is not valid' in output
+    assert hub.repos["me/head"].branches == {"main": {}}
+
+
+@pytest.mark.parametrize("name", ["a b", 'x"); import os; ("', "x\ny", "a`b", "é"])
+def test_no_name_breaks_out_of_the_code_on_a_card(name):
+    config = ValueHeadConfig(16, base_model_name_or_path="org/base")
+    code = snippets(model_card(config, "me/head", name, revision=name))[0]
+    loads = [
+        {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "ReControlForCausalLM.from_pretrained"
+    ]
+    assert loads == [{"subfolder": name, "revision": name}]
 
 
 def test_a_local_base_is_not_given_to_the_hub_as_a_repo(tmp_path):
@@ -185,13 +242,15 @@ def tokens_of(model, head, control=None):
     return controlled.generate(**ids, max_new_tokens=48, control=control)[0]
 
 
-def test_the_code_on_a_pushed_card_runs_as_it_stands(hub, run, tmp_path):
+@pytest.mark.parametrize("push", [{}, {"revision": "next"}], ids=["main", "branch"])
+def test_the_code_on_a_pushed_card_runs_as_it_stands(hub, run, tmp_path, push):
     model = base_with_tokenizer(tmp_path / "base")
     hub.put("org/base", tmp_path / "base")
     head = make_head(base_model_name_or_path="org/base", control=STRONG)
     head.save_pretrained(tmp_path / "head")
-    run(PUSH, str(tmp_path / "head"), "me/head", "{}", endpoint=hub.endpoint)
-    first, second = snippets(hub.repos["me/head"].branches["main"]["README.md"].decode())
+    run(PUSH, str(tmp_path / "head"), "me/head", json.dumps(push), endpoint=hub.endpoint)
+    branch = push.get("revision", "main")
+    first, second = snippets(hub.repos["me/head"].branches[branch]["README.md"].decode())
     expected = tiny_tokenizer(97, more_words=("Hello",)).decode(tokens_of(model, head))
     assert run(first, endpoint=hub.endpoint, home="fresh").strip() == expected
     model.unload()

@@ -95,6 +95,19 @@ def without(state, name):
         (lambda s: {**s, "fc1.weight": torch.full((24, 16), torch.nan)}, "NaN or infinite"),
         (lambda s: {**s, "module.fc1.weight": s["fc1.weight"]}, "not one weight and one bias"),
         (lambda s: {"layers.0.weight": s["fc1.weight"], "layers.1.weight": s["fc2.weight"]}, "not one weight"),
+        (
+            lambda s: {
+                **without(without(s, "fc2.weight"), "fc2.bias"),
+                "fc4.weight": s["fc2.weight"],
+                "fc4.bias": s["fc2.bias"],
+            },
+            "expected fc1, fc2, fc3",
+        ),
+        (lambda s: {**s, "fc02.weight": s["fc2.weight"]}, "holds 'fc02.weight'"),
+        # One number in the file, a terabyte to whoever copies it.
+        (lambda s: {"fc1.weight": torch.zeros(1).expand(500_000, 500_000)}, "holds 'fc1.weight'"),
+        (lambda s: {**s, "fc1.weight": torch.ones(24, 16, device="meta")}, "holds 'fc1.weight'"),
+        (lambda s: {**s, "fc1.weight": s["fc1.weight"].to_sparse()}, "holds 'fc1.weight'"),
         (lambda s: Sequence(16, 8).layers[1:].state_dict(prefix="layers."), "expected 0, 2, 4"),
         (lambda s: [1, 2], "holds list"),
         (lambda s: {}, "holds dict"),
@@ -117,8 +130,9 @@ def test_nothing_in_the_file_is_run(tmp_path, monkeypatch):
     Path("plain.pth").write_bytes(pickle.dumps(Evil()))
     Path("text.pth").write_text("hello")
     Path("empty.pth").write_bytes(b"")
+    Path("short.pth").write_bytes(b"\x80\x02.")  # what the unpickler pops from an empty stack is an IndexError
     torch.save(ThreeLayers(16, 24), "module.pth")
-    for name in ("evil", "plain", "text", "empty", "module"):
+    for name in ("evil", "plain", "text", "empty", "short", "module"):
         with pytest.raises(ValueError, match=rf"{name}\.pth is no file of tensors alone"):
             convert_checkpoint(f"{name}.pth")
     assert not Path("touched").exists()

@@ -1,9 +1,15 @@
 """A pushed head under plain transformers: `generate(..., custom_generate="user/head")`, without this package."""
 
 import json
+import venv
+from importlib.metadata import PackageNotFoundError, distribution, files, requires
+from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from safetensors.torch import load_file, save_file
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
 from hf_recontrol.custom_generate import generate as custom
@@ -11,10 +17,9 @@ from hf_recontrol.custom_generate import generate as custom
 from .test_hub import PUSH
 from .tiny_models import left_pad, prompts, tiny_head, tiny_model
 
-# A process in which hf_recontrol cannot be imported.
 WITHOUT_US = """
-import json, sys, torch
-sys.modules["hf_recontrol"] = None
+import importlib.util, json, sys, torch
+assert importlib.util.find_spec("hf_recontrol") is None
 torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM
 
@@ -29,17 +34,49 @@ print("FOUND" + json.dumps(found))
 """
 
 
+@pytest.fixture(scope="module")
+def without_us(tmp_path_factory):
+    """The Python of an environment in which transformers, torch, safetensors and what they need are all there is."""
+    wanted, names = ["transformers", "torch", "safetensors"], set()
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name in names:
+            continue
+        try:
+            needed = requires(name) or []
+        except PackageNotFoundError:
+            continue  # needed elsewhere: on other systems
+        names.add(name)
+        requirements = [Requirement(text) for text in needed]
+        wanted += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    assert "hf-recontrol" not in names and "numpy" in names
+
+    folder = tmp_path_factory.mktemp("plain")
+    venv.create(folder / "venv", symlinks=True)
+    (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    for name in names:
+        tops = {path.parts[0] for path in files(name) if path.parts[0] not in ("..", "__pycache__")}
+        for top in tops:
+            link = packages / top
+            if not link.exists():
+                link.symlink_to(Path(distribution(name).locate_file(top)))
+    return folder / "venv" / "bin" / "python"
+
+
 def inputs_of(*rows):
     ids, mask = left_pad(list(rows))
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def test_a_pushed_head_gives_the_same_tokens_to_a_plain_transformers(hub, run, tmp_path):
+def test_a_pushed_head_gives_the_same_tokens_to_a_plain_transformers(hub, run, tmp_path, without_us, monkeypatch):
     model = tiny_model("llama", dtype=torch.float32)
     model.save_pretrained(tmp_path / "base")
     head = tiny_head(model, "lm_head", control=ControlConfig("advantage", 1.5))
     head.save_pretrained(tmp_path / "head")
     run(PUSH, str(tmp_path / "head"), "me/head", "{}", endpoint=hub.endpoint)
+    other = tiny_head(model, "lm_head", seed=7, control=ControlConfig("advantage", 1.5))
+    other.save_pretrained(tmp_path / "other")
+    run(PUSH, str(tmp_path / "other"), "me/head", '{"revision": "next"}', endpoint=hub.endpoint)
 
     inputs = inputs_of(prompts(1, 7)[0], prompts(1, 3, seed=2)[0])
     modes = [{}, {"do_sample": True, "temperature": 0.8}, {"num_beams": 3}]
@@ -51,17 +88,23 @@ def test_a_pushed_head_gives_the_same_tokens_to_a_plain_transformers(hub, run, t
     ascent = {"method": "ascent", "step_size": 0.7, "num_steps": 8}
     expected.append(ours.generate(**inputs, control=ControlConfig(**ascent), max_new_tokens=8).tolist())
     expected.append(ours.generate(**inputs, control=False, max_new_tokens=8).tolist())
+    ours = ReControlForCausalLM.from_model(ours.unload(), other)
+    expected.append(ours.generate(**inputs, max_new_tokens=8).tolist())
     assert len({str(tokens) for tokens in expected}) == len(expected)
 
     plain = {name: value.tolist() for name, value in inputs.items()}
     named = {"custom_generate": "me/head", "max_new_tokens": 8}
     calls = [mode | named for mode in modes] + [named | {"control": control} for control in (ascent, False)]
+    calls.append(named | {"revision": "next"})
+    # Python finds what lies in the folder that it is started in.
+    monkeypatch.chdir(tmp_path)
     output = run(
         WITHOUT_US,
         str(tmp_path / "base"),
         json.dumps([(plain, call) for call in calls]),
         endpoint=hub.endpoint,
         home="fresh",
+        python=without_us,
     )
     assert json.loads(output.split("FOUND")[1]) == expected
 
@@ -74,14 +117,16 @@ def test_a_pushed_head_gives_the_same_tokens_to_a_plain_transformers(hub, run, t
         ControlConfig(step_size=0.7, num_steps=8, l2=0.1),
         ControlConfig(step_size=2.0, num_steps=8, plausibility=0.3),
         ControlConfig("advantage", 1.5),
+        ControlConfig(step_size=0.7, num_steps=8, target=3.0),
     ],
-    ids=["ascent", "plausibility", "advantage"],
+    ids=["ascent", "plausibility", "advantage", "target"],
 )
 def test_the_file_draws_what_the_package_draws(family, place, control, tmp_path):
     if control.method == "advantage" and place[0] != "lm_head":
         pytest.skip("an advantage part is at the LM head")
     model = tiny_model(family)
     head = tiny_head(model, *place, head_sizes=(24, 12), activation="silu", control=control)
+    head.config.reward_mean, head.config.reward_std = 0.5, 2.0
     head.save_pretrained(tmp_path / "head")
     found = custom.generate(model, value_head=str(tmp_path / "head"), inputs=prompts(2, 6), max_new_tokens=8)
     expected = ReControlForCausalLM.from_model(model, head).generate(prompts(2, 6), max_new_tokens=8)
@@ -97,7 +142,59 @@ def test_what_cannot_be_says_why(tmp_path):
         ({"value_head": str(tmp_path)}, "needs hf_recontrol"),
         ({"value_head": str(tmp_path), "control": {"strength": 1}}, r"holds \['strength'\]"),
         ({"value_head": str(tmp_path), "control": {"method": "advantage"}}, "no advantage part"),
+        ({"value_head": str(tmp_path), "control": {"method": "advantge"}}, "`method`"),
+        ({"value_head": str(tmp_path), "control": {"step_size": -1}}, "`step_size`"),
+        ({"value_head": str(tmp_path), "control": {"step_size": [1.0, 2.0]}}, "`step_size` must be one number"),
+        ({"value_head": str(tmp_path), "control": {"num_steps": 10**9}}, "`num_steps`"),
+        ({"value_head": str(tmp_path), "control": {"num_steps": 2.5}}, "`num_steps`"),
+        ({"value_head": str(tmp_path), "control": {"plausibility": 2}}, "`plausibility`"),
+        ({"value_head": str(tmp_path), "control": {"l2": float("nan")}}, "`l2`"),
+        ({"value_head": str(tmp_path), "control": {"l2": 3, "step_size": 1}}, "run away"),
+        ({"value_head": str(tmp_path), "control": {"target": [1.0, 2.0]}}, "`target`"),
+        ({"value_head": str(tmp_path), "control": {"target": "high"}}, "`target`"),
+        ({"value_head": str(tmp_path), "control": {"target": 1.0, "method": "advantage"}}, "`target`"),
     ):
         with pytest.raises(ValueError, match=message):
             custom.generate(model, inputs=prompts(), max_new_tokens=2, **options)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"format_version": 2},
+        {"hook_point": "embeddings"},
+        {"activation": "exec"},
+        {"control": {"method": "ascent", "num_steps": 10**12}},
+        {"control": {"step_size": None}},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_configuration_from_anybody_is_checked(tmp_path, values):
+    model = tiny_model("llama")
+    tiny_head(model).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | values))
+    (named,) = values.get("control", values).keys() - {"method"}
+    with pytest.raises(ValueError, match=f"`{named}`"):
+        custom.generate(model, value_head=str(tmp_path), inputs=prompts(), max_new_tokens=2)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    model = tiny_model("llama")
+    tiny_head(model).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["value_mlp.layers.0.bias"][0] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        custom.generate(model, value_head=str(tmp_path), inputs=prompts(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("control", [{"step_size": 0.0}, {"num_steps": 0}], ids=lambda control: next(iter(control)))
+def test_no_step_leaves_the_base_as_it_is(tmp_path, control):
+    model = tiny_model("llama")
+    tiny_head(model).save_pretrained(tmp_path)
+    options = {"inputs": prompts(), "max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+    found = custom.generate(model, value_head=str(tmp_path), control=control | {"plausibility": 0.9}, **options)
+    for one, two in zip(found.logits, model.generate(**options).logits, strict=True):
+        assert torch.equal(one, two)

@@ -91,6 +91,43 @@ def test_a_pushed_head_loads_in_a_fresh_process_as_it_was(hub, run, tmp_path):
     assert offline == loaded
 
 
+def test_a_pushed_model_draws_the_same_tokens_in_a_fresh_process_with_an_empty_cache(hub, run, tmp_path, input_ids):
+    make_llama(seed=5).save_pretrained(tmp_path / "other base")
+    make_llama().save_pretrained(tmp_path / "base")
+    head, other_head = make_head(control=STRONG), make_head(seed=9, control=STRONG)
+    head.save_pretrained(tmp_path / "head")
+    other_head.save_pretrained(tmp_path / "other head")
+    hub.put("org/base", tmp_path / "other base")
+    hub.put("org/base", tmp_path / "base", branch="v2")
+    hub.put("me/head", tmp_path / "other head")
+    draw = "print(model.generate(torch.tensor(json.loads(sys.argv[1])), max_new_tokens=6, do_sample=False).tolist())\n"
+    push = (
+        PRELUDE
+        + 'model = ReControlForCausalLM.from_pretrained("org/base", revision="v2", value_head=sys.argv[2])\n'
+        + 'model.push_to_hub("me/head", revision="next")\n'
+        + draw
+    )
+    ids = json.dumps(input_ids.tolist())
+    expected = run(push, ids, str(tmp_path / "head"), endpoint=hub.endpoint)
+    load = (
+        PRELUDE + "model = ReControlForCausalLM.from_pretrained(*json.loads(sys.argv[2]), **json.loads(sys.argv[3]))\n"
+    )
+    forms = [
+        # The head that was pushed names the very commit of its base.
+        (["me/head"], {"revision": "next"}),
+        (["org/base"], {"revision": "v2", "value_head": "me/head", "value_head_revision": "next"}),
+    ]
+    for i, (args, kwargs) in enumerate(forms):
+        found = run(load + draw, ids, json.dumps(args), json.dumps(kwargs), endpoint=hub.endpoint, home=f"empty {i}")
+        assert found == expected
+    # Neither the other base, nor the other head, nor no head, draws them.
+    for model, value_head in ((make_llama(), other_head), (make_llama(seed=5), head)):
+        controlled = ReControlForCausalLM.from_model(model, value_head)
+        for control in (None, False):
+            tokens = controlled.generate(input_ids, max_new_tokens=6, do_sample=False, control=control)
+            assert tokens.tolist() != json.loads(expected)
+
+
 def test_a_second_push_keeps_the_card_and_goes_where_it_is_told(hub, run, tmp_path):
     make_head(seed=1).save_pretrained(tmp_path / "one")
     make_head(seed=2).save_pretrained(tmp_path / "two")
@@ -180,7 +217,10 @@ def test_what_cannot_be_had_from_the_hub_is_an_oserror_that_says_why_and_what_to
             {"pretrained_model_name_or_path": "me/private"},
             ["me/private", "private or gated", "hf auth login", "`token`"],
         ),
-        ({"pretrained_model_name_or_path": "me/gated"}, ["me/gated", "private or gated", "hf auth login", "`token`"]),
+        (
+            {"pretrained_model_name_or_path": "me/gated"},
+            ["me/gated", "accept its terms", "hf auth login", "`token`"],
+        ),
         ({"pretrained_model_name_or_path": "me/empty"}, ["me/empty", "has no config.json"]),
         ({"pretrained_model_name_or_path": "me/pickled"}, ["me/pickled", "has no model.safetensors"]),
         ({"pretrained_model_name_or_path": "me/head", "revision": "v9"}, ["me/head", "revision v9"]),
@@ -234,7 +274,7 @@ except OSError as error:
 """
     )
     output = run(script, str(tmp_path / "head"), endpoint=hub.endpoint, token=None)
-    assert "REFUSED" in output and "401" in output
+    assert "REFUSED" in output and "401" in output and "'me/head'" in output and "log in" in output
     assert hub.repos == {}
 
 
@@ -297,6 +337,11 @@ def test_what_is_in_the_cache_is_not_downloaded_again(hub, run, tmp_path):
         ("PUT", "/upload/.*", 500, "wait"),
         ("PUT", "/upload/.*", 403, "token"),
         ("PUT", "/upload/.*", CUT, "Check it"),
+        ("POST", ".*/lfs/objects/batch", 500, "wait"),
+        # Whether there is a card that must be kept cannot be known.
+        ("HEAD", ".*/resolve/main/README.md", 500, "wait"),
+        ("HEAD", ".*/resolve/main/README.md", CUT, "Check it"),
+        ("POST", ".*/commit/main", CUT, "Check it"),
         ("POST", ".*/commit/main", 500, "wait"),
         ("POST", ".*/commit/main", 403, "token"),
         ("POST", ".*/commit/main", 409, "try again"),
@@ -317,12 +362,258 @@ def test_a_push_that_fails_leaves_the_repo_as_it_was_and_can_be_repeated(
     assert "REFUSED" in output and "me/head" in output and remedy in output, output
     assert TOKEN not in output
     assert hub.repos["me/head"].branches == {"main": before} and hub.repos["me/head"].commits == []
+    if method == "POST" and "/commit/" in pattern:
+        assert files_of(tmp_path / "two")["model.safetensors"] in hub.blobs.values(), "half of it was done"
 
     hub.failures.clear()
     assert "PUSHED" in run(PUSH_OR_SAY, "{}", str(tmp_path / "two"), endpoint=hub.endpoint)
     after = hub.repos["me/head"].branches["main"]
     assert after["model.safetensors"] == files_of(tmp_path / "two")["model.safetensors"]
     assert len(hub.repos["me/head"].commits) == 1
+
+
+def test_a_new_branch_goes_when_the_push_to_it_fails_and_an_old_one_stays(hub, run, tmp_path):
+    make_head(seed=1).save_pretrained(tmp_path / "one")
+    make_head(seed=2).save_pretrained(tmp_path / "two")
+    hub.put("me/head", tmp_path / "one")
+    hub.put("me/head", tmp_path / "one", branch="old")
+    before = {name: dict(files) for name, files in hub.repos["me/head"].branches.items()}
+    hub.fail("POST", ".*/commit/.*", 500)
+    for branch in ("new", "old"):
+        output = run(
+            PUSH_OR_SAY, json.dumps({"revision": branch}), str(tmp_path / "two"), endpoint=hub.endpoint, home=branch
+        )
+        assert "REFUSED" in output
+        assert hub.repos["me/head"].branches == before
+
+
+def test_a_push_whose_answer_is_lost_can_be_repeated(hub, run, tmp_path):
+    make_head().save_pretrained(tmp_path / "head")
+    hub.fail("POST", ".*/commit/main", CUT, times=1, after=10)
+    folder = str(tmp_path / "head")
+    output = run(PUSH_OR_SAY, "{}", folder, folder, endpoint=hub.endpoint)
+    assert "REFUSED" in output and "'me/head'" in output and output.endswith("PUSHED\n")
+    (loaded,) = load(run, {"pretrained_model_name_or_path": "me/head"}, endpoint=hub.endpoint, home="fresh")
+    assert loaded["value"] == pytest.approx(value_of(make_head()), rel=1e-4)
+
+
+@pytest.mark.parametrize("status", [500, CUT])
+def test_a_card_that_cannot_be_read_is_not_taken_for_the_one_in_the_cache(hub, run, tmp_path, status):
+    make_head().save_pretrained(tmp_path / "head")
+    folder = str(tmp_path / "head")
+    assert run(PUSH_OR_SAY, "{}", folder, folder, endpoint=hub.endpoint).split() == ["PUSHED", "PUSHED"]
+    files = hub.repos["me/head"].branches["main"]
+    files["README.md"] += b"mine"
+    hub.fail("HEAD", ".*/README.md", status)
+    assert "REFUSED" in run(PUSH_OR_SAY, "{}", folder, endpoint=hub.endpoint)
+    assert files["README.md"].endswith(b"mine")
+
+
+def test_a_pull_request_goes_to_somebody_else_s_repo_and_a_push_does_not(hub, run, tmp_path):
+    make_head(seed=1).save_pretrained(tmp_path / "one")
+    make_head(seed=2).save_pretrained(tmp_path / "two")
+    hub.put("them/head", tmp_path / "one")
+    before = dict(hub.repos["them/head"].branches["main"])
+    script = PUSH_OR_SAY.replace("me/head", "them/head")
+    output = run(script, "{}", str(tmp_path / "two"), endpoint=hub.endpoint)
+    assert "REFUSED" in output and "'them/head'" in output and "a token that may do this" in output
+    assert hub.repos["them/head"].branches == {"main": before}
+    assert "PUSHED" in run(script, '{"create_pr": true}', str(tmp_path / "two"), endpoint=hub.endpoint)
+    branches = hub.repos["them/head"].branches
+    assert branches["main"] == before
+    assert branches["refs/pr/1"]["model.safetensors"] == files_of(tmp_path / "two")["model.safetensors"]
+
+
+def test_terms_must_be_accepted_and_then_it_loads(hub, run, tmp_path):
+    make_head(base_model_name_or_path="org/gated").save_pretrained(tmp_path / "head")
+    hub.put("me/gated", tmp_path / "head", gated=True)
+    (result,) = load(run, {"pretrained_model_name_or_path": "me/gated"}, endpoint=hub.endpoint)
+    assert result["is_oserror"] and "'me/gated'" in result["text"] and "accept its terms on its page" in result["text"]
+    hub.repos["me/gated"].accepted = True
+    (result,) = load(run, {"pretrained_model_name_or_path": "me/gated"}, endpoint=hub.endpoint)
+    assert "value" in result
+
+
+def test_a_forced_download_that_fails_names_the_repo_and_the_way_out(hub, run, tmp_path):
+    make_head().save_pretrained(tmp_path / "head")
+    hub.put("me/head", tmp_path / "head")
+    hub.fail("HEAD", ".*/config.json", 503)
+    request = {"pretrained_model_name_or_path": "me/head", "force_download": True}
+    script = "import time; time.sleep = lambda seconds: None\n" + LOAD
+    output = run(script, json.dumps([request]), endpoint=hub.endpoint)
+    (result,) = json.loads(output.split("RESULTS")[1])
+    assert result["is_oserror"] and "'me/head'" in result["text"] and "wait and try again" in result["text"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "private", "gated"])
+def test_a_base_that_cannot_be_had_is_named(hub, run, tmp_path, kind):
+    make_head(base_model_name_or_path="org/base").save_pretrained(tmp_path / "head")
+    make_llama().save_pretrained(tmp_path / "base")
+    hub.put("me/head", tmp_path / "head")
+    if kind != "missing":
+        hub.put("org/base", tmp_path / "base", **{kind: True})
+    script = (
+        PRELUDE
+        + """
+try:
+    ReControlForCausalLM.from_pretrained("me/head")
+except OSError as error:
+    print("REFUSED", error)
+"""
+    )
+    output = run(script, endpoint=hub.endpoint, token=TOKEN if kind == "gated" else None)
+    assert "REFUSED" in output and "org/base" in output
+    assert ("access" if kind == "gated" else "hf auth login") in output
+
+
+def test_a_head_from_the_hub_cannot_name_a_folder_of_the_user_s_as_its_base(hub, run, tmp_path):
+    make_llama().save_pretrained(tmp_path / "base")
+    script = (
+        PRELUDE
+        + """
+for name in sys.argv[1:]:
+    try:
+        ReControlForCausalLM.from_pretrained(name)
+    except ValueError as error:
+        print("REFUSED", error)
+"""
+    )
+    for name, base in (("me/one", str(tmp_path / "base")), ("me/two", "../base")):
+        make_head(base_model_name_or_path=base).save_pretrained(tmp_path / name)
+        hub.put(name, tmp_path / name)
+    output = run(script, "me/one", "me/two", endpoint=hub.endpoint)
+    assert output.count("REFUSED") == 2 and output.count("name the base yourself") == 2
+    # In a folder of the user's own it is how a local base is found again.
+    assert run(script, str(tmp_path / "me/one"), endpoint=hub.endpoint) == ""
+
+
+@pytest.mark.parametrize("subfolder", ["..", "../up", "a/../../b", "/etc", "..\\up"])
+def test_a_push_cannot_leave_the_repo(hub, run, tmp_path, subfolder):
+    make_head().save_pretrained(tmp_path / "head")
+    output = run(PUSH_OR_SAY, json.dumps({"subfolder": subfolder}), str(tmp_path / "head"), endpoint=hub.endpoint)
+    assert "REFUSED `subfolder` must lie inside me/head" in output
+    assert hub.requests == []
+
+
+def test_what_was_pushed_is_listed_and_a_snapshot_of_it_is_a_head(hub, run, tmp_path):
+    head = make_head(base_model_name_or_path="org/base", control=STRONG)
+    head.save_pretrained(tmp_path / "head")
+    run(PUSH, str(tmp_path / "head"), "me/head", "{}", endpoint=hub.endpoint)
+    script = (
+        PRELUDE
+        + """
+from huggingface_hub import HfApi, snapshot_download
+print(json.dumps([file.path for file in HfApi().list_repo_tree("me/head", recursive=True)]))
+for options in ({}, {"local_dir": sys.argv[1]}):
+    head = ValueHead.from_pretrained(snapshot_download("me/head", **options))
+    print(json.dumps(head(torch.linspace(-1, 1, head.config.hidden_size)).tolist()))
+"""
+    )
+    output = run(script, str(tmp_path / "copy"), endpoint=hub.endpoint, home="fresh")
+    listed, *values = map(json.loads, output.splitlines())
+    assert sorted(listed) == sorted(hub.repos["me/head"].branches["main"])
+    assert values == [pytest.approx(value_of(head), rel=1e-4)] * 2
+
+
+def test_code_from_a_repo_runs_with_trust_remote_code_alone(hub, run, tmp_path):
+    base = make_llama()
+    base.save_pretrained(tmp_path / "evil")
+    config = json.loads((tmp_path / "evil" / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (tmp_path / "evil" / "config.json").write_text(json.dumps(config))
+    touch = f"import pathlib\npathlib.Path({str(tmp_path / 'touched')!r}).touch()\n"
+    (tmp_path / "evil" / "evil.py").write_text(touch)
+    base.save_pretrained(tmp_path / "base")
+    make_head(base_model_name_or_path="org/evil").save_pretrained(tmp_path / "head")
+    hub.put("org/evil", tmp_path / "evil")
+    hub.put("org/base", tmp_path / "base")
+    hub.put("me/head", tmp_path / "head")
+    code = {"custom_generate/generate.py": touch.encode() + b"def generate(model, **kwargs): return 'code'\n"}
+    hub.repos["me/head"].branches["main"] |= code | {"modeling.py": touch.encode(), "__init__.py": touch.encode()}
+    script = (
+        PRELUDE
+        + """
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+touched = Path(sys.argv[1])
+ValueHead.from_pretrained("me/head")
+model = ReControlForCausalLM.from_pretrained("org/base", value_head="me/head")
+ids = torch.ones(1, 2, dtype=torch.long)
+model.generate(ids, max_new_tokens=2)
+model.unload()
+for call in (
+    lambda **trust: ReControlForCausalLM.from_pretrained("me/head", **trust),
+    lambda **trust: model.generate(ids, custom_generate="me/head", **trust),
+):
+    try:
+        call()
+    except ValueError as error:
+        print("REFUSED", "trust_remote_code" in str(error))
+    assert not touched.exists()
+    try:
+        call(trust_remote_code=True)
+    except Exception as error:
+        print(error)
+    print(touched.exists())
+    touched.unlink()
+"""
+    )
+    output = run(script, str(tmp_path / "touched"), endpoint=hub.endpoint)
+    assert output.count("REFUSED True") == 2 and output.splitlines().count("True") == 2, output
+
+
+def test_the_token_is_in_no_log_no_error_and_no_file(hub, run, tmp_path):
+    make_head(base_model_name_or_path="org/private").save_pretrained(tmp_path / "head")
+    make_llama().save_pretrained(tmp_path / "base")
+    hub.put("org/private", tmp_path / "base", private=True)
+    hub.put("me/private", tmp_path / "head", private=True)
+    hub.put("me/gated", tmp_path / "head", gated=True)
+    hub.fail("POST", ".*/me/refused/commit/main", 403)
+    hub.fail("PUT", "/upload/.*", 500, times=20)
+    hub.fail("POST", ".*/me/cut/commit/main", CUT)
+    # Everything that logs tells all that it has to tell.
+    script = (
+        """
+import sys; sys.stderr = sys.stdout
+import logging; logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
+import time; time.sleep = lambda seconds: None
+import traceback
+import transformers; transformers.logging.set_verbosity_debug()
+"""
+        + PRELUDE
+        + """
+folder, options = sys.argv[1], json.loads(sys.argv[2])
+head = ValueHead.from_pretrained(folder)
+for name in ("me/big", "me/refused", "me/cut", "them/head", "me/fine", "me/fine"):
+    try:
+        head.push_to_hub(name, private=True, **options)
+    except OSError:
+        traceback.print_exc()
+for name in ("me/fine", "me/private", "me/gated", "me/nothing"):
+    try:
+        model = ReControlForCausalLM.from_pretrained(name, **options)
+        print("LOADED", repr(model), model.config, model.value_head.config)
+    except OSError:
+        traceback.print_exc()
+"""
+    )
+    for home, options, token in (("environment", {}, TOKEN), ("argument", {"token": TOKEN}, None)):
+        hub.repos = {name: repo for name, repo in hub.repos.items() if name != "me/fine"}
+        output = run(
+            script,
+            str(tmp_path / "head"),
+            json.dumps(options),
+            endpoint=hub.endpoint,
+            token=token,
+            home=home,
+            HF_DEBUG="1",
+        )
+        assert "curl" in output and "DEBUG" in output and output.count("LOADED") == 2, output
+        assert output.count("Could not push to") >= 3 and output.count("Could not get") == 2
+        assert TOKEN not in output
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    pushed = [content for repo in hub.repos.values() for content in repo.branches["main"].values()]
+    assert not kept and not any(TOKEN.encode() in content for content in pushed)
 
 
 def test_a_push_to_a_hub_that_has_trouble_for_a_moment_goes_through(hub, run, tmp_path):

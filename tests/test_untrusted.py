@@ -3,6 +3,8 @@
 import json
 import shutil
 import struct
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,3 +166,87 @@ def test_a_subfolder_cannot_lead_out_of_the_folder(tmp_path, subfolder):
         find_file(tmp_path, "config.json", subfolder=subfolder)
     with pytest.raises(OSError, match="subfolder"):
         find_file("org/head", "config.json", subfolder=subfolder)
+
+
+def test_links_lead_out_of_no_folder(files, tmp_path):
+    for folder in ("elsewhere", "weights", "config", "sub"):
+        (tmp_path / folder).mkdir()
+        for name, content in files.items():
+            (tmp_path / folder / name).write_bytes(content)
+    for folder, name in (("weights", "model.safetensors"), ("config", "config.json")):
+        (tmp_path / folder / name).unlink()
+        (tmp_path / folder / name).symlink_to(tmp_path / "elsewhere" / name)
+        with pytest.raises(OSError, match=rf"{name} is a link to .*elsewhere.*, outside .*{folder}"):
+            ValueHead.from_pretrained(tmp_path / folder)
+    (tmp_path / "sub" / "head").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(OSError, match="is a link to"):
+        ValueHead.from_pretrained(tmp_path / "sub", subfolder="head")
+    # A link within the folder, and one to the folder, are the user's.
+    (tmp_path / "sub" / "config.json").rename(tmp_path / "sub" / "real.json")
+    (tmp_path / "sub" / "config.json").symlink_to("real.json")
+    (tmp_path / "named").symlink_to(tmp_path / "sub", target_is_directory=True)
+    ValueHead.from_pretrained(tmp_path / "named")
+
+
+def test_saving_writes_through_no_link(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (tmp_path / name).write_bytes(b"precious")
+        (tmp_path / "folder" / name).symlink_to(tmp_path / name)
+    (tmp_path / "folder" / "README.md").unlink()
+    (tmp_path / "folder" / "README.md").symlink_to(tmp_path / "absent")
+    make_head().save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "absent").exists()
+    for name in ("config.json", "model.safetensors", "README.md"):
+        assert (tmp_path / name).read_bytes() == b"precious"
+    ValueHead.from_pretrained(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": 10**12}, "shape"),
+        ({"hidden_size": 2**63}, "no tensors can have the sizes"),
+        ({"hidden_size": 10**400}, "config.json"),
+        ({"num_objectives": 10**12}, "shape"),
+        ({"head_sizes": [10**9, 10**9]}, "missing tensors"),
+        ({"head_sizes": [1] * 100_000}, "`head_sizes` must hold at most 100"),
+        ({"advantage_sizes": [1] * 100_000}, "`advantage_sizes` must hold at most 100"),
+        ({"head_sizes": [1] * 1_000_000}, "bytes are more than"),
+        ({"control": {"num_steps": 10**12}}, "`num_steps` must be at most 10000"),
+        ({"base_model_revision": "../../../etc/hostname"}, "`base_model_revision`"),
+        ({"base_model_revision": "/etc/hostname"}, "`base_model_revision`"),
+        ({"base_model_revision": "..\\up"}, "`base_model_revision`"),
+    ],
+)
+def test_a_config_that_asks_for_too_much_is_refused_at_once(files, tmp_path, values, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(files["config.json"]) | values))
+    resource = pytest.importorskip("resource")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before, start = resource.getrlimit(resource.RLIMIT_AS), time.monotonic()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), before[1]))
+    try:
+        with pytest.raises(ValueError, match=message):
+            ValueHead.from_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert time.monotonic() - start < 5
+
+
+def test_a_header_that_claims_more_than_the_file_holds_takes_no_memory(files, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    width = 10**10
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": width, "head_sizes": []}))
+    tensors, start = {}, 0
+    shapes = {"state_mean": [width], "state_scale": [width], "value_mlp.layers.0.weight": [1, width]}
+    for name, shape in (shapes | {"value_mlp.layers.0.bias": [1]}).items():
+        end = start + 4 * shape[-1]
+        tensors[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+        start = end
+    header = json.dumps(tensors).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 64)
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        ValueHead.from_pretrained(tmp_path)

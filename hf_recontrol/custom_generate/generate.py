@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 REPO = None
-DEFAULTS = {"method": "ascent", "step_size": 0.5, "num_steps": 30, "l2": 0.0, "plausibility": 0.0}
+DEFAULTS = {"method": "ascent", "step_size": 0.5, "num_steps": 30, "l2": 0.0, "plausibility": 0.0, "target": None}
+HIGHEST = {"step_size": 1e30, "num_steps": 10_000, "l2": 1e30, "plausibility": 1}
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "silu": nn.functional.silu, "gelu": nn.functional.gelu}
 
 
@@ -30,12 +31,10 @@ def generate(model, value_head=None, control=None, **kwargs):
     """
     config, tensors = load_head(value_head or REPO, kwargs)
     settings = DEFAULTS | (config["control"] or {}) | (control or {})
-    if unknown := sorted(settings.keys() - DEFAULTS.keys()):
-        raise ValueError(f"`control` holds {unknown}, expected some of {sorted(DEFAULTS)}.")
-    if settings["method"] == "advantage" and config["advantage_sizes"] is None:
-        raise ValueError("This head has no advantage part: use method='ascent'.")
+    check(config, tensors, settings)
+    no_steps = settings["step_size"] == 0 or (settings["method"] == "ascent" and settings["num_steps"] == 0)
     with ExitStack() as hooks:
-        if control is not False:
+        if control is not False and not no_steps:
             for handle in add_hooks(model, config, tensors, settings):
                 hooks.callback(handle.remove)
         return model.generate(**kwargs)
@@ -54,6 +53,37 @@ def load_head(name, kwargs):
         return json.load(file), load_file(paths[1])
 
 
+def check(config, tensors, settings):
+    """Raise `ValueError` for values that mean nothing here: the head's files may be anybody's."""
+    if unknown := sorted(settings.keys() - DEFAULTS.keys()):
+        raise ValueError(f"`control` holds {unknown}, expected some of {sorted(DEFAULTS)}.")
+    for name, highest in HIGHEST.items():
+        kinds = (int,) if name == "num_steps" else (int, float)
+        if type(settings[name]) not in kinds or not 0 <= settings[name] <= highest:
+            raise ValueError(f"`{name}` must be one number from 0 to {highest:g}, got {settings[name]!r}.")
+    target = settings["target"] if isinstance(settings["target"], (list, tuple)) else [settings["target"]]
+    if settings["target"] is not None and (
+        settings["method"] != "ascent"
+        or len(target) != config["num_objectives"]
+        or not all(type(value) in (int, float) and abs(value) <= 1e30 for value in target)
+    ):
+        raise ValueError(f"`target` must be one number for each objective, for an ascent, got {settings['target']!r}.")
+    if settings["method"] == "ascent" and settings["step_size"] * settings["l2"] >= 1:
+        raise ValueError("`step_size * l2` must be below 1, or the steps run away.")
+    for name, value, known in (
+        ("format_version", config["format_version"], (1,)),
+        ("hook_point", config["hook_point"], ("decoder_layer", "lm_head")),
+        ("activation", config["activation"], tuple(ACTIVATIONS)),
+        ("method", settings["method"], ("ascent", "advantage")),
+    ):
+        if value not in known:
+            raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
+    if settings["method"] == "advantage" and config["advantage_sizes"] is None:
+        raise ValueError("This head has no advantage part: use method='ascent'.")
+    if bad := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
+        raise ValueError(f"The head's tensors {bad} hold NaN or infinite values.")
+
+
 def mlp(tensors, part, activation, x):
     """One part of the head, `"value_mlp"` or `"advantage_mlp"`."""
     count = sum(name.startswith(f"{part}.layers.") for name in tensors) // 2
@@ -64,18 +94,24 @@ def mlp(tensors, part, activation, x):
 
 
 def edit(hidden, config, tensors, settings):
-    """u of h + u: `step_size * g(h)`, or `num_steps` of gradient ascent on V, in the head's scaled coordinates."""
+    """u of h + u: `step_size * g(h)`, or `num_steps` of gradient ascent on V (or on -½‖V - target‖²), in the head's
+    scaled coordinates."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     tensors = {name: tensor.to(hidden.device, dtype) for name, tensor in tensors.items()}
     alpha, scale = settings["step_size"], tensors["state_scale"]
     x = (hidden.detach().to(dtype) - tensors["state_mean"]) / scale
     if settings["method"] == "advantage":
         return alpha * mlp(tensors, "advantage_mlp", config["activation"], x)
+    target = settings["target"]
+    if target is not None:
+        target, mean, std = (torch.tensor(v).to(x) for v in (target, config["reward_mean"], config["reward_std"]))
+        target = ((target - mean) / std).expand(config["num_objectives"])
     step = torch.zeros_like(x)
     with torch.enable_grad():
         for _ in range(settings["num_steps"]):
             moved = (x + step).requires_grad_(True)
-            value = mlp(tensors, "value_mlp", config["activation"], moved).sum()
+            value = mlp(tensors, "value_mlp", config["activation"], moved)
+            value = value.sum() if target is None else -0.5 * (value - target).square().sum()
             step = step + alpha * (torch.autograd.grad(value, moved)[0] - 2 * settings["l2"] * step)
     return scale * step.detach()
 
