@@ -343,6 +343,11 @@ class Controller:
             self._plan(self._last_plan.mean)
 
     def _traced_plan(self, rows: torch.Tensor, prepared: bool) -> _Plan:
+        if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                "A strict export does not take the weights of a head, which is no submodule of the model: call "
+                "`torch.export.export(..., strict=False)`, its default."
+            )
         plan = self._last_plan
         if not prepared or plan is None or plan.mean.device != rows.device or plan.mean.dtype != rows.dtype:
             return _build_plan(self.head, rows.device, rows.dtype, with_gram=False)
