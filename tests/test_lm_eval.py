@@ -1,5 +1,6 @@
 """The model type `recontrol` of lm-evaluation-harness: its scores and responses are those of a naive reference."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -167,3 +168,10 @@ def test_refuses_what_cannot_be_controlled(tiny_tasks):
         ReControlLM(str(folder / "orphan"), device="cpu")
     with pytest.raises(ValueError, match="num_steps"):
         ReControlLM(str(folder / "head"), num_steps=-1, device="cpu")
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    monkeypatch.delitem(sys.modules, "hf_recontrol.lm_eval", raising=False)
+    with pytest.raises(ImportError, match=r"hf_recontrol\[lm-eval\]"):
+        importlib.import_module("hf_recontrol.lm_eval")
