@@ -241,6 +241,11 @@ class Controller:
             self._plan(names, mean.device, mean.dtype)
 
     def _traced_plan(self, rows: torch.Tensor, names: tuple[str, ...], prepared: bool) -> Plan:
+        if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                "A strict export does not take the weights of a head, which is no submodule of the model: call "
+                "`torch.export.export(..., strict=False)`, its default."
+            )
         plan = self._last_plan
         usable = prepared and plan is not None and self._last_names == names
         if not usable or plan.parts[0].mean.device != rows.device or plan.parts[0].mean.dtype != rows.dtype:

@@ -105,6 +105,14 @@ class ControlHooks:
         self.register(model)
 
     def __getstate__(self):
+        call = getattr(self._thread, "call", None)
+        if call is not None and (call.control is not None or call.weights is not None):
+            # A copy, or another process, would not know of them and do something else without a word.
+            raise RuntimeError(
+                "A model cannot be copied or pickled inside `disable_control()` or a call with settings of its own: "
+                "they belong to this thread. Copy it outside; in a function that another process runs, or whose "
+                "result `datasets` caches, call `generate(..., control=False)`."
+            )
         return {key: value for key, value in self.__dict__.items() if key != "_thread"}
 
     def __setstate__(self, state):

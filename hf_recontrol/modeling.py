@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration import ControlConfig
+from .fused_lm_head import controlled_forward, original_forward
 from .hooks import ControlHooks, HeadWeights, read_states
 from .hub import is_repo_id, portable_name, with_commit
 from .matching import head_config, matched_head
@@ -83,7 +84,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
                 Where the first argument is in its repo. The base of a head that knows its base is loaded at the
                 revision that the head names.
             model_args, kwargs:
-                As in [`~transformers.AutoModelForCausalLM.from_pretrained`]: `dtype`, `device_map`, `token`,
+                As in [`~transformers.AutoModelForCausalLM.from_pretrained`] (for a base that also takes images,
+                [`~transformers.AutoModelForImageTextToText.from_pretrained`]): `dtype`, `device_map`, `token`,
                 `cache_dir`, `local_files_only`, `trust_remote_code`, ...
 
         Raises:
@@ -118,7 +120,13 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
             kwargs["revision"] = revision
         if subfolder:
             kwargs["subfolder"] = subfolder
-        model = AutoModelForCausalLM.from_pretrained(base, *model_args, **kwargs)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(base, *model_args, **kwargs)
+        except ValueError as error:
+            if "for this kind of AutoModel" not in str(error):
+                raise
+            # Models that also take images have an auto class of their own.
+            model = AutoModelForImageTextToText.from_pretrained(base, *model_args, **kwargs)
         if not subfolder:
             with_commit(model, revision, kwargs.get("cache_dir"))
         return cls.from_model(model, head, control)
@@ -168,6 +176,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
         model._recontrol = hooks
         _drop_transient(model.__dict__)
         model.__class__ = _controlled_class(type(model))
+        if "forward" in model.__dict__:
+            model.forward = model.__dict__["forward"]
         return model
 
     def unload(self) -> PreTrainedModel:
@@ -175,6 +185,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
         self._recontrol.remove()
         del self._recontrol
         _drop_transient(self.__dict__)
+        if "forward" in self.__dict__:
+            self.__dict__["forward"] = original_forward(self.__dict__["forward"])
         self.__class__ = _base_class(type(self))
         return self
 
@@ -372,6 +384,10 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
+
+    def __setattr__(self, name, value):
+        # TRL's trainers give the model a `forward` that reads the LM head's weight past every hook on it.
+        super().__setattr__(name, controlled_forward(value) if name == "forward" else value)
 
     def __reduce_ex__(self, protocol):
         # The dynamic class has no importable name, so the copy is rebuilt from the base's. Also what deepcopy uses.

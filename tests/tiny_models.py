@@ -152,6 +152,7 @@ FAMILIES: dict[str, tuple[str, dict, str]] = {
 
 # Where the decoder layers are, by `config.model_type`: written down, so that no test finds them as the package does.
 LAYERS = {model_type: path for model_type, _, path in FAMILIES.values()}
+LAYERS["qwen2_vl"] = "model.language_model.layers"
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
