@@ -92,6 +92,7 @@ def _read(
     weight = find_lm_head(model).weight if with_directions else None
     settings = contextlib.nullcontext()
     if isinstance(model, ReControlForCausalLM):
+        model._recontrol.check_same_for_all(control)
         settings = model._recontrol.call(control)
     order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].prompt_ids) - len(rollouts[i].completion_ids))
     with settings:

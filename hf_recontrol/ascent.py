@@ -69,6 +69,11 @@ class Plan:
     gram: torch.Tensor | None
 
     @property
+    def can_flip(self) -> bool:
+        """Whether V's gradient is piecewise constant in the first layers' units, see [`_ascend_by_flips`]."""
+        return all(part.is_one_relu or part.is_linear for part in self.parts)
+
+    @property
     def widths(self) -> list[int]:
         """Units of each part's first layer."""
         return [part.width for part in self.parts]
@@ -107,9 +112,13 @@ def build_plan(heads: Sequence[ValueHead], device: torch.device, dtype: torch.dt
                 advantage=None if g is None else pairs(g.layers),
             )
         )
-    # Beyond twice the state's width two products with the W_k are cheaper than one with G.
-    with_gram = with_gram and sum(part.width for part in parts) <= 2 * parts[0].mean.shape[0]
-    return Plan(parts, _gram(parts) if with_gram else None)
+    plan = Plan(parts, None)
+    # Beyond twice the state's width two products with the W_k are cheaper than one with G; where a few of its rows are
+    # enough, it is its memory that counts.
+    widest = 4 if plan.can_flip and device.type == "cpu" else 2
+    if with_gram and sum(plan.widths) <= widest * parts[0].mean.shape[0]:
+        plan = Plan(parts, _gram(parts))
+    return plan
 
 
 def _gram(parts: Sequence[Part]) -> torch.Tensor:
@@ -217,7 +226,7 @@ def ascend(
         eager
         and target is None
         and plan.gram is not None
-        and all(part.is_one_relu for part in parts)
+        and plan.can_flip
         and hidden.device.type == "cpu"
         and len(hidden) > 0
     ):
@@ -237,9 +246,11 @@ def _ascend_linear(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_steps
         return (total * _slopes(plan, weights)).expand_as(z)
     (part,), (weight,) = plan.parts, weights
     values, vectors = part.eigen
-    ratio = decay - alpha * weight * values.expand_as(z)
-    powers = ratio[..., None] ** torch.arange(num_steps, device=z.device)
-    return ((alpha * weight * (target - z)) @ vectors * powers.sum(-1)) @ vectors.T
+    # Σ_i (1 - q)^i = (1 - (1 - q)^n) / q, without cancellation where q is small.
+    q = (1 - decay) + alpha * weight * values.expand_as(z)
+    powers = torch.where(q < 1, -torch.expm1(num_steps * torch.log1p(-q)), 1 - (1 - q) ** num_steps)
+    series = torch.where(q == 0, float(num_steps), powers / q)
+    return ((alpha * weight * (target - z)) @ vectors * series) @ vectors.T
 
 
 def _ascend(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_steps: int, target) -> torch.Tensor:
@@ -260,8 +271,11 @@ def _ascend_by_flips(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_ste
     """
     [`_ascend`] for one hidden ReLU layer. There δ = w₂ ⊙ 1[z > 0] changes only where a unit's sign flips, so `G δ` is
     kept up to date from those rows of G alone, and where no unit flips the steps go on in a straight line and are
-    taken at once. Which units flip is data, so this is for eager mode.
+    taken at once. Which units flip is data, so this is for eager mode. The units of a linear V never flip.
     """
+    if any(part.is_linear for part in plan.parts):
+        blocks = zip(plan.parts, z.split(plan.widths, dim=1), strict=True)
+        z = torch.cat([x.new_full(x.shape, torch.inf) if part.is_linear else x for part, x in blocks], dim=1)
     weight, gram = _slopes(plan, weights), plan.gram
     penalised = isinstance(decay, torch.Tensor) or decay != 1.0
 

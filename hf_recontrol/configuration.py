@@ -38,7 +38,7 @@ def _check_number(name: str, value: Any, low: float = -math.inf, high: float = m
 def check_numbers(name: str, value: Any, each: str, low: float = -math.inf) -> float | tuple[float, ...]:
     """A finite number, or a tuple of them for a sequence that holds one for each `each`; else `ValueError`."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         return _check_number(name, value, low)
     if not value:
         raise ValueError(f"`{name}` must hold one number for each {each}, got none.")
@@ -85,7 +85,8 @@ class ControlConfig:
 
     - `method="ascent"` (RE-Control, Kong et al. 2024): from `x = (h - state_mean) / state_scale` and `d = 0`,
       `num_steps` steps of `d ← d + α (∇V(x + d) - 2 λ d)`; then `u = state_scale * d`.
-      With a `target` they minimise `½‖V(x + d) - target‖²` instead (PRE-Control, arXiv 2510.12121).
+      With a `target` they minimise `½‖V(x + d) - target‖²` instead, in standardised values (PRE-Control, arXiv
+      2510.12121).
     - `method="advantage"`: `u = α g(h)` in one step, with `α = 1/τ`; then `softmax(W (h + u))` is the optimum of
       `E[A] - τ KL(π ‖ π0)` for the advantage `A(h, y) = (w_y - E_π0[w])ᵀ g(h)`. This holds for logits `W h` at
       temperature 1; where a base scales or soft-caps its logits the edit of the state is the same, the optimum is not.
@@ -107,7 +108,7 @@ class ControlConfig:
             masked (logit -inf) after control. At 0 nothing is masked.
         target (`float` or a sequence of `float`, *optional*):
             For the ascent: values to approach, in the reward's own units, one for each objective. Above a target the
-            edit lowers the value.
+            edit lowers the value. Steps that are too long overshoot it further each time, which is an error.
 
     Raises:
         `ValueError`: for a value outside the ranges above, naming the field.

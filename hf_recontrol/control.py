@@ -13,6 +13,8 @@ from .value_head import ValueHead
 
 # Rows edited at once: bounds the memory of a long teacher-forced forward to a few arrays of this many rows.
 _MAX_ROWS = 4096
+# Mixtures whose tensors are kept: each has a Gram matrix of its own.
+_MAX_PLANS = 8
 DEFAULT_NAME = "default"
 
 # Of each head that acts, by name: its weight, a number or one value for each state, `hidden.shape[:-1] + (1,)`.
@@ -87,11 +89,10 @@ class Controller:
 
     def __init__(self, head: nn.Module):
         self.heads = {DEFAULT_NAME: head}
-        # One plan for each device, dtype and set of heads, with what the heads were when it was made.
-        self._plans: dict[tuple[torch.device, torch.dtype, tuple[str, ...]], tuple[_Snapshot, Plan]] = {}
-        # The plan used last, and its heads: traced code can neither build nor look one up.
-        self._last_plan: Plan | None = None
-        self._last_names: tuple[str, ...] = ()
+        # One plan for each device, dtype, set of heads and need of a Gram matrix, with what the heads were then.
+        self._plans: dict[tuple[torch.device, torch.dtype, tuple[str, ...], bool], tuple[_Snapshot, Plan]] = {}
+        # The plan used last, and what for: traced code can neither build nor look one up.
+        self._last: tuple[tuple[str, ...], bool, Plan] | None = None
 
     def __getstate__(self):
         return {"heads": self.heads}
@@ -100,12 +101,18 @@ class Controller:
         self.__init__(None)
         self.heads = dict(state["heads"])
 
+    def add(self, name: str, head: nn.Module) -> None:
+        """Take another head on."""
+        # A new dict: other threads may be reading the old one.
+        self.heads = self.heads | {name: head}
+
     def remove(self, name: str) -> None:
         """Forget a head and what was prepared of it."""
-        del self.heads[name]
-        self._plans = {key: value for key, value in self._plans.items() if name not in key[2]}
-        if name in self._last_names:
-            self._last_plan, self._last_names = None, ()
+        self.heads = {other: head for other, head in self.heads.items() if other != name}
+        for slot in [slot for slot in list(self._plans) if name in slot[2]]:
+            self._plans.pop(slot, None)
+        if self._last is not None and name in self._last[0]:
+            self._last = None
 
     def _are_plain(self, names: Sequence[str]) -> bool:
         """Whether all are [`ValueHead`]s whose methods are the ones that the fast forms restate."""
@@ -139,8 +146,7 @@ class Controller:
             step_size (`float` or `torch.Tensor` that broadcasts to `hidden.shape[:-1] + (1,)`):
                 α of each state.
             weights (mapping of `str` to `float`, or to `torch.Tensor` as `step_size`, *optional*):
-                The heads that act, by name, and the weight of each; all numbers or all tensors. Defaults to the only
-                head, once.
+                The heads that act, by name, and the weight of each. Defaults to the only head, once.
             check_states (`bool`, *optional*, defaults to `False`):
                 Whether states that are not finite to begin with are an error too. Without it they stay as they are: a
                 base may give NaN at padded positions that nothing reads.
@@ -149,8 +155,8 @@ class Controller:
                 then use the Gram matrix, and reads the heads' own weights otherwise.
 
         Raises:
-            `FloatingPointError`: if an edited state is not finite. Compiled code cannot raise: it clamps the edited
-            state to the range of its dtype.
+            `FloatingPointError`: if an edited state is not finite, or further from a target than before. Compiled code
+            cannot raise: it clamps the edited state to the range of its dtype.
         """
         states = hidden.detach()
         rows = states.reshape(-1, states.shape[-1])
@@ -164,7 +170,13 @@ class Controller:
 
         weights = dict.fromkeys(self.heads, 1.0) if weights is None else weights
         names = tuple(weights)
-        numbers = [by_row(step_size), *map(by_row, weights.values())]
+        omegas = list(weights.values())
+        if any(isinstance(omega, torch.Tensor) for omega in omegas):
+            omegas = [
+                omega if isinstance(omega, torch.Tensor) else torch.tensor([omega], dtype=torch.float64)
+                for omega in omegas
+            ]
+        numbers = [by_row(step_size), *map(by_row, omegas)]
         compiling = torch.compiler.is_compiling()
         with torch.no_grad():
             parts = (rows,) if compiling else rows.split(_MAX_ROWS)
@@ -185,10 +197,11 @@ class Controller:
         if torch.isfinite(edited).all():
             return edited
         usable = torch.isfinite(states).all(-1, keepdim=True)
+        all_one = all(isinstance(omega, float) and omega == 1 for omega in omegas)
         if not torch.isfinite(edited[usable.squeeze(-1)]).all():
             raise FloatingPointError(
                 f"The {control.method} edit left the range of {states.dtype}: `step_size` "
-                f"{control.largest_step_size:g} is too large for this head."
+                f"{control.largest_step_size:g}{'' if all_one else ', times the weights,'} is too large for this head."
             )
         if check_states:
             raise FloatingPointError(
@@ -202,14 +215,34 @@ class Controller:
     ) -> torch.Tensor:
         """u for `(rows, hidden_size)` states in the compute dtype; `alpha` and `weights` as for [`ascend`]."""
         decay = 1.0 - 2.0 * control.l2 * alpha if control.l2 else 1.0
+        compiling, with_gram = torch.compiler.is_compiling(), control.method == "ascent"
         if not self._are_plain(names):
-            return self._edit_rows_by_modules(rows, control, alpha, decay, [self.heads[x] for x in names], weights)
-        compiling = torch.compiler.is_compiling()
-        plan = self._traced_plan(rows, names, prepared) if compiling else self._plan(names, rows.device, rows.dtype)
-        if control.method == "advantage":
-            return advantage_edit(plan, rows, weights, alpha)
-        target = _target_values(self.heads[names[0]], control, rows)
-        return ascend(plan, rows, weights, alpha, decay, control.num_steps, target, eager=not compiling)
+            edit = self._edit_rows_by_modules(rows, control, alpha, decay, [self.heads[x] for x in names], weights)
+        else:
+            if compiling:
+                plan = self._traced_plan(rows, names, with_gram, prepared)
+            else:
+                plan = self._plan(names, rows.device, rows.dtype, with_gram)
+            if not with_gram:
+                return advantage_edit(plan, rows, weights, alpha)
+            target = _target_values(self.heads[names[0]], control, rows)
+            edit = ascend(plan, rows, weights, alpha, decay, control.num_steps, target, eager=not compiling)
+        if control.target is not None and not compiling:
+            self._check_nearer(self.heads[names[0]], control, rows, edit)
+        return edit
+
+    @staticmethod
+    def _check_nearer(head: nn.Module, control: ControlConfig, rows: torch.Tensor, edit: torch.Tensor) -> None:
+        parameter = next(head.parameters(), rows)
+        before, after = (head(x.to(parameter.device, parameter.dtype)) for x in (rows, rows + edit))
+        target = _target_values(head, control, before)
+        before, after = (torch.linalg.vector_norm(values - target, dim=-1) for values in (before, after))
+        # A step or two too far is no harm; steps that run away are.
+        if (after > 2 * before + 1).any():
+            raise FloatingPointError(
+                f"The steps overshoot the target further each time: `step_size` {control.largest_step_size:g} is too "
+                "large for this head."
+            )
 
     def _edit_rows_by_modules(self, rows: torch.Tensor, control: ControlConfig, alpha, decay, heads, weights):
         for head in heads:
@@ -222,32 +255,34 @@ class Controller:
             for head, weight in zip(heads, weights, strict=True)
         )
 
-    def _plan(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Plan:
+    def _plan(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype, with_gram: bool) -> Plan:
         """The plan for these heads, built on first use and again if a head has changed since."""
-        slot = (device, dtype, names)
+        slot = (device, dtype, names, with_gram)
         tensors = [tensor for name in names for tensor in self.heads[name].state_dict().values()]
         known = self._plans.get(slot)
         if known is None or not known[0].matches(tensors):
             with torch.inference_mode(False):
-                plan = build_plan([self.heads[name] for name in names], device, dtype)
+                plan = build_plan([self.heads[name] for name in names], device, dtype, with_gram)
                 known = self._plans[slot] = (_Snapshot(tensors), plan)
-        self._last_plan, self._last_names = known[1], names
+            for oldest in list(self._plans)[:-_MAX_PLANS]:
+                self._plans.pop(oldest, None)
+        self._last = names, with_gram, known[1]
         return known[1]
 
-    def refresh(self, names: tuple[str, ...]) -> None:
+    def refresh(self, names: tuple[str, ...], control: ControlConfig) -> None:
         """Renew what was prepared of heads if they have changed since. Called before code that may be compiled."""
-        if names and self._last_plan is not None and self._are_plain(names):
-            mean = self._last_plan.parts[0].mean
-            self._plan(names, mean.device, mean.dtype)
+        if self._last is not None and self._are_plain(names):
+            mean = self._last[2].parts[0].mean
+            self._plan(names, mean.device, mean.dtype, control.method == "ascent")
 
-    def _traced_plan(self, rows: torch.Tensor, names: tuple[str, ...], prepared: bool) -> Plan:
+    def _traced_plan(self, rows: torch.Tensor, names: tuple[str, ...], with_gram: bool, prepared: bool) -> Plan:
         if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
             raise RuntimeError(
                 "A strict export does not take the weights of a head, which is no submodule of the model: call "
                 "`torch.export.export(..., strict=False)`, its default."
             )
-        plan = self._last_plan
-        usable = prepared and plan is not None and self._last_names == names
-        if not usable or plan.parts[0].mean.device != rows.device or plan.parts[0].mean.dtype != rows.dtype:
-            return build_plan([self.heads[name] for name in names], rows.device, rows.dtype, with_gram=False)
-        return plan
+        if prepared and self._last is not None and self._last[:2] == (names, with_gram):
+            plan = self._last[2]
+            if plan.parts[0].mean.device == rows.device and plan.parts[0].mean.dtype == rows.dtype:
+                return plan
+        return build_plan([self.heads[name] for name in names], rows.device, rows.dtype, with_gram=False)

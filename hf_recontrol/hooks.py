@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from .configuration import ControlConfig, ValueHeadConfig
 from .control import DEFAULT_NAME, Controller
+from .matching import check_not_idle
 from .places import find_decoder_layers, find_lm_head, hook_layer
+from .value_head import ValueHead
 
 # How much each head counts, by name: a number, or one for each prompt of the batch.
 HeadWeights = Mapping[str, "float | tuple[float, ...]"]
@@ -74,6 +76,28 @@ class _Call:
     # How many rows beams or num_return_sequences made of each prompt.
     expansion: int = 1
     generating: bool = False
+
+
+def _check_target(control: ControlConfig, active: Mapping[str, tuple[nn.Module, float | tuple[float, ...]]]) -> None:
+    """Raise `ValueError` if steps towards the target are known not to arrive."""
+    if len(active) > 1:
+        raise ValueError(
+            f"`target` is for the values of one head, {len(active)} act: set the weights of the others to 0."
+        )
+    for head, weight in active.values():
+        weights = weight if isinstance(weight, tuple) else (weight,)
+        if min(weights) < 0:
+            raise ValueError(
+                "`target` needs a weight of 0 or more: away from a target there is no place to arrive at."
+            )
+        if isinstance(head, ValueHead) and not head.config.head_sizes:
+            largest = float(torch.linalg.matrix_norm(head.value_mlp.layers[0].weight.detach().float(), 2)) ** 2
+            limit = 2 / max(max(weights) * largest + 2 * control.l2, 1e-30)
+            if control.largest_step_size >= limit:
+                raise ValueError(
+                    f"`step_size` {control.largest_step_size:g} overshoots the target of this linear head further at "
+                    f"each step: take one below {limit:.3g}."
+                )
 
 
 class ControlHooks:
@@ -179,8 +203,9 @@ class ControlHooks:
         if control is not None or weights is not None:
             self.check(self.control if control is None else control, self.weights if weights is None else weights)
         self._thread.call = _Call(control, weights, generating=generating)
-        self.controller.refresh(tuple(self.active_weights()))
         try:
+            if (active := self.active_control()) is not None:
+                self.controller.refresh(tuple(self.active_weights()), active)
             yield
         finally:
             self._thread.call = outer
@@ -200,21 +225,21 @@ class ControlHooks:
             raise TypeError(f"`control` must be a ControlConfig, False or None, got {type(control).__name__}.")
         active = self.nonzero(weights)
         for name in active:
-            self.controller.heads[name].config.check_control(control)
-        if control.target is not None and len(active) > 1:
-            raise ValueError(
-                f"`target` is for the values of one head, {len(active)} act: set the weights of the others to 0."
-            )
+            head = self.controller.heads[name]
+            head.config.check_control(control)
+            check_not_idle(head, control)
+        if control.target is not None:
+            _check_target(control, {name: (self.controller.heads[name], weight) for name, weight in active.items()})
         if control.plausibility and not self.is_last_layer:
             raise ValueError(
                 f"`plausibility` needs a head at the LM head or the last decoder layer, this one acts on layer "
                 f"{self.layer}: later layers would have to run twice."
             )
 
-    @staticmethod
-    def nonzero(weights: HeadWeights) -> HeadWeights:
-        """Those of the weights that are not 0, in some row at least."""
-        return {name: w for name, w in weights.items() if (any(w) if isinstance(w, tuple) else w)}
+    def nonzero(self, weights: HeadWeights) -> HeadWeights:
+        """Those of the weights that are not 0, in some row at least, in the order of the heads."""
+        given = {name: weights[name] for name in self.controller.heads if name in weights}
+        return {name: w for name, w in given.items() if (any(w) if isinstance(w, tuple) else w)}
 
     def place(self, model: PreTrainedModel, config: ValueHeadConfig | None = None) -> str:
         """Where heads of `config`, by default this model's, act, in words."""
@@ -237,9 +262,18 @@ class ControlHooks:
         control = self.active_control()
         if control is None:
             return {}
-        settings = {"step_size": control.step_size}
+        settings = {"`step_size`": control.step_size}
         settings |= {f"the weight of {name!r}": weight for name, weight in self.active_weights().items()}
         return {name: value for name, value in settings.items() if isinstance(value, tuple)}
+
+    def check_same_for_all(self, control: ControlConfig | bool | None) -> None:
+        """Raise `ValueError` if settings hold one value for each prompt, where batches are no order of prompts."""
+        with self.call(control):
+            for name in self.by_row():
+                raise ValueError(
+                    f"A value for each prompt ({name}) cannot be had here, where batches are made by length: use one "
+                    "for all."
+                )
 
     def expand(self, batch_size: int, factor: int) -> None:
         """
@@ -253,7 +287,7 @@ class ControlHooks:
             return
         for name, values in self.by_row().items():
             if len(values) != batch_size:
-                raise ValueError(f"`{name}` holds {len(values)} values for {batch_size} prompts.")
+                raise ValueError(f"{name} holds {len(values)} values for {batch_size} prompts.")
         call.expansion = factor
 
     def _of_states(self, name: str, value: float | tuple[float, ...], hidden: torch.Tensor) -> float | torch.Tensor:
@@ -265,7 +299,7 @@ class ControlHooks:
         flat = hidden.ndim == 2 and forward is not None and isinstance(forward.logits_to_keep, torch.Tensor)
         num_rows = len(forward.logits_to_keep) if flat else len(hidden)
         if len(values) != num_rows:
-            raise ValueError(f"`{name}` holds {len(values)} values for {num_rows} rows.")
+            raise ValueError(f"{name} holds {len(values)} values for {num_rows} rows.")
         return values[forward.logits_to_keep.nonzero()[:, 0].cpu()][:, None] if flat else values[:, None, None]
 
     def _edit(self, hidden: torch.Tensor, control: ControlConfig) -> torch.Tensor:
@@ -275,7 +309,7 @@ class ControlHooks:
                 f"At {self.config.hook_point!r} this model's states have shape {tuple(hidden.shape)}, the head reads "
                 f"(batch, positions, {self.config.hidden_size}): this architecture cannot be controlled there."
             )
-        step_size = self._of_states("step_size", control.step_size, hidden)
+        step_size = self._of_states("`step_size`", control.step_size, hidden)
         weights = {
             name: self._of_states(f"the weight of {name!r}", weight, hidden)
             for name, weight in self.active_weights().items()

@@ -87,8 +87,10 @@ def check_head(model: PreTrainedModel, head: nn.Module) -> None:
 
 
 def check_not_idle(head: nn.Module, control: ControlConfig) -> None:
-    """Refuse a head whose edit is zero whatever the state: an untrained g, or a V that is constant."""
+    """Refuse a head whose edit is zero whatever the state: an untrained g, or a V that is constant; or has no g."""
     if not isinstance(head, ValueHead):
+        if control.method == "advantage" and not callable(getattr(head, "advantage", None)):
+            raise TypeError(f"{type(head).__name__} has no method `advantage`, which `method='advantage'` calls.")
         return
     last = (head.advantage_mlp if control.method == "advantage" else head.value_mlp).layers[-1]
     # The bias of V's last layer moves no state; that of g's is the constant part of the edit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -10,8 +11,11 @@ from torch import nn
 
 from .configuration import check_numbers
 from .hooks import ControlHooks, HeadWeights
-from .matching import check_head, check_not_idle, head_config
+from .matching import check_head, head_config
 from .value_head import ValueHead
+
+# Names are folders in a checkpoint.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 class ValueHeadMixtureMixin:
@@ -53,7 +57,7 @@ class ValueHeadMixtureMixin:
 
         Args:
             name (`str`):
-                What to call it.
+                What to call it: up to 64 letters, digits, `_`, `-` and `.`.
             value_head ([`ValueHead`], `nn.Module`, `str` or `os.PathLike`):
                 A head for the same place as the model's others, or where to load it from.
             kwargs:
@@ -64,9 +68,9 @@ class ValueHeadMixtureMixin:
             place, or does not fit the model; the model is then as before.
         """
         hooks = self._recontrol
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"`name` must be a text that is not empty, got {name!r}.")
-        if name in hooks.controller.heads:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"`name` must be up to 64 letters, digits, `_`, `-` and `.`, got {name!r}.")
+        if name.casefold() in map(str.casefold, hooks.controller.heads):
             raise ValueError(f"This model has a head {name!r} already: delete it first, or take another name.")
         if isinstance(value_head, (str, os.PathLike)):
             value_head = ValueHead.from_pretrained(value_head, **kwargs)
@@ -77,7 +81,7 @@ class ValueHeadMixtureMixin:
         ours, other = hooks.place(self), hooks.place(self, config)
         if ours != other:
             raise ValueError(f"The model's heads act at {ours}, this one at {other}: heads must share a place.")
-        hooks.controller.heads[name] = value_head
+        hooks.controller.add(name, value_head)
 
     def set_value_heads(self, weights: Mapping[str, float | Sequence[float]]) -> None:
         """
@@ -95,19 +99,19 @@ class ValueHeadMixtureMixin:
         hooks = self._recontrol
         weights = checked_weights(weights)
         hooks.check(hooks.control, weights)
-        for name in hooks.nonzero(weights):
-            check_not_idle(hooks.controller.heads[name], hooks.control)
         hooks.weights = weights
 
     def delete_value_head(self, name: str) -> None:
         """
-        Delete a head that has no weight.
+        Delete a head that has no weight. Not while a call that gives it one is running in another thread.
 
         Raises:
-            `ValueError`: if there is no such head, or it has a weight.
+            `ValueError`: if there is no such head, it has a weight, or it is the last one.
         """
         hooks = self._recontrol
         hooks.check(False, {name: 0.0})
+        if len(hooks.controller.heads) == 1:
+            raise ValueError(f"{name!r} is the model's last head: `unload()` takes it off.")
         if name in hooks.nonzero(hooks.weights):
             raise ValueError(
                 f"The head {name!r} has a weight: set others with `set_value_heads` first, or `unload()` them all."
@@ -136,4 +140,6 @@ def checked_weights(weights: Mapping[str, float | Sequence[float]]) -> HeadWeigh
     """
     if not isinstance(weights, Mapping):
         raise TypeError(f"The weights of heads must be a dict of name: weight, got {type(weights).__name__}.")
+    if odd := [name for name in weights if not isinstance(name, str)]:
+        raise TypeError(f"Heads are called by text, got {odd[0]!r}.")
     return {name: check_numbers(f"the weight of {name!r}", weight, "prompt") for name, weight in weights.items()}

@@ -269,7 +269,7 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
             active, weights = hooks.active_control(), hooks.active_weights()
             if by_row := hooks.by_row():
                 raise ValueError(
-                    f"Continuous batching packs requests into one row, so `{next(iter(by_row))}` cannot differ "
+                    f"Continuous batching packs requests into one row, so {next(iter(by_row))} cannot differ "
                     "between them."
                 )
             if active is not None and not hooks.is_last_layer:
@@ -314,7 +314,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, value_head: str | None = None, **kwargs) -> None:
         """
-        Save the head, its configuration (with `model.control` as the recommended one) and its card; never the base.
+        Save the head, its configuration and its card; never the base. `model.control` is saved as the recommended
+        control of the head that acts alone, with weight 1.
 
         Args:
             save_directory (`str` or `os.PathLike`):
@@ -331,14 +332,15 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
                 f"save_pretrained() of a controlled model saves the head and does not know {sorted(kwargs)}. To save "
                 "the base, `unload()` the head first; to push the head, call `push_to_hub`."
             )
-        if kwargs:
-            super().save_pretrained(save_directory, **kwargs)
-            save_directory = os.path.join(save_directory, "value_head")
-            if value_head is None and len(self.value_heads) > 1:
-                for name in self.value_heads:
-                    self._named_head(name).save_pretrained(os.path.join(save_directory, name))
-                return
-        self._named_head(value_head).save_pretrained(save_directory)
+        if not kwargs:
+            self._named_head(value_head).save_pretrained(save_directory)
+            return
+        names = list(self.value_heads) if value_head is None else [value_head]
+        heads = {name: self._named_head(name) for name in names}
+        super().save_pretrained(save_directory, **kwargs)
+        for name, head in heads.items():
+            parts = ["value_head"] if len(heads) == 1 else ["value_head", name]
+            head.save_pretrained(os.path.join(save_directory, *parts))
 
     def push_to_hub(self, repo_id: str, *, value_head: str | None = None, **kwargs):
         """[`ValueHead.push_to_hub`] of what [`ReControlForCausalLM.save_pretrained`] saves; never the base."""
@@ -351,11 +353,9 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
         if not head.config.base_model_name_or_path:
             head.config.base_model_name_or_path = portable_name(self.config._name_or_path)
             head.config.base_model_revision = getattr(self.config, "_commit_hash", None)
-        try:
-            head.config.check_control(self.control)
-        except ValueError:  # settings for the model's other heads
-            return head
-        if not self.control.per_row:
+        # Settings for a mixture, or for another head, say nothing of this one alone.
+        alone = {other: w for other, w in self.value_head_weights.items() if w != 0}
+        if [(head, 1.0)] == [(self.value_heads[other], w) for other, w in alone.items()] and not self.control.per_row:
             head.config.control = self.control
         return head
 

@@ -134,6 +134,17 @@ def _sample(
     return rollouts
 
 
+def _checked_control(model: PreTrainedModel, control: ControlConfig | bool | None) -> ControlConfig | bool:
+    """The control that rollouts are sampled under; `None` is the model's own."""
+    if not isinstance(model, ReControlForCausalLM):
+        if control:
+            raise ValueError("This model has no value head, so rollouts cannot be sampled under a control.")
+        return False
+    control = model.control if control is None else control
+    model._recontrol.check_same_for_all(control)
+    return control
+
+
 def _check_numbers(config: GenerationConfig, num_samples: int, **others: int) -> None:
     for name, value in {"num_samples": num_samples, **others}.items():
         if value < (name != "seed"):
@@ -201,6 +212,7 @@ def generate_rollouts(
         top_p=top_p,
         stop_strings=stop_strings,
     )
+    control = _checked_control(model, control)
     _check_numbers(config, num_samples, batch_size=batch_size, seed=seed)
     encoded, bad = _encode_all(tokenizer, prompts, range(len(prompts)), _room(model), config.max_new_tokens)
     report_bad_rows(bad, "error")
@@ -259,6 +271,7 @@ def write_rollouts(
         top_p=top_p,
         stop_strings=stop_strings,
     )
+    control = _checked_control(model, control)
     _check_numbers(config, num_samples, batch_size=batch_size, seed=seed, part_size=part_size)
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(num_samples)]
     settings = {
@@ -272,6 +285,7 @@ def write_rollouts(
         "heads": {
             name: [weight, model_fingerprint(model.value_heads[name])]
             for name, weight in (model.value_head_weights.items() if control is not False else ())
+            if weight != 0
         },
         "part_size": part_size,
     }

@@ -249,19 +249,30 @@ def test_all_forms_of_the_relu_ascent_agree(num_steps, l2, batch, monkeypatch):
         )
         dense = edit(head, states, control, step_size)
     build = hf_recontrol.control.build_plan
-    monkeypatch.setattr(hf_recontrol.control, "build_plan", lambda *args: build(*args, with_gram=False))
+    monkeypatch.setattr(hf_recontrol.control, "build_plan", lambda *args: build(*args[:3], with_gram=False))
     direct = edit(head, states, control, step_size)
     torch.testing.assert_close(by_flips, dense, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(direct, dense, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(dense, plain_ascent(head, states, control, step_size)[0], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("width", "has_gram"), [(11, True), (12, True), (13, False)])
-def test_the_gram_matrix_is_made_up_to_twice_the_states_width(width, has_gram):
-    head, states, control, step_size = case(hidden_size=6, head_sizes=(width,))
+@pytest.mark.parametrize(
+    ("head_sizes", "activation", "has_gram"),
+    [
+        ((12,), "silu", True),
+        ((13,), "silu", False),
+        ((13, 3), "relu", False),
+        ((24,), "relu", True),
+        ((25,), "relu", False),
+    ],
+)
+def test_the_gram_matrix_is_made_up_to_twice_the_states_width_and_four_times_for_flips(
+    head_sizes, activation, has_gram
+):
+    head, states, control, step_size = case(hidden_size=6, head_sizes=head_sizes, activation=activation)
     controller = Controller(head)
     controller.edit(states, control, step_size)
-    assert (controller._last_plan.gram is not None) is has_gram
+    assert (controller._last[2].gram is not None) is has_gram
     assert_close_to_plain(head, states, control, step_size, tolerance=1e-9)
 
 
@@ -586,7 +597,7 @@ def test_a_copy_prepares_its_own_tensors(clone):
     controller = Controller(head)
     expected = controller.edit(states, control, 0.5)
     other = clone(controller)
-    assert not other._plans and other._last_plan is None
+    assert not other._plans and other._last is None
     assert torch.equal(other.edit(states, control, 0.5), expected)
     if other.heads[DEFAULT_NAME] is not head:
         change_in_place(other.heads[DEFAULT_NAME])
@@ -598,7 +609,7 @@ def test_what_was_prepared_is_freed_with_the_controller():
     head = make_head(hidden_size=8, head_sizes=[10])
     controller = Controller(head)
     controller.edit(torch.randn(3, 8), ControlConfig(num_steps=3), 0.5)
-    gram, weight = weakref.ref(controller._last_plan.gram), weakref.ref(head.value_mlp.layers[0].weight)
+    gram, weight = weakref.ref(controller._last[2].gram), weakref.ref(head.value_mlp.layers[0].weight)
     assert gram() is not None
     del controller, head
     gc.collect()
@@ -608,7 +619,7 @@ def test_what_was_prepared_is_freed_with_the_controller():
 def test_old_preparations_are_freed_when_the_head_changes():
     controller, control = Controller(make_head()), ControlConfig(num_steps=3)
     controller.edit(torch.randn(3, 16), control, 0.5)
-    old = weakref.ref(controller._last_plan.gram)
+    old = weakref.ref(controller._last[2].gram)
     change_in_place(controller.heads[DEFAULT_NAME])
     controller.edit(torch.randn(3, 16), control, 0.5)
     gc.collect()

@@ -11,9 +11,12 @@ from torch import nn
 import hf_recontrol.ascent
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
 from hf_recontrol.control import Controller
+from hf_recontrol.evaluation import kl_divergence
+from hf_recontrol.rollouts import generate_rollouts
 
 from .conftest import make_head, make_llama
 from .reference import Mixture, reference_edit, reference_generate, reference_logits
+from .tiny_tokenizer import tiny_tokenizer
 
 HEADS = {
     "relu": {"head_sizes": [12]},
@@ -76,13 +79,13 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize("l2", [0.0, 0.2])
 @pytest.mark.parametrize("form", ["as it is", "dense", "without the Gram matrix", "autograd"])
 @pytest.mark.parametrize("kinds", MIXTURES, ids=" ".join)
-@pytest.mark.parametrize("rows", [False, True], ids=["numbers", "by row"])
+@pytest.mark.parametrize("rows", ["no", "yes", "some"])
 def test_a_mixture_is_the_naive_sum(kinds, form, rows, l2, monkeypatch):
     heads = heads_of(kinds)
-    if rows:
-        weights = {name: (0.5 - i, 0.0, 1.0 + i) for i, name in enumerate(heads)}
-    else:
-        weights = {name: 0.7 - 0.6 * i for i, name in enumerate(heads)}
+    weights = {
+        name: (0.5 - i, 0.0, 1.0 + i) if rows == "yes" or (rows == "some" and i == 0) else 0.7 - 0.6 * i
+        for i, name in enumerate(heads)
+    }
     states = torch.randn(3, 4, 16, dtype=torch.float64)
     control = ControlConfig(step_size=0.2, num_steps=12, l2=l2)
     expected = reference_edit(Mixture(list(heads.values()), list(weights.values())), states, control)
@@ -94,13 +97,13 @@ def test_a_mixture_is_the_naive_sum(kinds, form, rows, l2, monkeypatch):
         monkeypatch.setattr(hf_recontrol.ascent, "_ascend_by_flips", lambda *args: dense(*args, target=None))
     elif form == "without the Gram matrix":
         build = hf_recontrol.control.build_plan
-        monkeypatch.setattr(hf_recontrol.control, "build_plan", lambda *args: build(*args, with_gram=False))
+        monkeypatch.setattr(hf_recontrol.control, "build_plan", lambda *args: build(*args[:3], with_gram=False))
     elif form == "autograd":
         heads = {name: Wrapped(head) if i == 0 else head for i, (name, head) in enumerate(heads.items())}
     edited = controller_of(heads).edit(states, control, 0.2, by_row(weights))
     torch.testing.assert_close(edited - states, expected, rtol=1e-9, atol=1e-9)
-    widths = sum((HEADS[kind]["head_sizes"] or [1])[0] for kind in kinds)
-    assert bool(flips) == (form == "as it is" and set(kinds) <= {"relu", "wide"} and widths <= 32)
+    should_flip = form == "as it is" and set(kinds) <= {"relu", "wide", "linear"} and set(kinds) != {"linear"}
+    assert bool(flips) == should_flip
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -162,6 +165,7 @@ def two_headed(**control) -> tuple[ReControlForCausalLM, list[ValueHead]]:
     return model, heads
 
 
+BY_ROW = ControlConfig(step_size=(0.3, 0.1))
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
@@ -303,6 +307,10 @@ def test_heads_come_and_go_by_name(input_ids, tmp_path):
         model.delete_value_head("third")
     model.delete_value_head("default")
     model.delete_value_head("other")
+    model.set_value_heads({})
+    with pytest.raises(ValueError, match="last head"):
+        model.delete_value_head("third")
+    model.set_value_heads({"third": 1.0})
     assert list(model.value_heads) == ["third"] and dict(model.value_head_weights) == {"third": 1.0}
     assert torch.equal(model.generate(input_ids, **GREEDY), both)
     base = model.unload()
@@ -315,8 +323,11 @@ def test_heads_come_and_go_by_name(input_ids, tmp_path):
     ("name", "head", "options", "error", "message"),
     [
         ("default", {}, {}, ValueError, "already"),
-        ("", {}, {}, ValueError, "not empty"),
-        (3, {}, {}, ValueError, "not empty"),
+        ("Default", {}, {}, ValueError, "already"),
+        *(
+            (name, {}, {}, ValueError, "up to 64 letters")
+            for name in ("", 3, "..", ".", "a/b", "/tmp/x", "a\0b", "a" * 65)
+        ),
         ("new", {"hidden_size": 8}, {}, ValueError, "width 8"),
         ("new", {"hook_point": "decoder_layer"}, {}, ValueError, "share a place"),
         ("new", {"hook_point": "decoder_layer", "layer": 9}, {}, ValueError, "layer 9"),
@@ -340,10 +351,13 @@ def test_a_head_that_cannot_be_added_changes_nothing(name, head, options, error,
         ({"default": float("nan")}, {}, ValueError, "finite"),
         ({"default": "much"}, {}, ValueError, "finite"),
         ({"default": ()}, {}, ValueError, "each prompt"),
+        ({"default": b"ab"}, {}, ValueError, "finite"),
+        ({3: 1.0, "default": 1.0}, {}, TypeError, "text"),
         (["default"], {}, TypeError, "dict"),
         ({"default": 1.0, "plain": 1.0}, {"method": "advantage"}, ValueError, "advantage part"),
         ({"default": 1.0, "idle": 1.0}, {}, ValueError, "do nothing"),
         ({"default": 1.0, "plain": 1.0}, {"target": 1.0}, ValueError, "one head"),
+        ({"default": (1.0, -0.5)}, {"target": 1.0}, ValueError, "0 or more"),
     ],
 )
 def test_weights_that_cannot_be_are_refused_and_the_old_ones_stay(weights, control, error, message, input_ids):
@@ -357,10 +371,9 @@ def test_weights_that_cannot_be_are_refused_and_the_old_ones_stay(weights, contr
         model.set_value_heads(weights)
     assert dict(model.value_head_weights) == {"default": 1.0}
     assert torch.equal(model.generate(input_ids, **GREEDY), before)
-    if message != "do nothing":
-        with pytest.raises(error, match=message):
-            model.generate(input_ids, value_heads=weights, **GREEDY)
-        assert torch.equal(model.generate(input_ids, **GREEDY), before)
+    with pytest.raises(error, match=message):
+        model.generate(input_ids, value_heads=weights, **GREEDY)
+    assert torch.equal(model.generate(input_ids, **GREEDY), before)
 
 
 def test_a_control_that_one_of_the_heads_cannot_do_is_refused(input_ids):
@@ -396,8 +409,11 @@ def test_where_several_heads_could_be_meant_one_must_be_named(input_ids, tmp_pat
 
 
 def test_a_checkpoint_of_the_base_holds_all_heads(tmp_path):
-    model, heads = two_headed()
+    model, heads = two_headed(target=0.25)
+    heads[1].config.control = ControlConfig("advantage", 7.0)
     model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    for name, control in (("default", model.control), ("other", ControlConfig("advantage", 7.0))):
+        assert ValueHead.from_pretrained(tmp_path / "value_head" / name).config.control == control
     for name, head in zip(("default", "other"), heads, strict=True):
         saved = ValueHead.from_pretrained(tmp_path / "value_head" / name)
         assert all(torch.equal(saved.state_dict()[k], v) for k, v in head.state_dict().items())
@@ -429,3 +445,75 @@ def test_a_target_travels_with_the_head(input_ids, tmp_path):
     again = ReControlForCausalLM.from_model(make_llama(dtype=torch.float64), tmp_path)
     assert again.control == model.control and again.control.target == 0.25
     assert torch.equal(again.generate(input_ids, **GREEDY), model.generate(input_ids, **GREEDY))
+
+
+def test_settings_of_a_mixture_are_no_heads_recommendation(tmp_path):
+    model, heads = two_headed()
+    for weights in ({"default": 1.0, "other": 1.0}, {"default": 0.5}, {"default": (1.0, 1.0)}):
+        model.set_value_heads(weights)
+        model.save_pretrained(tmp_path, value_head="default")
+        assert ValueHead.from_pretrained(tmp_path).config.control is None and heads[0].config.control is None
+
+
+@pytest.mark.parametrize("head_sizes", [[], [12]], ids=["linear", "relu"])
+def test_steps_that_run_away_from_their_target_are_an_error(head_sizes, input_ids):
+    head = scaled_head("relu", 1, head_sizes=head_sizes, num_objectives=2)
+    control = ControlConfig(step_size=10.0, target=[1.0, 1.0])
+    error, message = (FloatingPointError, "too large") if head_sizes else (ValueError, "take one below ([0-9.]+)")
+    with pytest.raises(error, match=message) as raised:
+        model = ReControlForCausalLM.from_model(make_llama(dtype=torch.float64), head, control)
+        model.generate(input_ids, **GREEDY)
+    if not head_sizes:
+        limit = float(raised.value.args[0].split("below ")[1].rstrip("."))
+        states = torch.randn(50, 16, dtype=torch.float64)
+        control = ControlConfig(step_size=0.98 * limit, num_steps=500, target=[1.0, 1.0])
+        edited = Controller(head).edit(states, control, control.step_size)
+        assert ((head(edited) - 1).norm(dim=-1) <= (head(states) - 1).norm(dim=-1)).all()
+        with pytest.raises(FloatingPointError, match="too large"):
+            Controller(head).edit(states, control, 1.1 * limit)
+
+
+def test_what_each_prompt_has_for_itself_is_refused_where_batches_are_no_order_of_prompts(input_ids):
+    model, _ = two_headed()
+    tokenizer = tiny_tokenizer()
+    rollouts = generate_rollouts(model, tokenizer, ["w5", "w6 w7"], max_new_tokens=3)
+    for setting in (lambda: model.set_value_heads({"other": (1.0, 0.0)}), lambda: setattr(model, "control", BY_ROW)):
+        setting()
+        with pytest.raises(ValueError, match="one for all"):
+            generate_rollouts(model, tokenizer, ["w5", "w6 w7"], control=model.control)
+        with pytest.raises(ValueError, match="one for all"):
+            kl_divergence(model, rollouts)
+        assert generate_rollouts(model, tokenizer, ["w5", "w6 w7"], max_new_tokens=3) == rollouts
+        model.set_value_heads({"default": 1.0})
+    with pytest.raises(ValueError, match="no value head"):
+        generate_rollouts(model.unload(), tokenizer, ["w5"], control=ControlConfig())
+
+
+def test_a_call_that_cannot_begin_leaves_no_settings_behind(input_ids, monkeypatch):
+    model, _ = two_headed()
+    expected = model.generate(input_ids, **GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(model._recontrol.controller, "refresh", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.generate(input_ids, control=ControlConfig(step_size=0.01), value_heads={"other": 1.0}, **GREEDY)
+    assert torch.equal(model.generate(input_ids, **GREEDY), expected)
+    assert not torch.equal(model(input_ids).logits, make_llama(dtype=torch.float64)(input_ids).logits)
+
+
+def test_few_mixtures_are_kept_prepared(input_ids):
+    model, _ = two_headed()
+    for number in range(10):
+        model.add_value_head(f"head {number}".replace(" ", "-"), scaled_head("relu", number))
+    for number in range(10):
+        model.generate(input_ids, value_heads={"default": 1.0, f"head-{number}": 1.0}, max_new_tokens=2)
+    assert len(model._recontrol.controller._plans) <= 8
+    first = model.generate(input_ids, value_heads={"default": 0.5, "other": 1.0}, **GREEDY)
+    plans = len(model._recontrol.controller._plans)
+    assert torch.equal(model.generate(input_ids, value_heads={"other": 1.0, "default": 0.5}, **GREEDY), first)
+    assert len(model._recontrol.controller._plans) == plans, "their order does not matter"
+
+
+def test_the_advantage_prepares_no_gram_matrix(input_ids):
+    model, _ = two_headed(method="advantage")
+    model.generate(input_ids, **GREEDY)
+    assert all(plan.gram is None for _, plan in model._recontrol.controller._plans.values())

@@ -686,7 +686,7 @@ def test_a_dropped_model_is_freed_with_its_head(input_ids):
     head = make_head()
     model = ReControlForCausalLM.from_model(make_llama(), head, WEAKER)
     tokens(model, input_ids)
-    references = [weakref.ref(model), weakref.ref(head), weakref.ref(model._recontrol.controller._last_plan.gram)]
+    references = [weakref.ref(model), weakref.ref(head), weakref.ref(model._recontrol.controller._last[2].gram)]
     del model, head
     gc.collect()
     assert [reference() for reference in references] == [None, None, None]

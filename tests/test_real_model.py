@@ -1,5 +1,7 @@
 """The whole of it on a real model, SmolLM2-135M-Instruct. Slow: `make test-slow`."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -10,6 +12,8 @@ from hf_recontrol.advantage import fit_advantage
 from hf_recontrol.demo import embedded_model
 from hf_recontrol.evaluation import match_kl
 from hf_recontrol.labels import score_rollouts
+from hf_recontrol.prompts import load_prompts
+from hf_recontrol.rewards import vader
 from hf_recontrol.rollouts import generate_rollouts
 from hf_recontrol.training import train_value_head
 
@@ -87,14 +91,12 @@ def test_the_fast_ascent_is_the_autograd_ascent_on_real_states(controlled):
     torch.testing.assert_close(edit, moved * head.state_scale, rtol=1e-6, atol=1e-6)
 
 
-def test_a_head_trained_here_raises_its_reward(smollm2):
+def test_a_head_trained_here_raises_its_reward_on_prompts_that_it_has_not_seen(smollm2, recontrol_warnings):
     model, tokenizer = smollm2
-    rollouts = generate_rollouts(model, tokenizer, PROMPTS, num_samples=12, max_new_tokens=24, temperature=0.9)
-
-    def commas(prompts, completions, **kwargs):
-        return [text.count(",") for text in completions]
-
-    rollouts = score_rollouts(rollouts, commas)
+    prompts = load_prompts(Path(__file__).parents[1] / "examples" / "prompts.jsonl", limit=208).rows
+    training, unseen = prompts[:192], prompts[192:]
+    options = {"max_new_tokens": 24, "temperature": 0.9}
+    rollouts = score_rollouts(generate_rollouts(model, tokenizer, training, **options), vader)
     config = ValueHeadConfig(576, head_sizes=[256], hook_point="lm_head", advantage_sizes=[64])
     states = collect_states(model, rollouts, config)
     head, _ = train_value_head(states, config, num_epochs=10, validation_split=0.2)
@@ -102,8 +104,12 @@ def test_a_head_trained_here_raises_its_reward(smollm2):
     controlled = ReControlForCausalLM.from_model(model, head)
     control = match_kl(controlled, rollouts[:6], ControlConfig("advantage", 5.0), 0.5)
     options = {"max_new_tokens": 24, "temperature": 0.0}
-    base = generate_rollouts(controlled, tokenizer, PROMPTS, **options)
-    steered = generate_rollouts(controlled, tokenizer, PROMPTS, control=control, **options)
+    base, steered = (
+        torch.tensor(
+            vader([], [r.completion for r in generate_rollouts(controlled, tokenizer, unseen, **options, control=c)])
+        )
+        for c in (False, control)
+    )
     controlled.unload()
-    texts = [[r.completion for r in answers] for answers in (base, steered)]
-    assert sum(commas([], texts[1])) > sum(commas([], texts[0]))
+    assert steered.mean() > base.mean() + 0.1
+    assert all("held-out responses: these figures mean little" in message for message in recontrol_warnings)

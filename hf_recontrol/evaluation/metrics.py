@@ -45,11 +45,12 @@ def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, b
     at temperature 1, read by teacher forcing. On the controlled model's own responses this is the KL that it paid.
 
     Raises:
-        `ValueError`: if no rollout has a token.
+        `ValueError`: if no rollout has a token, or settings hold one value for each prompt.
     """
     used = sorted((r for r in rollouts if r.completion_ids), key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
     if not used:
         raise ValueError("No rollout has a token to measure.")
+    model._recontrol.check_same_for_all(None)
     total, count = 0.0, 0
     for start in logging.tqdm(range(0, len(used), batch_size), desc="KL", leave=False, disable=None):
         batch = used[start : start + batch_size]
