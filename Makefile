@@ -1,12 +1,13 @@
 # `make demo` and `make test` start from nothing but python3: each makes the environment it needs in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
+PIP := $(BIN)/python $(INSTALL) .ci/constraints.txt
 PROMPTS ?= examples/prompts.jsonl
 OUTPUT ?= demo
 SEED ?= 0
 
-.PHONY: demo test test-slow fuzz lint format heads clean
+.PHONY: demo test test-slow test-wheel test-oldest fuzz package lint format heads clean
 
 demo: .venv/demo
 	$(BIN)/recontrol demo --prompts "$(PROMPTS)" --output "$(OUTPUT)" --seed $(SEED) $(if $(MODEL),--model "$(MODEL)")
@@ -28,6 +29,31 @@ fuzz: .venv/dev
 			-artifact_prefix=build/fuzz/$$target- || exit 1; \
 	done
 
+# What is published: the wheel and the source archive.
+package: .venv/dev
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+# $(call core-only,FOLDER,CONSTRAINTS): a fresh environment with the built wheel and its core dependencies alone, in use.
+define core-only
+rm -rf $(1)
+$(PYTHON) -m venv $(1)
+$(1)/bin/python $(INSTALL) $(2) torch==2.13.0
+$(1)/bin/python $(INSTALL) $(2) dist/*.whl
+cd / && "$(CURDIR)/$(1)/bin/python" "$(CURDIR)/tests/core_only.py" "$(CURDIR)/dist"
+endef
+
+test-wheel: package
+	$(call core-only,.venv-wheel,.ci/constraints.txt)
+	rm -rf .venv-wheel
+
+# With the oldest releases that setup.cfg admits: what depends most on transformers, torch and the Hub's client.
+test-oldest: package
+	$(call core-only,.venv-oldest,.ci/constraints-oldest.txt)
+	.venv-oldest/bin/python $(INSTALL) .ci/constraints-oldest.txt hypothesis pytest pytest-xdist
+	.venv-oldest/bin/python -m pytest -n 2 -q -m "not slow" $(OLDEST) $(ARGS)
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +69,7 @@ heads: .venv/demo
 	BIN=$(BIN) PAIRS="$(PAIRS)" benchmarks/heads.sh
 
 clean:
-	rm -rf .venv demo build dist *.egg-info
+	rm -rf .venv .venv-wheel .venv-oldest demo build dist *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

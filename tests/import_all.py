@@ -1,0 +1,40 @@
+"""
+Imports every module of hf_recontrol and prints the names of those that imported; one may ask for an extra by its name
+instead. A socket, the look-up of a host, or anything else of the network is an error: an audit hook sees it in C code,
+too, and when the importing code swallows the exception.
+"""
+
+import importlib
+import pkgutil
+import sys
+
+touched: list[str] = []
+
+
+def forbid_network(event: str, args: tuple) -> None:
+    if event.startswith("socket."):
+        touched.append(f"{event}{args}")
+        raise OSError(f"importing must not touch the network: {event}{args}")
+
+
+def main() -> None:
+    sys.addaudithook(forbid_network)
+    package = importlib.import_module("hf_recontrol")
+    for name in package.__all__:
+        getattr(package, name)
+    for module in pkgutil.walk_packages(package.__path__, "hf_recontrol."):
+        if module.name == "hf_recontrol.__main__":
+            continue
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:
+            if "pip install 'hf_recontrol[" not in str(error):
+                raise
+        else:
+            print(module.name)
+    if touched:
+        raise SystemExit(f"importing hf_recontrol touched the network: {touched}")
+
+
+if __name__ == "__main__":
+    main()

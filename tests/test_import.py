@@ -1,0 +1,36 @@
+"""Importing is local. tests/core_only.py runs the same script on an installed wheel without the extras."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("import_all.py")
+
+
+def online() -> dict[str, str]:
+    """The environment of somebody who never set HF_HUB_OFFLINE."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+
+
+def test_importing_touches_no_network():
+    done = subprocess.run([sys.executable, SCRIPT], env=online(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.split())
+    assert {f"hf_recontrol.{name}" for name in ("modeling", "hub", "trainer", "cli", "evaluation.report")} <= imported
+
+
+def test_an_import_that_touches_the_network_is_noticed():
+    """Even where the importing code goes on as if nothing had happened."""
+    script = (
+        "import contextlib, runpy, socket, sys\n"
+        "class Careless:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'hf_recontrol.hub':\n"
+        "            with contextlib.suppress(OSError):\n"
+        "                socket.socket()\n"
+        "sys.meta_path.insert(0, Careless())\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=online(), capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "touched the network: ['socket.__new__" in done.stderr
