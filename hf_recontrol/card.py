@@ -194,7 +194,8 @@ def _shape(config: ValueHeadConfig, base: str | None) -> list[str]:
         widths = " - ".join(map(str, [config.hidden_size, *config.advantage_sizes, config.hidden_size]))
         lines.append(f"Advantage part g: {widths}.")
     if config.control is not None:
-        settings = ", ".join(f"{key}={value!r}" for key, value in config.control.to_dict().items())
+        known = {key: value for key, value in config.control.to_dict().items() if value is not None}
+        settings = ", ".join(f"{key}={value!r}" for key, value in known.items())
         lines.append(f"Recommended control: `ControlConfig({settings})`.")
     return lines
 

@@ -23,7 +23,8 @@ def main() -> None:
     for name in package.__all__:
         getattr(package, name)
     for module in pkgutil.walk_packages(package.__path__, "hf_recontrol."):
-        if module.name == "hf_recontrol.__main__":
+        # The first runs the command; the second is lm-eval's own start, which asks whether there is IPv6.
+        if module.name in ("hf_recontrol.__main__", "hf_recontrol.lm_eval"):
             continue
         try:
             importlib.import_module(module.name)
