@@ -237,10 +237,10 @@ class ReControlForCausalLM:
                     "requests: generate without it, or use a head on the last layer."
                 )
             manager = super().init_continuous_batching(*args, **kwargs)
-        manager.warmup = _with_settings(hooks, active, type(manager).warmup.__get__(manager))
-        manager._run_generation_loop = _with_settings(
-            hooks, active, type(manager)._run_generation_loop.__get__(manager)
-        )
+        for name in ("warmup", "_run_generation_loop"):
+            if hasattr(type(manager), name):  # a warm-up came with transformers 5.5
+                function = getattr(type(manager), name).__get__(manager)
+                setattr(manager, name, _with_settings(hooks, active, function))
         return manager
 
     def values(

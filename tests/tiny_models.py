@@ -161,7 +161,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 def lm_head_of(model: PreTrainedModel) -> nn.Module:
     """The LM head of a tiny model."""
-    return model.lm_head
+    return model.embed_out if hasattr(model, "embed_out") else model.lm_head  # GPT-NeoX's name in older transformers
 
 
 def _randomise(model: PreTrainedModel, seed: int) -> None:
