@@ -278,10 +278,10 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
                     "requests: generate without it, or use a head on the last layer."
                 )
             manager = super().init_continuous_batching(*args, **kwargs)
-        manager.warmup = _with_settings(hooks, active, weights, type(manager).warmup.__get__(manager))
-        manager._run_generation_loop = _with_settings(
-            hooks, active, weights, type(manager)._run_generation_loop.__get__(manager)
-        )
+        for name in ("warmup", "_run_generation_loop"):
+            if hasattr(type(manager), name):  # a warm-up came with transformers 5.5
+                function = getattr(type(manager), name).__get__(manager)
+                setattr(manager, name, _with_settings(hooks, active, weights, function))
         return manager
 
     def values(

@@ -400,7 +400,7 @@ def test_from_pretrained_refuses_an_encoder_decoder(tmp_path):
 def test_llava_is_controlled_in_its_language_half():
     """The decoder's layers are found there, not in the vision tower."""
     model, base, head = build("llava")
-    assert len(base.model.vision_tower.encoder.layers) != len(layers_of(base))
+    assert base.config.vision_config.num_hidden_layers != len(layers_of(base))
     ids = prompts()
     expected = reference_logits(base, head, ids, control=ASCENT)
     torch.testing.assert_close(forward(model, ids), expected, **EXACT)

@@ -22,6 +22,7 @@ from hf_recontrol import ControlConfig, ReControlForCausalLM
 
 from .reference import full_inputs, reference_control, reference_generate, reference_greedy, reference_logits
 from .tiny_models import VOCAB, left_pad, prompts, tiny_head, tiny_model
+from .versions import since
 
 CONTROL = ControlConfig(step_size=0.5, num_steps=5, l2=0.1)
 OTHER = ControlConfig(step_size=0.8, num_steps=8)
@@ -194,6 +195,10 @@ def test_early_exit_drafts_of_the_model_itself(hook_point, quiet_drafts):
     assert generate(model, ids).tolist() == expected.tolist()
 
 
+prompt_lookup = since("5.13", "its prompt lookup fails without an end token")
+
+
+@prompt_lookup
 @every_hook_point
 @pytest.mark.parametrize("control", [CONTROL, PLAUSIBLE], ids=["ascent", "plausibility"])
 def test_prompt_lookup(hook_point, control):
@@ -212,7 +217,7 @@ def test_prompt_lookup(hook_point, control):
     assert max(forwards) > 1
 
 
-@pytest.mark.parametrize("mode", ["assisted", "prompt_lookup"])
+@pytest.mark.parametrize("mode", ["assisted", pytest.param("prompt_lookup", marks=prompt_lookup)])
 def test_a_middle_layer_as_the_target_of_drafts(mode, quiet_drafts):
     """Rejected candidates leave nothing edited behind."""
     model, base, head = build(layer=1)
@@ -290,7 +295,9 @@ def test_without_a_cache(hook_point, control):
 # Continuous batching: several prompts of different lengths, packed in one row, generated in another thread.
 
 # Small blocks and batches, so that prompts are cut and requests wait; the defaults take all of the memory.
-SMALL = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=16)
+# What is `page_size` now was `block_size` in transformers 5.17.
+_PAGE_SIZE = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+SMALL = ContinuousBatchingConfig(**{_PAGE_SIZE: 4}, num_blocks=64, max_batch_tokens=16)
 
 
 def batched(model, rows, **kwargs):
@@ -739,10 +746,19 @@ def kinds_of_logits_to_keep():
     }
 
 
+per_row = since("5.21", "its logits_to_keep cannot differ between the rows")
+
+
 @every_hook_point
 @pytest.mark.parametrize("plausibility", [0.0, 0.3])
 @pytest.mark.parametrize("step_size", [0.5, STEPS], ids=["one_step_size", "step_sizes"])
-@pytest.mark.parametrize("keep", list(kinds_of_logits_to_keep()))
+@pytest.mark.parametrize(
+    "keep",
+    [
+        pytest.param(kind, marks=per_row if kind in ("index_of_each_row", "mask") else ())
+        for kind in kinds_of_logits_to_keep()
+    ],
+)
 def test_logits_to_keep(hook_point, plausibility, step_size, keep):
     control = replace(CONTROL, step_size=step_size, plausibility=plausibility)
     model, base, head = build(hook_point, control)

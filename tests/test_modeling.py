@@ -35,6 +35,7 @@ from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHe
 from hf_recontrol.control import Controller
 
 from .conftest import HIDDEN, LAYERS, STRONG, VOCAB, make_head, make_llama
+from .versions import since
 
 WEAKER = ControlConfig(step_size=0.5, num_steps=4)
 ADVANTAGE = ControlConfig("advantage", step_size=3.0)
@@ -927,6 +928,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>")
 
 
+@since("5.20", "its pipeline calls generate in a way that it deprecates itself")
 def test_a_text_generation_pipeline_takes_the_model_without_a_warning(llama, head, tokenizer, caplog):
     options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
     expected_base = pipeline("text-generation", model=llama, tokenizer=tokenizer)("w5 w9 w13", **options)

@@ -116,7 +116,8 @@ FAMILIES: dict[str, tuple[str, dict, str]] = {
         },
         "transformer.blocks",
     ),
-    "olmo2": ("olmo2", _NO_GQA, "model.layers"),
+    # transformers 5.4 takes no bool for OLMo 2's `tie_word_embeddings`, which is False without being asked for.
+    "olmo2": ("olmo2", {k: v for k, v in _NO_GQA.items() if k != "tie_word_embeddings"}, "model.layers"),
     "cohere": ("cohere", {**_NO_GQA, "logit_scale": 0.5, "num_key_value_heads": 2}, "model.layers"),
     "granite": ("granite", {**_NO_GQA, "logits_scaling": 2.0, "residual_multiplier": 0.7}, "model.layers"),
     "mixtral": (
@@ -162,7 +163,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 def lm_head_of(model: PreTrainedModel) -> nn.Module:
     """The LM head of a tiny model."""
-    return model.lm_head
+    return model.embed_out if hasattr(model, "embed_out") else model.lm_head  # GPT-NeoX's name in older transformers
 
 
 def _randomise(model: PreTrainedModel, seed: int) -> None:
