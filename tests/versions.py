@@ -4,11 +4,10 @@ import pytest
 import transformers
 from packaging.version import Version
 
-TRANSFORMERS = Version(transformers.__version__)
-
 
 def since(release: str, lack: str) -> pytest.MarkDecorator:
     """Skips a test on releases of transformers before `release`, and says what they lack."""
+    installed = Version(transformers.__version__)
     return pytest.mark.skipif(
-        TRANSFORMERS < Version(release), reason=f"transformers {TRANSFORMERS}, before {release}: {lack}"
+        installed < Version(release), reason=f"transformers {installed}, before {release}: {lack}"
     )
