@@ -133,6 +133,15 @@ def test_the_file_draws_what_the_package_draws(family, place, control, tmp_path)
     assert torch.equal(found, expected)
 
 
+def test_a_model_that_is_controlled_already_is_refused(tmp_path):
+    model = tiny_model("llama")
+    head = tiny_head(model, "lm_head")
+    head.save_pretrained(tmp_path)
+    controlled = ReControlForCausalLM.from_model(model, head)
+    with pytest.raises(ValueError, match="already"):
+        custom.generate(controlled, value_head=str(tmp_path), inputs=prompts(), max_new_tokens=2)
+
+
 def test_what_cannot_be_says_why(tmp_path):
     model = tiny_model("llama")
     head = tiny_head(model, "decoder_layer", layer=1)

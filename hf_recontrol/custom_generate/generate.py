@@ -29,6 +29,8 @@ def generate(model, value_head=None, control=None, **kwargs):
             `{"step_size": 1.0}`; `False` for none.
         kwargs: as for `generate`; `revision`, `token` and `cache_dir` also say where the head is.
     """
+    if hasattr(model, "_recontrol"):
+        raise ValueError("hf_recontrol controls this model already: call `model.unload()` first, or generate with it.")
     config, tensors = load_head(value_head or REPO, kwargs)
     settings = DEFAULTS | (config["control"] or {}) | (control or {})
     check(config, tensors, settings)
