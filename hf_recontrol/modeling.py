@@ -279,9 +279,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
                 )
             manager = super().init_continuous_batching(*args, **kwargs)
         for name in ("warmup", "_run_generation_loop"):
-            if hasattr(type(manager), name):  # a warm-up came with transformers 5.5
-                function = getattr(type(manager), name).__get__(manager)
-                setattr(manager, name, _with_settings(hooks, active, weights, function))
+            function = getattr(type(manager), name).__get__(manager)
+            setattr(manager, name, _with_settings(hooks, active, weights, function))
         return manager
 
     def values(

@@ -6,7 +6,6 @@ import copy
 from functools import cache
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration, PreTrainedModel
 
@@ -150,8 +149,6 @@ FAMILIES: dict[str, tuple[str, dict, str]] = {
     ),
     "llava": ("llava", {}, "model.language_model.layers"),
 }
-if transformers.__version__.startswith("5.4."):
-    del FAMILIES["olmo2"]  # that release cannot make its configuration: it wants another type than its own default's
 
 # Where the decoder layers are, by `config.model_type`: written down, so that no test finds them as the package does.
 LAYERS = {model_type: path for model_type, _, path in FAMILIES.values()}
