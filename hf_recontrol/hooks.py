@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration import ControlConfig, ValueHeadConfig
+from .configuration import ControlConfig, ValueHeadConfig, check_numbers
 from .control import DEFAULT_NAME, Controller
 from .matching import check_not_idle
 from .places import find_decoder_layers, find_lm_head, hook_layer
@@ -76,6 +76,19 @@ class _Call:
     # How many rows beams or num_return_sequences made of each prompt.
     expansion: int = 1
     generating: bool = False
+
+
+def checked_weights(weights: Mapping[str, float | Sequence[float]]) -> HeadWeights:
+    """Weights as finite numbers and tuples of them.
+
+    Raises:
+        `TypeError`, `ValueError`: if they are none.
+    """
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"The weights of heads must be a dict of name: weight, got {type(weights).__name__}.")
+    if odd := [name for name in weights if not isinstance(name, str)]:
+        raise TypeError(f"Heads are called by text, got {odd[0]!r}.")
+    return {name: check_numbers(f"the weight of {name!r}", weight, "prompt") for name, weight in weights.items()}
 
 
 def _check_target(control: ControlConfig, active: Mapping[str, tuple[nn.Module, float | tuple[float, ...]]]) -> None:
@@ -187,7 +200,7 @@ class ControlHooks:
     def call(
         self,
         control: ControlConfig | bool | None,
-        weights: HeadWeights | None = None,
+        weights: Mapping[str, float | Sequence[float]] | None = None,
         generating: bool = False,
     ) -> Iterator[None]:
         """
@@ -196,6 +209,7 @@ class ControlHooks:
         Raises:
             `TypeError`, `ValueError`: if the heads cannot do what `control` and `weights` ask for.
         """
+        weights = None if weights is None else checked_weights(weights)
         outer = getattr(self._thread, "call", None)
         if outer is not None:
             control = outer.control if control is None else control

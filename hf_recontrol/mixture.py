@@ -9,8 +9,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from .configuration import check_numbers
-from .hooks import ControlHooks, HeadWeights
+from .hooks import ControlHooks, HeadWeights, checked_weights
 from .matching import check_head, head_config
 from .value_head import ValueHead
 
@@ -130,16 +129,3 @@ class ValueHeadMixtureMixin:
         if len(names) != 1:
             raise ValueError(f"This model has several heads, {sorted(heads)}: name one (`model.value_heads[name]`).")
         return heads[names[0]]
-
-
-def checked_weights(weights: Mapping[str, float | Sequence[float]]) -> HeadWeights:
-    """Weights as finite numbers and tuples of them.
-
-    Raises:
-        `TypeError`, `ValueError`: if they are none.
-    """
-    if not isinstance(weights, Mapping):
-        raise TypeError(f"The weights of heads must be a dict of name: weight, got {type(weights).__name__}.")
-    if odd := [name for name in weights if not isinstance(name, str)]:
-        raise TypeError(f"Heads are called by text, got {odd[0]!r}.")
-    return {name: check_numbers(f"the weight of {name!r}", weight, "prompt") for name, weight in weights.items()}

@@ -19,7 +19,7 @@ from .fused_lm_head import controlled_forward, original_forward
 from .hooks import ControlHooks, HeadWeights, read_states
 from .hub import is_repo_id, portable_name, with_commit
 from .matching import head_config, matched_head
-from .mixture import ValueHeadMixtureMixin, checked_weights
+from .mixture import ValueHeadMixtureMixin
 from .value_head import ValueHead
 
 logger = logging.get_logger(__name__)
@@ -230,9 +230,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
             `ValueError`: if the head, the control and the generation mode do not go together.
             `FloatingPointError`: if a state is not finite, or control made it so.
         """
-        weights = None if value_heads is None else checked_weights(value_heads)
         self._recontrol.follow(self)
-        with self._recontrol.call(control, weights, generating=True):
+        with self._recontrol.call(control, value_heads, generating=True):
             return super().generate(*args, **kwargs)
 
     def generate_batch(
@@ -243,9 +242,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
         **kwargs,
     ):
         """[`~transformers.GenerationMixin.generate_batch`] (continuous batching) under control."""
-        weights = None if value_heads is None else checked_weights(value_heads)
         self._recontrol.follow(self)
-        with self._recontrol.call(control, weights):
+        with self._recontrol.call(control, value_heads):
             return super().generate_batch(*args, **kwargs)
 
     def init_continuous_batching(
@@ -263,9 +261,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
             `ValueError`: for step sizes or weights per row, and for a head on a layer other than the last.
         """
         hooks = self._recontrol
-        weights = None if value_heads is None else checked_weights(value_heads)
         hooks.follow(self)
-        with hooks.call(control, weights):
+        with hooks.call(control, value_heads):
             active, weights = hooks.active_control(), hooks.active_weights()
             if by_row := hooks.by_row():
                 raise ValueError(
@@ -353,8 +350,9 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
             head.config.base_model_name_or_path = portable_name(self.config._name_or_path)
             head.config.base_model_revision = getattr(self.config, "_commit_hash", None)
         # Settings for a mixture, or for another head, say nothing of this one alone.
-        alone = {other: w for other, w in self.value_head_weights.items() if w != 0}
-        if [(head, 1.0)] == [(self.value_heads[other], w) for other, w in alone.items()] and not self.control.per_row:
+        acting = self._recontrol.nonzero(self._recontrol.weights)
+        alone = [(self.value_heads[other], weight) for other, weight in acting.items()]
+        if alone == [(head, 1.0)] and not self.control.per_row:
             head.config.control = self.control
         return head
 
