@@ -1,7 +1,7 @@
 """
 The stages of training against bare equivalents, in turn in one process: median of the ratios over rounds [10 %, 90 %].
 
-    python benchmarks/pipeline.py [--model FOLDER] [--rounds 5] [--only rollouts,batching,states,training,directions]
+    python benchmarks/pipeline.py [--model FOLDER] [--rounds 5] [--only rollouts,batching,states,kept,...]
 
 The model is SmolLM2-135M-Instruct by default (see `hf_recontrol.demo.embedded_model`). A ratio above 1 means that ours
 is faster.
@@ -110,7 +110,7 @@ def states(model, tokenizer, rounds: int) -> None:
         folder = Path(folder)
         options = {"max_new_tokens": 48, "temperature": 0.9, "batch_size": 32, "part_size": 32}
         took = seconds(
-            lambda: write_rollouts(folder / "r", model, tokenizer, load_prompts(PROMPTS, limit=96), **options)
+            lambda: write_rollouts(folder / "r", model, tokenizer, load_prompts(PROMPTS, limit=48), **options)
         )
         label_rollouts(folder / "r", [length])
         rows = sorted(load_rollouts(folder / "r"), key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
@@ -141,6 +141,24 @@ def states(model, tokenizer, rounds: int) -> None:
         counts = write_states(folder / "int8", model, folder / "r", shape, dtype="int8")
         error = (counts["int8_squared_error"] / counts["states"]) ** 0.5
         print(f"int8 error: {error:.4f} of each feature's spread")
+
+
+def kept(model, tokenizer, rounds: int) -> None:
+    """Rollouts and states with states kept while sampling, against a forward of their own."""
+    prompts = load_prompts(PROMPTS, limit=64)
+    options = {"max_new_tokens": 48, "batch_size": 32, "part_size": 32}
+    for advantage in (None, []):
+        config = ValueHeadConfig(1, hook_point="lm_head", advantage_sizes=advantage)
+
+        def both(keep, config=config):
+            with tempfile.TemporaryDirectory() as folder:
+                folder = Path(folder)
+                write_rollouts(folder / "r", model, tokenizer, prompts, keep_states=keep, **options)
+                label_rollouts(folder / "r", [length])
+                write_states(folder / "s", model, folder / "r", config)
+
+        what = "states and directions" if advantage == [] else "states"
+        compare(f"rollouts with {what}, kept over read", partial(both, config), partial(both, None), rounds)
 
 
 def synthetic(folder: Path, width: int, episodes: int, dtype: torch.dtype) -> StateStore:
@@ -244,6 +262,7 @@ STAGES = {
     "rollouts": rollouts,
     "batching": batching,
     "states": states,
+    "kept": kept,
     "training": training,
     "directions": directions,
 }

@@ -17,14 +17,21 @@ from transformers.utils import logging
 from .configuration import ControlConfig, ValueHeadConfig
 from .files import atomic_path
 from .hooks import read_states
-from .hub import portable_name
+from .kept_states import KEPT_FOLDER, KeptStates, mean_rows
 from .modeling import ReControlForCausalLM
-from .places import find_lm_head, hook_width
-from .prompts import Prompt
-from .records import Rollout, count_rollouts, load_rollouts, rollout_parts
+from .places import hook_width, lm_head_rows
+from .records import Rollout, count_rollouts, load_rollouts, rollout_parts, stable_number
 from .rollouts import pad_batch
 from .sampling import reshaped_by
-from .stage import Progress, StageFolder, model_settings, progress_bar, read_manifest
+from .stage import (
+    Progress,
+    StageFolder,
+    control_settings,
+    model_settings,
+    place_settings,
+    progress_bar,
+    read_manifest,
+)
 from .store import States, StateWriter
 
 logger = logging.get_logger(__name__)
@@ -68,14 +75,8 @@ def _check(model: PreTrainedModel, rollouts: Sequence[Rollout], config: ValueHea
             f"The rollouts hold token ids that are not in the model's vocabulary of {vocabulary}: they were sampled "
             "from another model."
         )
-    if config.advantage_sizes is None:
-        return
-    weight = find_lm_head(model).weight
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"The LM head's weight is {weight.dtype}, so its rows cannot be read for the advantage part: load the "
-            "base with its LM head unquantised, or leave `advantage_sizes` out."
-        )
+    if config.advantage_sizes is not None:
+        lm_head_rows(model)
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def _read(
     """(number of the rollout, its states, its directions), in an order that wastes little on padding."""
     with_directions = config.advantage_sizes is not None
     in_layer = config.hook_point != "lm_head"
-    weight = find_lm_head(model).weight if with_directions else None
+    weight = lm_head_rows(model) if with_directions else None
     settings = contextlib.nullcontext()
     if isinstance(model, ReControlForCausalLM):
         model._recontrol.check_same_for_all(control)
@@ -106,17 +107,24 @@ def _read(
             for row, (i, part) in enumerate(zip(batch, parts, strict=True)):
                 directions = None
                 if with_directions:
-                    policy = torch.softmax(logits[row, part].float() / (rollouts[i].temperature or 1.0), dim=-1)
                     tokens = torch.tensor(rollouts[i].completion_ids, device=weight.device)
-                    mean = policy.to(weight.device, weight.dtype) @ weight
-                    directions = weight[tokens].float() - mean.float()
+                    directions = weight[tokens].float() - mean_rows(logits[row, part], rollouts[i].temperature, weight)
                 yield i, states[0][row, part], directions
 
 
-def prompt_number(prompt: Prompt) -> int:
-    """A number that is the same for equal prompts, in every process."""
-    text = json.dumps(prompt, sort_keys=True)
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)
+def _kept_or_read(
+    kept: KeptStates | None, model: PreTrainedModel, rollouts: Sequence[Rollout], *settings
+) -> Iterator[tuple]:
+    """As [`_read`], with the states that were kept while sampling where there are any."""
+    rest = []
+    for i, rollout in enumerate(rollouts):
+        values = kept.find(rollout) if kept else None
+        if values is None:
+            rest.append(i)
+        else:
+            yield i, *values
+    for i, *values in _read(model, [rollouts[i] for i in rest], *settings):
+        yield rest[i], *values
 
 
 def _small(rollouts: Sequence[Rollout], every: int, num_objectives: int) -> dict[str, torch.Tensor]:
@@ -124,17 +132,8 @@ def _small(rollouts: Sequence[Rollout], every: int, num_objectives: int) -> dict
         "lengths": torch.tensor([math.ceil(len(r.completion_ids) / every) for r in rollouts], dtype=torch.int64),
         # In float64: of rewards that are large next to their spread float32 would keep nothing.
         "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float64).reshape(-1, num_objectives),
-        "prompts": torch.tensor([prompt_number(r.prompt) for r in rollouts], dtype=torch.int64),
+        "prompts": torch.tensor([stable_number(r.prompt) for r in rollouts], dtype=torch.int64),
         "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
-    }
-
-
-def _place(model: PreTrainedModel, config: ValueHeadConfig) -> dict:
-    return {
-        "hook_point": config.hook_point,
-        "layer": config.layer,
-        "base_model_name_or_path": portable_name(model.config._name_or_path),
-        "base_model_revision": getattr(model.config, "_commit_hash", None),
     }
 
 
@@ -185,7 +184,7 @@ def collect_states(
         hidden=torch.cat([hidden[i] for i in range(len(rollouts))]),
         directions=torch.cat([directions[i] for i in range(len(rollouts))]) if directions else None,
         **_small(rollouts, 1, len(rollouts[0].reward)),
-        **_place(model, config),
+        **place_settings(model, config),
     )
 
 
@@ -222,7 +221,8 @@ def write_states(
             As for [`collect_states`].
         rollouts (`str` or `os.PathLike`):
             A folder of [`write_rollouts`], scored by [`label_rollouts`]. Responses without a token or a reward are
-            left out.
+            left out. States that were kept there while sampling, at this place and by this model under this control,
+            are copied; the others are read.
         dtype (`str`, *optional*, defaults to `"auto"`):
             `"float32"`, `"bfloat16"`, `"float16"`, `"int8"` (scaled by row and feature; its error is in the counts),
             or `"auto"`: that of the model.
@@ -244,7 +244,8 @@ def write_states(
     if manifest["rewards"] is None:
         raise ValueError(f"The rollouts in {rollouts} have no rewards: score them first (`recontrol label`).")
     _check_rewards(parts, manifest["rewards"])
-    if manifest["settings"]["model"] != portable_name(model.config._name_or_path):
+    base = model_settings(model)
+    if manifest["settings"]["model"] != base["model"]:
         logger.warning(
             f"The rollouts are those of {manifest['settings']['model']}, the states are read from "
             f"{model.config._name_or_path}."
@@ -261,9 +262,10 @@ def write_states(
     if max_gigabytes is not None:
         size = manifest["counts"]["tokens"] * width * stored.itemsize * len(names)
         every = max(every, math.ceil(size / (max_gigabytes * 1e9)))
-    place = _place(model, config)
+    place = place_settings(model, config)
+    sampled = base | control_settings(model, control)
     settings = {
-        **model_settings(model),
+        **base,
         "rollouts": hashlib.sha256(json.dumps(manifest["parts"], sort_keys=True).encode()).hexdigest(),
         "hook_point": config.hook_point,
         "layer": config.layer,
@@ -272,6 +274,12 @@ def write_states(
         "every": every,
         "control": control.to_dict() if isinstance(control, ControlConfig) else control,
     }
+    as_sampled = {name: manifest["settings"].get(name) for name in sampled} == sampled
+    if (Path(rollouts) / KEPT_FOLDER).is_dir() and not as_sampled:
+        logger.warning(
+            f"The states kept in {Path(rollouts) / KEPT_FOLDER} are of another model or control, so states are read "
+            "anew."
+        )
     stage = StageFolder(folder, "states", settings, len(parts), ".safetensors")
     with stage:
         if stage.is_counted():
@@ -292,10 +300,11 @@ def write_states(
                             path, small, int(small["lengths"].sum()), width, stored, names, place | {"every": every}
                         ) as writer,
                     ):
-                        for i, *values in _read(model, used, config, batch_size, control):
-                            kept = slice((len(used[i].completion_ids) - 1) % every, None, every)
+                        kept = KeptStates(rollouts, index, place, names) if as_sampled else None
+                        for i, *values in _kept_or_read(kept, model, used, config, batch_size, control):
+                            chosen = slice((len(used[i].completion_ids) - 1) % every, None, every)
                             for name, value in zip(names, values, strict=False):
-                                writer.write(name, starts[i], value[kept])
+                                writer.write(name, starts[i], value[chosen])
                 advance(len(part))
         source = {name: manifest.get(name) for name in ("rewards", "dataset", "counts")}
         source["sampling"] = manifest["settings"]["generation_config"]

@@ -15,6 +15,7 @@ import typer
 
 from ._version import __version__
 from .cli_options import (
+    AdvantageOption,
     AdvantageSizesOption,
     BatchOption,
     BudgetOption,
@@ -27,6 +28,7 @@ from .cli_options import (
     GenerationConfigOption,
     HeadSizesOption,
     HookPointOption,
+    KeepStatesOption,
     LayerOption,
     LimitOption,
     ModelArgument,
@@ -140,6 +142,16 @@ def _stops(stop: list[str] | None) -> list[str]:
     return [text.encode("latin-1", "backslashreplace").decode("unicode_escape") for text in stop or []]
 
 
+def _place(base, hook_point: str, layer: int, advantage: bool):
+    """The configuration of a head that reads this place of `base`."""
+    from .configuration import ValueHeadConfig
+    from .places import hook_width
+
+    at_head = hook_point == "lm_head" and advantage
+    shape = {"hook_point": hook_point, "layer": layer, "advantage_sizes": [] if at_head else None}
+    return ValueHeadConfig(hook_width(base, ValueHeadConfig(1, **shape)), **shape)
+
+
 def _generation_config(name: str | None):
     from transformers import GenerationConfig
 
@@ -171,6 +183,7 @@ def fit(
     states_dtype: StatesDtypeOption = "auto",
     every: EveryOption = 1,
     max_gb: BudgetOption = None,
+    keep_states: KeepStatesOption = False,
     head_sizes: HeadSizesOption = "1024",
     advantage_sizes: AdvantageSizesOption = "256",
     td_lambda: TdLambdaOption = 0.95,
@@ -213,6 +226,7 @@ def fit(
         states_dtype=states_dtype,
         every=every,
         max_gigabytes=max_gb,
+        keep_states=keep_states,
         head_sizes=value_widths,
         advantage_sizes=advantage_widths,
         value_options={"td_lambda": td_lambda, "num_epochs": epochs, "validation_split": validation_split},
@@ -247,6 +261,10 @@ def rollout(
     generation_config: GenerationConfigOption = None,
     stop: StopOption = None,
     head: Annotated[str | None, typer.Option(help="Sample under the control that this head recommends.")] = None,
+    keep_states: KeepStatesOption = False,
+    hook_point: HookPointOption = "lm_head",
+    layer: LayerOption = -1,
+    advantage: AdvantageOption = True,
     split: SplitOption = "train",
     config_name: ConfigNameOption = None,
     prompt_column: ColumnOption = "prompt",
@@ -286,6 +304,7 @@ def rollout(
         seed=seed,
         control=control,
         on_bad_rows=_bad_rows(skip_bad_rows),
+        keep_states=_place(base, hook_point, layer, advantage) if keep_states else None,
     )
     if _is_main():
         typer.echo(f"{counts['rollouts']} responses ({counts['finished']} finished) -> {output}")
@@ -329,9 +348,7 @@ def states(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the safetensors files.")],
     hook_point: HookPointOption = "lm_head",
     layer: LayerOption = -1,
-    advantage: Annotated[
-        bool, typer.Option(help="At `lm_head`: also keep what the advantage part is trained on (as much again).")
-    ] = True,
+    advantage: AdvantageOption = True,
     states_dtype: StatesDtypeOption = "auto",
     every: EveryOption = 1,
     max_gb: BudgetOption = None,
@@ -345,23 +362,18 @@ def states(
     Example: `recontrol states run/rollouts -m org/base -o run/states`
     """
     from .activations import write_states
-    from .configuration import ValueHeadConfig
     from .files import check_target
-    from .places import hook_width
     from .records import rollout_parts
     from .stage import MANIFEST_NAME
 
     rollout_parts(rollouts)
     check_target(output / MANIFEST_NAME)
-    at_head = hook_point == "lm_head" and advantage
-    shape = {"hook_point": hook_point, "layer": layer, "advantage_sizes": [] if at_head else None}
     base, _, control = _load_base(model, dtype, device, head)
-    config = ValueHeadConfig(hook_width(base, ValueHeadConfig(1, **shape)), **shape)
     counts = write_states(
         output,
         base,
         rollouts,
-        config,
+        _place(base, hook_point, layer, advantage),
         batch_size=batch_size,
         control=control,
         dtype=states_dtype,

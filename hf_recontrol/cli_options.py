@@ -41,6 +41,16 @@ RewardOption = Annotated[
 ]
 HookPointOption = Annotated[Literal["lm_head", "decoder_layer"], typer.Option(help="Where the head reads.")]
 LayerOption = Annotated[int, typer.Option(help="Decoder layer, at `decoder_layer`.")]
+AdvantageOption = Annotated[
+    bool, typer.Option(help="At `lm_head`: also keep what the advantage part is trained on (as much again).")
+]
+KeepStatesOption = Annotated[
+    bool,
+    typer.Option(
+        "--keep-states",
+        help="Keep states while sampling instead of reading them afterwards: faster on a CPU, more on the disk.",
+    ),
+]
 StatesDtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "int8"], typer.Option(help="Dtype of stored states.")
 ]

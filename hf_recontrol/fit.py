@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,18 +22,19 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .activations import check_storage, prompt_number, write_states
+from .activations import check_storage, write_states
 from .advantage import fit_advantage
 from .configuration import ControlConfig, ValueHeadConfig
 from .evaluation import match_kl
 from .evaluation.report import write_report
 from .files import check_target, make_folder
 from .hub import check_base, with_commit
+from .kept_states import KEPT_FOLDER
 from .labels import label_rollouts
 from .modeling import ReControlForCausalLM
 from .places import hook_width
 from .prompts import Prompts, load_prompts
-from .records import Rollout, load_rollouts, rollout_parts
+from .records import Rollout, load_rollouts, rollout_parts, stable_number
 from .rewards import RewardFunction, by_name, check_columns, load_reward, reward_name, vader
 from .rollouts import write_rollouts
 from .stage import Processes, Progress, lock_folder, read_manifest
@@ -101,6 +103,7 @@ def fit(
     states_dtype: str = "auto",
     every: int = 1,
     max_gigabytes: float | None = None,
+    keep_states: bool = False,
     head_sizes: Sequence[int] = (1024,),
     advantage_sizes: Sequence[int] | None = (256,),
     value_options: dict[str, Any] | None = None,
@@ -134,6 +137,9 @@ def fit(
             As in [`ValueHeadConfig`]. An advantage part needs `hook_point="lm_head"`; elsewhere there is none.
         states_dtype, every, max_gigabytes:
             As for [`write_states`] (there `dtype`).
+        keep_states (`bool`, *optional*, defaults to `False`):
+            Keep the states while sampling instead of reading them afterwards: faster on a CPU. Until the states are
+            written, all of them lie on the disk too, in the base's dtype. See [`write_rollouts`].
         value_options, advantage_options (`dict`, *optional*):
             As for [`train_head`].
         target_kl (`float`, *optional*, defaults to 0.1):
@@ -202,6 +208,7 @@ def fit(
                 part_size=part_size,
                 seed=seed,
                 on_bad_rows=on_bad_rows,
+                keep_states=config if keep_states else None,
                 progress=show("rollouts"),
             )
             label_rollouts(output / "rollouts", rewards, on_bad_rows=on_bad_rows, progress=show("rewards"))
@@ -216,6 +223,8 @@ def fit(
                 max_gigabytes=max_gigabytes,
                 progress=show("states"),
             )
+            if processes.index == 0:
+                shutil.rmtree(output / "rollouts" / KEPT_FOLDER, ignore_errors=True)
             figures = train_head(
                 output / "head",
                 output / "states",
@@ -259,7 +268,7 @@ def _check_settings(
     check_storage(states_dtype, every, max_gigabytes)
     if not target_kl > 0:
         raise ValueError(f"`target_kl` must be above 0, got {target_kl}.")
-    numbers = torch.tensor(list({prompt_number(row["prompt"]) for row in prompts.rows}))
+    numbers = torch.tensor(list({stable_number(row["prompt"]) for row in prompts.rows}))
     # The split itself says what is wrong with it.
     split_by_prompt(
         States(torch.empty(0), torch.empty(0), torch.empty(0), numbers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -45,6 +46,22 @@ def find_lm_head(model: PreTrainedModel) -> nn.Module:
     if lm_head is None:
         raise ValueError(f"{type(model).__name__} has no LM head: load the model with AutoModelForCausalLM.")
     return lm_head
+
+
+def lm_head_rows(model: PreTrainedModel) -> torch.Tensor:
+    """
+    The LM head's weight of shape `(vocabulary, hidden_size)`, whose rows the advantage part is trained on.
+
+    Raises:
+        `ValueError`: if it is quantised.
+    """
+    weight = find_lm_head(model).weight
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"The LM head's weight is {weight.dtype}, so its rows cannot be read for the advantage part: load the "
+            "base with its LM head unquantised, or leave `advantage_sizes` out."
+        )
+    return weight
 
 
 def hook_layer(model: PreTrainedModel, config: ValueHeadConfig) -> int | None:

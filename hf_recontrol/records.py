@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -48,6 +49,12 @@ class Rollout:
     columns: dict[str, Any] = field(default_factory=dict)
     prompt_number: int = 0
     sample: int = 0
+
+
+def stable_number(value: Prompt | list) -> int:
+    """A 64-bit number that is the same for equal values, in every process."""
+    text = json.dumps(value, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)
 
 
 def _parquet():

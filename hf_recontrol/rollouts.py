@@ -6,6 +6,8 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ import torch
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .configuration import ControlConfig
+from .configuration import ControlConfig, ValueHeadConfig
+from .kept_states import StateKeeper, kept_path
 from .modeling import ReControlForCausalLM
 from .prompts import BadRow, Prompt, Prompts, encode_prompt, load_prompts, report_bad_rows
 from .records import Rollout, load_rollouts, save_rollouts
 from .sampling import RowSampler, StopStrings, cut_response, needs_equal_lengths, sampling_config
-from .stage import Progress, StageFolder, model_fingerprint, model_settings, progress_bar
+from .stage import Progress, StageFolder, control_settings, model_settings, place_settings, progress_bar
 
 
 def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, side: str, device) -> dict[str, torch.Tensor]:
@@ -79,8 +82,12 @@ def _sample(
     seed: int,
     control: ControlConfig | bool,
     advance: Callable[[int], None],
+    keep: tuple[ValueHeadConfig, Callable[[int], Path]] | None = None,
 ) -> list[Rollout]:
-    """Rollouts of `rows`, (index of the prompt, number of the sample) each, in their order."""
+    """
+    Rollouts of `rows`, (index of the prompt, number of the sample) each, in their order. `keep` says where the states
+    are kept that they are drawn from, and in which file, by the number of the batch.
+    """
     # generate() fills what is unset from the model's own generation config, but rollouts are draws from the model
     # itself: no penalties, beams or processors that its authors recommend. A shallow copy leaves the model as it is.
     model = copy.copy(model)
@@ -97,25 +104,32 @@ def _sample(
 
     rollouts: list[Rollout | None] = [None] * len(rows)
     lengths = [len(encoded[i]) for i, _ in rows]
-    for batch in _batches(lengths, batch_size, needs_equal_lengths(model, config)):
+    if keep is not None:
+        # Reading from inside a compiled graph would break it.
+        config.disable_compile = True
+    for number, batch in enumerate(_batches(lengths, batch_size, needs_equal_lengths(model, config))):
         inputs = pad_batch([encoded[rows[k][0]] for k in batch], config.pad_token_id, "left", model.device)
         width = inputs["input_ids"].shape[1]
-        if config.do_sample:
-            seeds = [[seed, prompts.numbers[rows[k][0]], rows[k][1]] for k in batch]
-            sampler = RowSampler(seeds, model.device)
+        seeds = [[seed, prompts.numbers[rows[k][0]], rows[k][1]] for k in batch]
+        sampler = RowSampler(seeds, model.device) if config.do_sample else None
+        keeper = None if keep is None else StateKeeper(model, keep[0], temperature)
 
-            def with_sampler(generation_config, *args, sampler=sampler, **kwargs):
-                processors = prepare_processors(generation_config, *args, **kwargs)
+        def with_ours(generation_config, *args, sampler=sampler, keeper=keeper, **kwargs):
+            processors = prepare_processors(generation_config, *args, **kwargs)
+            if keeper is not None:
+                processors.insert(0, keeper)
+            if sampler is not None:
                 processors.append(sampler)
                 # The sampler draws, generate only has to take what it drew.
                 generation_config.do_sample = False
-                return processors
+            return processors
 
-            # Processors that a caller hands to generate() come before temperature and top-p; the sampler must not.
-            model._get_logits_processor = with_sampler
+        # Processors that a caller hands to generate() come between its own ones, before temperature and top-p.
+        model._get_logits_processor = with_ours
         if stop_strings:
             options["stopping_criteria"] = [StopStrings(tokenizer, stop_strings, width)]
-        output = model.generate(**inputs, generation_config=config, **options)
+        with nullcontext() if keeper is None else keeper.reading():
+            output = model.generate(**inputs, generation_config=config, **options)
         for k, ids in zip(batch, output[:, width:].tolist(), strict=True):
             i, sample = rows[k]
             text, kept, finished = cut_response(tokenizer, ids, end_ids, stop_strings)
@@ -130,6 +144,8 @@ def _sample(
                 prompt_number=prompts.numbers[i],
                 sample=sample,
             )
+        if keeper is not None:
+            keeper.save(keep[1](number), [rollouts[k] for k in batch], place_settings(model, keep[0]))
         advance(len(batch))
     return rollouts
 
@@ -238,6 +254,7 @@ def write_rollouts(
     control: ControlConfig | bool = False,
     part_size: int = 256,
     on_bad_rows: str = "error",
+    keep_states: ValueHeadConfig | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """
@@ -251,6 +268,10 @@ def write_rollouts(
             Responses in a file: what a stop can cost each process.
         on_bad_rows (`str`, *optional*, defaults to `"error"`):
             What to do with prompts that are too long for the model: `"error"` or `"skip"`.
+        keep_states ([`ValueHeadConfig`], *optional*):
+            Keep the states at this hook point (with `advantage_sizes` the directions too) as tokens are drawn from
+            them, in `kept_states/`, for [`write_states`] to copy instead of a forward of its own. The responses are
+            the same. The folder may be removed at any time; what it lacks is read. Not for beam search.
         progress (`Callable[[int, int], None]`, *optional*):
             Called with (done, total) instead of showing a bar.
 
@@ -273,6 +294,12 @@ def write_rollouts(
     )
     control = _checked_control(model, control)
     _check_numbers(config, num_samples, batch_size=batch_size, seed=seed, part_size=part_size)
+    if keep_states is not None:
+        if (config.num_beams or 1) > 1:
+            raise ValueError(
+                "States cannot be kept in a beam search, where rows change places: leave `keep_states` out."
+            )
+        StateKeeper(model, keep_states, temperature=1.0)  # says so if they cannot be read
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(num_samples)]
     settings = {
         **model_settings(model),
@@ -281,12 +308,7 @@ def write_rollouts(
         "num_samples": num_samples,
         "generation_config": {key: value for key, value in config.to_diff_dict().items() if key[0] != "_"},
         "seed": seed,
-        "control": control.to_dict() if isinstance(control, ControlConfig) else control,
-        "heads": {
-            name: [weight, model_fingerprint(model.value_heads[name])]
-            for name, weight in (model.value_head_weights.items() if control is not False else ())
-            if weight != 0
-        },
+        **control_settings(model, control),
         "part_size": part_size,
     }
     settings["generation_config"].pop("transformers_version", None)
@@ -305,8 +327,9 @@ def write_rollouts(
             advance(sum(len(part) for index, part in parts.items() if index not in missing))
             for index in missing:
                 part = [row for row in parts[index] if row[0] in encoded]
+                keep = None if keep_states is None else (keep_states, partial(kept_path, folder, index))
                 rollouts = _sample(
-                    model, tokenizer, prompts, encoded, part, config, batch_size, seed, control, advance
+                    model, tokenizer, prompts, encoded, part, config, batch_size, seed, control, advance, keep
                 )
                 save_rollouts(rollouts, stage.part_path(index))
         bad_rows = sum(stage.processes.gather(len(bad)))

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ._version import __version__
+from .configuration import ControlConfig, ValueHeadConfig
 from .files import atomic_path, check_target, make_folder
 from .hub import portable_name
 
@@ -146,6 +147,27 @@ def model_settings(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def control_settings(model: PreTrainedModel, control: ControlConfig | bool) -> dict[str, Any]:
+    """What tells one control of a model from another in the settings of a stage."""
+    active = model.value_head_weights.items() if control is not False else ()
+    return {
+        "control": control.to_dict() if isinstance(control, ControlConfig) else control,
+        "heads": {
+            name: [weight, model_fingerprint(model.value_heads[name])] for name, weight in active if weight != 0
+        },
+    }
+
+
+def place_settings(model: PreTrainedModel, config: ValueHeadConfig) -> dict[str, Any]:
+    """What tells the states of one place of a model from those of another."""
+    return {
+        "hook_point": config.hook_point,
+        "layer": config.layer,
+        "base_model_name_or_path": portable_name(model.config._name_or_path),
+        "base_model_revision": getattr(model.config, "_commit_hash", None),
+    }
+
+
 def file_checksum(path: Path) -> str:
     """SHA-256 of a file."""
     digest = hashlib.sha256()
@@ -266,7 +288,7 @@ class StageFolder:
                 )
             self.write_manifest({"complete": False})
         # What a killed run was writing.
-        for unfinished in self.path.glob(f".part-*{self.suffix}.*"):
+        for unfinished in self.path.rglob(".part-*"):
             unfinished.unlink(missing_ok=True)
 
     def part_path(self, index: int) -> Path:

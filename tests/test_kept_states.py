@@ -1,0 +1,199 @@
+"""States kept while sampling are those that a forward of its own reads afterwards."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig
+from hf_recontrol.activations import write_states
+from hf_recontrol.fit import fit
+from hf_recontrol.kept_states import KEPT_FOLDER
+from hf_recontrol.labels import label_rollouts
+from hf_recontrol.prompts import load_prompts
+from hf_recontrol.records import load_rollouts
+from hf_recontrol.rollouts import write_rollouts
+from hf_recontrol.store import StateStore
+
+from .conftest import make_head
+from .tiny_models import lm_head_of, tiny_model
+from .tiny_tokenizer import tiny_tokenizer
+
+AT_HEAD = ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[])
+PROMPTS = [f"w{i} w{i + 1} w{3 * i}" + " w9" * (i % 4) for i in range(5, 17)]
+OPTIONS = {"num_samples": 2, "max_new_tokens": 8, "part_size": 10, "batch_size": 4, "temperature": 1.5}
+
+
+def length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def base(family="llama"):
+    model = tiny_model(family, dtype=torch.float32)
+    # So many that rows of a batch end at different tokens.
+    model.generation_config.eos_token_id = list(range(20, 32))
+    return model
+
+
+def sample(folder, model, keep=AT_HEAD, **changes):
+    counts = write_rollouts(
+        folder, model, tiny_tokenizer(), load_prompts(PROMPTS), keep_states=keep, **OPTIONS | changes
+    )
+    label_rollouts(folder, [length])
+    return counts
+
+
+def forwards(model, work):
+    """How often the model runs in `work`."""
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    work()
+    handle.remove()
+    return len(calls)
+
+
+def assert_same(one, two, scale=1e-4):
+    stores = [StateStore.open(folder) for folder in (one, two)]
+    assert stores[0].place == stores[1].place and stores[0].num_states > 20
+    for name in ("lengths", "rewards", "prompts", "finished"):
+        assert torch.equal(getattr(stores[0], name), getattr(stores[1], name))
+    assert stores[0].has_directions == stores[1].has_directions
+    everything = torch.arange(len(stores[0]))
+    for name in ("hidden", "directions")[: 1 + stores[0].has_directions]:
+        found, expected = (store.gather(name, everything) for store in stores)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=scale * float(expected.abs().max()))
+
+
+PLACES = [AT_HEAD, ValueHeadConfig(16, hook_point="lm_head"), ValueHeadConfig(16), ValueHeadConfig(16, layer=0)]
+MODES = {
+    "sampled": {},
+    "greedy": {"temperature": 0.0, "num_samples": 1},
+    "penalty": {"generation_config": GenerationConfig(do_sample=True, top_k=5, repetition_penalty=1.5)},
+    "stop string": {"stop_strings": ["w7", "w3", "w11"]},
+}
+
+
+@pytest.mark.usefixtures("recontrol_warnings")
+@pytest.mark.parametrize("config", PLACES, ids=["directions", "lm_head", "last", "first"])
+@pytest.mark.parametrize(
+    ("family", "mode"), [("llama", mode) for mode in MODES] + [("gemma2", "sampled"), ("mamba", "sampled")]
+)
+def test_kept_states_are_the_read_ones_and_cost_no_forward(tmp_path, family, mode, config):
+    model = base(family)
+    sample(tmp_path / "kept", model, config, **MODES[mode])
+    sample(tmp_path / "plain", model, None, **MODES[mode])
+    kept, plain = load_rollouts(tmp_path / "kept"), load_rollouts(tmp_path / "plain")
+    assert kept == plain
+    assert len({len(rollout.completion_ids) for rollout in kept}) > 1
+    run = {name: tmp_path / f"{name}-states" for name in ("kept", "plain")}
+    assert forwards(model, lambda: write_states(run["plain"], model, tmp_path / "plain", config)) > 0
+    assert forwards(model, lambda: write_states(run["kept"], model, tmp_path / "kept", config)) == 0
+    assert_same(run["kept"], run["plain"])
+
+
+@pytest.mark.parametrize("plausibility", [0.0, 0.3])
+def test_under_control_too(tmp_path, plausibility):
+    head = make_head(hidden_size=16, hook_point="lm_head")
+    control = ControlConfig(step_size=0.1, plausibility=plausibility)
+    model = ReControlForCausalLM.from_model(base(), head, control)
+    sample(tmp_path / "kept", model, control=control)
+    sample(tmp_path / "plain", model, None, control=control)
+    write_states(tmp_path / "plain-states", model, tmp_path / "plain", AT_HEAD, control=control)
+    made = forwards(
+        model, lambda: write_states(tmp_path / "states", model, tmp_path / "kept", AT_HEAD, control=control)
+    )
+    assert made == 0
+    assert_same(tmp_path / "states", tmp_path / "plain-states")
+
+
+def test_what_is_missing_is_read(tmp_path):
+    model = base()
+    sample(tmp_path / "r", model)
+    write_states(tmp_path / "whole", model, tmp_path / "r", AT_HEAD)
+    files = sorted((tmp_path / "r" / KEPT_FOLDER).iterdir())
+    assert len(files) == 7
+    for path in files[::2]:
+        path.unlink()
+    assert forwards(model, lambda: write_states(tmp_path / "half", model, tmp_path / "r", AT_HEAD)) > 0
+    assert_same(tmp_path / "half", tmp_path / "whole")
+
+
+def test_a_run_that_was_stopped_goes_on_with_other_batches(tmp_path):
+    model = base()
+    done = []
+
+    def stop(count, total):
+        done.append(count)
+        if count > 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(tmp_path / "r", model, progress=stop)
+    sample(tmp_path / "r", model, batch_size=3)
+    sample(tmp_path / "plain", model, None)
+    assert load_rollouts(tmp_path / "r") == load_rollouts(tmp_path / "plain")
+    assert forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", AT_HEAD)) == 0
+    write_states(tmp_path / "plain-s", model, tmp_path / "plain", AT_HEAD)
+    assert_same(tmp_path / "s", tmp_path / "plain-s")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_other_dtypes_and_every_kth_state(tmp_path, dtype):
+    model = base()
+    sample(tmp_path / "r", model)
+    sample(tmp_path / "plain", model, None)
+    for name in ("r", "plain"):
+        write_states(tmp_path / f"{name}-s", model, tmp_path / name, AT_HEAD, dtype=dtype, every=2)
+    assert StateStore.open(tmp_path / "r-s").place["every"] == 2
+    assert_same(tmp_path / "r-s", tmp_path / "plain-s", scale=2e-2)
+
+
+def test_states_of_another_place_or_without_directions_are_passed_by(tmp_path):
+    model = base()
+    sample(tmp_path / "r", model, ValueHeadConfig(16, hook_point="lm_head"))
+    for number, config in enumerate((AT_HEAD, ValueHeadConfig(16), ValueHeadConfig(16, layer=0))):
+        made = forwards(model, lambda n=number, c=config: write_states(tmp_path / f"s{n}", model, tmp_path / "r", c))
+        assert made > 0
+        assert StateStore.open(tmp_path / f"s{number}").place["hook_point"] == config.hook_point
+
+
+def test_states_of_another_model_are_told_and_read_anew(tmp_path, recontrol_warnings):
+    model, other = base(), base()
+    with torch.no_grad():
+        lm_head_of(other).weight.add_(0.1)
+    sample(tmp_path / "r", model)
+    assert forwards(other, lambda: write_states(tmp_path / "s", other, tmp_path / "r", AT_HEAD)) > 0
+    assert "of another model or control, so states are read anew" in recontrol_warnings[0]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    model = base()
+    sample(tmp_path / "r", model)
+    path = next((tmp_path / "r" / KEPT_FOLDER).iterdir())
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=rf"{path.name} does not hold kept states .*: remove it, then they are read"):
+        write_states(tmp_path / "s", model, tmp_path / "r", AT_HEAD)
+    path.unlink()
+    write_states(tmp_path / "s", model, tmp_path / "r", AT_HEAD)
+
+
+def test_what_cannot_be_kept_is_refused_before_anything_is_sampled(tmp_path):
+    model = base()
+    beams = GenerationConfig(num_beams=2)
+    with pytest.raises(ValueError, match="cannot be kept in a beam search"):
+        sample(tmp_path / "r", model, generation_config=beams, num_samples=1, temperature=None)
+    with pytest.raises(ValueError, match="reads decoder layer 9"):
+        sample(tmp_path / "r", model, ValueHeadConfig(16, layer=9))
+    assert not (tmp_path / "r").exists()
+
+
+def test_fit_uses_them_and_leaves_nothing_behind(tmp_path, recontrol_warnings):
+    model = base()
+    options = {"num_samples": 2, "max_new_tokens": 8, "head_sizes": [16], "advantage_sizes": [8], "quiet": True}
+    options |= {"tokenizer": tiny_tokenizer(), "value_options": {"num_epochs": 2}}
+    prompts = [f"w{i} w{i + 1}" for i in range(5, 45)]
+    fit(model, prompts, length, tmp_path / "kept", keep_states=True, **options)
+    assert not (tmp_path / "kept" / "rollouts" / KEPT_FOLDER).exists()
+    fit(model, prompts, length, tmp_path / "plain", **options)
+    assert_same(tmp_path / "kept" / "states", tmp_path / "plain" / "states")
+    again = forwards(model, lambda: fit(model, prompts, length, tmp_path / "kept", keep_states=True, **options))
+    assert again == 0
