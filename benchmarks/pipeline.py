@@ -25,7 +25,7 @@ from hf_recontrol.demo import embedded_model
 from hf_recontrol.labels import label_rollouts
 from hf_recontrol.places import find_lm_head, hook_width
 from hf_recontrol.prompts import encode_prompt, load_prompts
-from hf_recontrol.records import load_rollouts
+from hf_recontrol.records import load_rollouts, rollout_parts
 from hf_recontrol.rollouts import generate_rollouts, pad_batch, write_rollouts
 from hf_recontrol.store import States, StateStore, StateWriter
 from hf_recontrol.targets import pad_episodes, td_targets
@@ -113,14 +113,18 @@ def states(model, tokenizer, rounds: int) -> None:
             lambda: write_rollouts(folder / "r", model, tokenizer, load_prompts(PROMPTS, limit=48), **options)
         )
         label_rollouts(folder / "r", [length])
-        rows = sorted(load_rollouts(folder / "r"), key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
+        # The batches of the stage: of 16, sorted in each file.
+        files = [
+            sorted(load_rollouts(path), key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
+            for path in rollout_parts(folder / "r")
+        ]
+        batches = [rows[start : start + 16] for rows in files for start in range(0, len(rows), 16)]
         number = iter(range(10**6))
 
         @torch.no_grad()
         def bare():
-            # As the stage does, by files of 32 in batches of 16, sorted in each file.
-            for start in range(0, len(rows), 16):
-                inputs, _ = teacher_forced(model, rows[start : start + 16], keep_logits=False)
+            for batch in batches:
+                inputs, _ = teacher_forced(model, batch, keep_logits=False)
                 model(**inputs, use_cache=False)
 
         for advantage in (None, []):

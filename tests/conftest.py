@@ -3,7 +3,6 @@
 import logging
 import os
 import subprocess
-import sys
 
 # Before huggingface_hub is imported, which reads it once. Tests with a server of their own run a fresh process.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_recontrol import ControlConfig, ValueHead, ValueHeadConfig
 
+from .fresh import run_fresh
 from .hub_server import TOKEN, Hub
 
 torch.set_num_threads(1)
@@ -137,11 +137,11 @@ def hub():
 @pytest.fixture
 def run(tmp_path):
     """
-    Runs Python in a fresh process, with an empty cache unless `home` names one; gives what it printed. The token is
-    never in what it prints or logs.
+    Runs Python in a fresh process, of the interpreter `python` if it is named, with an empty cache unless `home` names
+    one; gives what it printed. The token is never in what it prints or logs.
     """
 
-    def run(script, *args, endpoint, token=TOKEN, home="home", python=sys.executable, **environment):
+    def run(script, *args, endpoint, token=TOKEN, home="home", python=None, **environment):
         variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         variables |= {
             "HF_ENDPOINT": endpoint,
@@ -154,16 +154,21 @@ def run(tmp_path):
         }
         if token:
             variables["HF_TOKEN"] = token
-        result = subprocess.run(
-            [python, "-c", script, *args],
-            env=variables | environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert result.returncode == 0, result.stderr
-        assert TOKEN not in result.stdout + result.stderr
-        return result.stdout
+        variables |= environment
+        if python is None:
+            code, out, err = run_fresh(script, args, variables, tmp_path / "printed", timeout=120)
+        else:
+            done = subprocess.run(
+                [python, "-c", script, *args],
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            code, out, err = done.returncode, done.stdout, done.stderr
+        assert code == 0, err
+        assert TOKEN not in out + err
+        return out
 
     return run
