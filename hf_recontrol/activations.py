@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .configuration import ControlConfig, ValueHeadConfig
 from .files import atomic_path
 from .hooks import read_states
-from .kept_states import KEPT_FOLDER, KeptStates, mean_rows
+from .kept_states import KEPT_FOLDER, KeptStates, has_kept, kept_settings, mean_rows
 from .modeling import ReControlForCausalLM
 from .places import hook_width, lm_head_rows
 from .records import Rollout, count_rollouts, load_rollouts, rollout_parts, stable_number
@@ -68,6 +68,29 @@ def teacher_forced(
     return inputs, [slice(start, start + len(r.completion_ids)) for start, r in zip(starts, rollouts, strict=True)]
 
 
+def forward_batches(
+    model: PreTrainedModel, rollouts: Sequence[Rollout], batch_size: int
+) -> tuple[list[list[int]], bool]:
+    """
+    Which rollouts go through one forward, in an order that wastes little on padding.
+
+    Returns:
+        The numbers of each batch's rollouts, and whether a layer is controlled that others follow: its edits reach
+        later positions, and generation edits from the prompt's last position on. Then all prompts of a batch are of
+        one length, and logits must be kept from their last position on.
+    """
+    hooks = getattr(model, "_recontrol", None)
+    edits_reach_on = hooks is not None and not hooks.is_last_layer and hooks.active_control() is not None
+    groups: dict[int | None, list[int]] = {}
+    lengths = [len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts]
+    for i in sorted(range(len(rollouts)), key=lambda i: -lengths[i]):
+        groups.setdefault(len(rollouts[i].prompt_ids) if edits_reach_on else None, []).append(i)
+    batches = [
+        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
+    ]
+    return batches, edits_reach_on
+
+
 def _check(model: PreTrainedModel, rollouts: Sequence[Rollout], config: ValueHeadConfig) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     if max((max(r.prompt_ids + r.completion_ids) for r in rollouts), default=0) >= vocabulary:
@@ -87,7 +110,7 @@ def _read(
     batch_size: int,
     control: ControlConfig | bool,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-    """(number of the rollout, its states, its directions), in an order that wastes little on padding."""
+    """(number of the rollout, its states, its directions), in the order of [`forward_batches`]."""
     with_directions = config.advantage_sizes is not None
     in_layer = config.hook_point != "lm_head"
     weight = lm_head_rows(model) if with_directions else None
@@ -95,13 +118,13 @@ def _read(
     if isinstance(model, ReControlForCausalLM):
         model._recontrol.check_same_for_all(control)
         settings = model._recontrol.call(control)
-    order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].prompt_ids) - len(rollouts[i].completion_ids))
     with settings:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        batches, edits_reach_on = forward_batches(model, rollouts, batch_size)
+        for batch in batches:
             inputs, parts = teacher_forced(model, [rollouts[i] for i in batch], keep_logits=not in_layer)
             if in_layer and model._supports_logits_to_keep():
-                inputs["logits_to_keep"] = 1
+                edited = inputs["input_ids"].shape[1] - len(rollouts[batch[0]].prompt_ids) + 1
+                inputs["logits_to_keep"] = edited if edits_reach_on else 1
             with read_states(model, config, keep_logits=with_directions) as states:
                 logits = model(**inputs, use_cache=False).logits
             for row, (i, part) in enumerate(zip(batch, parts, strict=True)):
@@ -274,12 +297,15 @@ def write_states(
         "every": every,
         "control": control.to_dict() if isinstance(control, ControlConfig) else control,
     }
+    wanted = kept_settings(model, config, manifest["settings"])
     as_sampled = {name: manifest["settings"].get(name) for name in sampled} == sampled
-    if (Path(rollouts) / KEPT_FOLDER).is_dir() and not as_sampled:
-        logger.warning(
-            f"The states kept in {Path(rollouts) / KEPT_FOLDER} are of another model or control, so states are read "
-            "anew."
-        )
+    if not as_sampled or not has_kept(rollouts, wanted, names):
+        if has_kept(rollouts):
+            logger.warning(
+                f"The states kept in {Path(rollouts) / KEPT_FOLDER} are of another place, model or control, or lack "
+                "directions, so states are read anew."
+            )
+        wanted = None
     stage = StageFolder(folder, "states", settings, len(parts), ".safetensors")
     with stage:
         if stage.is_counted():
@@ -300,7 +326,7 @@ def write_states(
                             path, small, int(small["lengths"].sum()), width, stored, names, place | {"every": every}
                         ) as writer,
                     ):
-                        kept = KeptStates(rollouts, index, place, names) if as_sampled else None
+                        kept = KeptStates(rollouts, index, wanted, names, width) if wanted else None
                         for i, *values in _kept_or_read(kept, model, used, config, batch_size, control):
                             chosen = slice((len(used[i].completion_ids) - 1) % every, None, every)
                             for name, value in zip(names, values, strict=False):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,7 +28,7 @@ from .evaluation import match_kl
 from .evaluation.report import write_report
 from .files import check_target, make_folder
 from .hub import check_base, with_commit
-from .kept_states import KEPT_FOLDER
+from .kept_states import remove_kept
 from .labels import label_rollouts
 from .modeling import ReControlForCausalLM
 from .places import hook_width
@@ -37,7 +36,7 @@ from .prompts import Prompts, load_prompts
 from .records import Rollout, load_rollouts, rollout_parts, stable_number
 from .rewards import RewardFunction, by_name, check_columns, load_reward, reward_name, vader
 from .rollouts import write_rollouts
-from .stage import Processes, Progress, lock_folder, read_manifest
+from .stage import MANIFEST_NAME, Processes, Progress, lock_folder, read_manifest
 from .store import States, StateStore
 from .trainer import check_options
 from .training import split_by_prompt, train_value_head
@@ -170,6 +169,8 @@ def fit(
     rewards = _rewards(reward, prompts, on_bad_rows)
     value_options = {"seed": seed, "patience": 5, "validation_split": 0.1} | (value_options or {})
     advantage_options = {"patience": 2} | (advantage_options or {})
+    if not isinstance(keep_states, bool):
+        raise TypeError(f"`keep_states` must be True or False, got {type(keep_states).__name__}.")
     _check_settings(prompts, value_options, advantage_options, states_dtype, every, max_gigabytes, target_kl)
     processes = Processes()
     if processes.index == 0:
@@ -208,7 +209,8 @@ def fit(
                 part_size=part_size,
                 seed=seed,
                 on_bad_rows=on_bad_rows,
-                keep_states=config if keep_states else None,
+                # Once states are being written no part of the rollouts is missing.
+                keep_states=config if keep_states and not (output / "states" / MANIFEST_NAME).is_file() else None,
                 progress=show("rollouts"),
             )
             label_rollouts(output / "rollouts", rewards, on_bad_rows=on_bad_rows, progress=show("rewards"))
@@ -223,8 +225,8 @@ def fit(
                 max_gigabytes=max_gigabytes,
                 progress=show("states"),
             )
-            if processes.index == 0:
-                shutil.rmtree(output / "rollouts" / KEPT_FOLDER, ignore_errors=True)
+            if keep_states and processes.index == 0:
+                remove_kept(output / "rollouts")
             figures = train_head(
                 output / "head",
                 output / "states",

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import LogitsProcessor, PreTrainedModel
 
 from .configuration import ValueHeadConfig
 from .files import atomic_path
 from .hooks import read_states
-from .places import hook_width, lm_head_rows
+from .places import hook_layer, lm_head_rows
 from .records import Rollout, stable_number
 
 KEPT_FOLDER = "kept_states"
+_METADATA_KEY = "hf_recontrol"
 
 
 def mean_rows(logits: torch.Tensor, temperature: float, weight: torch.Tensor) -> torch.Tensor:
@@ -60,7 +62,7 @@ class StateKeeper(LogitsProcessor):
 
     def __init__(self, model: PreTrainedModel, config: ValueHeadConfig, temperature: float):
         self._weight = lm_head_rows(model) if config.advantage_sizes is not None else None
-        hook_width(model, config)
+        hook_layer(model, config)
         self._model, self._config, self._temperature = model, config, temperature
         self._seen: list[torch.Tensor] = []
         self._hidden: list[torch.Tensor] = []
@@ -82,7 +84,7 @@ class StateKeeper(LogitsProcessor):
         return scores
 
     @torch.no_grad()
-    def save(self, path: Path, rollouts: Sequence[Rollout], place: dict) -> None:
+    def save(self, path: Path, rollouts: Sequence[Rollout], settings: dict) -> None:
         """Write the states of the batch's `rollouts`, in the dtype they were computed in."""
         tensors: dict[str, list[torch.Tensor]] = {"hidden": [], "directions": []}
         hidden = torch.stack(self._hidden, 1)
@@ -96,18 +98,69 @@ class StateKeeper(LogitsProcessor):
         stored = {name: torch.cat(values).cpu() for name, values in tensors.items() if values}
         stored["lengths"] = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
         stored["tokens"] = torch.tensor([_token_number(rollout) for rollout in rollouts])
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            save_file(stored, temporary, {"hf_recontrol": json.dumps(place)})
+            # Not `save_file`, whose errors do not say that a disk is full in the way of all others.
+            temporary.write_bytes(save(stored, {_METADATA_KEY: json.dumps(settings)}))
 
 
 def _token_number(rollout: Rollout) -> int:
     return stable_number([rollout.prompt_ids, rollout.completion_ids])
 
 
+def kept_settings(model: PreTrainedModel, config: ValueHeadConfig, settings: dict) -> dict:
+    """What kept states depend on: the place, and all that the rollouts depend on (the `settings` of their stage)."""
+    return {"layer": hook_layer(model, config), "rollouts": stable_number(settings)}
+
+
 def kept_path(folder: str | os.PathLike, part: int, batch: int) -> Path:
     """The file of a batch's states, in a folder of rollouts."""
     return Path(folder) / KEPT_FOLDER / f"part-{part:05d}-{batch:05d}.safetensors"
+
+
+def _files(folder: str | os.PathLike, part: int | None = None) -> list[Path]:
+    number = "*" if part is None else f"{part:05d}"
+    return sorted((Path(folder) / KEPT_FOLDER).glob(f"part-{number}-*.safetensors"))
+
+
+def remove_kept(folder: str | os.PathLike, part: int | None = None) -> None:
+    """Remove the files of kept states of one part, or of all parts, from a folder of rollouts."""
+    for path in _files(folder, part):
+        path.unlink()
+    # Other processes may be about to write theirs into it.
+    if part is None:
+        with suppress(OSError):  # something else lies in it
+            (Path(folder) / KEPT_FOLDER).rmdir()
+
+
+def _fits(file: Any, settings: dict | None, names: Sequence[str]) -> bool:
+    return settings is None or (
+        json.loads(file.metadata()[_METADATA_KEY]) == settings and set(names) <= set(file.keys())
+    )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not hold kept states ({error}): remove it, then they are read again."
+        ) from error
+
+
+def has_kept(folder: str | os.PathLike, settings: dict | None = None, names: Sequence[str] = ()) -> bool:
+    """
+    Whether a folder of rollouts holds kept states, of these settings and names if they are given.
+
+    Raises:
+        `ValueError`: if a file is damaged; names it.
+    """
+    found = False
+    for path in _files(folder):
+        with _opened(path) as file:
+            found = found or _fits(file, settings, names)
+    return found
 
 
 class KeptStates:
@@ -117,37 +170,28 @@ class KeptStates:
     Args:
         folder (`str` or `os.PathLike`), part (`int`):
             The folder of rollouts, and the number of its part.
-        place (`dict`), names (sequence of `str`):
-            Where the states must have been read, and what is needed: `"hidden"`, `"directions"`. Files that were kept
-            at another place are passed by.
+        settings (`dict`), names (sequence of `str`), width (`int`):
+            The [`kept_settings`] that files must be of (others are passed by), what is needed of them: `"hidden"`,
+            `"directions"`, and how wide states are.
 
     Raises:
         `ValueError`: if a file is damaged; names it.
     """
 
-    def __init__(self, folder: str | os.PathLike, part: int, place: dict, names: Sequence[str]):
-        self._found: dict[int, tuple[list[torch.Tensor], slice]] = {}
-        for path in sorted((Path(folder) / KEPT_FOLDER).glob(f"part-{part:05d}-*.safetensors")):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    if json.loads(file.metadata()["hf_recontrol"]) != place or not set(names) <= set(file.keys()):
-                        continue
-                    tensors = [file.get_tensor(name) for name in names]
-                    lengths, tokens = file.get_tensor("lengths"), file.get_tensor("tokens").tolist()
-                ends = lengths.cumsum(0).tolist()
-                if len(tokens) != len(ends) or any(len(tensor) != (ends or [0])[-1] for tensor in tensors):
+    def __init__(self, folder: str | os.PathLike, part: int, settings: dict, names: Sequence[str], width: int):
+        self._found: dict[int, list[torch.Tensor]] = {}
+        for path in _files(folder, part):
+            with _opened(path) as file:
+                if not _fits(file, settings, names):
+                    continue
+                lengths, tokens = file.get_tensor("lengths").tolist(), file.get_tensor("tokens").tolist()
+                tensors = [file.get_tensor(name) for name in names]
+                if len(tokens) != len(lengths) or any(tensor.shape != (sum(lengths), width) for tensor in tensors):
                     raise ValueError("its tensors do not fit together")
-            except (SafetensorError, TypeError, KeyError, ValueError) as error:
-                raise ValueError(
-                    f"{path} does not hold kept states ({error}): remove it, then they are read again."
-                ) from error
-            starts = (lengths.cumsum(0) - lengths).tolist()
-            self._found |= {token: (tensors, slice(*span)) for token, *span in zip(tokens, starts, ends, strict=True)}
-
-    def __len__(self) -> int:
-        return len(self._found)
+                rows = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
+                self._found |= dict(zip(tokens, map(list, rows), strict=True))
 
     def find(self, rollout: Rollout) -> list[torch.Tensor] | None:
         """What was kept of a rollout, a tensor for each name, or `None`."""
-        tensors, part = self._found.get(_token_number(rollout), (None, None))
-        return None if tensors is None else [tensor[part] for tensor in tensors]
+        values = self._found.get(_token_number(rollout))
+        return values if values and len(values[0]) == len(rollout.completion_ids) else None

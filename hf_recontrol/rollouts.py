@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,14 +16,18 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .configuration import ControlConfig, ValueHeadConfig
-from .kept_states import StateKeeper, kept_path
+from .files import make_folder
+from .kept_states import KEPT_FOLDER, StateKeeper, has_kept, kept_path, kept_settings, remove_kept
 from .modeling import ReControlForCausalLM
 from .prompts import BadRow, Prompt, Prompts, encode_prompt, load_prompts, report_bad_rows
 from .records import Rollout, load_rollouts, save_rollouts
 from .sampling import RowSampler, StopStrings, cut_response, needs_equal_lengths, sampling_config
-from .stage import Progress, StageFolder, control_settings, model_settings, place_settings, progress_bar
+from .stage import Progress, StageFolder, control_settings, model_settings, progress_bar
+
+logger = logging.get_logger(__name__)
 
 
 def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, side: str, device) -> dict[str, torch.Tensor]:
@@ -71,6 +76,15 @@ def _batches(lengths: Sequence[int], batch_size: int, equal: bool) -> Iterator[l
         yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
 
 
+@dataclass
+class _Keep:
+    """Which states are kept while sampling, and in which file, by the number of the batch."""
+
+    config: ValueHeadConfig
+    settings: dict
+    path: Callable[[int], Path]
+
+
 def _sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,12 +96,9 @@ def _sample(
     seed: int,
     control: ControlConfig | bool,
     advance: Callable[[int], None],
-    keep: tuple[ValueHeadConfig, Callable[[int], Path]] | None = None,
+    keep: _Keep | None = None,
 ) -> list[Rollout]:
-    """
-    Rollouts of `rows`, (index of the prompt, number of the sample) each, in their order. `keep` says where the states
-    are kept that they are drawn from, and in which file, by the number of the batch.
-    """
+    """Rollouts of `rows`, (index of the prompt, number of the sample) each, in their order."""
     # generate() fills what is unset from the model's own generation config, but rollouts are draws from the model
     # itself: no penalties, beams or processors that its authors recommend. A shallow copy leaves the model as it is.
     model = copy.copy(model)
@@ -112,7 +123,7 @@ def _sample(
         width = inputs["input_ids"].shape[1]
         seeds = [[seed, prompts.numbers[rows[k][0]], rows[k][1]] for k in batch]
         sampler = RowSampler(seeds, model.device) if config.do_sample else None
-        keeper = None if keep is None else StateKeeper(model, keep[0], temperature)
+        keeper = None if keep is None else StateKeeper(model, keep.config, temperature)
 
         def with_ours(generation_config, *args, sampler=sampler, keeper=keeper, **kwargs):
             processors = prepare_processors(generation_config, *args, **kwargs)
@@ -145,7 +156,7 @@ def _sample(
                 sample=sample,
             )
         if keeper is not None:
-            keeper.save(keep[1](number), [rollouts[k] for k in batch], place_settings(model, keep[0]))
+            keeper.save(keep.path(number), [rollouts[k] for k in batch], keep.settings)
         advance(len(batch))
     return rollouts
 
@@ -295,6 +306,11 @@ def write_rollouts(
     control = _checked_control(model, control)
     _check_numbers(config, num_samples, batch_size=batch_size, seed=seed, part_size=part_size)
     if keep_states is not None:
+        if not isinstance(keep_states, ValueHeadConfig):
+            raise TypeError(
+                "`keep_states` must be a ValueHeadConfig, which says where, or None, got "
+                f"{type(keep_states).__name__}."
+            )
         if (config.num_beams or 1) > 1:
             raise ValueError(
                 "States cannot be kept in a beam search, where rows change places: leave `keep_states` out."
@@ -315,7 +331,12 @@ def write_rollouts(
     stage = StageFolder(folder, "rollouts", settings, -(-len(rows) // part_size), ".parquet")
     with stage:
         if stage.is_counted():
+            if keep_states is not None and not has_kept(folder):
+                logger.warning(f"The rollouts in {folder} are finished, so no states are kept: `states` reads them.")
             return stage.counts()
+        if keep_states is not None:
+            make_folder(Path(folder) / KEPT_FOLDER)
+            settings_kept = kept_settings(model, keep_states, stage.settings)
         parts = {index: rows[index * part_size : (index + 1) * part_size] for index in stage.own_parts()}
         # The prompts of finished parts too, so that the count of bad rows does not depend on earlier stops.
         needed = sorted({i for part in parts.values() for i, _ in part})
@@ -327,7 +348,11 @@ def write_rollouts(
             advance(sum(len(part) for index, part in parts.items() if index not in missing))
             for index in missing:
                 part = [row for row in parts[index] if row[0] in encoded]
-                keep = None if keep_states is None else (keep_states, partial(kept_path, folder, index))
+                # Of an earlier run that was stopped in this part.
+                remove_kept(folder, index)
+                keep = None
+                if keep_states is not None:
+                    keep = _Keep(keep_states, settings_kept, partial(kept_path, folder, index))
                 rollouts = _sample(
                     model, tokenizer, prompts, encoded, part, config, batch_size, seed, control, advance, keep
                 )

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig
 from hf_recontrol.activations import write_states
 from hf_recontrol.fit import fit
-from hf_recontrol.kept_states import KEPT_FOLDER
+from hf_recontrol.kept_states import KEPT_FOLDER, remove_kept
 from hf_recontrol.labels import label_rollouts
 from hf_recontrol.prompts import load_prompts
 from hf_recontrol.records import load_rollouts
@@ -15,7 +15,7 @@ from hf_recontrol.rollouts import write_rollouts
 from hf_recontrol.store import StateStore
 
 from .conftest import make_head
-from .tiny_models import lm_head_of, tiny_model
+from .tiny_models import layers_of, lm_head_of, tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
 AT_HEAD = ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[])
@@ -51,9 +51,9 @@ def forwards(model, work):
     return len(calls)
 
 
-def assert_same(one, two, scale=1e-4):
+def assert_same(one, two, scale=1e-4, states=20):
     stores = [StateStore.open(folder) for folder in (one, two)]
-    assert stores[0].place == stores[1].place and stores[0].num_states > 20
+    assert stores[0].place == stores[1].place and stores[0].num_states > states
     for name in ("lengths", "rewards", "prompts", "finished"):
         assert torch.equal(getattr(stores[0], name), getattr(stores[1], name))
     assert stores[0].has_directions == stores[1].has_directions
@@ -147,13 +147,14 @@ def test_other_dtypes_and_every_kth_state(tmp_path, dtype):
     assert_same(tmp_path / "r-s", tmp_path / "plain-s", scale=2e-2)
 
 
-def test_states_of_another_place_or_without_directions_are_passed_by(tmp_path):
+def test_states_of_another_place_or_without_directions_are_told_and_read_anew(tmp_path, recontrol_warnings):
     model = base()
     sample(tmp_path / "r", model, ValueHeadConfig(16, hook_point="lm_head"))
     for number, config in enumerate((AT_HEAD, ValueHeadConfig(16), ValueHeadConfig(16, layer=0))):
         made = forwards(model, lambda n=number, c=config: write_states(tmp_path / f"s{n}", model, tmp_path / "r", c))
         assert made > 0
         assert StateStore.open(tmp_path / f"s{number}").place["hook_point"] == config.hook_point
+        assert "of another place, model or control, or lack directions" in recontrol_warnings[number]
 
 
 def test_states_of_another_model_are_told_and_read_anew(tmp_path, recontrol_warnings):
@@ -162,7 +163,51 @@ def test_states_of_another_model_are_told_and_read_anew(tmp_path, recontrol_warn
         lm_head_of(other).weight.add_(0.1)
     sample(tmp_path / "r", model)
     assert forwards(other, lambda: write_states(tmp_path / "s", other, tmp_path / "r", AT_HEAD)) > 0
-    assert "of another model or control, so states are read anew" in recontrol_warnings[0]
+    assert "of another place, model or control" in recontrol_warnings[0]
+
+
+def test_states_of_an_adapter_that_is_off_now_are_read_anew(tmp_path, recontrol_warnings):
+    peft = pytest.importorskip("peft")
+    model = base()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    sample(tmp_path / "r", model.eval())
+    model.disable_adapters()
+    assert forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", AT_HEAD)) > 0
+    assert "of another place, model or control" in recontrol_warnings[0]
+
+
+@pytest.mark.usefixtures("recontrol_warnings")
+@pytest.mark.parametrize("change", ["weights", "temperature"])
+@pytest.mark.parametrize("keep", [None, AT_HEAD], ids=["without", "again"])
+def test_states_of_an_earlier_run_in_the_same_folder_are_not_taken(tmp_path, keep, change):
+    """Its rollouts were removed, its kept states were not, and tokens may be the same."""
+    model, one = base(), {"num_samples": 1, "max_new_tokens": 1}
+    sample(tmp_path / "r", model, batch_size=1, **one)
+    for path in [*(tmp_path / "r").glob("*.parquet"), tmp_path / "r" / "manifest.json"]:
+        path.unlink()
+    if change == "weights":
+        with torch.no_grad():
+            layers_of(model)[-1].mlp.down_proj.weight[3:].mul_(1.01)
+    again = one | ({"temperature": 2.5} if change == "temperature" else {})
+    sample(tmp_path / "r", model, keep, **again)
+    sample(tmp_path / "plain", model, None, **again)
+    for name in ("r", "plain"):
+        write_states(tmp_path / f"{name}-s", model, tmp_path / name, AT_HEAD)
+    assert_same(tmp_path / "r-s", tmp_path / "plain-s", states=10)
+
+
+@pytest.mark.parametrize("at", [AT_HEAD, ValueHeadConfig(16), ValueHeadConfig(16, layer=1)])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_control_of_a_middle_layer_is_read_as_it_generated(tmp_path, layer, at):
+    """The edit at one position reaches the states of later ones, and prompts are of several lengths."""
+    head = make_head(hidden_size=16, layer=layer)
+    control = ControlConfig(step_size=0.5, num_steps=3)
+    model = ReControlForCausalLM.from_model(base(), head, control)
+    sample(tmp_path / "r", model, at, control=control)
+    write_states(tmp_path / "kept", model, tmp_path / "r", at, control=control)
+    remove_kept(tmp_path / "r")
+    assert forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", at, control=control)) > 0
+    assert_same(tmp_path / "s", tmp_path / "kept")
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -183,7 +228,30 @@ def test_what_cannot_be_kept_is_refused_before_anything_is_sampled(tmp_path):
         sample(tmp_path / "r", model, generation_config=beams, num_samples=1, temperature=None)
     with pytest.raises(ValueError, match="reads decoder layer 9"):
         sample(tmp_path / "r", model, ValueHeadConfig(16, layer=9))
+    with pytest.raises(TypeError, match="must be a ValueHeadConfig, which says where, or None, got bool"):
+        sample(tmp_path / "r", model, False)
+    with pytest.raises(TypeError, match="`keep_states` must be True or False, got ValueHeadConfig"):
+        fit(model, PROMPTS, length, tmp_path / "r", tokenizer=tiny_tokenizer(), keep_states=AT_HEAD)
     assert not (tmp_path / "r").exists()
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / KEPT_FOLDER).write_text("mine")
+    with pytest.raises(OSError, match=f"{KEPT_FOLDER} is a file: name a folder to save in"):
+        sample(tmp_path / "r", model)
+
+
+def test_finished_rollouts_that_kept_nothing_are_told(tmp_path, recontrol_warnings):
+    model = base()
+    sample(tmp_path / "r", model, None)
+    sample(tmp_path / "r", model)
+    assert "are finished, so no states are kept" in recontrol_warnings[0]
+
+
+def test_only_what_was_kept_is_removed(tmp_path):
+    model = base()
+    sample(tmp_path / "r", model)
+    (tmp_path / "r" / KEPT_FOLDER / "mine.txt").write_text("mine")
+    remove_kept(tmp_path / "r")
+    assert [path.name for path in (tmp_path / "r" / KEPT_FOLDER).iterdir()] == ["mine.txt"]
 
 
 def test_fit_uses_them_and_leaves_nothing_behind(tmp_path, recontrol_warnings):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers.utils import logging
 
-from ..activations import teacher_forced
+from ..activations import forward_batches, teacher_forced
 from ..modeling import ReControlForCausalLM
 from ..records import Rollout
 
@@ -47,14 +47,14 @@ def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, b
     Raises:
         `ValueError`: if no rollout has a token, or settings hold one value for each prompt.
     """
-    used = sorted((r for r in rollouts if r.completion_ids), key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
+    used = [rollout for rollout in rollouts if rollout.completion_ids]
     if not used:
         raise ValueError("No rollout has a token to measure.")
     model._recontrol.check_same_for_all(None)
     total, count = 0.0, 0
-    for start in logging.tqdm(range(0, len(used), batch_size), desc="KL", leave=False, disable=None):
-        batch = used[start : start + batch_size]
-        inputs, parts = teacher_forced(model, batch, keep_logits=True)
+    batches, _ = forward_batches(model, used, batch_size)
+    for batch in logging.tqdm(batches, desc="KL", leave=False, disable=None):
+        inputs, parts = teacher_forced(model, [used[i] for i in batch], keep_logits=True)
         controlled = model(**inputs).logits
         with model.disable_control():
             base = model(**inputs).logits
