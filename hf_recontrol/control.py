@@ -276,7 +276,9 @@ class Controller:
             self._plan(names, mean.device, mean.dtype, control.method == "ascent")
 
     def _traced_plan(self, rows: torch.Tensor, names: tuple[str, ...], with_gram: bool, prepared: bool) -> Plan:
-        if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
+        # torch 2.7 takes `is_exporting` for true in whatever is compiled; the flag behind it tells.
+        exporting = torch.compiler.is_exporting() and getattr(torch.compiler, "_is_exporting_flag", True)
+        if exporting and torch.compiler.is_dynamo_compiling():
             raise RuntimeError(
                 "A strict export does not take the weights of a head, which is no submodule of the model: call "
                 "`torch.export.export(..., strict=False)`, its default."

@@ -40,7 +40,7 @@ from .stage import MANIFEST_NAME, Processes, Progress, lock_folder, read_manifes
 from .store import States, StateStore
 from .trainer import check_options
 from .training import split_by_prompt, train_value_head
-from .training_stage import FIGURES_NAME, check_shared, read_json, train_head
+from .training_stage import FIGURES_NAME, check_shared, read_json, train_head, write_json
 from .value_head import ValueHead
 
 logger = logging.get_logger(__name__)
@@ -171,8 +171,10 @@ def fit(
     advantage_options = {"patience": 2} | (advantage_options or {})
     if not isinstance(keep_states, bool):
         raise TypeError(f"`keep_states` must be True or False, got {type(keep_states).__name__}.")
-    _check_settings(prompts, value_options, advantage_options, states_dtype, every, max_gigabytes, target_kl)
     processes = Processes()
+    _check_settings(
+        prompts, value_options, advantage_options, states_dtype, every, max_gigabytes, target_kl, processes.count
+    )
     if processes.index == 0:
         check_target(output / "report.html")
         make_folder(output)
@@ -252,6 +254,7 @@ def _check_settings(
     every: int,
     max_gigabytes: float | None,
     target_kl: float,
+    num_processes: int,
 ) -> None:
     """Raise now for what only the last stages would stumble over."""
     for name in ("matplotlib", "pyarrow"):
@@ -264,6 +267,12 @@ def _check_settings(
         parameters = inspect.signature(function).parameters
         if unknown := sorted(options.keys() - parameters.keys()):
             raise TypeError(f"`{name}` holds {unknown}, which {function.__name__} does not know.")
+        batch_size = options.get("batch_size", parameters["batch_size"].default)
+        if batch_size % num_processes:
+            raise ValueError(
+                f"Training takes batches of {batch_size} responses (`batch_size` in `{name}`), which {num_processes} "
+                "processes cannot share evenly: start as many as divide it."
+            )
         names = ("learning_rate", "num_epochs", "batch_size", "training_arguments")
         check_options(*(options.get(key, parameters[key].default) for key in names))
     check_shared(advantage_options)
@@ -303,12 +312,14 @@ def _base(model, tokenizer, dtype: str, processes: Processes):
 
 def _recommend(output: Path, base: PreTrainedModel, figures: dict[str, Any], target_kl: float) -> None:
     """
-    Give the head the control that moves the policy by `target_kl`, unless it has one: the advantage edit where g is
-    clearly better than its constant part, else the ascent.
+    Give the head the control that moves the policy by `target_kl`, unless it has one that was not found here for
+    another: the advantage edit where g is clearly better than its constant part, else the ascent.
     """
-    head = ValueHead.from_pretrained(output / "head")
+    head, known = ValueHead.from_pretrained(output / "head"), read_json(output / "head" / FIGURES_NAME)
     if head.config.control is not None:
-        return
+        found = known.get("recommended", {})
+        if found.get("control") != head.config.control.to_dict() or found["target_kl"] == target_kl:
+            return
     # A few responses give the mean KL well enough, at a second or two for each step size tried.
     part = load_rollouts(rollout_parts(output / "rollouts")[0])
     sample = sorted(part, key=lambda rollout: -len(rollout.completion_ids))[:64][::8]
@@ -323,6 +334,8 @@ def _recommend(output: Path, base: PreTrainedModel, figures: dict[str, Any], tar
     finally:
         controlled.unload()
     head.save_pretrained(output / "head")
+    recommended = {"target_kl": target_kl, "control": head.config.control.to_dict()}
+    write_json(output / "head" / FIGURES_NAME, known | {"recommended": recommended})
 
 
 def _report(

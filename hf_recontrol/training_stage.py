@@ -42,7 +42,8 @@ _INDIFFERENT = (
 SHARED_OPTIONS = ("validation_split", "seed", "discount", "open_truncated")
 
 
-def _write_json(path: Path, values: dict) -> None:
+def write_json(path: Path, values: dict) -> None:
+    """Write an object as a JSON file, or nothing at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -138,7 +139,7 @@ def train_head(
         if processes.index == 0:
             if (work / "settings.json").exists():
                 check_settings(output, json.loads((work / "settings.json").read_text(encoding="utf-8")), settings)
-            _write_json(work / "settings.json", settings)
+            write_json(work / "settings.json", settings)
         processes.wait()
         if not (output / FIGURES_NAME).exists():
             record = _record(states, store, command)
@@ -188,7 +189,7 @@ def _train_both(
         )
         if processes.index == 0:
             head.save_pretrained(finished)
-            _write_json(finished / FIGURES_NAME, figures)
+            write_json(finished / FIGURES_NAME, figures)
         processes.wait()
     curves = {"value": figures.pop("log")}
     if config.advantage_sizes is not None:
@@ -205,7 +206,7 @@ def _train_both(
         }
         head.config.training = replace(record, figures=measured, warnings=figures["warnings"])
         head.save_pretrained(output)
-        _write_json(output / FIGURES_NAME, {"figures": figures, "curves": curves})
+        write_json(output / FIGURES_NAME, {"figures": figures, "curves": curves})
         for checkpoint in work.glob("*/checkpoint-*"):
             shutil.rmtree(checkpoint)
     processes.wait()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from hf_recontrol import ReControlForCausalLM, ValueHead
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
 from hf_recontrol.fit import _recommend, fit
 from hf_recontrol.records import load_rollouts
 from hf_recontrol.store import StateStore
@@ -72,6 +72,30 @@ def test_a_head_a_report_and_plain_files(base, tmp_path):
     model = ReControlForCausalLM.from_model(base, tmp_path / "head")
     ids = torch.tensor([[5, 6]])
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 6)
+
+
+def test_another_target_kl_finds_another_step_size_unless_the_control_is_the_user_s(base, tmp_path):
+    run(base, tmp_path, target_kl=0.02)
+    weak = ValueHead.from_pretrained(tmp_path / "head")
+    run(base, tmp_path, target_kl=0.2)
+    strong = ValueHead.from_pretrained(tmp_path / "head")
+    assert strong.config.control.step_size > 1.5 * weak.config.control.step_size
+    assert all(torch.equal(tensor, strong.state_dict()[name]) for name, tensor in weak.state_dict().items())
+    mine = ControlConfig(strong.config.control.method, 0.123)
+    strong.config.control = mine
+    strong.save_pretrained(tmp_path / "head")
+    run(base, tmp_path, target_kl=0.5)
+    assert ValueHead.from_pretrained(tmp_path / "head").config.control == mine
+
+
+def test_processes_that_cannot_share_a_training_batch_are_told_before_anything_is_made(base, tmp_path, monkeypatch):
+    class Three:
+        index, count = 0, 3
+
+    monkeypatch.setattr("hf_recontrol.fit.Processes", Three)
+    with pytest.raises(ValueError, match=r"batches of 64 responses .* 3 processes cannot share evenly"):
+        run(base, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_not_made_again(base, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from hf_recontrol import ControlConfig, ReControlForCausalLM
 
 from .reference import full_inputs, reference_control, reference_generate, reference_greedy, reference_logits
 from .tiny_models import VOCAB, left_pad, prompts, tiny_head, tiny_model
-from .versions import since
+from .versions import since, traces_transformers
 
 CONTROL = ControlConfig(step_size=0.5, num_steps=5, l2=0.1)
 OTHER = ControlConfig(step_size=0.8, num_steps=8)
@@ -384,6 +384,7 @@ def test_continuous_batching_refuses_step_sizes_for_each_row(hook_point):
 # Compilation.
 
 
+@traces_transformers
 @every_hook_point
 @pytest.mark.parametrize("control", [CONTROL, PLAUSIBLE], ids=["ascent", "plausibility"])
 @pytest.mark.parametrize("what", ["model", "forward"])
@@ -422,6 +423,7 @@ def test_compiled_whole(hook_point, control, what):
     [("decoder_layer", CONTROL), ("lm_head", PLAUSIBLE)],
     ids=["ascent", "plausibility"],
 )
+@traces_transformers
 def test_generation_with_a_compiled_forward_and_a_static_cache(hook_point, control):
     torch._dynamo.reset()
     model, base, head = build(hook_point, control)
@@ -437,6 +439,7 @@ def test_generation_with_a_compiled_forward_and_a_static_cache(hook_point, contr
         assert output.tolist() == tokens
 
 
+@traces_transformers
 def test_compiled_advantage():
     torch._dynamo.reset()
     model, base, head = build("lm_head", ADVANTAGE)
@@ -448,6 +451,7 @@ def test_compiled_advantage():
         torch.testing.assert_close(model(**full_inputs(model, ids), use_cache=False).logits, expected, **EXACT)
 
 
+@traces_transformers
 @every_hook_point
 def test_compiled_with_a_step_size_for_each_row(hook_point):
     torch._dynamo.reset()
@@ -477,6 +481,7 @@ def test_a_run_away_edit_is_clamped_in_compiled_code_and_raises_elsewhere():
     assert edited.abs().max() > 60000
 
 
+@traces_transformers
 @pytest.mark.slow
 @every_hook_point
 def test_generation_compiled_by_inductor(hook_point):

@@ -17,6 +17,7 @@ from hf_recontrol.rollouts import generate_rollouts
 from .conftest import make_head, make_llama
 from .reference import Mixture, reference_edit, reference_generate, reference_logits
 from .tiny_tokenizer import tiny_tokenizer
+from .versions import traces_transformers
 
 HEADS = {
     "relu": {"head_sizes": [12]},
@@ -253,6 +254,7 @@ def test_threads_mix_as_they_are_told(input_ids):
     assert all(len(x) == 4 and all(torch.equal(y, e) for y in x) for x, e in zip(found, expected, strict=True))
 
 
+@traces_transformers
 @pytest.mark.parametrize("weights", [{"default": 0.6, "other": -0.8}, {"other": (0.5, 1.0)}], ids=str)
 @pytest.mark.parametrize("control", [{}, {"method": "advantage"}], ids=str)
 def test_a_mixture_compiles_whole(input_ids, weights, control):

@@ -1,6 +1,7 @@
-"""What releases of transformers lack themselves."""
+"""What releases of transformers and torch lack themselves."""
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 
@@ -11,3 +12,8 @@ def since(release: str, lack: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         installed < Version(release), reason=f"transformers {installed}, before {release}: {lack}"
     )
+
+
+traces_transformers = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.8"), reason="torch before 2.8 cannot trace transformers' models whole"
+)
