@@ -222,7 +222,8 @@ def test_twenty_kills_at_random_instants_of_a_fit(tmp_path):
     kills, runs = 0, [tmp_path / "run0"]
     while kills < 20:
         assert len(runs) < 40, "most runs had ended before they could be killed"
-        process = start(fit_arguments(runs[-1].name, epochs=40), tmp_path)
+        keep = ["--keep-states"] * (kills % 2)
+        process = start([*fit_arguments(runs[-1].name, epochs=40), *keep], tmp_path)
         try:
             process.communicate(timeout=instants.uniform(0.3, 0.9) * took)
         except subprocess.TimeoutExpired:
