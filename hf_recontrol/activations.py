@@ -21,7 +21,7 @@ from .kept_states import KEPT_FOLDER, KeptStates, has_kept, kept_settings, mean_
 from .modeling import ReControlForCausalLM
 from .places import hook_width, lm_head_rows
 from .records import Rollout, count_rollouts, load_rollouts, rollout_parts, stable_number
-from .rollouts import pad_batch
+from .rollouts import batches, pad_batch
 from .sampling import reshaped_by
 from .stage import (
     Progress,
@@ -81,14 +81,9 @@ def forward_batches(
     """
     hooks = getattr(model, "_recontrol", None)
     edits_reach_on = hooks is not None and not hooks.is_last_layer and hooks.active_control() is not None
-    groups: dict[int | None, list[int]] = {}
-    lengths = [len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts]
-    for i in sorted(range(len(rollouts)), key=lambda i: -lengths[i]):
-        groups.setdefault(len(rollouts[i].prompt_ids) if edits_reach_on else None, []).append(i)
-    batches = [
-        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
-    ]
-    return batches, edits_reach_on
+    prompts = [len(rollout.prompt_ids) for rollout in rollouts]
+    lengths = [prompt + len(rollout.completion_ids) for prompt, rollout in zip(prompts, rollouts, strict=True)]
+    return batches(lengths, batch_size, prompts if edits_reach_on else None), edits_reach_on
 
 
 def _check(model: PreTrainedModel, rollouts: Sequence[Rollout], config: ValueHeadConfig) -> None:
@@ -119,8 +114,8 @@ def _read(
         model._recontrol.check_same_for_all(control)
         settings = model._recontrol.call(control)
     with settings:
-        batches, edits_reach_on = forward_batches(model, rollouts, batch_size)
-        for batch in batches:
+        together, edits_reach_on = forward_batches(model, rollouts, batch_size)
+        for batch in together:
             inputs, parts = teacher_forced(model, [rollouts[i] for i in batch], keep_logits=not in_layer)
             if in_layer and model._supports_logits_to_keep():
                 edited = inputs["input_ids"].shape[1] - len(rollouts[batch[0]].prompt_ids) + 1
@@ -295,7 +290,7 @@ def write_states(
         "tensors": names,
         "dtype": str(stored).removeprefix("torch."),
         "every": every,
-        "control": control.to_dict() if isinstance(control, ControlConfig) else control,
+        "control": sampled["control"],
     }
     wanted = kept_settings(model, config, manifest["settings"])
     as_sampled = {name: manifest["settings"].get(name) for name in sampled} == sampled

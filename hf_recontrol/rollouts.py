@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +66,14 @@ def _room(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def _batches(lengths: Sequence[int], batch_size: int, equal: bool) -> Iterator[list[int]]:
-    """Numbers of the rows of each batch, the longest prompts first; of one length each if `equal`."""
-    order = sorted(range(len(lengths)), key=lambda k: -lengths[k])
-    groups = groupby(order, key=lambda k: lengths[k]) if equal else [(None, order)]
-    for _, group in groups:
-        group = list(group)
-        yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
+def batches(lengths: Sequence[int], batch_size: int, apart: Sequence[int] | None = None) -> list[list[int]]:
+    """Numbers of the rows of each batch, the longest first; rows that differ in `apart` share none."""
+    groups: dict[int | None, list[int]] = {}
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        groups.setdefault(None if apart is None else apart[row], []).append(row)
+    return [
+        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
+    ]
 
 
 @dataclass
@@ -118,7 +118,8 @@ def _sample(
     if keep is not None:
         # Reading from inside a compiled graph would break it.
         config.disable_compile = True
-    for number, batch in enumerate(_batches(lengths, batch_size, needs_equal_lengths(model, config))):
+    apart = lengths if needs_equal_lengths(model, config) else None
+    for number, batch in enumerate(batches(lengths, batch_size, apart)):
         inputs = pad_batch([encoded[rows[k][0]] for k in batch], config.pad_token_id, "left", model.device)
         width = inputs["input_ids"].shape[1]
         seeds = [[seed, prompts.numbers[rows[k][0]], rows[k][1]] for k in batch]
