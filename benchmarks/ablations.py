@@ -23,17 +23,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_recontrol import ValueHeadConfig
-from hf_recontrol.activations import write_states
-from hf_recontrol.advantage import fit_advantage
-from hf_recontrol.figures import episode_summaries, value_figures
-from hf_recontrol.files import atomic_path
-from hf_recontrol.places import hook_width
-from hf_recontrol.stage import read_manifest
-from hf_recontrol.store import States, StateStore
-from hf_recontrol.targets import pad_episodes, td_targets
-from hf_recontrol.trainer import Episodes
-from hf_recontrol.training import ValueTrainer, split_by_prompt, train_value_head
-from hf_recontrol.value_head import ValueHead
+from hf_recontrol.collection.states import write_states
+from hf_recontrol.data.stage_folder import read_manifest
+from hf_recontrol.data.states import States, StateStore
+from hf_recontrol.heads.value_head import ValueHead
+from hf_recontrol.modeling.hook_points import hook_width
+from hf_recontrol.training.advantage import fit_advantage
+from hf_recontrol.training.held_out import episode_summaries, value_figures
+from hf_recontrol.training.targets import pad_episodes, td_targets
+from hf_recontrol.training.trainer import Episodes
+from hf_recontrol.training.value import ValueTrainer, split_by_prompt, train_value_head
+from hf_recontrol.utils.files import atomic_path
 
 VALUE = {"td_lambda": 0.95, "num_epochs": 15, "patience": 3, "learning_rate": 3e-4}
 ADVANTAGE = {"gae_lambda": 0.0, "num_epochs": 6, "patience": 2}

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
-from hf_recontrol.demo import embedded_model
+from hf_recontrol.pipelines.demo import embedded_model
 
 
 def resident_bytes() -> int:

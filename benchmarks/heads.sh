@@ -4,7 +4,7 @@
 set -euo pipefail
 export HF_HUB_OFFLINE=1
 BIN=${BIN:-.venv/bin}
-base=$("$BIN/python" -c "from hf_recontrol.demo import embedded_model; print(embedded_model())")
+base=$("$BIN/python" -c "from hf_recontrol.pipelines.demo import embedded_model; print(embedded_model())")
 mkdir -p heads
 [ -f heads/reward-model/figures.json ] || "$BIN/python" benchmarks/reward_model.py --pairs "$PAIRS" --output heads/reward-model
 "$BIN/recontrol" rollout -m "$base" --prompts heads/reward-model/prompts-train.jsonl --limit 1600 -o heads/rollouts \
@@ -13,7 +13,7 @@ for reward in vader preference; do
     # The rollouts are the same for both rewards; only their labels differ.
     [ -d "heads/$reward/rollouts" ] || { mkdir -p "heads/$reward" && cp -r heads/rollouts "heads/$reward/copy" \
         && mv "heads/$reward/copy" "heads/$reward/rollouts"; }
-    spec=hf_recontrol.rewards:vader
+    spec=hf_recontrol:vader
     [ "$reward" = vader ] || spec=heads/reward-model
     "$BIN/recontrol" label "heads/$reward/rollouts" --reward "$spec"
     "$BIN/recontrol" states "heads/$reward/rollouts" -m "$base" -o "heads/$reward/states/lm_head" --dtype float32

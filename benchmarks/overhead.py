@@ -28,8 +28,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
-from hf_recontrol.control import Controller
-from hf_recontrol.demo import embedded_model
+from hf_recontrol.control.controller import Controller
+from hf_recontrol.pipelines.demo import embedded_model
 
 STEP_SIZE = 0.5
 

@@ -3,7 +3,7 @@ The stages of training against bare equivalents, in turn in one process: median 
 
     python benchmarks/pipeline.py [--model FOLDER] [--rounds 5] [--only rollouts,batching,states,kept,...]
 
-The model is SmolLM2-135M-Instruct by default (see `hf_recontrol.demo.embedded_model`). A ratio above 1 means that ours
+The model is SmolLM2-135M-Instruct by default (see `hf_recontrol.pipelines.demo.embedded_model`). A ratio above 1 means that ours
 is faster.
 """
 
@@ -20,18 +20,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
 from hf_recontrol import ValueHeadConfig
-from hf_recontrol.activations import teacher_forced, write_states
-from hf_recontrol.demo import embedded_model
-from hf_recontrol.labels import label_rollouts
-from hf_recontrol.places import find_lm_head, hook_width
-from hf_recontrol.prompts import encode_prompt, load_prompts
-from hf_recontrol.records import load_rollouts, rollout_parts
-from hf_recontrol.rollouts import generate_rollouts, pad_batch, write_rollouts
-from hf_recontrol.store import States, StateStore, StateWriter
-from hf_recontrol.targets import pad_episodes, td_targets
-from hf_recontrol.trainer import Episodes
-from hf_recontrol.training import ValueModel, ValueTrainer, new_head
-from hf_recontrol.value_head import ValueHead
+from hf_recontrol.collection.labels import label_rollouts
+from hf_recontrol.collection.rollouts import generate_rollouts, pad_batch, write_rollouts
+from hf_recontrol.collection.states import teacher_forced, write_states
+from hf_recontrol.data.prompts import encode_prompt, load_prompts
+from hf_recontrol.data.rollouts import load_rollouts, rollout_parts
+from hf_recontrol.data.states import States, StateStore, StateWriter
+from hf_recontrol.heads.value_head import ValueHead
+from hf_recontrol.modeling.hook_points import find_lm_head, hook_width
+from hf_recontrol.pipelines.demo import embedded_model
+from hf_recontrol.training.targets import pad_episodes, td_targets
+from hf_recontrol.training.trainer import Episodes
+from hf_recontrol.training.value import ValueModel, ValueTrainer, new_head
 
 PROMPTS = Path(__file__).parents[1] / "examples" / "prompts.jsonl"
 

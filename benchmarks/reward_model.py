@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_recontrol.figures import correlation
-from hf_recontrol.rewards import ClassifierReward
+from hf_recontrol.collection.rewards import ClassifierReward
+from hf_recontrol.training.held_out import correlation
 
 NUM_TEST_PROMPTS = 200
 MAX_CHARACTERS = 600

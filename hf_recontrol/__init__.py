@@ -7,17 +7,18 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .configuration import ControlConfig, ValueHeadConfig
-    from .logits_processor import ReControlLogitsProcessor
-    from .modeling import ReControlForCausalLM
-    from .value_head import ValueHead
+    from .heads.value_head import ValueHead
+    from .modeling.causal_lm import ReControlForCausalLM
+    from .modeling.logits_processor import ReControlLogitsProcessor
 
 # Imported on first use, as transformers does, so that `import hf_recontrol` does not wait for torch.
 _MODULES = {
     "ControlConfig": ".configuration",
-    "ReControlForCausalLM": ".modeling",
-    "ReControlLogitsProcessor": ".logits_processor",
-    "ValueHead": ".value_head",
+    "ReControlForCausalLM": ".modeling.causal_lm",
+    "ReControlLogitsProcessor": ".modeling.logits_processor",
+    "ValueHead": ".heads.value_head",
     "ValueHeadConfig": ".configuration",
+    "vader": ".collection.rewards",
 }
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ValueHead",
     "ValueHeadConfig",
     "__version__",
+    "vader",
 ]
 
 

@@ -25,7 +25,7 @@ from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHe
 
 EXTRAS = ("accelerate", "datasets", "matplotlib", "pyarrow", "gguf", "vaderSentiment")
 TESTS = Path(__file__).resolve().parent
-SHIPPED = ("py.typed", "cli.py", "custom_generate/generate.py", "custom_generate/requirements.txt")
+SHIPPED = ("py.typed", "cli/commands.py", "custom_generate/generate.py", "custom_generate/requirements.txt")
 
 
 def check_archives(dist: Path) -> None:
@@ -61,7 +61,7 @@ def main(dist: Path) -> None:
     recontrol = Path(sys.executable).with_name("recontrol")
 
     imported = set(run(sys.executable, TESTS / "import_all.py").split())
-    assert {f"hf_recontrol.{name}" for name in ("modeling", "hub", "convert", "cli")} <= imported
+    assert {f"hf_recontrol.{name}" for name in ("modeling.causal_lm", "heads.hub", "heads.convert", "cli")} <= imported
     assert "generate" in run(recontrol, "--help")
 
     torch.manual_seed(0)

@@ -19,11 +19,11 @@ import atheris
 
 with atheris.instrument_imports(include=["hf_recontrol"]):
     from hf_recontrol import ControlConfig, ValueHead, ValueHeadConfig
-    from hf_recontrol.card import is_untouched, model_card, write_card
     from hf_recontrol.configuration import TrainingRecord
-    from hf_recontrol.convert import convert_checkpoint
     from hf_recontrol.custom_generate import generate as custom
-    from hf_recontrol.stage import MANIFEST_NAME, read_manifest
+    from hf_recontrol.data.stage_folder import MANIFEST_NAME, read_manifest
+    from hf_recontrol.heads.card import is_untouched, model_card, write_card
+    from hf_recontrol.heads.convert import convert_checkpoint
 
 import torch
 

@@ -24,7 +24,7 @@ def main() -> None:
         getattr(package, name)
     for module in pkgutil.walk_packages(package.__path__, "hf_recontrol."):
         # The first runs the command; the second is lm-eval's own start, which asks whether there is IPv6.
-        if module.name in ("hf_recontrol.__main__", "hf_recontrol.lm_eval"):
+        if module.name in ("hf_recontrol.__main__", "hf_recontrol.integrations.lm_eval"):
             continue
         try:
             importlib.import_module(module.name)

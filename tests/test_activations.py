@@ -9,13 +9,13 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig, activations
-from hf_recontrol.activations import collect_states, write_states
-from hf_recontrol.labels import label_rollouts
-from hf_recontrol.prompts import load_prompts
-from hf_recontrol.records import Rollout, load_rollouts, rollout_parts
-from hf_recontrol.rollouts import write_rollouts
-from hf_recontrol.store import StateStore
-from hf_recontrol.training import new_head
+from hf_recontrol.collection.labels import label_rollouts
+from hf_recontrol.collection.rollouts import write_rollouts
+from hf_recontrol.collection.states import collect_states, write_states
+from hf_recontrol.data.prompts import load_prompts
+from hf_recontrol.data.rollouts import Rollout, load_rollouts, rollout_parts
+from hf_recontrol.data.states import StateStore
+from hf_recontrol.training.value import new_head
 
 from .conftest import make_head
 from .tiny_models import layers_of, lm_head_of, tiny_model
@@ -200,7 +200,7 @@ def test_int8_scales_are_of_many_states_and_a_large_error_is_told(rollouts, tmp_
     monkeypatch.setattr(activations, "_read", uneven)
     counts = write_states(tmp_path / "good", model, folder, WITH_ADVANTAGE, dtype="int8")
     assert (counts["int8_squared_error"] / counts["states"]) ** 0.5 < 0.02 and not recontrol_warnings
-    monkeypatch.setattr("hf_recontrol.store._STATES_FOR_SCALES", 1)
+    monkeypatch.setattr("hf_recontrol.data.states._STATES_FOR_SCALES", 1)
     write_states(tmp_path / "bad", model, folder, WITH_ADVANTAGE, dtype="int8")
     assert "int8 keeps these states badly" in recontrol_warnings[0]
 

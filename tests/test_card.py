@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
-from hf_recontrol.card import is_untouched, model_card
 from hf_recontrol.configuration import TrainingRecord
+from hf_recontrol.heads.card import is_untouched, model_card
 
 from .conftest import STRONG, make_head, make_llama
 from .test_hub import PUSH, PUSH_OR_SAY

@@ -135,7 +135,7 @@ def test_a_target_that_cannot_be_written_is_an_error_before_the_work(target, bas
     (tmp_path / "file").write_text("")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5"}\n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_recontrol.rollouts.write_rollouts", None)
+    monkeypatch.setattr("hf_recontrol.collection.rollouts.write_rollouts", None)
     monkeypatch.setattr(
         sys, "argv", ["recontrol", "rollout", "-m", str(base), "--prompts", "prompts.jsonl", "-o", target]
     )

@@ -13,10 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import hf_recontrol.ascent
-import hf_recontrol.control
+import hf_recontrol.control.ascent
+import hf_recontrol.control.controller
 from hf_recontrol import ControlConfig, ValueHead, ValueHeadConfig
-from hf_recontrol.control import DEFAULT_NAME, Controller
+from hf_recontrol.control.controller import DEFAULT_NAME, Controller
 
 from .conftest import make_head
 
@@ -243,13 +243,13 @@ def test_all_forms_of_the_relu_ascent_agree(num_steps, l2, batch, monkeypatch):
     by_flips = edit(head, states, control, step_size)
     with monkeypatch.context() as patch:
         patch.setattr(
-            hf_recontrol.ascent,
+            hf_recontrol.control.ascent,
             "_ascend_by_flips",
-            lambda *arguments: hf_recontrol.ascent._ascend(*arguments, target=None),
+            lambda *arguments: hf_recontrol.control.ascent._ascend(*arguments, target=None),
         )
         dense = edit(head, states, control, step_size)
-    build = hf_recontrol.control.build_plan
-    monkeypatch.setattr(hf_recontrol.control, "build_plan", lambda *args: build(*args[:3], with_gram=False))
+    build = hf_recontrol.control.controller.build_plan
+    monkeypatch.setattr(hf_recontrol.control.controller, "build_plan", lambda *args: build(*args[:3], with_gram=False))
     direct = edit(head, states, control, step_size)
     torch.testing.assert_close(by_flips, dense, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(direct, dense, rtol=1e-9, atol=1e-9)
@@ -344,7 +344,7 @@ def test_step_sizes_per_row_broadcast_over_positions():
 def test_many_rows_are_edited_in_parts_as_at_once(monkeypatch, head_sizes, per_row, max_rows):
     head, states, control, step_size = case(head_sizes=head_sizes, batch=10, per_row=per_row)
     expected = edit(head, states, control, step_size)
-    monkeypatch.setattr(hf_recontrol.control, "_MAX_ROWS", max_rows)
+    monkeypatch.setattr(hf_recontrol.control.controller, "_MAX_ROWS", max_rows)
     torch.testing.assert_close(edit(head, states, control, step_size), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -581,8 +581,10 @@ def test_a_head_that_changed_is_noticed(name, dtype):
 
 def test_a_head_that_did_not_change_is_prepared_once(monkeypatch):
     builds = []
-    build = hf_recontrol.control.build_plan
-    monkeypatch.setattr(hf_recontrol.control, "build_plan", lambda *args: builds.append(args[2]) or build(*args))
+    build = hf_recontrol.control.controller.build_plan
+    monkeypatch.setattr(
+        hf_recontrol.control.controller, "build_plan", lambda *args: builds.append(args[2]) or build(*args)
+    )
     controller, control = Controller(make_head()), ControlConfig(num_steps=5)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float64):
         for shape in ((1, 16), (2, 3, 16)):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
-from hf_recontrol.convert import convert_checkpoint
+from hf_recontrol.heads.convert import convert_checkpoint
 
 from .tiny_models import prompts, tiny_model
 

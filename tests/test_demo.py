@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hf_recontrol import ReControlForCausalLM
-from hf_recontrol import demo as demo_module
-from hf_recontrol.demo import embedded_model, run_demo
-from hf_recontrol.rewards import vader
+from hf_recontrol.collection.rewards import vader
+from hf_recontrol.pipelines import demo as demo_module
+from hf_recontrol.pipelines.demo import embedded_model, run_demo
 
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
+from hf_recontrol.data.rollouts import Rollout
 from hf_recontrol.evaluation import diversity, kl_divergence, match_kl
-from hf_recontrol.records import Rollout
 
 from .conftest import make_head
 from .tiny_models import tiny_model

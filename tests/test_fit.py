@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
-from hf_recontrol.fit import _recommend, fit
-from hf_recontrol.records import load_rollouts
-from hf_recontrol.store import StateStore
-from hf_recontrol.training_stage import train_head
+from hf_recontrol.data.rollouts import load_rollouts
+from hf_recontrol.data.states import StateStore
+from hf_recontrol.pipelines.fit import _recommend, fit
+from hf_recontrol.training.stage import train_head
 
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
@@ -92,7 +92,7 @@ def test_processes_that_cannot_share_a_training_batch_are_told_before_anything_i
     class Three:
         index, count = 0, 3
 
-    monkeypatch.setattr("hf_recontrol.fit.Processes", Three)
+    monkeypatch.setattr("hf_recontrol.pipelines.fit.Processes", Three)
     with pytest.raises(ValueError, match=r"batches of 64 responses .* 3 processes cannot share evenly"):
         run(base, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -217,7 +217,7 @@ def test_what_is_not_installed_is_named_before_anything_is_made(base, tmp_path, 
     with pytest.raises(ImportError, match=r"needs matplotlib: `pip install 'hf_recontrol\[train\]'`"):
         run(base, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    program = "import sys; sys.modules['accelerate'] = None; import hf_recontrol.fit"
+    program = "import sys; sys.modules['accelerate'] = None; import hf_recontrol.pipelines.fit"
     failed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert failed.stderr.endswith("ImportError: Training needs `pip install 'hf_recontrol[train]'`.\n")
 
@@ -227,7 +227,7 @@ def test_train_head_goes_on_from_v_when_it_is_done(base, tmp_path, monkeypatch):
     figures = json.loads((tmp_path / "head" / "training.json").read_text())
     for name in ("training.json", "config.json", "model.safetensors"):
         (tmp_path / "head" / name).unlink()
-    monkeypatch.setattr("hf_recontrol.training.ValueTrainer.fit", None)
+    monkeypatch.setattr("hf_recontrol.training.value.ValueTrainer.fit", None)
     run(base, tmp_path)
     again = json.loads((tmp_path / "head" / "training.json").read_text())
     for name, value in figures["figures"].items():

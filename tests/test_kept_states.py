@@ -5,14 +5,14 @@ import torch
 from transformers import GenerationConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig
-from hf_recontrol.activations import write_states
-from hf_recontrol.fit import fit
-from hf_recontrol.kept_states import KEPT_FOLDER, remove_kept
-from hf_recontrol.labels import label_rollouts
-from hf_recontrol.prompts import load_prompts
-from hf_recontrol.records import load_rollouts
-from hf_recontrol.rollouts import write_rollouts
-from hf_recontrol.store import StateStore
+from hf_recontrol.collection.kept_states import KEPT_FOLDER, remove_kept
+from hf_recontrol.collection.labels import label_rollouts
+from hf_recontrol.collection.rollouts import write_rollouts
+from hf_recontrol.collection.states import write_states
+from hf_recontrol.data.prompts import load_prompts
+from hf_recontrol.data.rollouts import load_rollouts
+from hf_recontrol.data.states import StateStore
+from hf_recontrol.pipelines.fit import fit
 
 from .conftest import make_head
 from .tiny_models import layers_of, lm_head_of, tiny_model

@@ -85,7 +85,7 @@ def evaluated(model, folder, **kwargs):
 @pytest.mark.parametrize("form", ["head", "base_and_head", "settings", "off"])
 def test_by_model_type(form, tiny_tasks):
     pytest.importorskip("lm_eval")
-    import hf_recontrol.lm_eval  # noqa: F401
+    import hf_recontrol.integrations.lm_eval  # noqa: F401
 
     folder, base, head, rows = tiny_tasks
     args = {"pretrained": str(folder / "head")}
@@ -134,7 +134,7 @@ def test_from_its_command(tiny_tasks, monkeypatch):
     pytest.importorskip("lm_eval")
     import lm_eval.tasks
 
-    from hf_recontrol.lm_eval import cli_evaluate
+    from hf_recontrol.integrations.lm_eval import cli_evaluate
 
     folder, *expected = tiny_tasks
     # Without lm-eval's own tasks, whose thousands of files take half a minute to list.
@@ -149,7 +149,7 @@ def test_from_its_command(tiny_tasks, monkeypatch):
 def test_from_a_shell(tiny_tasks):
     pytest.importorskip("lm_eval")
     folder, *expected = tiny_tasks
-    command = [sys.executable, "-m", "hf_recontrol.lm_eval", *command_line(folder)]
+    command = [sys.executable, "-m", "hf_recontrol.integrations.lm_eval", *command_line(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     check_samples(folder, *expected)
@@ -157,7 +157,7 @@ def test_from_a_shell(tiny_tasks):
 
 def test_refuses_what_cannot_be_controlled(tiny_tasks):
     pytest.importorskip("lm_eval")
-    from hf_recontrol.lm_eval import ReControlLM
+    from hf_recontrol.integrations.lm_eval import ReControlLM
 
     folder, _, head, _ = tiny_tasks
     with pytest.raises(TypeError, match="HFLM"):
@@ -172,6 +172,6 @@ def test_refuses_what_cannot_be_controlled(tiny_tasks):
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
-    monkeypatch.delitem(sys.modules, "hf_recontrol.lm_eval", raising=False)
+    monkeypatch.delitem(sys.modules, "hf_recontrol.integrations.lm_eval", raising=False)
     with pytest.raises(ImportError, match=r"hf_recontrol\[lm-eval\]"):
-        importlib.import_module("hf_recontrol.lm_eval")
+        importlib.import_module("hf_recontrol.integrations.lm_eval")

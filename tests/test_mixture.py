@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-import hf_recontrol.ascent
+import hf_recontrol.control.ascent
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
-from hf_recontrol.control import Controller
+from hf_recontrol.collection.rollouts import generate_rollouts
+from hf_recontrol.control.controller import Controller
 from hf_recontrol.evaluation import kl_divergence
-from hf_recontrol.rollouts import generate_rollouts
 
 from .conftest import make_head, make_llama
 from .reference import Mixture, reference_edit, reference_generate, reference_logits
@@ -91,14 +91,18 @@ def test_a_mixture_is_the_naive_sum(kinds, form, rows, l2, monkeypatch):
     control = ControlConfig(step_size=0.2, num_steps=12, l2=l2)
     expected = reference_edit(Mixture(list(heads.values()), list(weights.values())), states, control)
     flips = []
-    by_flips = hf_recontrol.ascent._ascend_by_flips
-    monkeypatch.setattr(hf_recontrol.ascent, "_ascend_by_flips", lambda *args: flips.append(1) or by_flips(*args))
+    by_flips = hf_recontrol.control.ascent._ascend_by_flips
+    monkeypatch.setattr(
+        hf_recontrol.control.ascent, "_ascend_by_flips", lambda *args: flips.append(1) or by_flips(*args)
+    )
     if form == "dense":
-        dense = hf_recontrol.ascent._ascend
-        monkeypatch.setattr(hf_recontrol.ascent, "_ascend_by_flips", lambda *args: dense(*args, target=None))
+        dense = hf_recontrol.control.ascent._ascend
+        monkeypatch.setattr(hf_recontrol.control.ascent, "_ascend_by_flips", lambda *args: dense(*args, target=None))
     elif form == "without the Gram matrix":
-        build = hf_recontrol.control.build_plan
-        monkeypatch.setattr(hf_recontrol.control, "build_plan", lambda *args: build(*args[:3], with_gram=False))
+        build = hf_recontrol.control.controller.build_plan
+        monkeypatch.setattr(
+            hf_recontrol.control.controller, "build_plan", lambda *args: build(*args[:3], with_gram=False)
+        )
     elif form == "autograd":
         heads = {name: Wrapped(head) if i == 0 else head for i, (name, head) in enumerate(heads.items())}
     edited = controller_of(heads).edit(states, control, 0.2, by_row(weights))

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
-from hf_recontrol.control import Controller
+from hf_recontrol.control.controller import Controller
 
 from .conftest import HIDDEN, LAYERS, STRONG, VOCAB, make_head, make_llama
 from .versions import since

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_recontrol.records import load_rollouts
-from hf_recontrol.store import StateStore
+from hf_recontrol.data.rollouts import load_rollouts
+from hf_recontrol.data.states import StateStore
 
 from .resumable import COMMAND, STAGES, fit_arguments, make_inputs
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_recontrol.prompts import BadRow, encode_prompt, load_prompts, report_bad_rows
+from hf_recontrol.data.prompts import BadRow, encode_prompt, load_prompts, report_bad_rows
 
 from .tiny_tokenizer import tiny_tokenizer
 

@@ -7,15 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
-from hf_recontrol.activations import collect_states
-from hf_recontrol.advantage import fit_advantage
-from hf_recontrol.demo import embedded_model
+from hf_recontrol.collection.labels import score_rollouts
+from hf_recontrol.collection.rewards import vader
+from hf_recontrol.collection.rollouts import generate_rollouts
+from hf_recontrol.collection.states import collect_states
+from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.evaluation import match_kl
-from hf_recontrol.labels import score_rollouts
-from hf_recontrol.prompts import load_prompts
-from hf_recontrol.rewards import vader
-from hf_recontrol.rollouts import generate_rollouts
-from hf_recontrol.training import train_value_head
+from hf_recontrol.pipelines.demo import embedded_model
+from hf_recontrol.training.advantage import fit_advantage
+from hf_recontrol.training.value import train_value_head
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from hf_recontrol.records import Rollout, load_rollouts, save_rollouts, scoring_of
+from hf_recontrol.data.rollouts import Rollout, load_rollouts, save_rollouts, scoring_of
 
 TEXT = Rollout("é w5", "ü\n", [5], [6, 2], True, [0.5], 0.7, {"topic": "x", "deep": {"a": [1, None]}}, 3, 1)
 CHAT = Rollout([{"role": "system", "content": "w5"}, {"role": "user", "content": "w6"}], "", [5], [], False)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_recontrol.records import load_rollouts
-from hf_recontrol.store import StateStore
+from hf_recontrol.data.rollouts import load_rollouts
+from hf_recontrol.data.states import StateStore
 
 from .resumable import (
     COMMAND,
@@ -118,7 +118,7 @@ def work(uninterrupted, tmp_path):
 
 
 def scored(folder) -> int:
-    from hf_recontrol.records import scoring_of
+    from hf_recontrol.data.rollouts import scoring_of
 
     return sum(scoring_of(path) is not None for path in (folder / "run" / "rollouts").glob("part-*.parquet"))
 

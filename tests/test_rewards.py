@@ -11,17 +11,17 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_recontrol.labels import label_rollouts, score_rollouts
-from hf_recontrol.prompts import load_prompts
-from hf_recontrol.records import Rollout, load_rollouts, save_rollouts
-from hf_recontrol.rewards import (
+from hf_recontrol.collection.labels import label_rollouts, score_rollouts
+from hf_recontrol.collection.rewards import (
     ClassifierReward,
     by_name,
     load_reward,
     reward_fingerprint,
 )
-from hf_recontrol.rollouts import write_rollouts
-from hf_recontrol.stage import read_manifest
+from hf_recontrol.collection.rollouts import write_rollouts
+from hf_recontrol.data.prompts import load_prompts
+from hf_recontrol.data.rollouts import Rollout, load_rollouts, save_rollouts
+from hf_recontrol.data.stage_folder import read_manifest
 
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
@@ -151,7 +151,7 @@ def test_a_folder_is_scored_in_place_and_scored_once(folder, monkeypatch):
     assert [r.reward for r in after] == [[float(len(r.completion)), float(r.columns["topic"])] for r in after]
     assert counts["unscored"] == 0 and counts["reward topic"] == sum(range(5, 15))
     assert read_manifest(folder, "rollouts", "")["rewards"] == ["length", "topic"]
-    monkeypatch.setattr("hf_recontrol.labels.score_rollouts", None)
+    monkeypatch.setattr("hf_recontrol.collection.labels.score_rollouts", None)
     assert label_rollouts(folder, {"length": length, "topic": load_reward("column:topic")}) == counts
     before = hashes(folder)
     with pytest.raises(ValueError, match=r"another reward \(there \['length', 'topic'\], now \['length'\]\).*--again"):

@@ -6,11 +6,11 @@ import torch
 from transformers import GenerationConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
-from hf_recontrol.prompts import load_prompts
-from hf_recontrol.records import load_rollouts
-from hf_recontrol.rollouts import generate_rollouts, pad_batch, write_rollouts
-from hf_recontrol.sampling import RowSampler, cut_response
-from hf_recontrol.stage import read_manifest
+from hf_recontrol.collection.rollouts import generate_rollouts, pad_batch, write_rollouts
+from hf_recontrol.collection.sampling import RowSampler, cut_response
+from hf_recontrol.data.prompts import load_prompts
+from hf_recontrol.data.rollouts import load_rollouts
+from hf_recontrol.data.stage_folder import read_manifest
 
 from .conftest import make_head
 from .tiny_models import tiny_model
@@ -337,7 +337,7 @@ def test_a_finished_folder_is_not_sampled_again_and_other_settings_are_refused(
     options = {"max_new_tokens": 4, "part_size": 2}
     counts = write_rollouts(tmp_path, model, tokenizer, load(PROMPTS), **options)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
-    monkeypatch.setattr("hf_recontrol.rollouts._sample", None)
+    monkeypatch.setattr("hf_recontrol.collection.rollouts._sample", None)
     assert write_rollouts(tmp_path, model, tokenizer, load(PROMPTS), **options) == counts
     other = tiny_model("llama", dtype=torch.float32)
     torch.nn.init.normal_(other.lm_head.weight)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_recontrol.targets import pad_episodes, td_targets, value_differences
+from hf_recontrol.training.targets import pad_episodes, td_targets, value_differences
 
 
 def naive_targets(values, reward, td_lambda, discount, open_ended):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hf_recontrol import ValueHeadConfig
-from hf_recontrol.advantage import fit_advantage
-from hf_recontrol.store import States, StateStore, StateWriter
-from hf_recontrol.training import ValueTrainer, split_by_prompt, train_value_head
+from hf_recontrol.data.states import States, StateStore, StateWriter
+from hf_recontrol.training.advantage import fit_advantage
+from hf_recontrol.training.value import ValueTrainer, split_by_prompt, train_value_head
 
 # With so few held-out responses training warns, rightly.
 pytestmark = pytest.mark.usefixtures("recontrol_warnings")
@@ -122,7 +122,7 @@ def test_a_run_that_stopped_early_or_ended_is_taken_over_as_it_was(tmp_path, mon
         first, figures = train_value_head(states, CONFIG, num_epochs=epochs, output_dir=tmp_path / name, **options)
         evaluated = [row["epoch"] for row in figures["log"] if "eval_value_error" in row]
         assert len(evaluated) < 40
-        monkeypatch.setattr("hf_recontrol.training.ValueTrainer.train", None)
+        monkeypatch.setattr("hf_recontrol.training.value.ValueTrainer.train", None)
         again, same = train_value_head(states, CONFIG, num_epochs=epochs, output_dir=tmp_path / name, **options)
         monkeypatch.undo()
         assert same["by_position"] == figures["by_position"]

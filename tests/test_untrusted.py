@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_recontrol import ValueHead
-from hf_recontrol.card import is_untouched, write_card
 from hf_recontrol.configuration import TrainingRecord
-from hf_recontrol.hub import find_file
-from hf_recontrol.records import rollout_parts
-from hf_recontrol.stage import MANIFEST_NAME, read_manifest
-from hf_recontrol.store import StateStore
+from hf_recontrol.data.rollouts import rollout_parts
+from hf_recontrol.data.stage_folder import MANIFEST_NAME, read_manifest
+from hf_recontrol.data.states import StateStore
+from hf_recontrol.heads.card import is_untouched, write_card
+from hf_recontrol.heads.hub import find_file
 
 from .conftest import STRONG, make_head
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import hf_recontrol.value_head
+import hf_recontrol.heads.value_head
 from hf_recontrol import ControlConfig, ValueHead, ValueHeadConfig
 
 from .conftest import make_head
@@ -402,7 +402,7 @@ def test_weights_that_cannot_be_written_leave_the_old_head_as_it_was(saved, monk
     old = ValueHead.from_pretrained(saved)
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     new = make_head(seed=5, hidden_size=6, head_sizes=head_sizes, hook_point="lm_head", advantage_sizes=[4])
-    monkeypatch.setattr(hf_recontrol.value_head, "save_file", save)
+    monkeypatch.setattr(hf_recontrol.heads.value_head, "save_file", save)
     with pytest.raises((KeyboardInterrupt, OSError)):
         new.save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -422,7 +422,7 @@ def test_a_config_that_cannot_be_written_leaves_the_old_head_as_it_was(saved, mo
 
 
 def test_a_first_save_that_fails_leaves_no_half_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_recontrol.value_head, "save_file", fails_half_way)
+    monkeypatch.setattr(hf_recontrol.heads.value_head, "save_file", fails_half_way)
     with pytest.raises(OSError, match="No space"):
         make_head().save_pretrained(tmp_path / "head")
     assert list((tmp_path / "head").iterdir()) == []

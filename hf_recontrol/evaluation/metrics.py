@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from transformers.utils import logging
 
-from ..activations import forward_batches, teacher_forced
-from ..modeling import ReControlForCausalLM
-from ..records import Rollout
+from ..collection.states import forward_batches, teacher_forced
+from ..data.rollouts import Rollout
+from ..modeling.causal_lm import ReControlForCausalLM
 
 # NLTK's `wordpunct_tokenize`: runs of letters and digits, and runs of punctuation.
 _WORDS = re.compile(r"\w+|[^\w\s]+")

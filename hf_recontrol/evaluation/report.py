@@ -10,7 +10,7 @@ from html import escape
 from numbers import Integral, Real
 from pathlib import Path
 
-from ..files import atomic_path
+from ..utils.files import atomic_path
 
 # The order of the table: key, label, what the number means.
 _FIGURES = (

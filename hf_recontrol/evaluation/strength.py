@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..configuration import ControlConfig
-from ..modeling import ReControlForCausalLM
-from ..records import Rollout
+from ..data.rollouts import Rollout
+from ..modeling.causal_lm import ReControlForCausalLM
 from .metrics import kl_divergence
 
 

@@ -1,0 +1,197 @@
+"""States that are kept while responses are sampled, so that they need no forward of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from transformers import LogitsProcessor, PreTrainedModel
+
+from ..configuration import ValueHeadConfig
+from ..data.rollouts import Rollout, stable_number
+from ..modeling.hook_points import hook_layer, lm_head_rows
+from ..modeling.hooks import read_states
+from ..utils.files import atomic_path
+
+KEPT_FOLDER = "kept_states"
+_METADATA_KEY = "hf_recontrol"
+
+
+def mean_rows(logits: torch.Tensor, temperature: float, weight: torch.Tensor) -> torch.Tensor:
+    """
+    The mean row w̄ = Σ_y π(y) w_y of the LM head under the policy.
+
+    Args:
+        logits (`torch.Tensor` of shape `(states, vocabulary)`):
+            The model's own; π is their softmax at the temperature.
+        temperature (`float`):
+            0, as for greedy responses, is taken as 1.
+        weight (`torch.Tensor` of shape `(vocabulary, hidden_size)`):
+            The LM head's rows w_y.
+
+    Returns:
+        `torch.Tensor` of shape `(states, hidden_size)`, in float32.
+    """
+    logits = logits.float()
+    if temperature not in (0.0, 1.0):
+        logits = logits / temperature
+    return (torch.softmax(logits, dim=-1).to(weight.device, weight.dtype) @ weight).float()
+
+
+class StateKeeper(LogitsProcessor):
+    """
+    Keeps what each token of a batch is drawn from, while it is drawn. It must be the first processor, for the others
+    change the scores.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]), config ([`ValueHeadConfig`]):
+            The model that generates, and where its states are read; with `advantage_sizes` also the directions.
+        temperature (`float`):
+            What the batch is sampled at.
+
+    Raises:
+        `ValueError`: if the model has no such place, or the LM head's rows cannot be read.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: ValueHeadConfig, temperature: float):
+        self._weight = lm_head_rows(model) if config.advantage_sizes is not None else None
+        hook_layer(model, config)
+        self._model, self._config, self._temperature = model, config, temperature
+        self._seen: list[torch.Tensor] = []
+        self._hidden: list[torch.Tensor] = []
+        self._means: list[torch.Tensor] = []
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read the states of the forwards in the block."""
+        with read_states(self._model, self._config, keep_logits=True) as self._seen:
+            yield
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        # A copy: of a prompt's forward only the last position is to stay in memory.
+        self._hidden.append(self._seen[-1][:, -1].clone())
+        self._seen.clear()
+        if self._weight is not None:
+            self._means.append(mean_rows(scores, self._temperature, self._weight))
+        return scores
+
+    @torch.no_grad()
+    def save(self, path: Path, rollouts: Sequence[Rollout], settings: dict) -> None:
+        """Write the states of the batch's `rollouts`, in the dtype they were computed in."""
+        tensors: dict[str, list[torch.Tensor]] = {"hidden": [], "directions": []}
+        hidden = torch.stack(self._hidden, 1)
+        means = torch.stack(self._means, 1) if self._weight is not None else None
+        for row, rollout in enumerate(rollouts):
+            length = len(rollout.completion_ids)
+            tensors["hidden"].append(hidden[row, :length])
+            if means is not None:
+                drawn = self._weight[torch.tensor(rollout.completion_ids, device=means.device, dtype=torch.long)]
+                tensors["directions"].append((drawn.float() - means[row, :length]).to(hidden.dtype))
+        stored = {name: torch.cat(values).cpu() for name, values in tensors.items() if values}
+        stored["lengths"] = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+        stored["tokens"] = torch.tensor([_token_number(rollout) for rollout in rollouts])
+        with atomic_path(path) as temporary:
+            # Not `save_file`, whose errors do not say that a disk is full in the way of all others.
+            temporary.write_bytes(save(stored, {_METADATA_KEY: json.dumps(settings)}))
+
+
+def _token_number(rollout: Rollout) -> int:
+    return stable_number([rollout.prompt_ids, rollout.completion_ids])
+
+
+def kept_settings(model: PreTrainedModel, config: ValueHeadConfig, settings: dict) -> dict:
+    """What kept states depend on: the place, and all that the rollouts depend on (the `settings` of their stage)."""
+    return {"layer": hook_layer(model, config), "rollouts": stable_number(settings)}
+
+
+def kept_path(folder: str | os.PathLike, part: int, batch: int) -> Path:
+    """The file of a batch's states, in a folder of rollouts."""
+    return Path(folder) / KEPT_FOLDER / f"part-{part:05d}-{batch:05d}.safetensors"
+
+
+def _files(folder: str | os.PathLike, part: int | None = None) -> list[Path]:
+    number = "*" if part is None else f"{part:05d}"
+    return sorted((Path(folder) / KEPT_FOLDER).glob(f"part-{number}-*.safetensors"))
+
+
+def remove_kept(folder: str | os.PathLike, part: int | None = None) -> None:
+    """Remove the files of kept states of one part, or of all parts, from a folder of rollouts."""
+    for path in _files(folder, part):
+        path.unlink()
+    # Other processes may be about to write theirs into it.
+    if part is None:
+        with suppress(OSError):  # something else lies in it
+            (Path(folder) / KEPT_FOLDER).rmdir()
+
+
+def _fits(file: Any, settings: dict | None, names: Sequence[str]) -> bool:
+    return settings is None or (
+        json.loads(file.metadata()[_METADATA_KEY]) == settings and set(names) <= set(file.keys())
+    )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not hold kept states ({error}): remove it, then they are read again."
+        ) from error
+
+
+def has_kept(folder: str | os.PathLike, settings: dict | None = None, names: Sequence[str] = ()) -> bool:
+    """
+    Whether a folder of rollouts holds kept states, of these settings and names if they are given.
+
+    Raises:
+        `ValueError`: if a file is damaged; names it.
+    """
+    found = False
+    for path in _files(folder):
+        with _opened(path) as file:
+            found = found or _fits(file, settings, names)
+    return found
+
+
+class KeptStates:
+    """
+    The states that were kept for one part of a folder of rollouts, memory-mapped.
+
+    Args:
+        folder (`str` or `os.PathLike`), part (`int`):
+            The folder of rollouts, and the number of its part.
+        settings (`dict`), names (sequence of `str`), width (`int`):
+            The [`kept_settings`] that files must be of (others are passed by), what is needed of them: `"hidden"`,
+            `"directions"`, and how wide states are.
+
+    Raises:
+        `ValueError`: if a file is damaged; names it.
+    """
+
+    def __init__(self, folder: str | os.PathLike, part: int, settings: dict, names: Sequence[str], width: int):
+        self._found: dict[int, list[torch.Tensor]] = {}
+        for path in _files(folder, part):
+            with _opened(path) as file:
+                if not _fits(file, settings, names):
+                    continue
+                lengths, tokens = file.get_tensor("lengths").tolist(), file.get_tensor("tokens").tolist()
+                tensors = [file.get_tensor(name) for name in names]
+                if len(tokens) != len(lengths) or any(tensor.shape != (sum(lengths), width) for tensor in tensors):
+                    raise ValueError("its tensors do not fit together")
+                rows = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
+                self._found |= dict(zip(tokens, map(list, rows), strict=True))
+
+    def find(self, rollout: Rollout) -> list[torch.Tensor] | None:
+        """What was kept of a rollout, a tensor for each name, or `None`."""
+        values = self._found.get(_token_number(rollout))
+        return values if values and len(values[0]) == len(rollout.completion_ids) else None

@@ -1,0 +1,290 @@
+"""Applies heads to states: which form of the edit, in which dtype, with what guards. Knows nothing of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..configuration import ControlConfig
+from ..heads.value_head import ValueHead
+from .ascent import Plan, advantage_edit, ascend, build_plan
+
+# Rows edited at once: bounds the memory of a long teacher-forced forward to a few arrays of this many rows.
+_MAX_ROWS = 4096
+# Mixtures whose tensors are kept: each has a Gram matrix of its own.
+_MAX_PLANS = 8
+DEFAULT_NAME = "default"
+
+# Of each head that acts, by name: its weight, a number or one value for each state, `hidden.shape[:-1] + (1,)`.
+Weights = Mapping[str, "float | torch.Tensor"]
+
+
+class _Snapshot:
+    """What a head's tensors were, to notice that they have changed."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        self.identities = [self._identity(tensor) for tensor in tensors]
+        # Fused optimizers do not count the version up, but they change the biases.
+        self.vectors = [tensor.detach().clone() for tensor in tensors if tensor.ndim == 1]
+
+    @staticmethod
+    def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+        # A change in place gives another version, a replaced tensor has another address.
+        return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+    def matches(self, tensors: list[torch.Tensor]) -> bool:
+        return self.identities == [self._identity(tensor) for tensor in tensors] and all(
+            map(torch.equal, self.vectors, (tensor for tensor in tensors if tensor.ndim == 1))
+        )
+
+
+def _target_values(head: nn.Module, control: ControlConfig, like: torch.Tensor) -> torch.Tensor | None:
+    """The target in standardised values, `(num_objectives,)`, or `None`."""
+    if control.target is None:
+        return None
+    target, mean, std = (
+        like.new_tensor(value) for value in (control.target, head.config.reward_mean, head.config.reward_std)
+    )
+    return ((target - mean) / std).expand(head.config.num_objectives)
+
+
+def _ascend_by_autograd(
+    heads: Sequence[nn.Module], hidden: torch.Tensor, weights: Sequence, alpha, decay, control: ControlConfig
+) -> torch.Tensor:
+    """[`ascend`] for any modules that map states to values; `hidden` and the result are `(rows, hidden_size)`."""
+    # generate() may run under inference_mode, whose tensors cannot be saved for a backward.
+    with torch.inference_mode(False), torch.enable_grad():
+        hidden = hidden.clone()
+        edit = torch.zeros_like(hidden)
+        for _ in range(control.num_steps):
+            direction = torch.zeros_like(hidden)
+            for head, weight in zip(heads, weights, strict=True):
+                parameter = next(head.parameters(), hidden)
+                scale = getattr(head, "state_scale", torch.ones(1)).detach().clone().to(hidden)
+                leaf = torch.zeros_like(hidden).requires_grad_(True)
+                values = head((hidden + edit + scale * leaf).to(parameter.dtype))
+                target = _target_values(head, control, values)
+                total = values.sum() if target is None else -0.5 * (values - target).square().sum()
+                (gradient,) = torch.autograd.grad(total, leaf)
+                direction = direction + weight * scale * gradient
+            edit = decay * edit + alpha * direction
+    return edit.detach()
+
+
+class Controller:
+    """
+    Applies heads to states: owns the heads and their prepared tensors, knows nothing of the model.
+
+    Args:
+        head ([`ValueHead`] or `nn.Module`):
+            V. A module that is no plain [`ValueHead`] must map `(rows, hidden_size)` to `(rows, num_objectives)`; it
+            is climbed by autograd.
+
+    Attributes:
+        heads (`dict[str, nn.Module]`):
+            All heads by name, this one as `"default"`. All read states of one place.
+    """
+
+    def __init__(self, head: nn.Module):
+        self.heads = {DEFAULT_NAME: head}
+        # One plan for each device, dtype, set of heads and need of a Gram matrix, with what the heads were then.
+        self._plans: dict[tuple[torch.device, torch.dtype, tuple[str, ...], bool], tuple[_Snapshot, Plan]] = {}
+        # The plan used last, and what for: traced code can neither build nor look one up.
+        self._last: tuple[tuple[str, ...], bool, Plan] | None = None
+
+    def __getstate__(self):
+        return {"heads": self.heads}
+
+    def __setstate__(self, state):
+        self.__init__(None)
+        self.heads = dict(state["heads"])
+
+    def add(self, name: str, head: nn.Module) -> None:
+        """Take another head on."""
+        # A new dict: other threads may be reading the old one.
+        self.heads = self.heads | {name: head}
+
+    def remove(self, name: str) -> None:
+        """Forget a head and what was prepared of it."""
+        self.heads = {other: head for other, head in self.heads.items() if other != name}
+        for slot in [slot for slot in list(self._plans) if name in slot[2]]:
+            self._plans.pop(slot, None)
+        if self._last is not None and name in self._last[0]:
+            self._last = None
+
+    def _are_plain(self, names: Sequence[str]) -> bool:
+        """Whether all are [`ValueHead`]s whose methods are the ones that the fast forms restate."""
+        return all(
+            isinstance(self.heads[name], ValueHead)
+            and all(
+                getattr(type(self.heads[name]), method) is getattr(ValueHead, method)
+                for method in ("forward", "scaled", "advantage")
+            )
+            for name in names
+        )
+
+    def edit(
+        self,
+        hidden: torch.Tensor,
+        control: ControlConfig,
+        step_size: float | torch.Tensor,
+        weights: Weights | None = None,
+        check_states: bool = False,
+        prepared: bool = False,
+    ) -> torch.Tensor:
+        """
+        The edited states `h + u`, in the dtype of `hidden`. u is computed in float32 (float64 for float64 states; in
+        its own dtype by a head that is no plain [`ValueHead`], which is moved to the states' device).
+
+        Args:
+            hidden (`torch.Tensor` of shape `(..., hidden_size)`):
+                The states. Gradients pass through `h + u` as through `h`: the edit is a constant.
+            control ([`ControlConfig`]):
+                What to do; its `step_size` is not read.
+            step_size (`float` or `torch.Tensor` that broadcasts to `hidden.shape[:-1] + (1,)`):
+                α of each state.
+            weights (mapping of `str` to `float`, or to `torch.Tensor` as `step_size`, *optional*):
+                The heads that act, by name, and the weight of each. Defaults to the only head, once.
+            check_states (`bool`, *optional*, defaults to `False`):
+                Whether states that are not finite to begin with are an error too. Without it they stay as they are: a
+                base may give NaN at padded positions that nothing reads.
+            prepared (`bool`, *optional*, defaults to `False`):
+                Whether [`Controller.refresh`] was called since the heads last changed. Only compiled code asks: it can
+                then use the Gram matrix, and reads the heads' own weights otherwise.
+
+        Raises:
+            `FloatingPointError`: if an edited state is not finite, or further from a target than before. Compiled code
+            cannot raise: it clamps the edited state to the range of its dtype.
+        """
+        states = hidden.detach()
+        rows = states.reshape(-1, states.shape[-1])
+        dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
+
+        def by_row(value: float | torch.Tensor) -> float | torch.Tensor:
+            if not isinstance(value, torch.Tensor):
+                return value
+            # The dtype first: not every device knows float64.
+            return value.to(dtype).to(rows.device).expand(*states.shape[:-1], 1).reshape(-1, 1)
+
+        weights = dict.fromkeys(self.heads, 1.0) if weights is None else weights
+        names = tuple(weights)
+        omegas = list(weights.values())
+        if any(isinstance(omega, torch.Tensor) for omega in omegas):
+            omegas = [
+                omega if isinstance(omega, torch.Tensor) else torch.tensor([omega], dtype=torch.float64)
+                for omega in omegas
+            ]
+        numbers = [by_row(step_size), *map(by_row, omegas)]
+        compiling = torch.compiler.is_compiling()
+        with torch.no_grad():
+            parts = (rows,) if compiling else rows.split(_MAX_ROWS)
+            columns = [x.split(len(parts[0])) if isinstance(x, torch.Tensor) else [x] * len(parts) for x in numbers]
+            edits = [
+                self._edit_rows(part.to(dtype), control, alpha, names, omegas, prepared)
+                for part, alpha, *omegas in zip(parts, *columns, strict=True)
+            ]
+            edit = edits[0] if len(edits) == 1 else torch.cat(edits)
+            if compiling:
+                edit = torch.nan_to_num(edit)
+        edited = hidden.to(dtype) + edit.view(states.shape)
+        if compiling:
+            limit = torch.finfo(states.dtype).max
+            edited = edited.clamp(-limit, limit).to(states.dtype)
+            return torch.where(torch.isfinite(states).all(-1, keepdim=True), edited, hidden)
+        edited = edited.to(states.dtype)
+        if torch.isfinite(edited).all():
+            return edited
+        usable = torch.isfinite(states).all(-1, keepdim=True)
+        all_one = all(isinstance(omega, float) and omega == 1 for omega in omegas)
+        if not torch.isfinite(edited[usable.squeeze(-1)]).all():
+            raise FloatingPointError(
+                f"The {control.method} edit left the range of {states.dtype}: `step_size` "
+                f"{control.largest_step_size:g}{'' if all_one else ', times the weights,'} is too large for this head."
+            )
+        if check_states:
+            raise FloatingPointError(
+                f"The base model's hidden states hold NaN or infinite values ({states.dtype}), so there is nothing to "
+                "control. Load it in another dtype (bfloat16 has a wider range than float16)."
+            )
+        return torch.where(usable, edited, hidden)
+
+    def _edit_rows(
+        self, rows: torch.Tensor, control: ControlConfig, alpha, names: tuple[str, ...], weights, prepared: bool
+    ) -> torch.Tensor:
+        """u for `(rows, hidden_size)` states in the compute dtype; `alpha` and `weights` as for [`ascend`]."""
+        decay = 1.0 - 2.0 * control.l2 * alpha if control.l2 else 1.0
+        compiling, with_gram = torch.compiler.is_compiling(), control.method == "ascent"
+        if not self._are_plain(names):
+            edit = self._edit_rows_by_modules(rows, control, alpha, decay, [self.heads[x] for x in names], weights)
+        else:
+            if compiling:
+                plan = self._traced_plan(rows, names, with_gram, prepared)
+            else:
+                plan = self._plan(names, rows.device, rows.dtype, with_gram)
+            if not with_gram:
+                return advantage_edit(plan, rows, weights, alpha)
+            target = _target_values(self.heads[names[0]], control, rows)
+            edit = ascend(plan, rows, weights, alpha, decay, control.num_steps, target, eager=not compiling)
+        if control.target is not None and not compiling:
+            self._check_nearer(self.heads[names[0]], control, rows, edit)
+        return edit
+
+    @staticmethod
+    def _check_nearer(head: nn.Module, control: ControlConfig, rows: torch.Tensor, edit: torch.Tensor) -> None:
+        parameter = next(head.parameters(), rows)
+        before, after = (head(x.to(parameter.device, parameter.dtype)) for x in (rows, rows + edit))
+        target = _target_values(head, control, before)
+        before, after = (torch.linalg.vector_norm(values - target, dim=-1) for values in (before, after))
+        # A step or two too far is no harm; steps that run away are.
+        if (after > 2 * before + 1).any():
+            raise FloatingPointError(
+                f"The steps overshoot the target further each time: `step_size` {control.largest_step_size:g} is too "
+                "large for this head."
+            )
+
+    def _edit_rows_by_modules(self, rows: torch.Tensor, control: ControlConfig, alpha, decay, heads, weights):
+        for head in heads:
+            if next(head.parameters(), rows).device != rows.device:
+                head.to(rows.device)
+        if control.method != "advantage":
+            return _ascend_by_autograd(heads, rows, weights, alpha, decay, control)
+        return alpha * sum(
+            weight * head.advantage(rows.to(next(head.parameters(), rows).dtype)).to(rows.dtype)
+            for head, weight in zip(heads, weights, strict=True)
+        )
+
+    def _plan(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype, with_gram: bool) -> Plan:
+        """The plan for these heads, built on first use and again if a head has changed since."""
+        slot = (device, dtype, names, with_gram)
+        tensors = [tensor for name in names for tensor in self.heads[name].state_dict().values()]
+        known = self._plans.get(slot)
+        if known is None or not known[0].matches(tensors):
+            with torch.inference_mode(False):
+                plan = build_plan([self.heads[name] for name in names], device, dtype, with_gram)
+                known = self._plans[slot] = (_Snapshot(tensors), plan)
+            for oldest in list(self._plans)[:-_MAX_PLANS]:
+                self._plans.pop(oldest, None)
+        self._last = names, with_gram, known[1]
+        return known[1]
+
+    def refresh(self, names: tuple[str, ...], control: ControlConfig) -> None:
+        """Renew what was prepared of heads if they have changed since. Called before code that may be compiled."""
+        if self._last is not None and self._are_plain(names):
+            mean = self._last[2].parts[0].mean
+            self._plan(names, mean.device, mean.dtype, control.method == "ascent")
+
+    def _traced_plan(self, rows: torch.Tensor, names: tuple[str, ...], with_gram: bool, prepared: bool) -> Plan:
+        # torch 2.7 takes `is_exporting` for true in whatever is compiled; the flag behind it tells.
+        exporting = torch.compiler.is_exporting() and getattr(torch.compiler, "_is_exporting_flag", True)
+        if exporting and torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                "A strict export does not take the weights of a head, which is no submodule of the model: call "
+                "`torch.export.export(..., strict=False)`, its default."
+            )
+        if prepared and self._last is not None and self._last[:2] == (names, with_gram):
+            plan = self._last[2]
+            if plan.parts[0].mean.device == rows.device and plan.parts[0].mean.dtype == rows.dtype:
+                return plan
+        return build_plan([self.heads[name] for name in names], rows.device, rows.dtype, with_gram=False)

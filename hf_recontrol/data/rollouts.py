@@ -1,0 +1,176 @@
+"""Rollouts as records: one response to one prompt, and the Parquet files that hold many."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import atomic_path
+from .prompts import Prompt
+from .stage_folder import MANIFEST_NAME, file_checksum, read_manifest
+
+_METADATA_KEY = b"hf_recontrol"
+
+
+@dataclass
+class Rollout:
+    """
+    One response to one prompt.
+
+    Args:
+        prompt (`str` or `list[dict[str, str]]`), completion (`str`):
+            What was asked and what was answered. `completion` ends where the turn ends.
+        prompt_ids, completion_ids (`list[int]`):
+            The tokens the model saw and drew. The last drawn one is the token that ended the turn, if `finished`.
+        finished (`bool`):
+            Whether the model ended its turn; otherwise the response was cut at the token limit.
+        reward (`list[float]`, *optional*):
+            One reward for each objective; `None` where there is none (yet).
+        temperature (`float`, *optional*, defaults to 1.0):
+            What the response was sampled at; 0 is greedy.
+        columns (`dict[str, Any]`):
+            Further columns of the prompt's row, handed to reward functions.
+        prompt_number, sample (`int`, *optional*, default to 0):
+            Which row of the prompts this answers, and which of its samples this is.
+    """
+
+    prompt: Prompt
+    completion: str
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    finished: bool
+    reward: list[float] | None = None
+    temperature: float = 1.0
+    columns: dict[str, Any] = field(default_factory=dict)
+    prompt_number: int = 0
+    sample: int = 0
+
+
+def stable_number(value: Prompt | list) -> int:
+    """A 64-bit number that is the same for equal values, in every process."""
+    text = json.dumps(value, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)
+
+
+def _parquet():
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("Parquet files need `pip install 'hf_recontrol[train]'`.") from error
+    return pyarrow
+
+
+def save_rollouts(
+    rollouts: Sequence[Rollout],
+    path: str | os.PathLike,
+    rewards: Sequence[str] | None = None,
+    scoring: int | None = None,
+) -> None:
+    """
+    Write rollouts as a Parquet file with the columns of [`Rollout`]: `reward` is a number, or a list if there are
+    several objectives; `columns` is JSON.
+
+    Args:
+        rewards (sequence of `str`, *optional*), scoring (`int`, *optional*):
+            Names of the rewards, and which scoring of the folder they are from; kept in the file's metadata.
+    """
+    pa = _parquet()
+    chat = any(not isinstance(rollout.prompt, str) for rollout in rollouts)
+    keys = sorted({key for r in rollouts if chat for message in r.prompt for key in message} | {"role", "content"})
+    objectives = max((len(r.reward) for r in rollouts if r.reward is not None), default=1)
+    ids = pa.list_(pa.int32())
+    schema = pa.schema(
+        {
+            "prompt": pa.list_(pa.struct({key: pa.string() for key in keys})) if chat else pa.string(),
+            "completion": pa.string(),
+            "prompt_ids": ids,
+            "completion_ids": ids,
+            "finished": pa.bool_(),
+            "reward": pa.float64() if objectives == 1 else pa.list_(pa.float64()),
+            "temperature": pa.float64(),
+            "columns": pa.string(),
+            "prompt_number": pa.int64(),
+            "sample": pa.int32(),
+        },
+        metadata={_METADATA_KEY: json.dumps({"rewards": rewards, "scoring": scoring})},
+    )
+    rows = []
+    for rollout in rollouts:
+        row = asdict(rollout) | {"columns": json.dumps(rollout.columns, ensure_ascii=False)}
+        if rollout.reward is not None and objectives == 1:
+            row["reward"] = rollout.reward[0]
+        rows.append(row)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        pa.parquet.write_table(pa.Table.from_pylist(rows, schema), temporary)
+
+
+def load_rollouts(path: str | os.PathLike) -> list[Rollout]:
+    """
+    Read what [`save_rollouts`] wrote: one Parquet file, or all parts of a folder of `recontrol rollout`.
+
+    Raises:
+        `OSError`, `ValueError`: names the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return [rollout for part in rollout_parts(path) for rollout in load_rollouts(part)]
+    if not path.is_file():
+        raise OSError(f"{path} is no file or folder: make rollouts with `recontrol rollout`.")
+    pa = _parquet()
+    try:
+        rows = pa.parquet.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
+    rollouts = []
+    for row in rows:
+        try:
+            if not isinstance(row["prompt"], str):
+                row["prompt"] = [{k: v for k, v in message.items() if v is not None} for message in row["prompt"]]
+            if row["reward"] is not None and not isinstance(row["reward"], list):
+                row["reward"] = [row["reward"]]
+            rollouts.append(Rollout(**row | {"columns": json.loads(row["columns"])}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} does not hold rollouts ({error}): make them with `recontrol rollout`."
+            ) from error
+    return rollouts
+
+
+def count_rollouts(path: Path) -> int:
+    """How many rollouts a Parquet file holds, by its footer."""
+    return _parquet().parquet.read_metadata(path).num_rows
+
+
+def scoring_of(path: Path) -> int | None:
+    """Which scoring the rewards in a Parquet file of rollouts are from, or `None` if it has not been scored."""
+    pa = _parquet()
+    try:
+        metadata = pa.parquet.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
+    return json.loads(metadata.get(_METADATA_KEY, b"{}")).get("scoring")
+
+
+def rollout_parts(folder: str | os.PathLike) -> list[Path]:
+    """
+    The Parquet files of a finished folder of rollouts, in their order.
+
+    Raises:
+        `OSError`, `ValueError`: if the folder holds no finished rollouts, or a file is not the one that the manifest
+        names; says which.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder, "rollouts", "recontrol rollout")
+    for name, checksum in manifest["parts"].items():
+        if not (folder / name).is_file():
+            raise OSError(f"{folder} lacks {name}, which its {MANIFEST_NAME} names: make the rollouts again.")
+        if file_checksum(folder / name) != checksum:
+            raise ValueError(f"{folder / name} was changed or damaged: it is not what its {MANIFEST_NAME} names.")
+    return [folder / name for name in sorted(manifest["parts"])]

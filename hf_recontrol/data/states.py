@@ -1,0 +1,325 @@
+"""States of many episodes: in memory, or in memory-mapped safetensors files that are written piece by piece."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .stage_folder import MANIFEST_NAME, read_manifest
+
+# Names of dtypes in a safetensors header.
+_HEADER_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+# The scales of int8 features are set by the first states of a file, so many.
+_STATES_FOR_SCALES = 2048
+# Features that are smaller there than this share of the average one are not given a finer grid.
+_SMALLEST_FEATURE = 1e-2
+
+
+@dataclass
+class States:
+    """
+    The states of many episodes, one after the other. State t of an episode is the one its token t was drawn from.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(states, hidden_size)`):
+            The states. As int8 they stand for `hidden * hidden_row_scale * hidden_feature_scale`.
+        lengths (`torch.Tensor` of shape `(episodes,)`):
+            How many states each episode has: one for each token, or for every `every`-th.
+        rewards (`torch.Tensor` of shape `(episodes, num_objectives)`):
+            The reward of each response.
+        prompts (`torch.Tensor` of shape `(episodes,)`):
+            A number for each prompt, so that no prompt is in two splits.
+        finished (`torch.Tensor` of shape `(episodes,)`, *optional*):
+            Whether the model ended its turn. Defaults to all.
+        directions (`torch.Tensor` of shape `(states, hidden_size)`, *optional*):
+            `w_y - w̄(h)`: the LM head's row of the drawn token less its mean under the policy. Needed by the advantage
+            part.
+        hook_point (`str`), layer (`int`), base_model_name_or_path, base_model_revision (`str`, *optional*):
+            Where the states were read.
+        every (`int`, *optional*, defaults to 1):
+            One state in how many is kept, counted back from the last one, which always is.
+        hidden_row_scale, hidden_feature_scale, directions_row_scale, directions_feature_scale (*optional*):
+            Scales of int8 states, of shapes `(states, 1)` and `(hidden_size,)`.
+        int8_error (`torch.Tensor` of shape `(1,)`, *optional*):
+            Root mean square error of int8 states, relative to each feature's spread.
+    """
+
+    hidden: torch.Tensor
+    lengths: torch.Tensor
+    rewards: torch.Tensor
+    prompts: torch.Tensor
+    finished: torch.Tensor | None = None
+    directions: torch.Tensor | None = None
+    hook_point: str = "lm_head"
+    layer: int = -1
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    every: int = 1
+    hidden_row_scale: torch.Tensor | None = None
+    hidden_feature_scale: torch.Tensor | None = None
+    directions_row_scale: torch.Tensor | None = None
+    directions_feature_scale: torch.Tensor | None = None
+    int8_error: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.finished is None:
+            self.finished = torch.ones(len(self.lengths), dtype=torch.bool)
+
+    def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of `"hidden"` or `"directions"` in float32; only these are read."""
+        values = getattr(self, name)[rows].float()
+        row_scale = getattr(self, f"{name}_row_scale")
+        if row_scale is None:
+            return values
+        return values * row_scale[rows] * getattr(self, f"{name}_feature_scale")
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> States:
+        """
+        Memory-map a file of a [`StateStore`].
+
+        Raises:
+            `OSError`, `ValueError`: names the file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads(file.metadata()["hf_recontrol"])
+                # Views of the mapped file: nothing is read yet.
+                return cls(**{name: file.get_tensor(name) for name in file.keys()}, **metadata)  # noqa: SIM118
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} does not hold states ({error}): make them with `recontrol states`.") from error
+
+
+class StateStore:
+    """
+    The states of all files of a folder, as one sequence of episodes.
+
+    Args:
+        parts (sequence of [`States`]):
+            What it is made of; all read at the same place.
+        folder (`Path`, *optional*):
+            Where the parts are from, so that other processes can open them again.
+    """
+
+    def __init__(self, parts: Sequence[States], folder: Path | None = None):
+        self.parts, self.folder = list(parts), folder
+        self.lengths = torch.cat([part.lengths for part in parts])
+        self.rewards = torch.cat([part.rewards for part in parts])
+        self.prompts = torch.cat([part.prompts for part in parts])
+        self.finished = torch.cat([part.finished for part in parts])
+        self._part = torch.cat([torch.full((len(part.lengths),), i) for i, part in enumerate(parts)])
+        self._start = torch.cat([part.lengths.cumsum(0) - part.lengths for part in parts])
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> StateStore:
+        """
+        Memory-map the finished folder of `recontrol states`.
+
+        Raises:
+            `OSError`, `ValueError`: if it holds no finished states, or a file is missing or cut off; names it.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder, "states", "recontrol states")
+        parts = []
+        for name in sorted(manifest["parts"]):
+            if not (folder / name).is_file():
+                raise OSError(f"{folder} lacks {name}, which its {MANIFEST_NAME} names: run `recontrol states` again.")
+            parts.append(States.open(folder / name))
+        return cls(parts, folder)
+
+    @classmethod
+    def of(cls, states: States | StateStore | str | os.PathLike) -> StateStore:
+        """A store of what is given: a store, states in memory, or a folder."""
+        if isinstance(states, StateStore):
+            return states
+        return cls([states]) if isinstance(states, States) else cls.open(states)
+
+    def __reduce__(self):
+        # To another process goes the folder's name, not the mapped files.
+        return (StateStore, (self.parts,)) if self.folder is None else (StateStore.open, (self.folder,))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_states(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def hidden_size(self) -> int:
+        return self.parts[0].hidden.shape[1]
+
+    @property
+    def has_directions(self) -> bool:
+        return all(part.directions is not None for part in self.parts)
+
+    @cached_property
+    def place(self) -> dict:
+        """Where the states were read, and how densely."""
+        names = ("hook_point", "layer", "base_model_name_or_path", "base_model_revision", "every")
+        return {name: getattr(self.parts[0], name) for name in names}
+
+    def gather(self, name: str, episodes: torch.Tensor) -> torch.Tensor:
+        """
+        `"hidden"` or `"directions"` of whole episodes, one after the other, in float32: shape `(states, hidden_size)`.
+        """
+        lengths = self.lengths[episodes]
+        ends = lengths.cumsum(0)
+        position = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - lengths, lengths)
+        rows = torch.repeat_interleave(self._start[episodes], lengths) + position
+        parts = self._part[episodes]
+        if len(self.parts) == 1 or bool((parts == parts[0]).all()):
+            return self.parts[int(parts[0])].rows(name, rows)
+        owner = torch.repeat_interleave(parts, lengths)
+        values = torch.empty(len(rows), self.hidden_size)
+        for part in parts.unique().tolist():
+            chosen = (owner == part).nonzero()[:, 0]
+            values[chosen] = self.parts[part].rows(name, rows[chosen])
+        return values
+
+
+class StateWriter:
+    """
+    A safetensors file of [`States`] that is written piece by piece, in any order of the episodes, so that no more is
+    in memory than a piece. Every tensor's size is known before: the file starts with its complete header.
+
+    Args:
+        path (`Path`):
+            The file.
+        small (`dict[str, torch.Tensor]`):
+            The tensors with one row for each episode.
+        num_states, hidden_size (`int`), dtype (`torch.dtype`):
+            Shape and dtype of the states; int8 is scaled by row and feature.
+        names (sequence of `str`):
+            `"hidden"`, and `"directions"` if they are kept.
+        metadata (`dict`):
+            The other fields of [`States`].
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        small: dict[str, torch.Tensor],
+        num_states: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        names: Sequence[str],
+        metadata: dict,
+    ):
+        self.dtype = dtype
+        if dtype == torch.int8:
+            small = small | {"int8_error": torch.zeros(1)}
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
+        for name in names:
+            shapes[name] = (dtype, (num_states, hidden_size))
+            if dtype == torch.int8:
+                shapes[f"{name}_row_scale"] = (torch.float32, (num_states, 1))
+                shapes[f"{name}_feature_scale"] = (torch.float32, (hidden_size,))
+        header: dict = {"__metadata__": {"hf_recontrol": json.dumps(metadata)}}
+        self._offsets, end = {}, 0
+        # Wide dtypes first, so that every tensor is aligned.
+        for name, (kind, shape) in sorted(shapes.items(), key=lambda item: -item[1][0].itemsize):
+            size = kind.itemsize * math.prod(shape)
+            header[name] = {"dtype": _HEADER_NAMES[kind], "shape": shape, "data_offsets": [end, end + size]}
+            self._offsets[name], end = end, end + size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._feature_scales: dict[str, torch.Tensor] = {}
+        self._held: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in names}
+        # For each feature: squared error of int8, sum, sum of squares; in float64.
+        self._moments = torch.zeros(3, hidden_size, dtype=torch.float64)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._start + end)
+        for name, tensor in small.items():
+            self._write(name, 0, tensor)
+        self._num_states = num_states
+
+    def __enter__(self) -> StateWriter:
+        return self
+
+    def __exit__(self, error_type, *error) -> None:
+        try:
+            if self.dtype == torch.int8 and error_type is None:
+                for name in self._held:
+                    self._write_held(name)
+                self._write("int8_error", 0, torch.tensor([self._int8_error()]))
+        finally:
+            self._file.close()
+
+    def _write(self, name: str, row: int, tensor: torch.Tensor) -> None:
+        row_size = tensor[:1].numel() * tensor.element_size()
+        self._file.seek(self._start + self._offsets[name] + row * row_size)
+        self._file.write(tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else b"")
+
+    def write(self, name: str, first_row: int, values: torch.Tensor) -> None:
+        """
+        Write rows of `"hidden"` or `"directions"`.
+
+        Raises:
+            `ValueError`: if they leave the range of the dtype.
+        """
+        if self.dtype != torch.int8:
+            stored = values.to("cpu", self.dtype)
+            if not torch.isfinite(stored).all():
+                raise ValueError(
+                    f"The {name} hold values that are not finite in {str(self.dtype).removeprefix('torch.')}: store "
+                    "them in another dtype (bfloat16 has the range of float32)."
+                )
+            self._write(name, first_row, stored)
+            return
+        values = values.float().cpu()
+        if not torch.isfinite(values).all():
+            raise ValueError(f"The {name} hold NaN or infinite values.")
+        if name in self._feature_scales:
+            self._write_int8(name, first_row, values)
+            return
+        self._held[name].append((first_row, values))
+        if sum(len(held) for _, held in self._held[name]) >= _STATES_FOR_SCALES:
+            self._write_held(name)
+
+    def _write_held(self, name: str) -> None:
+        """Set the scales of the features by the states held back so far, and write these."""
+        held, self._held[name] = self._held[name], []
+        if not held:
+            return
+        size = torch.stack([values.abs().amax(0) for _, values in held if len(values)]).amax(0)
+        self._feature_scales[name] = size.clamp(min=float(size.mean()) * _SMALLEST_FEATURE + 1e-30)
+        self._write(f"{name}_feature_scale", 0, self._feature_scales[name])
+        for first_row, values in held:
+            self._write_int8(name, first_row, values)
+
+    def _write_int8(self, name: str, first_row: int, values: torch.Tensor) -> None:
+        scaled = values / self._feature_scales[name]
+        row_scale = scaled.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        stored = (scaled / row_scale).round().to(torch.int8)
+        self._write(f"{name}_row_scale", first_row, row_scale)
+        self._write(name, first_row, stored)
+        if name == "hidden":
+            error = stored.float() * row_scale * self._feature_scales[name] - values
+            self._moments += torch.stack([x.double().sum(0) for x in (error.square(), values, values.square())])
+
+    def _int8_error(self) -> float:
+        if self._num_states == 0:
+            return 0.0
+        squared_error, mean, square = self._moments / self._num_states
+        variance = square - mean.square()
+        varies = variance > 1e-12 * square
+        return float((squared_error / variance)[varies].mean().sqrt()) if varies.any() else 0.0

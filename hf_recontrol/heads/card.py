@@ -1,0 +1,238 @@
+"""The card of a head: what it steers, what it was trained on, what was measured, how to use it, what not to expect."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from .._version import __version__
+from ..configuration import TrainingRecord, ValueHeadConfig
+from ..utils.files import atomic_path
+from .hub import CARD_NAME, is_repo_id
+
+# Ends a card that nobody has edited: the checksum of what stands before it.
+_SEAL = re.compile(r"\n<!-- as written by hf_recontrol: (?P<checksum>[0-9a-f]{64}) -->\n$")
+
+# Held-out figure -> what it is called, its metric, what it says.
+_METRICS = {
+    "value_error": ("V's error along the response", "mse", "1 is the error of always guessing the mean reward"),
+    "value_error_last": ("V's error at the last token", "mse", "1 is the error of always guessing the mean reward"),
+    "correlation_first": ("V's correlation with the reward, first token", "pearsonr", "known from the prompt alone"),
+    "correlation_last": ("V's correlation with the reward, last token", "pearsonr", "known at the end"),
+    "advantage_correlation": ("g's correlation with V's differences", "pearsonr", ""),
+    "constant_correlation": ("the same, of g's constant part alone", "pearsonr", "what one fixed vector would do"),
+}
+
+_LIMITS = """Control shifts what the model already might say. It teaches no facts, formats or languages, and
+it is no filter: what the base can say, it can still say. The head knows the reward only from responses like
+those that it was trained on; on other prompts, languages or lengths its predictions may mean nothing. Strong
+settings please the reward instead of the reader: answers grow monotonous, then break. Read what comes out,
+watch diversity and the KL divergence to the base, and judge with something other than the reward that the head
+was trained on.
+
+What steers towards a reward would, trained on its negative, steer away from it. Do not use this to make a model
+deceive or harass people, or in place of the safeguards that its base needs."""
+
+
+def model_card(
+    config: ValueHeadConfig,
+    repo_id: str | None = None,
+    subfolder: str = "",
+    tags: list[str] | None = None,
+    revision: str | None = None,
+) -> str:
+    """
+    The text of the card of a head. It states what is known and leaves out the rest.
+
+    Args:
+        config ([`ValueHeadConfig`]):
+            Of the head.
+        repo_id (`str`, *optional*):
+            Where the head is on the Hub; by default the card is that of a local folder.
+        subfolder (`str`, *optional*):
+            Where in the repo.
+        tags (`list[str]`, *optional*):
+            Further tags.
+        revision (`str`, *optional*):
+            The branch, if it is not the repo's first.
+    """
+    training = config.training or TrainingRecord()
+    base = config.base_model_name_or_path
+    base_on_hub = base if base and is_repo_id(base) and not Path(base).exists() else None
+    title = f"Value head for {base_on_hub or 'a causal language model'}"
+    results = _eval_results(training)
+    data = ModelCardData(
+        library_name="hf-recontrol",
+        pipeline_tag="text-generation",
+        base_model=base_on_hub,
+        base_model_relation="adapter" if base_on_hub else None,
+        datasets=training.dataset if training.dataset and is_repo_id(training.dataset) else None,
+        tags=["re-control", "value-head", *(tags or [])],
+        model_name=(repo_id.split("/")[-1] if repo_id else title) if results else None,
+        eval_results=results or None,
+    )
+    sections = [
+        f"# {title}",
+        _introduction(training),
+        _usage(base if repo_id is None else base_on_hub, repo_id or ".", subfolder, revision),
+        _bullets("## The head", _shape(config, base_on_hub)),
+        _bullets("## Training data", _data(config, training)),
+        _measured(training),
+        f"## Limits and misuse\n\n{_LIMITS}",
+    ]
+    text = "\n\n".join(section for section in sections if section)
+    content = f"---\n{data.to_yaml()}\n---\n\n{text}\n\nWritten by hf_recontrol {__version__}.\n"
+    return f"{content}\n<!-- as written by hf_recontrol: {_checksum(content)} -->\n"
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Write a card into `folder`, unless there is one that somebody wrote or edited."""
+    path = folder / CARD_NAME
+    if not path.exists() or is_untouched(path.read_text(encoding="utf-8", errors="replace")):
+        with atomic_path(path) as temporary:
+            temporary.write_text(card, encoding="utf-8")
+
+
+def is_untouched(text: str) -> bool:
+    """Whether a card is word for word as this package, of whatever version, wrote it."""
+    seal = _SEAL.search(text)
+    return seal is not None and _checksum(text[: seal.start()]) == seal["checksum"]
+
+
+def _checksum(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _known_figures(training: TrainingRecord) -> dict[str, float]:
+    return {name: training.figures[name] for name in _METRICS if name in training.figures}
+
+
+def _eval_results(training: TrainingRecord) -> list[EvalResult]:
+    count = training.figures.get("held_out_prompts")
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name="Responses of the base" + (f" to {count:.0f} held-out prompts" if count else ""),
+            metric_type=_METRICS[name][1],
+            metric_name=_METRICS[name][0],
+            metric_value=round(value, 4),
+        )
+        for name, value in _known_figures(training).items()
+    ]
+
+
+def _introduction(training: TrainingRecord) -> str:
+    names = training.rewards
+    reward = f"the reward {' + '.join(f'`{name}`' for name in names)}" if names else "the reward"
+    return (
+        f"A value head predicts, from a language model's hidden state, {reward} that the response will get. While\n"
+        "the model generates, the hidden state is moved so that the predicted reward grows. No weight of the base\n"
+        "model is changed (RE-Control, [arXiv 2406.05954](https://arxiv.org/abs/2406.05954))."
+    )
+
+
+def _usage(base: str | None, name: str, subfolder: str, revision: str | None) -> str:
+    # As JSON, so that no name ends its string and goes on as code.
+    where = {"subfolder": subfolder, "revision": revision}
+    options = "".join(f", {key}={json.dumps(value)}" for key, value in where.items() if value)
+    place = json.dumps(name) + options
+    if base is None:
+        return f"""## Use
+
+The head does not name a base model on the Hub. With the base as `model` and its `tokenizer`:
+
+```python
+from hf_recontrol import ReControlForCausalLM, ValueHead
+
+model = ReControlForCausalLM.from_model(model, ValueHead.from_pretrained({place}))
+print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=48)[0]))
+```"""
+    text = f"""## Use
+
+`pip install hf_recontrol`, then{" in this folder" if name == "." else ""}:
+
+```python
+from transformers import AutoTokenizer
+from hf_recontrol import ReControlForCausalLM
+
+model = ReControlForCausalLM.from_pretrained({place})
+tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=48)[0]))
+```
+
+`control=False` gives the base, bit for bit; `control=ControlConfig(...)` other settings for one call."""
+    if name == "." or subfolder:
+        return text
+    return (
+        f"{text} With transformers alone, and the base as `model`:\n\n```python\n"
+        f"model.generate(**inputs, custom_generate={place}, trust_remote_code=True)\n```"
+    )
+
+
+def _bullets(heading: str, lines: list[str]) -> str:
+    return f"{heading}\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
+
+
+def _shape(config: ValueHeadConfig, base: str | None) -> list[str]:
+    lines = []
+    if base is not None:
+        revision = f" at revision `{config.base_model_revision}`" if config.base_model_revision else ""
+        lines.append(f"Base model: `{base}`{revision}. Its weights are not in this repo.")
+    where = (
+        "the input of the LM head (after the final norm)"
+        if config.hook_point == "lm_head"
+        else f"the output of decoder layer {config.layer}"
+    )
+    widths = " - ".join(map(str, [config.hidden_size, *config.head_sizes, config.num_objectives]))
+    lines.append(f"Value part V: {widths}, {config.activation}, reading {where}.")
+    if config.advantage_sizes is not None:
+        widths = " - ".join(map(str, [config.hidden_size, *config.advantage_sizes, config.hidden_size]))
+        lines.append(f"Advantage part g: {widths}.")
+    if config.control is not None:
+        known = {key: value for key, value in config.control.to_dict().items() if value is not None}
+        settings = ", ".join(f"{key}={value!r}" for key, value in known.items())
+        lines.append(f"Recommended control: `ControlConfig({settings})`.")
+    return lines
+
+
+def _data(config: ValueHeadConfig, training: TrainingRecord) -> list[str]:
+    lines = []
+    means, stds = (x if isinstance(x, list) else [x] for x in (config.reward_mean, config.reward_std))
+    for name, mean, std in zip(training.rewards, means, stds, strict=False):
+        lines.append(f"Reward `{name}`: mean {mean:.3g}, standard deviation {std:.3g} over the training responses.")
+    if training.dataset:
+        lines.append(f"Prompts: the data set `{training.dataset}`.")
+    if training.responses is not None:
+        counts = {"prompts": training.prompts, "tokens": training.tokens, "finished responses": training.finished}
+        known = ", ".join(f"{number} {what}" for what, number in counts.items() if number is not None)
+        lines.append(f"{training.responses} responses of the base{f' ({known})' if known else ''}.")
+    if training.sampling:
+        sampling = ", ".join(f"`{key}={value!r}`" for key, value in sorted(training.sampling.items()))
+        lines.append(f"Sampled with {sampling}.")
+    if training.states is not None:
+        stored = f", stored as {training.states_dtype}" if training.states_dtype else ""
+        lines.append(f"{training.states} hidden states{stored}.")
+    return lines
+
+
+def _measured(training: TrainingRecord) -> str:
+    known = _known_figures(training)
+    if not known:
+        return ""
+    count = training.figures.get("held_out_prompts")
+    which = f"{count:.0f} prompts" if count else "prompts"
+    rows = [f"| {_METRICS[name][0]} | {value:.3f} | {_METRICS[name][2]} |" for name, value in known.items()]
+    lines = [
+        f"## Measured\n\nOn {which} held out of training, which also chose the epoch.\n",
+        "| | | |",
+        "|---|---|---|",
+        *rows,
+    ]
+    if training.command:
+        lines.append(f"\nMeasured by `{training.command}`.")
+    return "\n".join([*lines, *(f"\n**Note.** {warning}" for warning in training.warnings)])

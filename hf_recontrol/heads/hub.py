@@ -1,0 +1,281 @@
+"""Heads on the Hub and in folders: finding their files, the card, the push."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+# HTTPError is that of the HTTP library which huggingface_hub uses: a connection that broke is no error of its own.
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
+
+from .._version import __version__
+from ..configuration import ValueHeadConfig
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_LOG_IN = "If the repo is private or gated, log in with `hf auth login` or pass `token`"
+_REMEDIES = {
+    401: f"Check the name. {_LOG_IN}.",
+    403: f"{_LOG_IN}; accept its terms on its page, or use a token that may do this.",
+    404: f"Check the name and the revision. {_LOG_IN}.",
+    409: "Somebody else changed it at the same time: try again.",
+    412: "Somebody else changed it at the same time: try again.",
+    429: "Too many requests: wait some minutes and try again.",
+    500: "The Hub has trouble of its own: wait and try again.",
+}
+
+
+def find_file(
+    name_or_path: str | os.PathLike,
+    filename: str,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    cache_dir: str | os.PathLike | None = None,
+    force_download: bool = False,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """
+    Path of one file of a head, from a local folder or (downloaded and cached) from a Hub repo.
+
+    Raises:
+        `OSError`: if the folder, the repo or the file in it cannot be had; says what was asked for and what to do.
+    """
+    name_or_path = os.fspath(name_or_path)
+    _check_subfolder(name_or_path, subfolder)
+    folder = Path(name_or_path, subfolder)
+    if Path(name_or_path).exists():
+        path = folder / filename
+        if path.is_file():
+            _check_link(path, Path(name_or_path))
+            return path
+        if not folder.is_dir():
+            raise OSError(f"{folder} is not a folder: name the folder that holds {filename}.")
+        message = f"No {filename} in {folder}"
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+        if filename == WEIGHTS_NAME and pickles:
+            message += f". {', '.join(pickles)} would have to be unpickled, which could run code: save as safetensors"
+        raise OSError(f"{message}.")
+    where = f"{filename}{f' in {subfolder}' if subfolder else ''}{f' at revision {revision}' if revision else ''}"
+    try:
+        with explained(f"get {where} from", name_or_path):
+            return Path(
+                hf_hub_download(
+                    name_or_path,
+                    filename,
+                    subfolder=subfolder or None,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    token=token,
+                    local_files_only=local_files_only,
+                )
+            )
+    except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _refused(f"get {where} from", name_or_path, error.__cause__) from error
+        raise OSError(
+            f"Could not get {where} from {name_or_path!r}: it is no local folder, it is not in the cache, and the Hub "
+            "could not be reached or was not to be asked. Check the name and the connection."
+        ) from error
+    except EntryNotFoundError as error:
+        raise OSError(f"The Hub repo {name_or_path!r} has no {where}.") from error
+
+
+def _check_subfolder(name_or_path: str, subfolder: str) -> None:
+    if os.path.isabs(subfolder) or ".." in re.split(r"[/\\]", subfolder):
+        raise OSError(f"`subfolder` must lie inside {name_or_path}, got {subfolder!r}.")
+
+
+def _check_link(path: Path, folder: Path) -> None:
+    """Raise `OSError` if a folder, which may be from anybody, has its file elsewhere by a link."""
+    target, root = path.resolve(), folder.resolve()
+    # A snapshot in the Hub's cache is links to the blobs beside the snapshots.
+    blobs = [parent.parent / "blobs" for parent in (root, *root.parents) if parent.name == "snapshots"]
+    if not target.is_relative_to(root) and target.parent not in blobs:
+        raise OSError(f"{path} is a link to {target}, outside {folder}: put the file itself there.")
+
+
+@contextmanager
+def explained(action: str, repo_id: str) -> Iterator[None]:
+    """Raise what the Hub or the way there refuses as an `OSError` that names the repo and says what to do."""
+    try:
+        yield
+    except EntryNotFoundError:
+        raise  # the caller knows which file, and whether it matters
+    except HFValidationError as error:
+        raise OSError(f"{repo_id!r} is neither a local folder nor the name of a Hub repo.") from error
+    except LocalTokenNotFoundError as error:
+        raise OSError(f"Could not {action} {repo_id!r}: no token was found. {_REMEDIES[401]}") from error
+    except OfflineModeIsEnabled as error:
+        raise OSError(f"Could not {action} {repo_id!r}: offline mode is on, unset HF_HUB_OFFLINE.") from error
+    except HfHubHTTPError as error:
+        raise _refused(action, repo_id, error) from error
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise OSError(
+            f"Could not {action} {repo_id!r}: the connection failed ({type(error).__name__}: {error}). Check it, and "
+            "try again."
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        # huggingface_hub wraps what ends the upload of a large file, or a download that was forced.
+        if isinstance(error.__cause__, (HTTPError, ConnectionError, TimeoutError)):
+            with explained(action, repo_id):
+                raise error.__cause__ from error
+        if isinstance(error, RuntimeError):
+            raise
+        # The Hub finds the card's metadata wrong, or what answers is no Hub.
+        raise OSError(f"Could not {action} {repo_id!r}: {error}") from error
+
+
+def _refused(action: str, repo_id: str, error: HfHubHTTPError) -> OSError:
+    status = 404 if error.response is None else error.response.status_code
+    if isinstance(error, GatedRepoError):
+        # Who is not logged in gets 401 here, and would learn only from the second try that there are terms.
+        status = 403
+    return OSError(f"Could not {action} {repo_id!r}: {error}. {_REMEDIES.get(min(status, 500), '')}".strip())
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a repo on the Hub can have this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def check_base(name_or_path: str | os.PathLike) -> None:
+    """Raise `OSError` if what is named as a base model is a head, or neither a folder nor the name of a Hub repo."""
+    path = Path(name_or_path)
+    if not path.is_dir() and not is_repo_id(str(name_or_path)):
+        raise OSError(f"The base model {name_or_path} is no folder, and not the name of a Hub repo.")
+    try:
+        config = ValueHeadConfig.from_json_file(path / CONFIG_NAME)
+    except (OSError, ValueError):
+        return
+    raise OSError(f"{name_or_path} is a value head, not a model: its base is {config.base_model_name_or_path}.")
+
+
+def with_commit(
+    model: PreTrainedModel, revision: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> PreTrainedModel:
+    """
+    A model that was just loaded, with the commit of its repo in its configuration, so that a head can name the very
+    weights that it was trained on. Releases of transformers that note it themselves are left to it.
+    """
+    name = str(model.config._name_or_path)
+    if getattr(model.config, "_commit_hash", None) is None and is_repo_id(name) and not os.path.exists(name):
+        file = try_to_load_from_cache(name, CONFIG_NAME, cache_dir=cache_dir, revision=revision)
+        if isinstance(file, str):
+            model.config._commit_hash = Path(file).parent.name
+    return model
+
+
+def portable_name(name_or_path: str) -> str | None:
+    """A base model's name as a head records it: a local folder by its whole path, so that any folder finds it."""
+    if not name_or_path:
+        return None
+    return os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
+
+
+def write_custom_generate(folder: Path, repo_id: str) -> None:
+    """Write what `generate(..., custom_generate=repo_id)` of a plain transformers runs, for the head in `folder`."""
+    source = Path(__file__).parents[1] / "custom_generate"
+    target = folder / source.name
+    target.mkdir()
+    for path in source.glob("*.*"):
+        text = path.read_text(encoding="utf-8").replace("REPO = None", f"REPO = {json.dumps(repo_id)}")
+        (target / path.name).write_text(text, encoding="utf-8")
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
+    subfolder: str,
+    may_replace_card: Callable[[str], bool],
+):
+    """
+    Push the files of `folder` as one commit to the Hub repo `repo_id`, created if need be. A card that is in the repo
+    is kept unless `may_replace_card` says otherwise of its text.
+
+    Returns:
+        [`~huggingface_hub.CommitInfo`]
+
+    Raises:
+        `OSError`: if the Hub refuses, or cannot be reached; names the repo and says what to do. The repo's files and
+        branches are then as they were; a repo that had to be created stays, empty.
+    """
+    _check_subfolder(repo_id, subfolder)
+    api = HfApi(token=token, library_name="hf-recontrol", library_version=__version__)
+    with explained("push to", repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not subfolder:
+            write_custom_generate(folder, repo_id)
+        with _branch(api, repo_id, None if create_pr else revision):
+            old_card = _card_of(repo_id, subfolder, revision, token)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                path_in_repo=subfolder or None,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                ignore_patterns=None if old_card is None or may_replace_card(old_card) else [CARD_NAME],
+            )
+
+
+@contextmanager
+def _branch(api: HfApi, repo_id: str, branch: str | None) -> Iterator[None]:
+    """Make a branch for what is pushed inside the block, if it has a name and is new; take it back if that fails."""
+    is_new = False
+    if branch is not None:
+        try:
+            api.create_branch(repo_id, branch=branch)
+            is_new = True
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(HfHubHTTPError, HTTPError):
+                api.delete_branch(repo_id, branch=branch)
+        raise
+
+
+def _card_of(repo_id: str, subfolder: str, revision: str | None, token: str | bool | None) -> str | None:
+    try:
+        # By force: else a card in the cache, or none, would be the answer where the Hub gives no answer.
+        card = hf_hub_download(
+            repo_id, CARD_NAME, subfolder=subfolder or None, revision=revision, token=token, force_download=True
+        )
+    except EntryNotFoundError:
+        return None
+    return Path(card).read_text(encoding="utf-8", errors="replace")

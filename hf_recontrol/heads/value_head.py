@@ -1,0 +1,240 @@
+"""The value head: a small MLP from a hidden state to the reward that the response will get."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ..configuration import ValueHeadConfig
+from ..utils.files import atomic_path, make_folder
+from .card import is_untouched, model_card, write_card
+from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, push_folder
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation between them: `(..., sizes[0])` to `(..., sizes[-1])`."""
+
+    def __init__(self, sizes: list[int], activation: str):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.activation = ACT2FN[activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = self.activation(layer(x))
+        return last(x)
+
+
+class ValueHead(nn.Module):
+    r"""
+    V(h) = MLP((h - state_mean) / state_scale), and optionally the advantage part g on the same scaled state.
+
+    Args:
+        config ([`ValueHeadConfig`]):
+            The shape of the head. Weights start random (V) and at zero in g's last layer (so an untrained g edits
+            nothing).
+
+    The buffers `state_mean` and `state_scale`, one value for each feature, are 0 and 1 unless training sets them.
+    """
+
+    def __init__(self, config: ValueHeadConfig):
+        super().__init__()
+        self.config = config
+        self.register_buffer("state_mean", torch.zeros(config.hidden_size))
+        self.register_buffer("state_scale", torch.ones(config.hidden_size))
+        self.value_mlp = MLP([config.hidden_size, *config.head_sizes, config.num_objectives], config.activation)
+        self.advantage_mlp = None
+        if config.advantage_sizes is not None:
+            self.advantage_mlp = MLP(
+                [config.hidden_size, *config.advantage_sizes, config.hidden_size], config.activation
+            )
+            nn.init.zeros_(self.advantage_mlp.layers[-1].weight)
+            nn.init.zeros_(self.advantage_mlp.layers[-1].bias)
+
+    def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The state in the head's coordinates, `(hidden - state_mean) / state_scale`, in the head's dtype."""
+        if hidden.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"This head reads states of width {self.config.hidden_size}, got a tensor of shape "
+                f"{tuple(hidden.shape)}."
+            )
+        return (hidden.to(self.state_mean.dtype) - self.state_mean) / self.state_scale
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """
+        Standardised values, `(..., hidden_size)` to `(..., num_objectives)`. [`ValueHead.rewards`] puts them in the
+        reward's own units.
+        """
+        return self.value_mlp(self.scaled(hidden))
+
+    def rewards(self, values: torch.Tensor) -> torch.Tensor:
+        """Standardised values in the reward's own units: `values * reward_std + reward_mean`, same shape."""
+        mean, std = (values.new_tensor(x) for x in (self.config.reward_mean, self.config.reward_std))
+        return values * std + mean
+
+    def advantage(self, hidden: torch.Tensor) -> torch.Tensor:
+        """
+        g(h), `(..., hidden_size)` to `(..., hidden_size)`, in the state's own units: the advantage of token y is
+        `(w_y - E_π0[w])ᵀ g(h)`, in standardised values.
+
+        Raises:
+            `ValueError`: if the head has no advantage part.
+        """
+        if self.advantage_mlp is None:
+            raise ValueError("This head has no advantage part (`config.advantage_sizes` is None).")
+        return self.advantage_mlp(self.scaled(hidden))
+
+    def check_finite(self, source: str = "this head") -> None:
+        """Raise `ValueError` if a tensor holds NaN or infinity, or a scale is not above 0; names `source`."""
+        for name, tensor in self.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"`{name}` of {source} holds NaN or infinite values: it cannot be used.")
+        if not (self.state_scale > 0).all():
+            raise ValueError(f"`state_scale` of {source} holds values that are not above 0: it cannot be used.")
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """
+        Write `config.json`, `model.safetensors` and a card `README.md` to a folder; a card that someone else wrote or
+        edited is kept. Each file is complete or absent, also when the write is interrupted.
+
+        Raises:
+            `ValueError`: if the head holds NaN or infinite values. `OSError`: if the folder cannot be written.
+        """
+        self.check_finite()
+        folder = make_folder(save_directory)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        # Both are written before either is renamed: new weights beside the old config would be no head.
+        with atomic_path(folder / CONFIG_NAME) as config_path, atomic_path(folder / WEIGHTS_NAME) as weights_path:
+            config_path.write_text(self.config.to_json(), encoding="utf-8")
+            save_file(tensors, weights_path, metadata={"format": "pt"})
+        write_card(folder, model_card(self.config))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> ValueHead:
+        """
+        Load a head from a local folder or a Hub repo. Loading is strict: a missing, extra or misshapen tensor is an
+        error, and nothing is ever unpickled.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A folder, or the name of a Hub repo.
+            revision, subfolder, cache_dir, force_download, token, local_files_only:
+                As in [`~huggingface_hub.hf_hub_download`].
+
+        Raises:
+            `OSError`: if a file cannot be had. `ValueError`: if one is no head's; both name the file.
+        """
+        options = {
+            "revision": revision,
+            "subfolder": subfolder,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
+        config_path = find_file(pretrained_model_name_or_path, CONFIG_NAME, **options)
+        config = ValueHeadConfig.from_json_file(config_path)
+        weights_path = find_file(pretrained_model_name_or_path, WEIGHTS_NAME, **options)
+        # Shapes are compared before any memory is taken, so that a wrong width cannot ask for terabytes.
+        try:
+            with torch.device("meta"):
+                head = cls(config)
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{config_path}: no tensors can have the sizes that it asks for.") from error
+        _check_header(weights_path, {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()})
+        head.load_state_dict(load_file(weights_path), strict=True, assign=True)
+        head.to(head.state_mean.dtype).requires_grad_(True)
+        head.check_finite(str(weights_path))
+        return head
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload value head",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        subfolder: str = "",
+        tags: list[str] | None = None,
+    ):
+        """
+        Push the head, its configuration and its card to a Hub repo in one commit. A card that is there and that
+        somebody wrote or edited is kept; to replace it, delete it there first.
+
+        Args:
+            repo_id (`str`):
+                `"user/name"`, created if it does not exist.
+            commit_message, private, token, revision, create_pr:
+                As in [`~huggingface_hub.HfApi.upload_folder`].
+            subfolder (`str`, *optional*):
+                Where in the repo, so that one repo can hold several heads. `custom_generate` finds only a head at the
+                root.
+            tags (`list[str]`, *optional*):
+                Further tags for a new card.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]
+
+        Raises:
+            `ValueError`: if the head holds NaN or infinite values. `OSError`: if the Hub refuses or cannot be reached;
+            what the repo held is then as it was.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            write_card(Path(folder), model_card(self.config, repo_id, subfolder, tags, revision))
+            return push_folder(
+                Path(folder),
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                subfolder=subfolder,
+                may_replace_card=is_untouched,
+            )
+
+
+def _check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {}
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                tensor = file.get_slice(name)
+                found[name] = tuple(tensor.get_shape())
+                if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{path}: `{name}` has dtype {tensor.get_dtype()}, expected a float.")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}): it may be cut off, or a pickle under this name."
+        ) from error
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{path} does not hold the head that {CONFIG_NAME} describes: missing tensors {missing}, extra tensors "
+            f"{extra}."
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(f"{path}: `{name}` has shape {found[name]}, {CONFIG_NAME} asks for {shape}.")

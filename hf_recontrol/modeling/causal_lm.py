@@ -1,0 +1,424 @@
+"""`ReControlForCausalLM`: any decoder-only model of transformers, under the control of a value head."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import logging
+
+from ..configuration import ControlConfig
+from ..heads.hub import is_repo_id, portable_name, with_commit
+from ..heads.value_head import ValueHead
+from .checks import head_config, matched_head
+from .fused_lm_head import controlled_forward, original_forward
+from .hooks import ControlHooks, HeadWeights, read_states
+from .mixture import ValueHeadMixtureMixin
+
+logger = logging.get_logger(__name__)
+
+# Attributes that only make sense for the class or the process they were made in.
+_TRANSIENT = ("_compiled_call", "_last_compile_config")
+
+
+class ReControlForCausalLM(ValueHeadMixtureMixin):
+    """
+    A mixin that puts a loaded causal language model under the control of a head.
+
+    [`ReControlForCausalLM.from_pretrained`] and [`ReControlForCausalLM.from_model`] give the loaded model a class
+    `(ReControlForCausalLM, type(model))`, so it stays what it was (an instance of its own class, with its own
+    weights) and everything that takes a transformers model takes it. The head is no submodule: it is not in
+    `state_dict()`, `parameters()` or `num_parameters()`, so training, counting and saving the base see the base alone;
+    it is at `model.value_head`, and what control needs of it is copied to the model's device on first use.
+
+    ```python
+    model = ReControlForCausalLM.from_pretrained("org/base", value_head="user/my-value-head")
+    model.generate(**inputs)  # controlled by model.control
+    model.generate(**inputs, control=ControlConfig(step_size=1.0, num_steps=30))  # this call only
+    model.generate(**inputs, control=False)  # the base, bit for bit
+    ```
+
+    Control applies to the positions whose logits are kept (`logits_to_keep`; all of them in a plain forward). Settings
+    belong to a thread: `disable_control()` does not reach a thread that is started inside it (as the streamer pattern
+    does); pass `control=False` to the `generate` call in that thread.
+
+    A head on a layer other than the last feeds the key-value cache, so there an edited position stays edited for all
+    later ones. Generation edits the prompt's last position and every later one; a plain forward edits all positions
+    whose logits are kept. Modes where that cannot hold raise: `use_cache=False`, chunked prefill, classifier-free
+    guidance, use as a draft model, continuous batching.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args,
+        value_head: ValueHead | nn.Module | str | os.PathLike | None = None,
+        control: ControlConfig | None = None,
+        value_head_revision: str | None = None,
+        value_head_subfolder: str = "",
+        revision: str | None = None,
+        subfolder: str = "",
+        **kwargs,
+    ) -> ReControlForCausalLM:
+        """
+        Load a base model and put it under control.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A base model; or, without `value_head`, a head (folder or Hub repo) that knows its base model.
+            value_head ([`ValueHead`], `str` or `os.PathLike`, *optional*):
+                The head, if the first argument names the base.
+            control ([`ControlConfig`], *optional*):
+                Settings of calls that name none. Defaults to those that the head recommends.
+            value_head_revision, value_head_subfolder (`str`, *optional*):
+                Where `value_head` is in its repo.
+            revision, subfolder (`str`, *optional*):
+                Where the first argument is in its repo. The base of a head that knows its base is loaded at the
+                revision that the head names.
+            model_args, kwargs:
+                As in [`~transformers.AutoModelForCausalLM.from_pretrained`] (for a base that also takes images,
+                [`~transformers.AutoModelForImageTextToText.from_pretrained`]): `dtype`, `device_map`, `token`,
+                `cache_dir`, `local_files_only`, `trust_remote_code`, ...
+
+        Raises:
+            `OSError`: if files cannot be had. `ValueError`, `TypeError`: if the head and the base do not fit.
+        """
+        hub_options = {
+            key: kwargs[key] for key in ("cache_dir", "force_download", "token", "local_files_only") if key in kwargs
+        }
+        base: str | os.PathLike | None = pretrained_model_name_or_path
+        if value_head is None:
+            head = ValueHead.from_pretrained(base, revision=revision, subfolder=subfolder, **hub_options)
+            base, revision, subfolder = head.config.base_model_name_or_path, head.config.base_model_revision, ""
+            if base is None:
+                raise ValueError(
+                    f"The head {pretrained_model_name_or_path!s} does not say which model it is for: name it, "
+                    f"`from_pretrained('org/base', value_head={str(pretrained_model_name_or_path)!r})`."
+                )
+            if not os.path.exists(pretrained_model_name_or_path) and not is_repo_id(base):
+                raise ValueError(
+                    f"The head {pretrained_model_name_or_path!s} comes from the Hub and names a base that does not, "
+                    f"{base!r}: name the base yourself, "
+                    f"`from_pretrained('org/base', value_head={str(pretrained_model_name_or_path)!r})`."
+                )
+        elif isinstance(value_head, nn.Module):
+            head = value_head
+        else:
+            head = ValueHead.from_pretrained(
+                value_head, revision=value_head_revision, subfolder=value_head_subfolder, **hub_options
+            )
+        head_config(head).check_control(control)
+        if revision is not None:
+            kwargs["revision"] = revision
+        if subfolder:
+            kwargs["subfolder"] = subfolder
+        try:
+            model = AutoModelForCausalLM.from_pretrained(base, *model_args, **kwargs)
+        except ValueError as error:
+            if "for this kind of AutoModel" not in str(error):
+                raise
+            # Models that also take images have an auto class of their own.
+            model = AutoModelForImageTextToText.from_pretrained(base, *model_args, **kwargs)
+        if not subfolder:
+            with_commit(model, revision, kwargs.get("cache_dir"))
+        return cls.from_model(model, head, control)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        value_head: ValueHead | nn.Module | str | os.PathLike,
+        control: ControlConfig | None = None,
+    ) -> ReControlForCausalLM:
+        """
+        Put a loaded model under control, in place. Everything is checked before anything is changed.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                A decoder-only model with an LM head.
+            value_head ([`ValueHead`], `nn.Module`, `str` or `os.PathLike`):
+                A head, or where to load it from. Another module must have a [`ValueHeadConfig`] as `config` and map
+                `(rows, hidden_size)` to `(rows, num_objectives)`; it is climbed by autograd.
+            control ([`ControlConfig`], *optional*):
+                Settings of calls that name none. Defaults to those that the head recommends, else to
+                `ControlConfig()`.
+
+        Returns:
+            `model` itself.
+
+        Raises:
+            `TypeError`: if `model` or `value_head` is of the wrong kind. `ValueError`: if they do not fit together, or
+            the head would do nothing.
+        """
+        if isinstance(model, ReControlForCausalLM):
+            raise ValueError("This model already has a value head: call `model.unload()` first.")
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            raise TypeError(
+                "A PeftModel cannot be controlled itself: control its base, "
+                "`ReControlForCausalLM.from_model(peft_model.get_base_model(), ...)`; the adapters stay active."
+            )
+        value_head, control = matched_head(model, value_head, control)
+
+        hooks = ControlHooks(model, value_head, value_head.config, control)
+        try:
+            hooks.check(control, hooks.weights)
+        except ValueError:
+            hooks.remove()
+            raise
+        model._recontrol = hooks
+        _drop_transient(model.__dict__)
+        model.__class__ = _controlled_class(type(model))
+        if "forward" in model.__dict__:
+            model.forward = model.__dict__["forward"]
+        return model
+
+    def unload(self) -> PreTrainedModel:
+        """Take the control off again: hooks gone, original class back. Returns the base model, the same object."""
+        self._recontrol.remove()
+        del self._recontrol
+        _drop_transient(self.__dict__)
+        if "forward" in self.__dict__:
+            self.__dict__["forward"] = original_forward(self.__dict__["forward"])
+        self.__class__ = _base_class(type(self))
+        return self
+
+    @property
+    def control(self) -> ControlConfig:
+        """The settings of calls that name none. Assign another [`ControlConfig`] to change them."""
+        return self._recontrol.control
+
+    @control.setter
+    def control(self, control: ControlConfig) -> None:
+        if control is False:
+            raise TypeError("`control` must be a ControlConfig: `disable_control()` or `control=False` turn it off.")
+        self._recontrol.check(control, self._recontrol.weights)
+        self._recontrol.control = control
+
+    def disable_control(self) -> AbstractContextManager[None]:
+        """A context manager in which the model is the base, in this thread."""
+        return self._recontrol.call(False)
+
+    def generate(
+        self,
+        *args,
+        control: ControlConfig | bool | None = None,
+        value_heads: HeadWeights | None = None,
+        **kwargs,
+    ):
+        """
+        [`~transformers.GenerationMixin.generate`] under control.
+
+        Args:
+            control ([`ControlConfig`] or `False`, *optional*):
+                Settings of this call; `False` gives the base, bit for bit. Defaults to `model.control`. A `step_size`
+                that holds one value for each prompt follows beams and `num_return_sequences`.
+            value_heads (mapping of `str` to `float` or a sequence of `float`, *optional*):
+                Weights of the heads in this call, as for [`ReControlForCausalLM.set_value_heads`]. Defaults to those
+                set there.
+            args, kwargs:
+                As in the base.
+
+        Raises:
+            `ValueError`: if the head, the control and the generation mode do not go together.
+            `FloatingPointError`: if a state is not finite, or control made it so.
+        """
+        self._recontrol.follow(self)
+        with self._recontrol.call(control, value_heads, generating=True):
+            return super().generate(*args, **kwargs)
+
+    def generate_batch(
+        self,
+        *args,
+        control: ControlConfig | bool | None = None,
+        value_heads: HeadWeights | None = None,
+        **kwargs,
+    ):
+        """[`~transformers.GenerationMixin.generate_batch`] (continuous batching) under control."""
+        self._recontrol.follow(self)
+        with self._recontrol.call(control, value_heads):
+            return super().generate_batch(*args, **kwargs)
+
+    def init_continuous_batching(
+        self,
+        *args,
+        control: ControlConfig | bool | None = None,
+        value_heads: HeadWeights | None = None,
+        **kwargs,
+    ):
+        """
+        [`~transformers.GenerationMixin.init_continuous_batching`] under control. The manager generates in a thread of
+        its own, with the settings in force now.
+
+        Raises:
+            `ValueError`: for step sizes or weights per row, and for a head on a layer other than the last.
+        """
+        hooks = self._recontrol
+        hooks.follow(self)
+        with hooks.call(control, value_heads):
+            active, weights = hooks.active_control(), hooks.active_weights()
+            if by_row := hooks.by_row():
+                raise ValueError(
+                    f"Continuous batching packs requests into one row, so {next(iter(by_row))} cannot differ "
+                    "between them."
+                )
+            if active is not None and not hooks.is_last_layer:
+                raise ValueError(
+                    f"A head on layer {hooks.layer} feeds the cache, whose blocks continuous batching shares between "
+                    "requests: generate without it, or use a head on the last layer."
+                )
+            manager = super().init_continuous_batching(*args, **kwargs)
+        for name in ("warmup", "_run_generation_loop"):
+            function = getattr(type(manager), name).__get__(manager)
+            setattr(manager, name, _with_settings(hooks, active, weights, function))
+        return manager
+
+    def values(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        value_head: str | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        V at every position of the base's (uncontrolled) states, in the reward's own units.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`), attention_mask (*optional*, same shape), kwargs:
+                As in the base's forward.
+            value_head (`str`, *optional*):
+                Which head, by name, if the model has several.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, seq, num_objectives)`. Values at padded positions mean nothing.
+        """
+        config, head = self._recontrol.config, self._one_head(value_head)
+        if config.hook_point != "lm_head" and self._supports_logits_to_keep():
+            kwargs.setdefault("logits_to_keep", 1)
+        with self.disable_control(), read_states(self, config) as states:
+            self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        parameter = next(head.parameters(), states[0])
+        values = head(states[0].to(parameter.device, parameter.dtype))
+        return (head.rewards(values) if isinstance(head, ValueHead) else values).to(states[0].device)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, value_head: str | None = None, **kwargs) -> None:
+        """
+        Save the head, its configuration and its card; never the base. `model.control` is saved as the recommended
+        control of the head that acts alone, with weight 1.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                A folder.
+            value_head (`str`, *optional*):
+                Which head, by name, if the model has several.
+
+        A call with `state_dict=...`, as [`~transformers.Trainer`] makes for its checkpoints, is about the base: it
+        saves the base as the base would, and the head in the folder `value_head` inside (several heads in folders of
+        their names in there), so that nothing is lost.
+        """
+        if kwargs and "state_dict" not in kwargs:
+            raise TypeError(
+                f"save_pretrained() of a controlled model saves the head and does not know {sorted(kwargs)}. To save "
+                "the base, `unload()` the head first; to push the head, call `push_to_hub`."
+            )
+        if not kwargs:
+            self._named_head(value_head).save_pretrained(save_directory)
+            return
+        names = list(self.value_heads) if value_head is None else [value_head]
+        heads = {name: self._named_head(name) for name in names}
+        super().save_pretrained(save_directory, **kwargs)
+        for name, head in heads.items():
+            parts = ["value_head"] if len(heads) == 1 else ["value_head", name]
+            head.save_pretrained(os.path.join(save_directory, *parts))
+
+    def push_to_hub(self, repo_id: str, *, value_head: str | None = None, **kwargs):
+        """[`ValueHead.push_to_hub`] of what [`ReControlForCausalLM.save_pretrained`] saves; never the base."""
+        return self._named_head(value_head).push_to_hub(repo_id, **kwargs)
+
+    def _named_head(self, name: str | None) -> ValueHead:
+        head = self._one_head(name)
+        if not isinstance(head, ValueHead):
+            raise TypeError(f"Only a ValueHead can be saved, this head is a {type(head).__name__}.")
+        if not head.config.base_model_name_or_path:
+            head.config.base_model_name_or_path = portable_name(self.config._name_or_path)
+            head.config.base_model_revision = getattr(self.config, "_commit_hash", None)
+        # Settings for a mixture, or for another head, say nothing of this one alone.
+        acting = self._recontrol.nonzero(self._recontrol.weights)
+        alone = [(self.value_heads[other], weight) for other, weight in acting.items()]
+        if alone == [(head, 1.0)] and not self.control.per_row:
+            head.config.control = self.control
+        return head
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        hooks = self._recontrol
+        if not hooks.is_last_layer and hooks.active_control() is not None:
+            reasons = {
+                "`use_cache=False`": not generation_config.use_cache,
+                "`prefill_chunk_size`": generation_config.prefill_chunk_size is not None,
+                "`guidance_scale`": generation_config.guidance_scale not in (None, 1),
+                "use as a draft model": generation_config.is_assistant,
+                "a base without a cache": not {"past_key_values", "cache_params"}
+                & inspect.signature(self.forward).parameters.keys(),
+            }
+            found = [reason for reason, holds in reasons.items() if holds]
+            if found:
+                raise ValueError(
+                    f"A head on layer {hooks.layer} feeds the cache from the prompt's last position on, which does "
+                    f"not hold with {' and '.join(found)}: generate without it, or use a head on the last layer."
+                )
+        return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        if input_ids is not None:
+            self._recontrol.expand(len(input_ids), expand_size)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+
+    def __setattr__(self, name, value):
+        # TRL's trainers give the model a `forward` that reads the LM head's weight past every hook on it.
+        super().__setattr__(name, controlled_forward(value) if name == "forward" else value)
+
+    def __reduce_ex__(self, protocol):
+        # The dynamic class has no importable name, so the copy is rebuilt from the base's. Also what deepcopy uses.
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _new_instance, (_base_class(type(self)),), _drop_transient(dict(state))
+
+
+def _drop_transient(attributes: dict[str, Any]) -> dict[str, Any]:
+    for name in _TRANSIENT:
+        attributes.pop(name, None)
+    return attributes
+
+
+@cache
+def _controlled_class(base: type) -> type:
+    # Named as the base: pipelines compare class names, and transformers keys registries on the class's text.
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (ReControlForCausalLM, base), names)
+
+
+def _base_class(controlled: type) -> type:
+    return controlled.__bases__[1]
+
+
+def _new_instance(base: type):
+    controlled = _controlled_class(base)
+    return controlled.__new__(controlled)
+
+
+def _with_settings(
+    hooks: ControlHooks, control: ControlConfig | None, weights: HeadWeights, function: Callable
+) -> Callable:
+    def run(*args, **kwargs):
+        with hooks.call(control or False, weights):
+            return function(*args, **kwargs)
+
+    return run

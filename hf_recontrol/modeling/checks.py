@@ -1,0 +1,111 @@
+"""Whether a head, a control and a model go together: checked before anything is changed."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..configuration import ControlConfig, ValueHeadConfig
+from ..heads.value_head import ValueHead
+from .hook_points import find_lm_head, hook_layer, hook_width
+
+logger = logging.get_logger(__name__)
+
+
+def head_config(head: nn.Module) -> ValueHeadConfig:
+    """The configuration of a head.
+
+    Raises:
+        `TypeError`: if it has none.
+    """
+    config = getattr(head, "config", None)
+    if not isinstance(head, nn.Module) or not isinstance(config, ValueHeadConfig):
+        raise TypeError(
+            f"`value_head` must be a ValueHead, its folder or Hub repo, or a module whose `config` is a "
+            f"ValueHeadConfig, got {type(head).__name__}."
+        )
+    return config
+
+
+def matched_head(
+    model: PreTrainedModel,
+    value_head: ValueHead | nn.Module | str | os.PathLike,
+    control: ControlConfig | None,
+) -> tuple[nn.Module, ControlConfig]:
+    """
+    A head, loaded if need be, and its control (that which the head recommends, else `ControlConfig()`, if none is
+    given), checked against the model that they are for.
+
+    Raises:
+        `TypeError`, `ValueError`: as [`ReControlForCausalLM.from_model`].
+    """
+    check_model(model)
+    if isinstance(value_head, (str, os.PathLike)):
+        value_head = ValueHead.from_pretrained(value_head)
+    config = head_config(value_head)
+    if control is None:
+        control = config.control or ControlConfig()
+    config.check_control(control)
+    check_head(model, value_head)
+    check_not_idle(value_head, control)
+    return value_head, control
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise `TypeError` or `ValueError` if a model is none that can be controlled."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}.")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported.")
+    find_lm_head(model)
+    if not model.can_generate():
+        raise ValueError(f"{type(model).__name__} cannot generate: load it with AutoModelForCausalLM.")
+
+
+def check_head(model: PreTrainedModel, head: nn.Module) -> None:
+    """
+    Check that a head reads states that a model has; warns if it was trained for another one.
+
+    Raises:
+        `ValueError`: if it does not, or holds values that are not finite.
+    """
+    config = head_config(head)
+    hook_layer(model, config)
+    width = hook_width(model, config)
+    if width != config.hidden_size:
+        raise ValueError(
+            f"The head reads states of width {config.hidden_size}, {type(model).__name__} has {width} at "
+            f"{config.hook_point!r}: it was made for another base model"
+            f"{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}."
+        )
+    if isinstance(head, ValueHead):
+        head.check_finite()
+    _warn_of_other_base(model, config)
+
+
+def check_not_idle(head: nn.Module, control: ControlConfig) -> None:
+    """Refuse a head whose edit is zero whatever the state: an untrained g, or a V that is constant; or has no g."""
+    if not isinstance(head, ValueHead):
+        if control.method == "advantage" and not callable(getattr(head, "advantage", None)):
+            raise TypeError(f"{type(head).__name__} has no method `advantage`, which `method='advantage'` calls.")
+        return
+    last = (head.advantage_mlp if control.method == "advantage" else head.value_mlp).layers[-1]
+    # The bias of V's last layer moves no state; that of g's is the constant part of the edit.
+    idle = not last.weight.any() and not (control.method == "advantage" and last.bias.any())
+    if idle:
+        raise ValueError(
+            f"This head would do nothing under `method={control.method!r}`: the last layer of its "
+            f"{'advantage' if control.method == 'advantage' else 'value'} part is all zeros, so it is not trained."
+        )
+
+
+def _warn_of_other_base(model: PreTrainedModel, config: ValueHeadConfig) -> None:
+    trained_for, here = config.base_model_name_or_path, model.config._name_or_path
+    if trained_for and here and os.path.basename(trained_for.rstrip("/")) != os.path.basename(here.rstrip("/")):
+        logger.warning(
+            f"This head was trained for {trained_for!r} and is put on {here!r}: the widths fit, but its values may "
+            "mean nothing there."
+        )

@@ -1,0 +1,240 @@
+"""States and V to the advantage part: least squares on V's differences, the constant part in closed form."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import ExitStack
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..data.stage_folder import Processes, Progress
+from ..data.states import States, StateStore
+from ..heads.value_head import ValueHead
+from .targets import episode_mask, pad_episodes, value_differences
+from .trainer import Episodes, EpisodeTrainer, check_options, own_randomness
+from .value import split_by_prompt
+
+logger = logging.get_logger(__name__)
+
+# Below this correlation g has found next to nothing.
+_USELESS = 0.05
+# Ridge penalties tried, relative to the largest eigenvalue of the directions' second moment.
+_PENALTIES = torch.logspace(-6, 2, 17, dtype=torch.float64)
+
+
+class AdvantageModel(nn.Module):
+    """g of a head as what the Trainer trains and saves; V is frozen."""
+
+    def __init__(self, head: ValueHead):
+        super().__init__()
+        self.head = head
+        head.value_mlp.requires_grad_(False)
+        head.advantage_mlp.requires_grad_(True)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head.advantage(hidden)
+
+
+def advantage_targets(
+    head: ValueHead, batch: dict[str, torch.Tensor], gae_lambda: float, discount: float
+) -> torch.Tensor:
+    """The targets of a batch of episodes, one after the other: `(states,)`, summed over the objectives."""
+    with torch.no_grad():
+        values = pad_episodes(head(batch["hidden"]).float(), batch["lengths"])
+        differences = value_differences(
+            values,
+            batch["rewards"],
+            batch["lengths"],
+            gae_lambda,
+            discount=discount,
+            open_ended=batch.get("open_ended"),
+        )
+        return differences.sum(-1)[episode_mask(batch["lengths"])]
+
+
+class AdvantageTrainer(EpisodeTrainer):
+    """
+    Fits g by least squares: `(w_y - w̄(h_t))ᵀ g(h_t) ≈ A_t`.
+
+    Args:
+        gae_lambda, discount (`float`):
+            As for [`fit_advantage`].
+        args, kwargs:
+            As for [`EpisodeTrainer`].
+    """
+
+    def __init__(self, *args, gae_lambda: float, discount: float, **kwargs):
+        super().__init__(*args, metric="advantage_error", description="advantage", **kwargs)
+        self.gae_lambda, self.discount = gae_lambda, discount
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a batch of whole episodes."""
+        head = self.accelerator.unwrap_model(model).head
+        targets = advantage_targets(head, inputs, self.gae_lambda, self.discount)
+        advantage = (inputs["directions"] * model(inputs["hidden"])).sum(-1).float()
+        loss = (advantage - targets).square().sum() / self.normaliser(inputs)
+        return (loss, advantage) if return_outputs else loss
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, Any]:
+        """`advantage_error` (mean squared, relative to that of 0) and `advantage_correlation`."""
+        head = self.accelerator.unwrap_model(self.model).head
+        device = next(head.parameters()).device
+        sums = torch.zeros(6, dtype=torch.float64)
+        for _, batch in self.held_out.batches(64, self.processes):
+            batch = {name: value.to(device) for name, value in batch.items()}
+            target = advantage_targets(head, batch, self.gae_lambda, self.discount).double().cpu()
+            advantage = (batch["directions"] * head.advantage(batch["hidden"])).sum(-1).double().cpu()
+            products = (advantage, target, advantage.square(), target.square(), advantage * target)
+            sums += torch.stack([torch.tensor(float(len(target))).double(), *(x.sum() for x in products)])
+        count, a, t, aa, tt, at = torch.stack(self.processes.gather(sums)).sum(0).tolist()
+        norm = max((aa - a * a / count) * (tt - t * t / count), 0.0) ** 0.5
+        return {
+            "advantage_error": (aa - 2 * at + tt) / max(tt, 1e-30),
+            "advantage_correlation": (at - a * t / count) / norm if norm > 1e-12 * max(tt, 1e-30) else 0.0,
+        }
+
+
+def _moments(
+    head: ValueHead, episodes: Episodes, gae_lambda: float, discount: float, processes: Processes
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`XᵀX / n`, `Xᵀy / n` and n, streamed, over all processes: X the directions, y the targets."""
+    device = next(head.parameters()).device
+    width = episodes.store.hidden_size
+    square = torch.zeros(width, width, dtype=torch.float64, device=device)
+    product = torch.zeros(width, dtype=torch.float64, device=device)
+    count = 0.0
+    for _, batch in episodes.batches(64, processes):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        x = batch["directions"].double()
+        square.addmm_(x.T, x)
+        product += x.T @ advantage_targets(head, batch, gae_lambda, discount).double()
+        count += len(x)
+    gathered = processes.gather((square.cpu(), product.cpu(), count))
+    count = sum(part[2] for part in gathered)
+    return sum(part[0] for part in gathered) / count, sum(part[1] for part in gathered) / count, count
+
+
+def _ridge(train: tuple, held_out: tuple) -> torch.Tensor:
+    """b of `min ‖X b - y‖² + ρ‖b‖²` on the training moments, for the ρ that is best on the held-out ones."""
+    square, product, _ = train
+    if not (torch.isfinite(square).all() and torch.isfinite(held_out[0]).all()):
+        raise ValueError("The directions hold NaN or infinite values.")
+    eigenvalues, basis = torch.linalg.eigh(square)
+    projected = basis.T @ product
+    penalties = eigenvalues.max() * _PENALTIES
+    solutions = [basis @ (projected / (eigenvalues.clamp(min=0) + penalty)) for penalty in penalties]
+    # The error but for a constant.
+    return min(solutions, key=lambda b: float(b @ held_out[0] @ b - 2 * b @ held_out[1])).float()
+
+
+def fit_advantage(
+    head: ValueHead,
+    states: States | StateStore | str | os.PathLike,
+    *,
+    gae_lambda: float = 0.0,
+    discount: float = 1.0,
+    open_truncated: bool = False,
+    learning_rate: float = 1e-4,
+    num_epochs: int = 6,
+    batch_size: int = 64,
+    weight_decay: float = 0.0,
+    patience: int | None = None,
+    validation_split: float = 0.1,
+    seed: int = 0,
+    output_dir: str | os.PathLike | None = None,
+    training_arguments: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    r"""
+    Fit g, in place, by least squares on V's differences: `(w_y - w̄(h_t))ᵀ g(h_t) ≈ A_t` (see
+    [`value_differences`]). First its constant part, the last layer's bias, by ridge regression in closed form
+    (streamed normal equations; the penalty is the one with the smallest held-out error); then the MLP on what is left,
+    by transformers' Trainer, with the epoch with the smallest held-out error kept, which may be the one before the
+    first.
+
+    Args:
+        head ([`ValueHead`]):
+            A head with a trained V and an advantage part.
+        states:
+            The same episodes, with directions.
+        gae_lambda, discount (`float`, *optional*, default to 0.0 and 1.0):
+            λ of GAE and γ.
+        open_truncated, learning_rate, num_epochs, batch_size, weight_decay, patience, output_dir, training_arguments,
+        progress:
+            As for [`train_value_head`], of the MLP.
+        validation_split, seed (*optional*):
+            As for [`train_value_head`]: use the same ones, so that the same prompts are held out.
+
+    Returns:
+        On the held-out prompts (which also chose the penalty and the epoch): `advantage_correlation` and
+        `constant_correlation`, with V's differences, of g and of its constant part alone; `advantage_error` and
+        `constant_error`, mean squared, relative to that of 0; `log`, the Trainer's log.
+
+    Raises:
+        `ValueError`: if the head has no advantage part, or the states have no directions or are not finite.
+    """
+    check_options(learning_rate, max(num_epochs, 1), batch_size, training_arguments)
+    if head.advantage_mlp is None:
+        raise ValueError("This head has no advantage part: give `advantage_sizes` in its ValueHeadConfig.")
+    store = StateStore.of(states)
+    if not store.has_directions:
+        raise ValueError("The states have no directions: collect them with a config that has `advantage_sizes`.")
+    for name, value in (("gae_lambda", gae_lambda), ("discount", discount)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
+    train, held_out = (
+        Episodes(store, episodes, head, ["hidden", "directions"], open_truncated)
+        for episodes in split_by_prompt(store, validation_split, seed)
+    )
+    with ExitStack() as stack:
+        if output_dir is None:
+            output_dir = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(own_randomness(seed))
+        trainer = AdvantageTrainer(
+            AdvantageModel(head),
+            train,
+            held_out,
+            {
+                "output_dir": os.path.abspath(output_dir),
+                "batch_size": batch_size,
+                "learning_rate": learning_rate,
+                "num_train_epochs": num_epochs,
+                "weight_decay": weight_decay,
+                "seed": seed,
+                "data_seed": seed,
+                **(training_arguments or {}),
+            },
+            gae_lambda=gae_lambda,
+            discount=discount,
+            patience=patience,
+            progress=progress,
+        )
+        moments = [_moments(head, part, gae_lambda, discount, trainer.processes) for part in (train, held_out)]
+        *_, last = head.advantage_mlp.layers
+        with torch.no_grad():
+            last.weight.zero_()
+            last.bias.copy_(_ridge(*moments))
+        constant = trainer.figures()
+        before = deepcopy(head.advantage_mlp.state_dict())
+        best = num_epochs > 0 and trainer.fit() and trainer.state.best_metric < constant["advantage_error"]
+        if not best:
+            head.advantage_mlp.load_state_dict(before)
+        figures = trainer.figures()
+        if figures["advantage_correlation"] < _USELESS and trainer.processes.index == 0:
+            logger.warning(
+                f"On held-out prompts g's correlation with V's differences is {figures['advantage_correlation']:.3f}: "
+                "the advantage edit can hardly steer. Use more rollouts, or the ascent."
+            )
+        head.cpu()
+        head.value_mlp.requires_grad_(True)
+    return figures | {
+        "constant_error": constant["advantage_error"],
+        "constant_correlation": constant["advantage_correlation"],
+        "log": trainer.state.log_history,
+    }

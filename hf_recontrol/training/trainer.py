@@ -1,0 +1,280 @@
+"""transformers' Trainer over whole episodes of a state store: batches, held-out figures, checkpoints that survive."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from ..data.stage_folder import Processes, Progress, progress_bar
+from ..data.states import StateStore
+from ..heads.value_head import ValueHead
+
+try:
+    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ImportError as error:
+    raise ImportError("Training needs `pip install 'hf_recontrol[train]'`.") from error
+
+logger = logging.get_logger(__name__)
+# Checkpoints of a small head follow each other so fast that Trainer doubts the clock, at each of them.
+logging.get_logger("transformers.trainer_utils").addFilter(lambda record: "mtime may not" not in record.getMessage())
+
+
+class Episodes(Dataset):
+    """
+    Whole episodes of a store, fetched a batch at a time: `hidden` (and `directions`) of shape `(states, hidden_size)`,
+    one episode after the other, with `lengths`, standardised `rewards` and `open_ended`.
+    """
+
+    def __init__(self, store: StateStore, episodes: torch.Tensor, head: ValueHead, names: list[str], open_ended: bool):
+        self.store, self.episodes, self.names, self.open_ended = store, episodes, names, open_ended
+        self.mean, self.std = (
+            torch.tensor(x, dtype=torch.float64) for x in (head.config.reward_mean, head.config.reward_std)
+        )
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def rewards(self, episodes: torch.Tensor) -> torch.Tensor:
+        """Standardised rewards of episodes of the store, in float32."""
+        return ((self.store.rewards[episodes].double() - self.mean) / self.std).float()
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        chosen = self.episodes[torch.as_tensor(indices)]
+        batch = {name: self.store.gather(name, chosen) for name in self.names}
+        batch |= {"lengths": self.store.lengths[chosen], "rewards": self.rewards(chosen)}
+        return batch | ({"open_ended": ~self.store.finished[chosen]} if self.open_ended else {})
+
+    def batches(self, size: int, processes: Processes | None = None) -> Iterator[tuple[torch.Tensor, dict]]:
+        """(numbers of the episodes, batch), in order; of this process's share if `processes` is given."""
+        numbers = torch.arange(len(self))
+        if processes is not None:
+            numbers = numbers[processes.index :: processes.count]
+        for part in numbers.split(size):
+            yield part, self.__getitems__(part.tolist())
+
+
+class EpisodeTrainer(Trainer):
+    """
+    Trainer of one part of a head. Subclasses give `compute_loss` and `figures`.
+
+    The loss of a batch is a sum over its states divided by what an average batch holds, a constant, so that the mean
+    over processes is that of one process with all of the batch.
+
+    Args:
+        model (`nn.Module`):
+            What maps a batch's states to the trained part's outputs.
+        train, held_out ([`Episodes`]):
+            Training and held-out episodes.
+        options (`dict`):
+            Arguments of [`~transformers.TrainingArguments`].
+        metric (`str`):
+            Which figure is to become small: it chooses the checkpoint.
+        description (`str`):
+            What the progress bar says.
+        patience (`int`, *optional*):
+            Epochs without a better one before training stops.
+        progress (`Callable[[int, int], None]`, *optional*):
+            Called with (steps done, steps in all) instead of showing a bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Episodes,
+        held_out: Episodes,
+        options: dict[str, Any],
+        metric: str,
+        description: str,
+        patience: int | None = None,
+        progress: Progress | None = None,
+    ):
+        self.processes = Processes()
+        self.held_out = held_out
+        self.metric = metric
+        self.mean_length = float(train.store.lengths[train.episodes].double().mean())
+        batch_size = options.pop("batch_size")
+        if batch_size % self.processes.count:
+            raise ValueError(f"`batch_size` {batch_size} cannot be shared by {self.processes.count} processes evenly.")
+        # Incomplete batches are dropped; of few episodes nothing would be left.
+        share = max(1, min(batch_size, len(train)) // self.processes.count)
+        arguments = TrainingArguments(
+            **{
+                "per_device_train_batch_size": share,
+                "eval_strategy": "epoch",
+                "save_strategy": "epoch",
+                "logging_strategy": "epoch",
+                "save_total_limit": 2,
+                "load_best_model_at_end": True,
+                "metric_for_best_model": f"eval_{metric}",
+                "greater_is_better": False,
+                "restore_callback_states_from_checkpoint": True,
+                "lr_scheduler_type": "constant",
+                "report_to": "none",
+                "remove_unused_columns": False,
+                "label_names": [],
+                "dataloader_drop_last": True,
+                "dataloader_pin_memory": torch.cuda.is_available(),
+                "ddp_find_unused_parameters": False,
+                "use_cpu": self.processes.device.type == "cpu",
+                # Trainer's own bar also prints every log.
+                "disable_tqdm": True,
+            }
+            | options
+        )
+        super().__init__(model=model, args=arguments, train_dataset=train, eval_dataset=held_out, data_collator=_same)
+        self.remove_callback(PrinterCallback)
+        if patience is not None:
+            self.add_callback(EarlyStoppingCallback(patience))
+        self.add_callback(_Report(description, progress))
+
+    def figures(self) -> dict[str, Any]:
+        """Figures on the held-out episodes, the same in every process."""
+        raise NotImplementedError
+
+    def normaliser(self, batch: dict[str, torch.Tensor]) -> float:
+        """What a batch's summed loss is divided by: how many terms an average batch of as many episodes has."""
+        return len(batch["lengths"]) * self.mean_length
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """[`EpisodeTrainer.figures`], logged. Its arguments are those of the base and not used."""
+        training = self.model.training
+        self.model.eval()
+        figures = self.figures()
+        self.model.train(training)
+        metrics = {f"eval_{name}": value for name, value in figures.items() if isinstance(value, (int, float))}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def fit(self) -> bool:
+        """
+        Train, or go on where an earlier run was stopped, and load the best checkpoint's weights.
+
+        Returns:
+            Whether any epoch had a finite error.
+        """
+        folder = Path(self.args.output_dir)
+        if self.processes.index == 0:
+            drop_unfinished_checkpoints(folder)
+        self.processes.wait()
+        checkpoint = last_checkpoint(folder)
+        if checkpoint is not None and self._was_finished(checkpoint):
+            self._load_best_model()
+        else:
+            self.train(resume_from_checkpoint=checkpoint)
+        return self.state.best_metric is not None and np.isfinite(self.state.best_metric)
+
+    def _was_finished(self, checkpoint: str) -> bool:
+        """
+        Whether training had come to its end at a checkpoint, whose state is then taken over. Trainer itself would
+        train for another epoch after an early stop.
+        """
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        stopper = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+        stopped = stopper is not None and (
+            stopper["attributes"]["early_stopping_patience_counter"] >= stopper["args"]["early_stopping_patience"]
+        )
+        if not (stopped or state.global_step >= state.max_steps):
+            return False
+        if state.best_model_checkpoint is None:
+            return False
+        # The folder may have been moved since; Trainer itself sees to that where it goes on.
+        state.best_model_checkpoint = str(Path(checkpoint).with_name(Path(state.best_model_checkpoint).name))
+        self.state = state
+        return True
+
+
+def _same(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch
+
+
+class _Report(TrainerCallback):
+    """Tells `progress` or a bar how many steps are done."""
+
+    def __init__(self, description: str, progress: Progress | None):
+        self.description, self.progress = description, progress
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        index = 0 if state.is_world_process_zero else 1
+        self._bar = progress_bar(self.description, state.max_steps, self.progress, index)
+        self._advance = self._bar.__enter__()
+        self._advance(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._advance(1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        # Early stopping may have come before the last step.
+        self._advance(state.max_steps - state.global_step)
+        self._bar.__exit__(None, None, None)
+
+
+def check_options(
+    learning_rate: float, num_epochs: int, batch_size: int, training_arguments: dict[str, Any] | None
+) -> None:
+    """
+    Check what is handed to [`~transformers.TrainingArguments`].
+
+    Raises:
+        `ValueError`: names the number out of range. `TypeError`: names the arguments that it does not know.
+    """
+    for name, value in (("learning_rate", learning_rate), ("num_epochs", num_epochs), ("batch_size", batch_size)):
+        if not value > 0:
+            raise ValueError(f"`{name}` must be above 0, got {value}.")
+    known = {field.name for field in fields(TrainingArguments)}
+    if unknown := sorted((training_arguments or {}).keys() - known):
+        raise TypeError(f"`training_arguments` holds {unknown}, which TrainingArguments does not know.")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Folders of checkpoints, the newest first."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda path: -int(path.name.split("-")[-1]))
+
+
+def drop_unfinished_checkpoints(folder: Path) -> None:
+    """Remove checkpoints that a killed run was writing or removing: Trainer writes the state of training last."""
+    for path in _checkpoints(folder):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.info(f"{path} is not complete and is removed.")
+            shutil.rmtree(path)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in `folder`, if there is any."""
+    return next((str(path) for path in _checkpoints(folder)), None)
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Seed torch, numpy and random inside the block, and leave the caller's generators as they were."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count()))
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,349 @@
+"""States to a value head: V by TD(λ)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..configuration import ValueHeadConfig
+from ..data.stage_folder import Progress
+from ..data.states import States, StateStore
+from ..heads.value_head import ValueHead
+from .held_out import episode_summaries, value_figures
+from .targets import episode_mask, pad_episodes, td_targets
+from .trainer import Episodes, EpisodeTrainer, TrainerCallback, check_options, own_randomness
+
+logger = logging.get_logger(__name__)
+
+SCALINGS = ("feature", "scalar", "none")
+
+
+def split_by_prompt(
+    states: States | StateStore, validation_split: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Numbers of the training and the validation episodes; no prompt is in both. Held out are the prompts that come first
+    in an order that depends on the seed and on each prompt alone, so other data with the same prompts hold out the
+    same.
+
+    Raises:
+        `ValueError`: if one side would be empty.
+    """
+    prompts = states.prompts.unique()
+    count = round(len(prompts) * validation_split)
+    if not 0 < count < len(prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts cannot be split with validation_split={validation_split}: at least one prompt is "
+            "needed on each side."
+        )
+    order = np.argsort(_mixed(prompts.numpy().astype(np.uint64), seed), kind="stable")
+    held_out = torch.isin(states.prompts, prompts[torch.from_numpy(order[:count])])
+    return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+
+
+def _mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """Numbers that look random, one for each: the finaliser of splitmix64 (Steele et al., 2014)."""
+    with np.errstate(over="ignore"):
+        x = numbers + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed + 1)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+class ValueModel(nn.Module):
+    """V of a head as what the Trainer trains and saves, with the target network if there is one."""
+
+    def __init__(self, head: ValueHead, with_target: bool):
+        super().__init__()
+        self.head = head
+        self.target = deepcopy(head.value_mlp).requires_grad_(False) if with_target else None
+        if head.advantage_mlp is not None:
+            head.advantage_mlp.requires_grad_(False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden)
+
+
+class ValueTrainer(EpisodeTrainer):
+    """
+    Fits V: `Σ_t (V(s_t) - sg(v_t))²`. Override [`ValueTrainer.targets`] for another objective.
+
+    Args:
+        td_lambda, discount, target_update:
+            As for [`train_value_head`].
+        args, kwargs:
+            As for [`EpisodeTrainer`].
+    """
+
+    def __init__(self, *args, td_lambda: float, discount: float, target_update: float | None, **kwargs):
+        super().__init__(*args, metric="value_error", description="value head", **kwargs)
+        self.td_lambda, self.discount = td_lambda, discount
+        if target_update is not None:
+            self.add_callback(_TargetUpdate(target_update))
+
+    def targets(self, values: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        The targets of a batch, padded: `values` and result have shape `(episodes, longest, objectives)`. `values`
+        carry their gradient.
+        """
+        return td_targets(
+            values,
+            batch["rewards"],
+            batch["lengths"],
+            self.td_lambda,
+            discount=self.discount,
+            open_ended=batch.get("open_ended"),
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a batch of whole episodes."""
+        values = pad_episodes(model(inputs["hidden"]).float(), inputs["lengths"])
+        bootstrap = values
+        target = self.accelerator.unwrap_model(model).target
+        if target is not None:
+            with torch.no_grad():
+                scaled = self.accelerator.unwrap_model(model).head.scaled(inputs["hidden"])
+                bootstrap = pad_episodes(target(scaled).float(), inputs["lengths"])
+        errors = (values - self.targets(bootstrap, inputs)).square() * episode_mask(inputs["lengths"])[..., None]
+        loss = errors.sum() / (self.normaliser(inputs) * values.shape[-1])
+        return (loss, values) if return_outputs else loss
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, Any]:
+        """Those of [`value_figures`]."""
+        head = self.accelerator.unwrap_model(self.model).head
+        device = next(head.parameters()).device
+        numbers, summaries = [], []
+        for part, batch in self.held_out.batches(64, self.processes):
+            values = pad_episodes(head(batch["hidden"].to(device)).float().cpu(), batch["lengths"])
+            summaries.append(episode_summaries(values, batch["rewards"], batch["lengths"]))
+            numbers.append(part)
+        width = summaries[0].shape[1] if summaries else 0
+        own = (torch.cat(numbers), torch.cat(summaries)) if summaries else (torch.empty(0).long(), None)
+        gathered = torch.empty(len(self.held_out), max(width, 1))
+        for found, summary in self.processes.gather(own):
+            if summary is not None:
+                if gathered.shape[1] != summary.shape[1]:
+                    gathered = torch.empty(len(self.held_out), summary.shape[1])
+                gathered[found] = summary
+        store, episodes = self.held_out.store, self.held_out.episodes
+        return value_figures(
+            gathered,
+            self.held_out.rewards(episodes),
+            store.lengths[episodes],
+            store.prompts[episodes],
+            self.held_out.mean,
+            self.held_out.std,
+        )
+
+
+class _TargetUpdate(TrainerCallback):
+    """After each step the target network moves a share of the way to V (Polyak averaging)."""
+
+    def __init__(self, share: float):
+        self.share = share
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for target, source in zip(model.target.parameters(), model.head.value_mlp.parameters(), strict=True):
+            target.lerp_(source, self.share)
+
+
+def _check(store: StateStore, config: ValueHeadConfig) -> None:
+    found = (store.place["hook_point"], store.place["layer"])
+    wanted = (config.hook_point, config.layer)
+    if found[0] != wanted[0] or (found != wanted and found[0] == "decoder_layer"):
+        raise ValueError(f"The states were read at {found}, the config asks for a head at {wanted}.")
+    if store.hidden_size != config.hidden_size:
+        raise ValueError(f"The states are {store.hidden_size} wide, `hidden_size` is {config.hidden_size}.")
+    if store.rewards.shape[1] != config.num_objectives:
+        raise ValueError(
+            f"The data hold {store.rewards.shape[1]} rewards, `num_objectives` is {config.num_objectives}."
+        )
+    if not torch.isfinite(store.rewards).all():
+        raise ValueError("The rewards hold NaN or infinite values.")
+
+
+def new_head(
+    store: StateStore,
+    config: ValueHeadConfig,
+    train: torch.Tensor,
+    rewarded: torch.Tensor,
+    scaling: str,
+    seed: int,
+) -> ValueHead:
+    """
+    An untrained head in the units of the training episodes: the mean and spread of the reward (of the `rewarded` ones)
+    go into its configuration, those of the states (of the `train` ones) into its buffers.
+
+    Raises:
+        `ValueError`: if all rewards are equal, or the states are not finite.
+    """
+    rewards = store.rewards[rewarded].double()
+    mean, std = rewards.mean(0), rewards.std(0, correction=0)
+    if (rewards == rewards[0]).all(0).any():
+        raise ValueError("All rewards are equal, so there is nothing to learn: check the reward function.")
+    one = config.num_objectives == 1
+    config = replace(
+        config,
+        reward_mean=mean.item() if one else mean.tolist(),
+        reward_std=std.item() if one else std.tolist(),
+        base_model_name_or_path=config.base_model_name_or_path or store.place["base_model_name_or_path"],
+        base_model_revision=config.base_model_revision or store.place["base_model_revision"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = ValueHead(config)
+    if scaling == "none":
+        return head
+    count, total, squares = 0, torch.zeros(store.hidden_size).double(), torch.zeros(store.hidden_size).double()
+    shift = None
+    for part in train.split(16):
+        hidden = store.gather("hidden", part).double()
+        # Sums of squares around a state, not around 0, so that a large mean does not swallow a small spread.
+        shift = hidden[0].clone() if shift is None else shift
+        hidden -= shift
+        count += len(hidden)
+        total += hidden.sum(0)
+        squares += hidden.square_().sum(0)
+    if not torch.isfinite(squares).all():
+        raise ValueError("The states hold NaN or infinite values.")
+    variance = (squares / count - (total / count).square()).clamp(min=0)
+    # Below this, what is left of a feature that never varies is rounding.
+    variance = variance.where(variance > 1e-12 * squares / count, 0.0)
+    if scaling == "scalar":
+        variance = variance.mean().expand_as(variance)
+    spread = variance.sqrt().float()
+    head.state_mean.copy_(shift + total / count)
+    # A feature that never varies says nothing: any scale does, as long as it divides.
+    head.state_scale.copy_(spread.where(spread > 0, 1.0))
+    return head
+
+
+def train_value_head(
+    states: States | StateStore | str | os.PathLike,
+    config: ValueHeadConfig,
+    *,
+    td_lambda: float = 0.95,
+    discount: float = 1.0,
+    open_truncated: bool = False,
+    target_update: float | None = None,
+    learning_rate: float = 3e-4,
+    num_epochs: int = 30,
+    batch_size: int = 64,
+    weight_decay: float = 0.01,
+    patience: int | None = None,
+    scaling: str = "feature",
+    validation_split: float = 0.1,
+    seed: int = 0,
+    output_dir: str | os.PathLike | None = None,
+    training_arguments: dict[str, Any] | None = None,
+    trainer_class: type[ValueTrainer] = ValueTrainer,
+    progress: Progress | None = None,
+) -> tuple[ValueHead, dict[str, Any]]:
+    """
+    Train V: `Σ_t (V(s_t) - sg(v_t))²` with the targets of [`td_targets`], recomputed as V moves, by transformers'
+    [`~transformers.Trainer`]. The epoch with the smallest held-out error is kept.
+
+    Args:
+        states ([`States`], [`StateStore`], or folder of `recontrol states`):
+            Episodes with their rewards.
+        config ([`ValueHeadConfig`]):
+            The head's shape; its `reward_mean` and `reward_std` are set from the training episodes.
+        td_lambda, discount (`float`, *optional*, default to 0.95 and 1.0):
+            λ and γ in [0, 1]. In states of which every k-th is kept, λ and γ are those of k tokens.
+        open_truncated (`bool`, *optional*, defaults to `False`):
+            Whether responses that were cut at the token limit are left open (V of their last state stands for what
+            would have come) instead of ending in their reward.
+        target_update (`float`, *optional*):
+            The targets come from a copy of V that moves this share of the way to V after each step, a target network.
+            By default they come from V itself, without gradient.
+        learning_rate, num_epochs, batch_size, weight_decay (*optional*):
+            AdamW's; `batch_size` in episodes, over all processes.
+        patience (`int`, *optional*):
+            Stop after so many epochs without a smaller held-out error.
+        scaling (`str`, *optional*, defaults to `"feature"`):
+            `"feature"`: each feature is standardised; `"scalar"`: one scale for all; `"none"`: the paper.
+        validation_split (`float`, *optional*, defaults to 0.1):
+            Share of the prompts held out.
+        seed (`int`, *optional*, defaults to 0):
+            Of the split, the initial weights and the order.
+        output_dir (`str` or `os.PathLike`, *optional*):
+            Where checkpoints and logs go; a run that was stopped goes on from its last complete checkpoint there. By
+            default a temporary folder.
+        training_arguments (`dict`, *optional*):
+            Further arguments of [`~transformers.TrainingArguments`]: `bf16`, `lr_scheduler_type`, `max_grad_norm`,
+            `report_to`, `dataloader_num_workers`, ...
+        trainer_class (`type`, *optional*):
+            A subclass of [`ValueTrainer`] with another objective.
+        progress (`Callable[[int, int], None]`, *optional*):
+            Called with (steps done, steps in all) instead of showing a bar.
+
+    Returns:
+        The head and its figures on the held-out prompts (which also chose the epoch), see [`value_figures`], with
+        `log`, the Trainer's log.
+
+    Raises:
+        `ValueError`: if sizes do not fit, the data are not finite, all rewards are equal, or training diverged.
+        `ImportError`: if accelerate is not installed.
+    """
+    check_options(learning_rate, num_epochs, batch_size, training_arguments)
+    for name, value in (("td_lambda", td_lambda), ("discount", discount)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
+    if target_update is not None and not 0 < target_update <= 1:
+        raise ValueError(f"`target_update` must be above 0 and at most 1, got {target_update}.")
+    if scaling not in SCALINGS:
+        raise ValueError(f"`scaling` must be one of {SCALINGS}, got {scaling!r}.")
+    store = StateStore.of(states)
+    _check(store, config)
+    train, held_out = split_by_prompt(store, validation_split, seed)
+    rewarded = train
+    if open_truncated:
+        # What a truncated response was given is not asked for, so it is no part of the units or the figures either.
+        rewarded, held_out = train[store.finished[train]], held_out[store.finished[held_out]]
+        if not len(rewarded) or not len(held_out):
+            raise ValueError("`open_truncated` needs finished responses among the training and the held-out ones.")
+    head = new_head(store, config, train, rewarded, scaling, seed)
+    with ExitStack() as stack:
+        if output_dir is None:
+            output_dir = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(own_randomness(seed))
+        trainer = trainer_class(
+            ValueModel(head, target_update is not None),
+            Episodes(store, train, head, ["hidden"], open_truncated),
+            Episodes(store, held_out, head, ["hidden"], open_truncated),
+            {
+                "output_dir": os.path.abspath(output_dir),
+                "batch_size": batch_size,
+                "learning_rate": learning_rate,
+                "num_train_epochs": num_epochs,
+                "weight_decay": weight_decay,
+                "seed": seed,
+                "data_seed": seed,
+                **(training_arguments or {}),
+            },
+            td_lambda=td_lambda,
+            discount=discount,
+            target_update=target_update,
+            patience=patience,
+            progress=progress,
+        )
+        if not trainer.fit():
+            raise ValueError("Training diverged (the held-out error is not a number): lower `learning_rate`.")
+        figures = trainer.figures()
+        head = head.cpu()
+        for parameter in head.parameters():
+            parameter.requires_grad_(True)
+    for warning in figures["warnings"] if trainer.processes.index == 0 else ():
+        logger.warning(warning)
+    return head, figures | {"log": trainer.state.log_history}
