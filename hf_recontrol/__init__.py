@@ -1,4 +1,8 @@
-"""Align a language model while it generates: value heads that steer the hidden states of any decoder-only model."""
+"""
+Align a language model while it generates: value heads that steer the hidden states of any decoder-only model.
+
+What stands in `__all__` is what this package offers; everything else is private and may change.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -6,36 +10,93 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .configuration import ControlConfig, ValueHeadConfig
+    from .collection.labels import label_rollouts, score_rollouts
+    from .collection.rewards import ClassifierReward, RewardFunction, load_reward, vader
+    from .collection.rollouts import generate_rollouts, write_rollouts
+    from .collection.states import collect_states, write_states
+    from .configuration import ControlConfig, TrainingRecord, ValueHeadConfig
+    from .control.controller import Controller
+    from .data.prompts import Prompts, encode_prompt, load_prompts
+    from .data.rollouts import Rollout, load_rollouts, rollout_parts, save_rollouts
+    from .data.states import States, StateStore, StateWriter
+    from .evaluation.metrics import diversity, kl_divergence
+    from .evaluation.report import write_report
+    from .evaluation.strength import kl_sample, match_kl, recommended_method
+    from .heads.convert import convert_checkpoint
     from .heads.value_head import ValueHead
     from .modeling.causal_lm import ReControlForCausalLM
+    from .modeling.hook_points import HookPoint
     from .modeling.logits_processor import ReControlLogitsProcessor
+    from .pipelines.demo import embedded_model
+    from .pipelines.fit import fit
+    from .settings import (
+        AdvantageSettings,
+        FitSettings,
+        HookPointSettings,
+        LoadingSettings,
+        PromptSettings,
+        RolloutSettings,
+        SamplingSettings,
+        StatesSettings,
+        TrainSettings,
+        ValueSettings,
+    )
+    from .training.advantage import fit_advantage
+    from .training.held_out import correlation, episode_summaries, split_by_prompt, value_figures
+    from .training.stage import train_head
+    from .training.targets import td_targets, value_differences
+    from .training.trainer import Episodes
+    from .training.value import ValueTrainer, train_value_head
 
 # Imported on first use, as transformers does, so that `import hf_recontrol` does not wait for torch.
 _MODULES = {
-    "ControlConfig": ".configuration",
-    "ReControlForCausalLM": ".modeling.causal_lm",
-    "ReControlLogitsProcessor": ".modeling.logits_processor",
-    "ValueHead": ".heads.value_head",
-    "ValueHeadConfig": ".configuration",
-    "vader": ".collection.rewards",
+    "collection.labels": ("label_rollouts", "score_rollouts"),
+    "collection.rewards": ("ClassifierReward", "RewardFunction", "load_reward", "vader"),
+    "collection.rollouts": ("generate_rollouts", "write_rollouts"),
+    "collection.states": ("collect_states", "write_states"),
+    "configuration": ("ControlConfig", "TrainingRecord", "ValueHeadConfig"),
+    "control.controller": ("Controller",),
+    "data.prompts": ("Prompts", "encode_prompt", "load_prompts"),
+    "data.rollouts": ("Rollout", "load_rollouts", "rollout_parts", "save_rollouts"),
+    "data.states": ("StateStore", "StateWriter", "States"),
+    "evaluation.metrics": ("diversity", "kl_divergence"),
+    "evaluation.report": ("write_report",),
+    "evaluation.strength": ("kl_sample", "match_kl", "recommended_method"),
+    "heads.convert": ("convert_checkpoint",),
+    "heads.value_head": ("ValueHead",),
+    "modeling.causal_lm": ("ReControlForCausalLM",),
+    "modeling.hook_points": ("HookPoint",),
+    "modeling.logits_processor": ("ReControlLogitsProcessor",),
+    "pipelines.demo": ("embedded_model",),
+    "pipelines.fit": ("fit",),
+    "settings": (
+        "AdvantageSettings",
+        "FitSettings",
+        "HookPointSettings",
+        "LoadingSettings",
+        "PromptSettings",
+        "RolloutSettings",
+        "SamplingSettings",
+        "StatesSettings",
+        "TrainSettings",
+        "ValueSettings",
+    ),
+    "training.advantage": ("fit_advantage",),
+    "training.held_out": ("correlation", "episode_summaries", "split_by_prompt", "value_figures"),
+    "training.stage": ("train_head",),
+    "training.targets": ("td_targets", "value_differences"),
+    "training.trainer": ("Episodes",),
+    "training.value": ("ValueTrainer", "train_value_head"),
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "ControlConfig",
-    "ReControlForCausalLM",
-    "ReControlLogitsProcessor",
-    "ValueHead",
-    "ValueHeadConfig",
-    "__version__",
-    "vader",
-]
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str):
-    if name not in _MODULES:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name], __name__), name)
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

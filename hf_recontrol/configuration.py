@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
+
+from .utils.checks import check_choice, check_int, check_number, check_numbers, check_widths
 
 logger = logging.get_logger(__name__)
 
@@ -21,48 +20,8 @@ CONTROL_METHODS = ("ascent", "advantage")
 HOOK_POINTS = ("decoder_layer", "lm_head")
 ACTIVATIONS = ("relu", "silu", "gelu", "tanh")
 # A configuration may be anybody's: these keep a few bytes of it from asking for hours, or for all the memory.
-_MAX_LAYERS = 100
 _MAX_STEPS = 10_000
 _MAX_BYTES = 1 << 20
-
-
-def _check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
-    if not low <= value <= high:
-        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise ValueError(f"`{name}` must be {bounds}, got {value!r}.")
-    return float(value)
-
-
-def check_numbers(name: str, value: Any, each: str, low: float = -math.inf) -> float | tuple[float, ...]:
-    """A finite number, or a tuple of them for a sequence that holds one for each `each`; else `ValueError`."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        return _check_number(name, value, low)
-    if not value:
-        raise ValueError(f"`{name}` must hold one number for each {each}, got none.")
-    return tuple(_check_number(name, item, low) for item in value)
-
-
-def _check_int(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}.")
-
-
-def _check_widths(name: str, value: Any) -> list[int]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"`{name}` must be a list of layer widths, got {value!r}.")
-    if len(value) > _MAX_LAYERS:
-        raise ValueError(f"`{name}` must hold at most {_MAX_LAYERS} layer widths, got {len(value)}.")
-    for width in value:
-        _check_int(f"{name}[...]", width, low=1)
-    return list(value)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def _known_items(cls: type, values: Any, source: str) -> dict[str, Any]:
@@ -122,17 +81,17 @@ class ControlConfig:
     target: float | tuple[float, ...] | None = None
 
     def __post_init__(self):
-        _check_choice("method", self.method, CONTROL_METHODS)
+        check_choice("method", self.method, CONTROL_METHODS)
         object.__setattr__(self, "step_size", check_numbers("step_size", self.step_size, "prompt", low=0))
         if self.target is not None:
             object.__setattr__(self, "target", check_numbers("target", self.target, "objective"))
             if self.method != "ascent":
                 raise ValueError("`target` is for `method='ascent'`: the advantage edit knows no values.")
-        _check_int("num_steps", self.num_steps, low=0)
+        check_int("num_steps", self.num_steps, low=0)
         if self.num_steps > _MAX_STEPS:
             raise ValueError(f"`num_steps` must be at most {_MAX_STEPS}, got {self.num_steps}.")
-        object.__setattr__(self, "l2", _check_number("l2", self.l2, low=0))
-        object.__setattr__(self, "plausibility", _check_number("plausibility", self.plausibility, low=0, high=1))
+        object.__setattr__(self, "l2", check_number("l2", self.l2, low=0))
+        object.__setattr__(self, "plausibility", check_number("plausibility", self.plausibility, low=0, high=1))
         if self.method == "ascent" and self.largest_step_size * self.l2 >= 1:
             raise ValueError(
                 f"`step_size * l2` must be below 1, got {self.largest_step_size:g} * {self.l2:g}: each step would "
@@ -213,12 +172,12 @@ class TrainingRecord:
                 raise ValueError(f"`{name}` must be a string or None, got {value!r}.")
         for name in ("prompts", "responses", "finished", "tokens", "states"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), low=0)
+                check_int(name, getattr(self, name), low=0)
         for name in ("sampling", "figures"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"`{name}` must be a dict, got {getattr(self, name)!r}.")
         for name, value in self.figures.items():
-            _check_number(f"figures[{name!r}]", value)
+            check_number(f"figures[{name!r}]", value)
 
 
 @dataclass
@@ -275,21 +234,21 @@ class ValueHeadConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self):
-        _check_int("format_version", self.format_version, low=1)
+        check_int("format_version", self.format_version, low=1)
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"`format_version` is {self.format_version}, this release reads up to {FORMAT_VERSION}: upgrade "
                 "hf_recontrol (`pip install -U hf_recontrol`)."
             )
-        _check_int("hidden_size", self.hidden_size, low=1)
-        self.head_sizes = [1024] if self.head_sizes is None else _check_widths("head_sizes", self.head_sizes)
-        _check_choice("activation", self.activation, ACTIVATIONS)
-        _check_int("num_objectives", self.num_objectives, low=1)
-        _check_choice("hook_point", self.hook_point, HOOK_POINTS)
+        check_int("hidden_size", self.hidden_size, low=1)
+        self.head_sizes = [1024] if self.head_sizes is None else check_widths("head_sizes", self.head_sizes)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_int("num_objectives", self.num_objectives, low=1)
+        check_choice("hook_point", self.hook_point, HOOK_POINTS)
         if isinstance(self.layer, bool) or not isinstance(self.layer, int):
             raise ValueError(f"`layer` must be an integer, got {self.layer!r}.")
         if self.advantage_sizes is not None:
-            self.advantage_sizes = _check_widths("advantage_sizes", self.advantage_sizes)
+            self.advantage_sizes = check_widths("advantage_sizes", self.advantage_sizes)
             if self.hook_point != "lm_head":
                 raise ValueError(
                     "`advantage_sizes` needs `hook_point='lm_head'`: the advantage edit is exact only where the "
@@ -317,10 +276,10 @@ class ValueHeadConfig:
 
     def _check_per_objective(self, name: str, value: Any) -> float | list[float]:
         if not isinstance(value, (list, tuple)):
-            return _check_number(name, value)
+            return check_number(name, value)
         if len(value) != self.num_objectives:
             raise ValueError(f"`{name}` has {len(value)} values for {self.num_objectives} objectives.")
-        return [_check_number(name, item) for item in value]
+        return [check_number(name, item) for item in value]
 
     def check_control(self, control: ControlConfig | None) -> None:
         """Raise if `control` asks for what a head of this configuration cannot do.

@@ -109,6 +109,15 @@ def make_head(seed: int = 1, dtype: torch.dtype = torch.float32, **kwargs) -> Va
     return head.to(dtype)
 
 
+def at(config: ValueHeadConfig) -> dict:
+    """Settings that read the states which a head of this configuration reads, with directions if it has a g."""
+    return {
+        "hook_point": config.hook_point,
+        "layer": config.layer,
+        "directions": config.advantage_sizes is not None,
+    }
+
+
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
     return make_llama()

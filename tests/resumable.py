@@ -28,8 +28,8 @@ def make_inputs(folder: Path, seconds_a_file: float = 0.0) -> None:
     )
 
 
-_SAMPLING = ["--samples", "4", "--max-new-tokens", "8", "--part-size", "10", "--temperature", "1.5"]
-_SIZES = ["--head-sizes", "16", "--advantage-sizes", "8", "--epochs"]
+_SAMPLING = ["--num-samples", "4", "--max-new-tokens", "8", "--part-size", "10", "--temperature", "1.5"]
+_SIZES = ["--head-sizes", "16", "--advantage-sizes", "8", "--num-epochs"]
 REWARD = "my_reward:variety"
 
 

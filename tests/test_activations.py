@@ -17,7 +17,7 @@ from hf_recontrol.data.rollouts import Rollout, load_rollouts, rollout_parts
 from hf_recontrol.data.states import StateStore
 from hf_recontrol.training.value import new_head
 
-from .conftest import make_head
+from .conftest import at, make_head
 from .tiny_models import layers_of, lm_head_of, tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
@@ -53,7 +53,7 @@ def one_by_one(model, rollout, hook_point, layer):
 def test_states_are_those_each_token_was_drawn_from(family, hook_point, layer):
     model, rows = tiny_model(family, dtype=torch.float32), some_rollouts()
     config = ValueHeadConfig(16, hook_point=hook_point, layer=layer)
-    states = collect_states(model, rows, config, batch_size=2)
+    states = collect_states(model, rows, **at(config), batch_size=2)
     used = [row for row in rows if row.completion_ids]
     assert states.lengths.tolist() == [len(row.completion_ids) for row in used]
     assert states.rewards.tolist() == [row.reward for row in used]
@@ -67,7 +67,7 @@ def test_directions_are_the_drawn_row_less_its_mean_under_the_base(temperature):
     model, rows = tiny_model("llama", dtype=torch.float32), some_rollouts()
     config = ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[])
     rows = [replace(row, temperature=temperature) for row in rows]
-    states = collect_states(model, rows, config, batch_size=3)
+    states = collect_states(model, rows, **at(config), batch_size=3)
     expected = []
     weight = lm_head_of(model).weight.detach()
     for row in (row for row in rows if row.completion_ids):
@@ -78,7 +78,7 @@ def test_directions_are_the_drawn_row_less_its_mean_under_the_base(temperature):
 
 
 def test_equal_prompts_have_equal_numbers():
-    states = collect_states(tiny_model("llama", dtype=torch.float32), some_rollouts(), ValueHeadConfig(16))
+    states = collect_states(tiny_model("llama", dtype=torch.float32), some_rollouts(), **at(ValueHeadConfig(16)))
     # The fifth rollout has the first one's prompt, the fourth has no token.
     numbers = states.prompts.tolist()
     assert numbers[0] == numbers[3] and len(set(numbers)) == 3
@@ -87,20 +87,20 @@ def test_equal_prompts_have_equal_numbers():
 def test_a_controlled_model_is_read_with_its_control_off():
     model = tiny_model("llama", dtype=torch.float32)
     config = ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[])
-    expected = collect_states(model, some_rollouts(), config)
+    expected = collect_states(model, some_rollouts(), **at(config))
     controlled = ReControlForCausalLM.from_model(model, make_head(hidden_size=16), ControlConfig(step_size=9.0))
-    states = collect_states(controlled, some_rollouts(), config)
+    states = collect_states(controlled, some_rollouts(), **at(config))
     assert torch.equal(states.hidden, expected.hidden) and torch.equal(states.directions, expected.directions)
 
 
 def test_under_control_the_mean_row_is_that_of_the_controlled_policy_and_the_state_is_the_base_s():
     model, rows = tiny_model("llama", dtype=torch.float32), some_rollouts()
     config = ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[])
-    base = collect_states(model, rows, config)
+    base = collect_states(model, rows, **at(config))
     weight = lm_head_of(model).weight.detach()
     head = make_head(hidden_size=16, hook_point="lm_head")
     controlled = ReControlForCausalLM.from_model(model, head, ControlConfig(step_size=1.0))
-    states = collect_states(controlled, rows, config, control=controlled.control)
+    states = collect_states(controlled, rows, **at(config), control=controlled.control)
     torch.testing.assert_close(states.hidden, base.hidden)
     used = [row for row in rows if row.completion_ids]
     expected = []
@@ -136,9 +136,9 @@ WITH_ADVANTAGE = ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2), ("float16", 1e-3)])
 def test_a_folder_holds_what_memory_holds_in_the_dtype_asked_for(rollouts, tmp_path, dtype, tolerance, config):
     model, folder = rollouts
-    counts = write_states(tmp_path / "states", model, folder, config, dtype=dtype)
+    counts = write_states(tmp_path / "states", model, folder, **at(config), states_dtype=dtype)
     store = StateStore.open(tmp_path / "states")
-    expected = collect_states(model, load_rollouts(folder), config)
+    expected = collect_states(model, load_rollouts(folder), **at(config))
     everything = torch.arange(len(store))
     assert torch.equal(store.lengths, expected.lengths) and torch.equal(store.rewards, expected.rewards)
     assert torch.equal(store.prompts, expected.prompts) and torch.equal(store.finished, expected.finished)
@@ -160,7 +160,9 @@ def test_values_of_stored_states_are_those_that_generation_saw(rollouts, tmp_pat
     """V at each generated token, read while generating from the cache, against V of the stored state."""
     model, folder = rollouts
     head = make_head(hidden_size=16, hook_point="lm_head")
-    write_states(tmp_path / "states", model, folder, ValueHeadConfig(16, hook_point="lm_head"), dtype="float32")
+    write_states(
+        tmp_path / "states", model, folder, **at(ValueHeadConfig(16, hook_point="lm_head")), states_dtype="float32"
+    )
     store = StateStore.open(tmp_path / "states")
     for number, rollout in enumerate(load_rollouts(folder)[:4]):
         seen = []
@@ -177,8 +179,11 @@ def test_values_of_stored_states_are_those_that_generation_saw(rollouts, tmp_pat
 
 def test_int8_reports_its_error(rollouts, tmp_path):
     model, folder = rollouts
-    counts = write_states(tmp_path / "states", model, folder, WITH_ADVANTAGE, dtype="int8")
-    store, exact = StateStore.open(tmp_path / "states"), collect_states(model, load_rollouts(folder), WITH_ADVANTAGE)
+    counts = write_states(tmp_path / "states", model, folder, **at(WITH_ADVANTAGE), states_dtype="int8")
+    store, exact = (
+        StateStore.open(tmp_path / "states"),
+        collect_states(model, load_rollouts(folder), **at(WITH_ADVANTAGE)),
+    )
     hidden = store.gather("hidden", torch.arange(len(store)))
     error = ((hidden - exact.hidden).square().mean(0) / exact.hidden.var(0, correction=0)).mean().sqrt()
     reported = (counts["int8_squared_error"] / counts["states"]) ** 0.5
@@ -198,10 +203,10 @@ def test_int8_scales_are_of_many_states_and_a_large_error_is_told(rollouts, tmp_
             yield i, hidden, directions
 
     monkeypatch.setattr(activations, "_read", uneven)
-    counts = write_states(tmp_path / "good", model, folder, WITH_ADVANTAGE, dtype="int8")
+    counts = write_states(tmp_path / "good", model, folder, **at(WITH_ADVANTAGE), states_dtype="int8")
     assert (counts["int8_squared_error"] / counts["states"]) ** 0.5 < 0.02 and not recontrol_warnings
     monkeypatch.setattr("hf_recontrol.data.states._STATES_FOR_SCALES", 1)
-    write_states(tmp_path / "bad", model, folder, WITH_ADVANTAGE, dtype="int8")
+    write_states(tmp_path / "bad", model, folder, **at(WITH_ADVANTAGE), states_dtype="int8")
     assert "int8 keeps these states badly" in recontrol_warnings[0]
 
 
@@ -209,7 +214,7 @@ def test_rewards_that_are_all_equal_are_told_before_states_are_read(rollouts, tm
     model, folder = rollouts
     label_rollouts(folder, {"length": length, "same": lambda prompts, completions: [0.1] * len(prompts)}, again=True)
     with pytest.raises(ValueError, match=r"All rewards of same are equal \(0\.1\)"):
-        write_states(tmp_path / "states", model, folder, WITH_ADVANTAGE)
+        write_states(tmp_path / "states", model, folder, **at(WITH_ADVANTAGE))
     assert not (tmp_path / "states").exists()
 
 
@@ -223,16 +228,16 @@ def test_draws_from_a_part_of_the_distribution_are_told_for_g(tmp_path, settings
     prompts = load_prompts([f"w{i}" for i in range(5, 15)])
     write_rollouts(tmp_path / "r", model, tiny_tokenizer(), prompts, generation_config=config, max_new_tokens=8)
     label_rollouts(tmp_path / "r", [length])
-    write_states(tmp_path / "plain", model, tmp_path / "r", ValueHeadConfig(16, hook_point="lm_head"))
+    write_states(tmp_path / "plain", model, tmp_path / "r", **at(ValueHeadConfig(16, hook_point="lm_head")))
     assert not recontrol_warnings
-    write_states(tmp_path / "both", model, tmp_path / "r", WITH_ADVANTAGE)
+    write_states(tmp_path / "both", model, tmp_path / "r", **at(WITH_ADVANTAGE))
     assert named in recontrol_warnings[0]
 
 
 def test_every_kth_state_is_kept_counted_back_from_the_last(rollouts, tmp_path):
     model, folder = rollouts
-    write_states(tmp_path / "all", model, folder, WITH_ADVANTAGE)
-    write_states(tmp_path / "some", model, folder, WITH_ADVANTAGE, every=3)
+    write_states(tmp_path / "all", model, folder, **at(WITH_ADVANTAGE))
+    write_states(tmp_path / "some", model, folder, **at(WITH_ADVANTAGE), every=3)
     everything, some = StateStore.open(tmp_path / "all"), StateStore.open(tmp_path / "some")
     assert some.place["every"] == 3
     for episode in range(len(some)):
@@ -243,8 +248,8 @@ def test_every_kth_state_is_kept_counted_back_from_the_last(rollouts, tmp_path):
 
 def test_a_budget_sets_how_many_states_are_kept(rollouts, tmp_path):
     model, folder = rollouts
-    full = write_states(tmp_path / "all", model, folder, WITH_ADVANTAGE)["bytes"]
-    part = write_states(tmp_path / "some", model, folder, WITH_ADVANTAGE, max_gigabytes=0.45 * full / 1e9)
+    full = write_states(tmp_path / "all", model, folder, **at(WITH_ADVANTAGE))["bytes"]
+    part = write_states(tmp_path / "some", model, folder, **at(WITH_ADVANTAGE), max_gigabytes=0.45 * full / 1e9)
     store = StateStore.open(tmp_path / "some")
     assert store.place["every"] == 3 and part["bytes"] < 0.5 * full
 
@@ -256,7 +261,7 @@ def test_a_store_takes_little_more_than_its_states(rollouts, tmp_path, dtype, si
     options = {"num_samples": 4, "max_new_tokens": 30, "temperature": 1.0}
     write_rollouts(tmp_path / "r", model, tiny_tokenizer(), load_prompts([f"w{i}" for i in range(5, 30)]), **options)
     label_rollouts(tmp_path / "r", [length])
-    counts = write_states(tmp_path / "s", model, tmp_path / "r", ValueHeadConfig(256), dtype=dtype)
+    counts = write_states(tmp_path / "s", model, tmp_path / "r", **at(ValueHeadConfig(256)), states_dtype=dtype)
     on_disk = sum(path.stat().st_size for path in (tmp_path / "s").glob("part-*"))
     assert counts["bytes"] == counts["states"] * 256 * size <= on_disk <= 1.02 * counts["bytes"]
 
@@ -279,7 +284,7 @@ def test_memory_is_bounded_by_the_batch_whatever_the_number_of_rollouts(tmp_path
     config = ValueHeadConfig(width, head_sizes=[8], hook_point="lm_head")
     # Once before, so that what torch keeps for itself is there.
     warm_up = load_rollouts(tmp_path / "r")[:16]
-    collect_states(model, warm_up, config, batch_size=8)
+    collect_states(model, warm_up, **at(config), batch_size=8)
     peak, done = [0.0], threading.Event()
 
     def watch():
@@ -290,7 +295,7 @@ def test_memory_is_bounded_by_the_batch_whatever_the_number_of_rollouts(tmp_path
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        counts = write_states(tmp_path / "s", model, tmp_path / "r", config, batch_size=8)
+        counts = write_states(tmp_path / "s", model, tmp_path / "r", **at(config), batch_size=8)
         new_head(store := StateStore.open(tmp_path / "s"), config, *[torch.arange(len(store))] * 2, "feature", 0)
     finally:
         done.set()
@@ -304,7 +309,7 @@ def test_a_state_beyond_the_dtype_s_range_is_an_error_and_leaves_no_part(rollout
     with torch.no_grad():
         model.model.norm.weight.fill_(1e5)
     with pytest.raises(ValueError, match="not finite in float16"):
-        write_states(tmp_path / "states", model, folder, WITH_ADVANTAGE, dtype="float16")
+        write_states(tmp_path / "states", model, folder, **at(WITH_ADVANTAGE), states_dtype="float16")
     assert not list((tmp_path / "states").glob("*part-*"))
 
 
@@ -313,14 +318,14 @@ def test_unscored_folders_and_responses(rollouts, tmp_path, recontrol_warnings):
     prompts = load_prompts([f"w{i}" for i in range(5, 11)])
     write_rollouts(tmp_path / "r", model, tiny_tokenizer(), prompts, max_new_tokens=4)
     with pytest.raises(ValueError, match="have no rewards"):
-        write_states(tmp_path / "s", model, tmp_path / "r", WITH_ADVANTAGE)
+        write_states(tmp_path / "s", model, tmp_path / "r", **at(WITH_ADVANTAGE))
 
     def sometimes(prompts, completions, **columns):
         return [float("nan") if i % 2 else float(i) for i in range(len(prompts))]
 
     counts = label_rollouts(tmp_path / "r", [sometimes], on_bad_rows="skip")
     assert counts["unscored"] == 3 and "row 1" in recontrol_warnings[0]
-    assert write_states(tmp_path / "s", model, tmp_path / "r", WITH_ADVANTAGE)["episodes"] == 3
+    assert write_states(tmp_path / "s", model, tmp_path / "r", **at(WITH_ADVANTAGE))["episodes"] == 3
 
 
 def test_changed_rollouts_are_refused(rollouts, tmp_path):
@@ -328,25 +333,25 @@ def test_changed_rollouts_are_refused(rollouts, tmp_path):
     part = rollout_parts(folder)[1]
     part.write_bytes(part.read_bytes()[:-100])
     with pytest.raises(ValueError, match=rf"{part.name} was changed or damaged"):
-        write_states(tmp_path / "states", model, folder, WITH_ADVANTAGE)
+        write_states(tmp_path / "states", model, folder, **at(WITH_ADVANTAGE))
 
 
 def test_unscored_and_empty_rollouts_are_errors():
     model = tiny_model("llama", dtype=torch.float32)
     with pytest.raises(ValueError, match="no reward"):
-        collect_states(model, [Rollout("w5", "", [5], [6], False)], ValueHeadConfig(16))
+        collect_states(model, [Rollout("w5", "", [5], [6], False)], **at(ValueHeadConfig(16)))
     with pytest.raises(ValueError, match="nothing to learn from"):
-        collect_states(model, [Rollout("w5", "", [5], [], False, [1.0])], ValueHeadConfig(16))
+        collect_states(model, [Rollout("w5", "", [5], [], False, [1.0])], **at(ValueHeadConfig(16)))
 
 
 def test_an_lm_head_whose_rows_cannot_be_read_is_an_error():
     model = tiny_model("llama", dtype=torch.float32)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"weight is torch\.int8"):
-        collect_states(model, some_rollouts(), ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[]))
+        collect_states(model, some_rollouts(), **at(ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[])))
 
 
 def test_rollouts_of_another_vocabulary_are_an_error():
     rows = [Rollout("w5", "", [5, 400], [6], False, [1.0])]
     with pytest.raises(ValueError, match="vocabulary of 97"):
-        collect_states(tiny_model("llama", dtype=torch.float32), rows, ValueHeadConfig(16))
+        collect_states(tiny_model("llama", dtype=torch.float32), rows, **at(ValueHeadConfig(16)))

@@ -52,7 +52,7 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
         prompts,
         "-o",
         "rollouts",
-        "--samples",
+        "--num-samples",
         4,
         "--max-new-tokens",
         6,
@@ -62,7 +62,7 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
     assert "120 responses, mean reward -" in labelled.stdout
     collected = run("states", "rollouts", "-m", base, "-o", "states", "--states-dtype", "int8", cwd=tmp_path)
     assert "of 120 responses" in collected.stdout and "int8 error" in collected.stdout
-    options = ("--head-sizes", "16,8", "--advantage-sizes", "8", "--epochs", 3, "--schedule", "cosine")
+    options = ("--head-sizes", "16,8", "--advantage-sizes", "8", "--num-epochs", 3, "--lr-scheduler-type", "cosine")
     figures = json.loads(run("train", "states", "-o", "head", *options, cwd=tmp_path).stdout)
     assert set(figures) == {
         "value_error",

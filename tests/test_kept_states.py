@@ -14,7 +14,7 @@ from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.states import StateStore
 from hf_recontrol.pipelines.fit import fit
 
-from .conftest import make_head
+from .conftest import at, make_head
 from .tiny_models import layers_of, lm_head_of, tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
@@ -35,9 +35,9 @@ def base(family="llama"):
 
 
 def sample(folder, model, keep=AT_HEAD, **changes):
-    counts = write_rollouts(
-        folder, model, tiny_tokenizer(), load_prompts(PROMPTS), keep_states=keep, **OPTIONS | changes
-    )
+    if keep is not None:
+        changes = {"keep_states": True, **at(keep)} | changes
+    counts = write_rollouts(folder, model, tiny_tokenizer(), load_prompts(PROMPTS), **OPTIONS | changes)
     label_rollouts(folder, [length])
     return counts
 
@@ -53,7 +53,7 @@ def forwards(model, work):
 
 def assert_same(one, two, scale=1e-4, states=20):
     stores = [StateStore.open(folder) for folder in (one, two)]
-    assert stores[0].place == stores[1].place and stores[0].num_states > states
+    assert stores[0].hook_point == stores[1].hook_point and stores[0].num_states > states
     for name in ("lengths", "rewards", "prompts", "finished"):
         assert torch.equal(getattr(stores[0], name), getattr(stores[1], name))
     assert stores[0].has_directions == stores[1].has_directions
@@ -85,8 +85,8 @@ def test_kept_states_are_the_read_ones_and_cost_no_forward(tmp_path, family, mod
     assert kept == plain
     assert len({len(rollout.completion_ids) for rollout in kept}) > 1
     run = {name: tmp_path / f"{name}-states" for name in ("kept", "plain")}
-    assert forwards(model, lambda: write_states(run["plain"], model, tmp_path / "plain", config)) > 0
-    assert forwards(model, lambda: write_states(run["kept"], model, tmp_path / "kept", config)) == 0
+    assert forwards(model, lambda: write_states(run["plain"], model, tmp_path / "plain", **at(config))) > 0
+    assert forwards(model, lambda: write_states(run["kept"], model, tmp_path / "kept", **at(config))) == 0
     assert_same(run["kept"], run["plain"])
 
 
@@ -97,9 +97,9 @@ def test_under_control_too(tmp_path, plausibility):
     model = ReControlForCausalLM.from_model(base(), head, control)
     sample(tmp_path / "kept", model, control=control)
     sample(tmp_path / "plain", model, None, control=control)
-    write_states(tmp_path / "plain-states", model, tmp_path / "plain", AT_HEAD, control=control)
+    write_states(tmp_path / "plain-states", model, tmp_path / "plain", **at(AT_HEAD), control=control)
     made = forwards(
-        model, lambda: write_states(tmp_path / "states", model, tmp_path / "kept", AT_HEAD, control=control)
+        model, lambda: write_states(tmp_path / "states", model, tmp_path / "kept", **at(AT_HEAD), control=control)
     )
     assert made == 0
     assert_same(tmp_path / "states", tmp_path / "plain-states")
@@ -108,12 +108,12 @@ def test_under_control_too(tmp_path, plausibility):
 def test_what_is_missing_is_read(tmp_path):
     model = base()
     sample(tmp_path / "r", model)
-    write_states(tmp_path / "whole", model, tmp_path / "r", AT_HEAD)
+    write_states(tmp_path / "whole", model, tmp_path / "r", **at(AT_HEAD))
     files = sorted((tmp_path / "r" / KEPT_FOLDER).iterdir())
     assert len(files) == 7
     for path in files[::2]:
         path.unlink()
-    assert forwards(model, lambda: write_states(tmp_path / "half", model, tmp_path / "r", AT_HEAD)) > 0
+    assert forwards(model, lambda: write_states(tmp_path / "half", model, tmp_path / "r", **at(AT_HEAD))) > 0
     assert_same(tmp_path / "half", tmp_path / "whole")
 
 
@@ -131,8 +131,8 @@ def test_a_run_that_was_stopped_goes_on_with_other_batches(tmp_path):
     sample(tmp_path / "r", model, batch_size=3)
     sample(tmp_path / "plain", model, None)
     assert load_rollouts(tmp_path / "r") == load_rollouts(tmp_path / "plain")
-    assert forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", AT_HEAD)) == 0
-    write_states(tmp_path / "plain-s", model, tmp_path / "plain", AT_HEAD)
+    assert forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", **at(AT_HEAD))) == 0
+    write_states(tmp_path / "plain-s", model, tmp_path / "plain", **at(AT_HEAD))
     assert_same(tmp_path / "s", tmp_path / "plain-s")
 
 
@@ -142,7 +142,7 @@ def test_other_dtypes_and_every_kth_state(tmp_path, dtype):
     sample(tmp_path / "r", model)
     sample(tmp_path / "plain", model, None)
     for name in ("r", "plain"):
-        write_states(tmp_path / f"{name}-s", model, tmp_path / name, AT_HEAD, dtype=dtype, every=2)
+        write_states(tmp_path / f"{name}-s", model, tmp_path / name, **at(AT_HEAD), states_dtype=dtype, every=2)
     assert StateStore.open(tmp_path / "r-s").place["every"] == 2
     assert_same(tmp_path / "r-s", tmp_path / "plain-s", scale=2e-2)
 
@@ -151,7 +151,9 @@ def test_states_of_another_place_or_without_directions_are_told_and_read_anew(tm
     model = base()
     sample(tmp_path / "r", model, ValueHeadConfig(16, hook_point="lm_head"))
     for number, config in enumerate((AT_HEAD, ValueHeadConfig(16), ValueHeadConfig(16, layer=0))):
-        made = forwards(model, lambda n=number, c=config: write_states(tmp_path / f"s{n}", model, tmp_path / "r", c))
+        made = forwards(
+            model, lambda n=number, c=config: write_states(tmp_path / f"s{n}", model, tmp_path / "r", **at(c))
+        )
         assert made > 0
         assert StateStore.open(tmp_path / f"s{number}").place["hook_point"] == config.hook_point
         assert "of another place, model or control, or lack directions" in recontrol_warnings[number]
@@ -162,7 +164,7 @@ def test_states_of_another_model_are_told_and_read_anew(tmp_path, recontrol_warn
     with torch.no_grad():
         lm_head_of(other).weight.add_(0.1)
     sample(tmp_path / "r", model)
-    assert forwards(other, lambda: write_states(tmp_path / "s", other, tmp_path / "r", AT_HEAD)) > 0
+    assert forwards(other, lambda: write_states(tmp_path / "s", other, tmp_path / "r", **at(AT_HEAD))) > 0
     assert "of another place, model or control" in recontrol_warnings[0]
 
 
@@ -172,7 +174,7 @@ def test_states_of_an_adapter_that_is_off_now_are_read_anew(tmp_path, recontrol_
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     sample(tmp_path / "r", model.eval())
     model.disable_adapters()
-    assert forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", AT_HEAD)) > 0
+    assert forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", **at(AT_HEAD))) > 0
     assert "of another place, model or control" in recontrol_warnings[0]
 
 
@@ -192,21 +194,23 @@ def test_states_of_an_earlier_run_in_the_same_folder_are_not_taken(tmp_path, kee
     sample(tmp_path / "r", model, keep, **again)
     sample(tmp_path / "plain", model, None, **again)
     for name in ("r", "plain"):
-        write_states(tmp_path / f"{name}-s", model, tmp_path / name, AT_HEAD)
+        write_states(tmp_path / f"{name}-s", model, tmp_path / name, **at(AT_HEAD))
     assert_same(tmp_path / "r-s", tmp_path / "plain-s", states=10)
 
 
-@pytest.mark.parametrize("at", [AT_HEAD, ValueHeadConfig(16), ValueHeadConfig(16, layer=1)])
+@pytest.mark.parametrize("where", [AT_HEAD, ValueHeadConfig(16), ValueHeadConfig(16, layer=1)])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_control_of_a_middle_layer_is_read_as_it_generated(tmp_path, layer, at):
+def test_control_of_a_middle_layer_is_read_as_it_generated(tmp_path, layer, where):
     """The edit at one position reaches the states of later ones, and prompts are of several lengths."""
     head = make_head(hidden_size=16, layer=layer)
     control = ControlConfig(step_size=0.5, num_steps=3)
     model = ReControlForCausalLM.from_model(base(), head, control)
-    sample(tmp_path / "r", model, at, control=control)
-    write_states(tmp_path / "kept", model, tmp_path / "r", at, control=control)
+    sample(tmp_path / "r", model, where, control=control)
+    write_states(tmp_path / "kept", model, tmp_path / "r", **at(where), control=control)
     remove_kept(tmp_path / "r")
-    assert forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", at, control=control)) > 0
+    assert (
+        forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", **at(where), control=control)) > 0
+    )
     assert_same(tmp_path / "s", tmp_path / "kept")
 
 
@@ -216,9 +220,9 @@ def test_a_damaged_file_is_named(tmp_path):
     path = next((tmp_path / "r" / KEPT_FOLDER).iterdir())
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=rf"{path.name} does not hold kept states .*: remove it, then they are read"):
-        write_states(tmp_path / "s", model, tmp_path / "r", AT_HEAD)
+        write_states(tmp_path / "s", model, tmp_path / "r", **at(AT_HEAD))
     path.unlink()
-    write_states(tmp_path / "s", model, tmp_path / "r", AT_HEAD)
+    write_states(tmp_path / "s", model, tmp_path / "r", **at(AT_HEAD))
 
 
 def test_what_cannot_be_kept_is_refused_before_anything_is_sampled(tmp_path):
@@ -228,8 +232,8 @@ def test_what_cannot_be_kept_is_refused_before_anything_is_sampled(tmp_path):
         sample(tmp_path / "r", model, generation_config=beams, num_samples=1, temperature=None)
     with pytest.raises(ValueError, match="reads decoder layer 9"):
         sample(tmp_path / "r", model, ValueHeadConfig(16, layer=9))
-    with pytest.raises(TypeError, match="must be a ValueHeadConfig, which says where, or None, got bool"):
-        sample(tmp_path / "r", model, False)
+    with pytest.raises(TypeError, match="`keep_states` must be True or False, got ValueHeadConfig"):
+        sample(tmp_path / "r", model, keep_states=AT_HEAD)
     with pytest.raises(TypeError, match="`keep_states` must be True or False, got ValueHeadConfig"):
         fit(model, PROMPTS, length, tmp_path / "r", tokenizer=tiny_tokenizer(), keep_states=AT_HEAD)
     assert not (tmp_path / "r").exists()

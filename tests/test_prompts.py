@@ -88,7 +88,7 @@ def test_a_conversation_is_asked_for_its_last_answer():
 
 def test_another_column_can_hold_the_prompts(tmp_path):
     path = write(tmp_path / "p.csv", [{"question": "w5", "x": "1"}])
-    assert load_prompts(path, column="question").rows == [{"prompt": "w5", "x": "1"}]
+    assert load_prompts(path, prompt_column="question").rows == [{"prompt": "w5", "x": "1"}]
     with pytest.raises(ValueError, match=r"no column 'prompt', it has \['question', 'x'\]"):
         load_prompts(path)
 

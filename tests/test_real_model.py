@@ -78,7 +78,7 @@ def test_the_fast_ascent_is_the_autograd_ascent_on_real_states(controlled):
     rollouts = score_rollouts(
         generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=8), lambda prompts, texts, **_: [0.0] * len(texts)
     )
-    states = collect_states(model, rollouts, head.config).hidden.double()
+    states = collect_states(model, rollouts, **at(head.config)).hidden.double()
     reference = ValueHead(head.config).double()
     reference.load_state_dict(head.state_dict())
     scaled = reference.scaled(states)
@@ -98,7 +98,7 @@ def test_a_head_trained_here_raises_its_reward_on_prompts_that_it_has_not_seen(s
     options = {"max_new_tokens": 24, "temperature": 0.9}
     rollouts = score_rollouts(generate_rollouts(model, tokenizer, training, **options), vader)
     config = ValueHeadConfig(576, head_sizes=[256], hook_point="lm_head", advantage_sizes=[64])
-    states = collect_states(model, rollouts, config)
+    states = collect_states(model, rollouts, **at(config))
     head, _ = train_value_head(states, config, num_epochs=10, validation_split=0.2)
     fit_advantage(head, states, validation_split=0.2)
     controlled = ReControlForCausalLM.from_model(model, head)

@@ -200,8 +200,8 @@ def test_missing_figures(render):
         }
     )
     assert rows(page) == {
-        "Error of V, whole response": "-",
-        "Correlation, last token": "-",
+        "V's error along the response": "-",
+        "V's correlation with the reward, last token": "-",
         "Error of the training mean reward": "1",
         "Error of the prompt's mean reward": "-",
     }
@@ -213,7 +213,7 @@ def test_figures(render):
     page, _ = render()
     found = rows(page)
     assert found["Held-out responses"] == "2,048"
-    assert found["Error of V, whole response"] == "0.641"
+    assert found["V's error along the response"] == "0.641"
     assert len(found) == 10
 
 

@@ -12,7 +12,8 @@ import torch
 from hf_recontrol import ValueHeadConfig
 from hf_recontrol.data.states import States, StateStore, StateWriter
 from hf_recontrol.training.advantage import fit_advantage
-from hf_recontrol.training.value import ValueTrainer, split_by_prompt, train_value_head
+from hf_recontrol.training.held_out import split_by_prompt
+from hf_recontrol.training.value import ValueTrainer, train_value_head
 
 # With so few held-out responses training warns, rightly.
 pytestmark = pytest.mark.usefixtures("recontrol_warnings")
@@ -45,7 +46,7 @@ def episodes(count: int = 300, seed: int = 0, noise: float = 0.1, objectives: in
 
 
 CONFIG = ValueHeadConfig(WIDTH, head_sizes=[32], hook_point="lm_head", advantage_sizes=[16])
-FAST = {"num_epochs": 20, "learning_rate": 3e-3, "batch_size": 32}
+FAST = {"num_epochs": 20, "learning_rate": 3e-3, "train_batch_size": 32}
 
 
 @pytest.mark.parametrize("td_lambda", [0.0, 0.95, 1.0])
@@ -198,7 +199,7 @@ def test_a_store_in_several_files_is_fetched_by_workers_as_by_one(tmp_path):
         small = {name: getattr(states, name)[part] for name in ("lengths", "rewards", "prompts", "finished")}
         path = tmp_path / f"part-{number:05d}.safetensors"
         names = ("hidden", "directions")
-        with StateWriter(path, small, rows.stop - rows.start, WIDTH, torch.float32, names, {}) as writer:
+        with StateWriter(path, small, WIDTH, torch.float32, names, {}) as writer:
             for name in names:
                 writer.write(name, 0, getattr(states, name)[rows])
     manifest = {
@@ -212,7 +213,7 @@ def test_a_store_in_several_files_is_fetched_by_workers_as_by_one(tmp_path):
     chosen = torch.tensor([80, 3, 41, 3, 0])
     for name in ("hidden", "directions"):
         assert torch.equal(store.gather(name, chosen), StateStore([states]).gather(name, chosen))
-    options = {"num_epochs": 2, "batch_size": 16}
+    options = {"num_epochs": 2, "train_batch_size": 16}
     expected, _ = train_value_head(states, CONFIG, **options)
     for workers in (0, 2):
         arguments = {"dataloader_num_workers": workers}
@@ -254,7 +255,7 @@ def test_several_objectives_have_their_own_units():
 
 def test_no_prompt_is_on_both_sides_of_the_split():
     states = episodes(40)
-    train, held_out = split_by_prompt(states, 0.2, seed=0)
+    train, held_out = split_by_prompt(states.prompts, 0.2, seed=0)
     assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(40))
     assert not set(states.prompts[train].tolist()) & set(states.prompts[held_out].tolist())
     assert len(held_out) == 8
@@ -263,7 +264,7 @@ def test_no_prompt_is_on_both_sides_of_the_split():
 def test_the_constant_part_is_ridge_regression_in_closed_form():
     states = episodes(noise=0.0)
     head, _ = train_value_head(states, CONFIG, td_lambda=1.0, **FAST)
-    figures = fit_advantage(head, states, num_epochs=0)
+    figures = fit_advantage(head, states, advantage_num_epochs=0)
     assert figures["constant_correlation"] == figures["advantage_correlation"] > 0.5
     weight, bias = head.advantage_mlp.layers[-1].weight, head.advantage_mlp.layers[-1].bias
     assert not weight.any()
@@ -275,7 +276,7 @@ def test_the_constant_part_is_ridge_regression_in_closed_form():
 def test_the_advantage_part_is_never_worse_on_held_out_prompts_than_its_constant_part():
     states = episodes(noise=1.0)
     head, _ = train_value_head(states, CONFIG, **FAST)
-    figures = fit_advantage(head, states, learning_rate=3e-3, num_epochs=5)
+    figures = fit_advantage(head, states, advantage_learning_rate=3e-3, advantage_num_epochs=5)
     assert figures["advantage_correlation"] >= figures["constant_correlation"] - 1e-3
     assert all(math.isfinite(value) for value in figures.values() if isinstance(value, float))
 
@@ -299,10 +300,10 @@ def test_the_mlp_of_the_advantage_part_learns_what_a_constant_cannot_say():
         directions=directions.flatten(0, 1),
     )
     head, _ = train_value_head(states, CONFIG, td_lambda=1.0, **FAST)
-    figures = fit_advantage(head, states, learning_rate=1e-2, num_epochs=20)
+    figures = fit_advantage(head, states, advantage_learning_rate=1e-2, advantage_num_epochs=20)
     assert figures["advantage_correlation"] > figures["constant_correlation"] + 0.3
     smoothed = deepcopy(head)
-    fit_advantage(smoothed, states, learning_rate=1e-2, num_epochs=1, gae_lambda=0.9)
+    fit_advantage(smoothed, states, advantage_learning_rate=1e-2, advantage_num_epochs=1, gae_lambda=0.9)
     assert not torch.equal(smoothed.advantage(hidden[0]), head.advantage(hidden[0]))
 
 

@@ -1,5 +1,6 @@
 """The command `recontrol`."""
 
-from .commands import app, main
+from . import heads, stages  # the commands
+from .app import app, main
 
-__all__ = ["app", "main"]
+__all__ = ["app", "heads", "main", "stages"]

@@ -1,36 +1,167 @@
-"""Options that several commands of `recontrol` share."""
+"""The command's options, made from the settings of a run: the same names, defaults and texts."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import inspect
+import json
+import typing
+from collections.abc import Callable
+from dataclasses import Field, fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
-ModelArgument = Annotated[str, typer.Option("--model", "-m", help="Base model: a folder or a Hub name.")]
+from ..settings import (
+    AdvantageSettings,
+    BadRowSettings,
+    FitSettings,
+    ForwardSettings,
+    HeadSettings,
+    HookPointSettings,
+    LoadingSettings,
+    PromptSettings,
+    RolloutSettings,
+    SamplingSettings,
+    SeedSettings,
+    StatesSettings,
+    TrainingSettings,
+    ValueSettings,
+)
+from ..utils.settings import Settings, annotations, default_text, kind_of
+
+# Under which heading help shows the settings that a class adds.
+_PANELS = {
+    SeedSettings: "Sampling",
+    ForwardSettings: "Base model",
+    LoadingSettings: "Base model",
+    BadRowSettings: "Prompts",
+    PromptSettings: "Prompts",
+    SamplingSettings: "Sampling",
+    RolloutSettings: "Sampling",
+    HookPointSettings: "States",
+    StatesSettings: "States",
+    HeadSettings: "Head",
+    TrainingSettings: "Training of both parts",
+    ValueSettings: "Training of V",
+    AdvantageSettings: "Training of the advantage part",
+    FitSettings: "Recommended control",
+}
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(help="YAML file of settings, such as the `fit.yaml` of a run. Options override it."),
+]
+
+
+def _panel(name: str) -> str:
+    return next(panel for cls, panel in _PANELS.items() if name in cls.__dict__.get("__annotations__", {}))
+
+
+def _option(cls: type[Settings], item: Field) -> inspect.Parameter:
+    """The option of a setting. Its default is `None`, not given, so that a file's value can stand."""
+    kind, optional = kind_of(annotations(cls)[item.name])
+    flag = "--" + item.name.replace("_", "-")
+    declarations = [flag, f"--no-{item.name.replace('_', '-')}"] if kind is bool else [flag]
+    shown: Any = kind
+    metavar = None
+    if kind in (Any, dict):
+        shown, metavar = str, "JSON" if kind is dict else "TEXT"
+    elif typing.get_origin(kind) is tuple:
+        is_text = typing.get_args(kind)[0] is str
+        shown, metavar = (list[str], "TEXT ...") if is_text else (str, "INT,INT,...")
+    elif optional and kind in (int, float):
+        shown, metavar = str, "INTEGER|none" if kind is int else "FLOAT|none"
+    option = typer.Option(
+        *declarations,
+        help=item.metadata["help"],
+        show_default=default_text(item),
+        metavar=metavar,
+        rich_help_panel=_panel(item.name),
+    )
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[shown | None, option]
+    )
+
+
+def _parsed(cls: type[Settings], item: Field, value: Any) -> Any:
+    """What an option's text stands for. Where it stands for nothing, it is left to the settings' own check."""
+    kind, optional = kind_of(annotations(cls)[item.name])
+    option = "--" + item.name.replace("_", "-")
+    if optional and value == "none":
+        return None
+    if kind in (int, float) and isinstance(value, str):
+        try:
+            return kind(value)
+        except ValueError:
+            raise typer.BadParameter(f"expected a number or none, got {value!r}", param_hint=option) from None
+    if kind is dict:
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise typer.BadParameter(f"expected a JSON object ({error})", param_hint=option) from None
+    if typing.get_origin(kind) is tuple and typing.get_args(kind)[0] is int:
+        try:
+            return [int(width) for width in value.split(",") if width.strip()]
+        except ValueError:
+            raise typer.BadParameter(
+                f"expected widths such as 512 or 512,512, got {value!r}", param_hint=option
+            ) from None
+    if item.metadata.get("escapes"):
+        return [text.encode("latin-1", "backslashreplace").decode("unicode_escape") for text in value]
+    return value
+
+
+def with_settings(cls: type[Settings]) -> Callable[[Callable], Callable]:
+    """
+    Decorates a command: gives it an option for each setting of `cls`, and `--config`, and hands its function the
+    `settings` that come of them. A function that also takes `config` is handed what the file holds beside settings.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
+        takes_config = any(p.name == "config" for p in own)
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "config"]
+        items = {item.name: item for item in fields(cls)}
+        config_option = inspect.Parameter(
+            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOption
+        )
+
+        @wraps(function)
+        def command(*, config: Path | None = None, **values: Any) -> None:
+            given = {
+                name: _parsed(cls, items[name], values[name]) for name in items if values.get(name) not in (None, [])
+            }
+            inputs, from_file = {}, {}
+            if config is not None:
+                from ..pipelines.run_file import RUN_INPUTS, load_run
+
+                loaded = load_run(config)
+                inputs = {name: loaded[name] for name in RUN_INPUTS if name in loaded}
+                from_file = {name: value for name, value in loaded.items() if name in items}
+            settings = cls.from_dict(from_file | given, "The settings" if config is None else f"{config} and options")
+            arguments = {p.name: values[p.name] for p in own}
+            if takes_config:
+                arguments["config"] = inputs
+            function(settings=settings, **arguments)
+
+        parameters = [*own, config_option, *(_option(cls, item) for item in items.values())]
+        command.__signature__ = inspect.Signature(parameters)
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Base model: a folder or a Hub name.")]
 PromptsOption = Annotated[
     str,
     typer.Option(
-        "--prompts",
         help="JSONL, CSV or Parquet file, or a folder or Hub name that `datasets` loads; rows with `prompt`: a text "
-        "or chat messages.",
+        "or chat messages."
     ),
 ]
-SplitOption = Annotated[str, typer.Option(help="Split of a dataset.")]
-ConfigNameOption = Annotated[str | None, typer.Option(help="Configuration of a dataset.")]
-ColumnOption = Annotated[str, typer.Option("--prompt-column", help="Column that holds the prompts.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Read so many rows only.")]
-StreamingOption = Annotated[bool, typer.Option("--streaming", help="Do not download the whole dataset.")]
-SkipOption = Annotated[
-    bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, instead of stopping.")
-]
-SamplesOption = Annotated[int, typer.Option(min=1, help="Responses for each prompt.")]
-NewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens drawn at most for each response.")]
-TemperatureOption = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy.")]
-StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends a turn; may be given several times.")]
-GenerationConfigOption = Annotated[
-    str | None, typer.Option(help="Folder or Hub name with a generation_config.json: all other sampling settings.")
-]
-PartOption = Annotated[int, typer.Option(min=1, help="Responses in a file: what a stop can cost.")]
 RewardOption = Annotated[
     list[str],
     typer.Option(
@@ -39,31 +170,5 @@ RewardOption = Annotated[
         "objectives."
     ),
 ]
-HookPointOption = Annotated[Literal["lm_head", "decoder_layer"], typer.Option(help="Where the head reads.")]
-LayerOption = Annotated[int, typer.Option(help="Decoder layer, at `decoder_layer`.")]
-AdvantageOption = Annotated[
-    bool, typer.Option(help="At `lm_head`: also keep what the advantage part is trained on (as much again).")
-]
-KeepStatesOption = Annotated[
-    bool,
-    typer.Option(
-        "--keep-states",
-        help="Keep states while sampling instead of reading them afterwards: faster on a CPU, more on the disk.",
-    ),
-]
-StatesDtypeOption = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16", "int8"], typer.Option(help="Dtype of stored states.")
-]
-EveryOption = Annotated[int, typer.Option(min=1, help="Keep every k-th state.")]
-BudgetOption = Annotated[float | None, typer.Option("--max-gb", help="Keep as many states as fit into 10⁹ bytes.")]
-HeadSizesOption = Annotated[str, typer.Option(help="Widths of V's hidden layers: `1024`, `512,512`.")]
-AdvantageSizesOption = Annotated[str, typer.Option(help="Widths of g's hidden layers; `none` for no advantage part.")]
-TdLambdaOption = Annotated[float, typer.Option(min=0, max=1, help="λ of TD(λ); 1 is Monte Carlo.")]
-EpochsOption = Annotated[int, typer.Option(min=1, help="Epochs at most, for V; the best one is kept.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Sequences in one forward.")]
-DtypeOption = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype of the base.")]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option(help="cpu, cuda:1, auto (spread by accelerate), ...; default: this process's accelerator."),
-]
+HeadOption = Annotated[str | None, typer.Option(help="Work under the control that this head recommends.")]
+Method = Literal["ascent", "advantage"]

@@ -12,37 +12,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import LogitsProcessor
 
-from ..configuration import ValueHeadConfig
-from ..data.rollouts import Rollout, stable_number
-from ..modeling.hook_points import hook_layer, lm_head_rows
+from ..data.fingerprints import stable_number
+from ..data.rollouts import Rollout
+from ..modeling.hook_points import HookPoint
 from ..modeling.hooks import read_states
 from ..utils.files import atomic_path
+from .directions import directions, mean_rows
 
 KEPT_FOLDER = "kept_states"
 _METADATA_KEY = "hf_recontrol"
-
-
-def mean_rows(logits: torch.Tensor, temperature: float, weight: torch.Tensor) -> torch.Tensor:
-    """
-    The mean row w̄ = Σ_y π(y) w_y of the LM head under the policy.
-
-    Args:
-        logits (`torch.Tensor` of shape `(states, vocabulary)`):
-            The model's own; π is their softmax at the temperature.
-        temperature (`float`):
-            0, as for greedy responses, is taken as 1.
-        weight (`torch.Tensor` of shape `(vocabulary, hidden_size)`):
-            The LM head's rows w_y.
-
-    Returns:
-        `torch.Tensor` of shape `(states, hidden_size)`, in float32.
-    """
-    logits = logits.float()
-    if temperature not in (0.0, 1.0):
-        logits = logits / temperature
-    return (torch.softmax(logits, dim=-1).to(weight.device, weight.dtype) @ weight).float()
 
 
 class StateKeeper(LogitsProcessor):
@@ -51,19 +31,16 @@ class StateKeeper(LogitsProcessor):
     change the scores.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]), config ([`ValueHeadConfig`]):
-            The model that generates, and where its states are read; with `advantage_sizes` also the directions.
+        hook_point ([`HookPoint`]):
+            Where the states are read.
+        weight (`torch.Tensor` of shape `(vocabulary, hidden_size)`, *optional*):
+            The LM head's rows, if the directions are kept too.
         temperature (`float`):
             What the batch is sampled at.
-
-    Raises:
-        `ValueError`: if the model has no such place, or the LM head's rows cannot be read.
     """
 
-    def __init__(self, model: PreTrainedModel, config: ValueHeadConfig, temperature: float):
-        self._weight = lm_head_rows(model) if config.advantage_sizes is not None else None
-        hook_layer(model, config)
-        self._model, self._config, self._temperature = model, config, temperature
+    def __init__(self, hook_point: HookPoint, weight: torch.Tensor | None, temperature: float):
+        self._hook_point, self._weight, self._temperature = hook_point, weight, temperature
         self._seen: list[torch.Tensor] = []
         self._hidden: list[torch.Tensor] = []
         self._means: list[torch.Tensor] = []
@@ -71,7 +48,7 @@ class StateKeeper(LogitsProcessor):
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Read the states of the forwards in the block."""
-        with read_states(self._model, self._config, keep_logits=True) as self._seen:
+        with read_states(self._hook_point, keep_logits=True) as self._seen:
             yield
 
     @torch.no_grad()
@@ -93,8 +70,8 @@ class StateKeeper(LogitsProcessor):
             length = len(rollout.completion_ids)
             tensors["hidden"].append(hidden[row, :length])
             if means is not None:
-                drawn = self._weight[torch.tensor(rollout.completion_ids, device=means.device, dtype=torch.long)]
-                tensors["directions"].append((drawn.float() - means[row, :length]).to(hidden.dtype))
+                drawn = directions(rollout.completion_ids, means[row, :length], self._weight)
+                tensors["directions"].append(drawn.to(hidden.dtype))
         stored = {name: torch.cat(values).cpu() for name, values in tensors.items() if values}
         stored["lengths"] = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
         stored["tokens"] = torch.tensor([_token_number(rollout) for rollout in rollouts])
@@ -107,9 +84,9 @@ def _token_number(rollout: Rollout) -> int:
     return stable_number([rollout.prompt_ids, rollout.completion_ids])
 
 
-def kept_settings(model: PreTrainedModel, config: ValueHeadConfig, settings: dict) -> dict:
-    """What kept states depend on: the place, and all that the rollouts depend on (the `settings` of their stage)."""
-    return {"layer": hook_layer(model, config), "rollouts": stable_number(settings)}
+def kept_settings(hook_point: HookPoint, settings: dict) -> dict:
+    """What kept states depend on: where, and all that the rollouts depend on (the `settings` of their stage)."""
+    return {"layer": hook_point.layer, "rollouts": stable_number(settings)}
 
 
 def kept_path(folder: str | os.PathLike, part: int, batch: int) -> Path:

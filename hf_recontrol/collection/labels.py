@@ -9,9 +9,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ..data.fingerprints import file_checksum
+from ..data.processes import Progress, progress_bar
 from ..data.prompts import BadRow, report_bad_rows
 from ..data.rollouts import Rollout, count_rollouts, load_rollouts, save_rollouts, scoring_of
-from ..data.stage_folder import MANIFEST_NAME, Progress, StageFolder, file_checksum, progress_bar, read_manifest
+from ..data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
 from .rewards import MissingColumnError, RewardFunction, by_name, finite_reward, reward_fingerprint, reward_name
 
 

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.fingerprints import model_fingerprint
+from ..data.processes import Processes
 from ..data.prompts import BadRow, Prompt, Prompts, report_bad_rows
-from ..data.stage_folder import (
-    Processes,
-    model_fingerprint,
-)
+from ..utils.extras import needs_extra
 
 # TRL's signature: f(prompts, completions, **kwargs) -> list[float], one reward for each pair. Further columns of the
 # data come as keyword arguments, lists of the same length.
@@ -122,10 +121,8 @@ def vader(prompts: Sequence[str], completions: Sequence[str], **kwargs) -> list[
     Raises:
         `ImportError`: if `vaderSentiment` is not installed; names the extra.
     """
-    try:
+    with needs_extra("demo", "The VADER reward"):
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as error:
-        raise ImportError("The VADER reward needs `pip install 'hf_recontrol[demo]'`.") from error
     analyzer = SentimentIntensityAnalyzer()
     return [analyzer.polarity_scores(completion)["compound"] for completion in completions]
 

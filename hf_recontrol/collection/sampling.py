@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,18 @@ import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
 )
 from transformers.generation import GenerationMode
+
+from ..settings import SamplingSettings
+
+DEFAULT_NEW_TOKENS = 128
+# Bytes beyond a stop string's own that are looked at: a token at its boundary may spell a few that belong elsewhere.
+_BOUNDARY = 8
 
 # Settings whose processors read a row's token ids or count them, the padding too.
 _READS_TOKENS = (
@@ -38,6 +46,14 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if end is None or end == []:
         end = tokenizer.eos_token_id
     return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def row_seed(seed: int, prompt_number: int, sample: int) -> list[int]:
+    """
+    What the noise of one response depends on: the run's seed, the prompt's number in its source, and which of the
+    prompt's samples it is. Not on its batch, its file or its process.
+    """
+    return [seed, prompt_number, sample]
 
 
 def pad_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -90,6 +106,28 @@ class RowSampler(LogitsProcessor):
         return scores.scatter(1, winners, torch.inf)
 
 
+def draw_with(
+    *, first: Sequence[LogitsProcessor] = (), last: Sequence[LogitsProcessor] = ()
+) -> Callable[..., torch.LongTensor]:
+    """
+    A decoding method for `generate(custom_generate=...)`: transformers' own loop with processors before and behind all
+    of its own, where `generate(logits_processor=...)` would put them before temperature and top-p. What is drawn is
+    the token with the largest score then.
+    """
+
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        generation_config.do_sample = False
+        return model._sample(
+            input_ids,
+            logits_processor=LogitsProcessorList([*first, *logits_processor, *last]),
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            **model_kwargs,
+        )
+
+    return decode
+
+
 class StopStrings(StoppingCriteria):
     """
     Stops a row when its response holds one of the stop strings. transformers' own criterion looks at the prompt too,
@@ -104,8 +142,8 @@ class StopStrings(StoppingCriteria):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], prompt_width: int = 0):
         self.tokenizer, self.stop_strings, self.prompt_width = tokenizer, stop_strings, prompt_width
-        # Each token spells a byte at least, but for a few at a boundary.
-        self.tail = max(len(stop.encode()) for stop in stop_strings) + 8
+        # Each token spells a byte at least.
+        self.tail = max(len(stop.encode()) for stop in stop_strings) + _BOUNDARY
 
     def ends(self, ids: Sequence[int]) -> bool:
         """Whether the last of these tokens completes a stop string, if none before has."""
@@ -136,43 +174,37 @@ def cut_response(
 
 
 def sampling_config(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    generation_config: GenerationConfig | None = None,
-    *,
-    max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    stop_strings: Sequence[str] = (),
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings
 ) -> GenerationConfig:
     """
-    The complete settings of rollouts: `generation_config`, else plain sampling at temperature 1, with what the other
-    arguments change.
+    The complete generation config of rollouts: that of the settings, else plain sampling at temperature 1, with what
+    the other settings change.
 
     Raises:
-        `ValueError`: for a mode in which a row's sample cannot depend on its own seed alone, and for a setting that is
-        out of its range.
+        `ValueError`: for a mode in which a row's sample cannot depend on its own seed alone, and for several samples
+        without sampling. `OSError`: if the named generation config cannot be had.
     """
-    config = (
-        GenerationConfig(do_sample=True, top_k=0) if generation_config is None else copy.deepcopy(generation_config)
-    )
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
-    if temperature is not None and not temperature >= 0:
-        raise ValueError(f"`temperature` must be 0 or above, got {temperature}.")
-    if temperature is not None:
-        config.do_sample = temperature > 0
-        config.temperature = temperature if temperature > 0 else None
-        if temperature == 0:
+    config = settings.generation_config
+    if config is None:
+        config = GenerationConfig(do_sample=True, top_k=0)
+    elif isinstance(config, (str, os.PathLike)):
+        config = GenerationConfig.from_pretrained(config)
+    elif not isinstance(config, GenerationConfig):
+        raise TypeError(f"`generation_config` must be a GenerationConfig or its name, got {type(config).__name__}.")
+    config = copy.deepcopy(config)
+    if settings.temperature is not None:
+        config.do_sample = settings.temperature > 0
+        config.temperature = settings.temperature or None
+        if not config.do_sample:
             config.top_p = config.top_k = None
-    if top_p is not None and config.do_sample:
-        config.top_p = top_p
-    stop_strings = stop_strings or config.stop_strings
+    if settings.top_p is not None and config.do_sample:
+        config.top_p = settings.top_p
+    stop_strings = settings.stop_strings or config.stop_strings
     if stop_strings:
         config.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         if not all(isinstance(stop, str) and stop for stop in config.stop_strings):
             raise ValueError(f"A stop string must be a text that is not empty, got {config.stop_strings}.")
-    config.max_new_tokens = max_new_tokens or config.max_new_tokens or 128
+    config.max_new_tokens = settings.max_new_tokens or config.max_new_tokens or DEFAULT_NEW_TOKENS
     if config.eos_token_id is None:
         config.eos_token_id = end_token_ids(model, tokenizer) or None
     if config.pad_token_id is None:
@@ -185,6 +217,10 @@ def sampling_config(
         )
     if (config.num_return_sequences or 1) > 1:
         raise ValueError("Ask for several responses with `num_samples`, not with `num_return_sequences`.")
+    if settings.num_samples > 1 and not config.do_sample:
+        raise ValueError(
+            f"{settings.num_samples} samples of a prompt would be the same without sampling: set a temperature."
+        )
     return config
 
 
@@ -206,10 +242,13 @@ _RESHAPES = {
 }
 
 
+# What generate() takes where nothing is set.
+_TOP_K_WHERE_UNSET = 50
+
+
 def reshaped_by(generation_config: dict[str, Any]) -> list[str]:
     """Which settings of a generation config make its draws others than those of the model at a temperature."""
-    # What generate() takes where nothing is set.
-    settings = {"top_k": 50} | generation_config
+    settings = {"top_k": _TOP_K_WHERE_UNSET} | generation_config
     leaves = dict.fromkeys(_READS_TOKENS, ()) | {"repetition_penalty": (1,), "min_length": (0,)} | _RESHAPES
     found = [f"{name}={settings[name]}" for name in leaves if settings.get(name) not in (None, *leaves[name])]
     return found if settings.get("do_sample") else ["do_sample=False"]

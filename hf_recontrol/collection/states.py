@@ -1,4 +1,4 @@
-"""Rollouts to hidden states: what a head is trained on, read by teacher forcing at its hook point."""
+"""Rollouts to states: what a head is trained on, read by teacher forcing at its hook point."""
 
 from __future__ import annotations
 
@@ -7,31 +7,29 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..configuration import ControlConfig, ValueHeadConfig
-from ..data.rollouts import Rollout, count_rollouts, load_rollouts, rollout_parts, stable_number
-from ..data.stage_folder import (
-    Progress,
-    StageFolder,
-    control_settings,
-    model_settings,
-    place_settings,
-    progress_bar,
-    read_manifest,
-)
+from ..configuration import ControlConfig
+from ..data.fingerprints import control_settings, hook_point_settings, model_settings, stable_number
+from ..data.processes import Progress, progress_bar
+from ..data.rollouts import Rollout, count_rollouts, load_rollouts, rollout_parts
+from ..data.stage_folder import StageFolder, read_manifest
 from ..data.states import States, StateWriter
 from ..modeling.causal_lm import ReControlForCausalLM
-from ..modeling.hook_points import hook_width, lm_head_rows
+from ..modeling.hook_points import HookPoint, lm_head_rows
 from ..modeling.hooks import read_states
+from ..settings import HookPointSettings, StatesSettings
 from ..utils.files import atomic_path
-from .kept_states import KEPT_FOLDER, KeptStates, has_kept, kept_settings, mean_rows
-from .rollouts import batches, pad_batch
+from .batches import forward_batches, teacher_forced
+from .directions import directions, mean_rows
+from .kept_states import KEPT_FOLDER, KeptStates, has_kept, kept_settings
 from .sampling import reshaped_by
 
 logger = logging.get_logger(__name__)
@@ -39,113 +37,96 @@ logger = logging.get_logger(__name__)
 # Beyond this share of the features' spread int8 is not worth what it saves.
 _LARGE_INT8_ERROR = 0.05
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+# (number of the rollout, its states, and its directions if they are read).
+ReadStates = Iterator[tuple[int, torch.Tensor, "torch.Tensor | None"]]
 
 
-def teacher_forced(
-    model: PreTrainedModel, rollouts: Sequence[Rollout], keep_logits: bool
-) -> tuple[dict[str, torch.Tensor], list[slice]]:
+class _Reader:
     """
-    What to call a model with to see what each token of some responses was drawn from.
+    Reads the states of rollouts in one teacher-forced forward a batch.
 
     Args:
-        rollouts (sequence of [`Rollout`]):
-            One batch.
-        keep_logits (`bool`):
-            Whether logits are kept from the first response's start on only; else at all positions.
-
-    Returns:
-        Keyword arguments of the model's forward, and for each response the slice of the kept positions that its tokens
-        were drawn from.
+        model ([`~transformers.PreTrainedModel`]):
+            The base model, or a controlled one.
+        settings ([`HookPointSettings`]):
+            Where, and whether the directions too.
+        control ([`ControlConfig`] or `False`):
+            What the rollouts were sampled under.
     """
-    # Padding on the right: under causal attention it changes nothing before it, not even positions.
-    inputs = pad_batch([r.prompt_ids + r.completion_ids for r in rollouts], 0, "right", model.device)
-    first = 0
-    if keep_logits and model._supports_logits_to_keep():
-        first = min(len(r.prompt_ids) for r in rollouts) - 1
-        inputs["logits_to_keep"] = inputs["input_ids"].shape[1] - first
-    starts = [len(r.prompt_ids) - 1 - first for r in rollouts]
-    return inputs, [slice(start, start + len(r.completion_ids)) for start, r in zip(starts, rollouts, strict=True)]
 
+    def __init__(self, model: PreTrainedModel, settings: HookPointSettings, control: ControlConfig | bool):
+        self.model, self.control, self.batch_size = model, control, settings.batch_size
+        self.hook_point = HookPoint.find(model, settings)
+        # The LM head's rows, if directions are read.
+        self.weight = lm_head_rows(model) if settings.with_directions else None
 
-def forward_batches(
-    model: PreTrainedModel, rollouts: Sequence[Rollout], batch_size: int
-) -> tuple[list[list[int]], bool]:
-    """
-    Which rollouts go through one forward, in an order that wastes little on padding.
+    @cached_property
+    def model_settings(self) -> dict[str, Any]:
+        """What tells this model from others."""
+        return model_settings(self.model)
 
-    Returns:
-        The numbers of each batch's rollouts, and whether a layer is controlled that others follow: its edits reach
-        later positions, and generation edits from the prompt's last position on. Then all prompts of a batch are of
-        one length, and logits must be kept from their last position on.
-    """
-    hooks = getattr(model, "_recontrol", None)
-    edits_reach_on = hooks is not None and not hooks.is_last_layer and hooks.active_control() is not None
-    prompts = [len(rollout.prompt_ids) for rollout in rollouts]
-    lengths = [prompt + len(rollout.completion_ids) for prompt, rollout in zip(prompts, rollouts, strict=True)]
-    return batches(lengths, batch_size, prompts if edits_reach_on else None), edits_reach_on
+    @property
+    def names(self) -> list[str]:
+        """What is read."""
+        return ["hidden"] if self.weight is None else ["hidden", "directions"]
 
+    def check(self, rollouts: Sequence[Rollout]) -> None:
+        """Raise `ValueError` if rollouts are of another model."""
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        if max((max(r.prompt_ids + r.completion_ids) for r in rollouts), default=0) >= vocabulary:
+            raise ValueError(
+                f"The rollouts hold token ids that are not in the model's vocabulary of {vocabulary}: they were "
+                "sampled from another model."
+            )
 
-def _check(model: PreTrainedModel, rollouts: Sequence[Rollout], config: ValueHeadConfig) -> None:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if max((max(r.prompt_ids + r.completion_ids) for r in rollouts), default=0) >= vocabulary:
-        raise ValueError(
-            f"The rollouts hold token ids that are not in the model's vocabulary of {vocabulary}: they were sampled "
-            "from another model."
-        )
-    if config.advantage_sizes is not None:
-        lm_head_rows(model)
+    @torch.no_grad()
+    def read(self, rollouts: Sequence[Rollout]) -> ReadStates:
+        """The states of each rollout, in the order of [`forward_batches`]."""
+        settings = contextlib.nullcontext()
+        if isinstance(self.model, ReControlForCausalLM):
+            self.model.check_same_for_all_prompts(self.control)
+            settings = self.model.use_control(self.control)
+        with settings:
+            together, edits_reach_on = forward_batches(self.model, rollouts, self.batch_size)
+            for batch in together:
+                chosen = [rollouts[i] for i in batch]
+                for i, rollout, states in zip(batch, chosen, self._forward(chosen, edits_reach_on), strict=True):
+                    yield i, *self._of_response(rollout, *states)
 
+    def _forward(self, rollouts: Sequence[Rollout], edits_reach_on: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each rollout of one batch: its states and its logits, one for each drawn token."""
+        in_layer = self.hook_point.layer is not None
+        inputs, kept = teacher_forced(self.model, rollouts, keep_logits=not in_layer)
+        if in_layer and self.model._supports_logits_to_keep():
+            edited = inputs["input_ids"].shape[1] - len(rollouts[0].prompt_ids) + 1
+            inputs["logits_to_keep"] = edited if edits_reach_on else 1
+        with read_states(self.hook_point, keep_logits=self.weight is not None) as states:
+            logits = self.model(**inputs, use_cache=False).logits
+        return [(states[0][row, part], logits[row, part]) for row, part in enumerate(kept)]
 
-@torch.no_grad()
-def _read(
-    model: PreTrainedModel,
-    rollouts: Sequence[Rollout],
-    config: ValueHeadConfig,
-    batch_size: int,
-    control: ControlConfig | bool,
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-    """(number of the rollout, its states, its directions), in the order of [`forward_batches`]."""
-    with_directions = config.advantage_sizes is not None
-    in_layer = config.hook_point != "lm_head"
-    weight = lm_head_rows(model) if with_directions else None
-    settings = contextlib.nullcontext()
-    if isinstance(model, ReControlForCausalLM):
-        model._recontrol.check_same_for_all(control)
-        settings = model._recontrol.call(control)
-    with settings:
-        together, edits_reach_on = forward_batches(model, rollouts, batch_size)
-        for batch in together:
-            inputs, parts = teacher_forced(model, [rollouts[i] for i in batch], keep_logits=not in_layer)
-            if in_layer and model._supports_logits_to_keep():
-                edited = inputs["input_ids"].shape[1] - len(rollouts[batch[0]].prompt_ids) + 1
-                inputs["logits_to_keep"] = edited if edits_reach_on else 1
-            with read_states(model, config, keep_logits=with_directions) as states:
-                logits = model(**inputs, use_cache=False).logits
-            for row, (i, part) in enumerate(zip(batch, parts, strict=True)):
-                directions = None
-                if with_directions:
-                    tokens = torch.tensor(rollouts[i].completion_ids, device=weight.device)
-                    directions = weight[tokens].float() - mean_rows(logits[row, part], rollouts[i].temperature, weight)
-                yield i, states[0][row, part], directions
+    def _of_response(
+        self, rollout: Rollout, states: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.weight is None:
+            return states, None
+        mean = mean_rows(logits, rollout.temperature, self.weight)
+        return states, directions(rollout.completion_ids, mean, self.weight)
 
-
-def _kept_or_read(
-    kept: KeptStates | None, model: PreTrainedModel, rollouts: Sequence[Rollout], *settings
-) -> Iterator[tuple]:
-    """As [`_read`], with the states that were kept while sampling where there are any."""
-    rest = []
-    for i, rollout in enumerate(rollouts):
-        values = kept.find(rollout) if kept else None
-        if values is None:
-            rest.append(i)
-        else:
-            yield i, *values
-    for i, *values in _read(model, [rollouts[i] for i in rest], *settings):
-        yield rest[i], *values
+    def read_or_copy(self, rollouts: Sequence[Rollout], kept: KeptStates | None) -> ReadStates:
+        """As [`_Reader.read`], with the states that were kept while sampling where there are any."""
+        rest = []
+        for i, rollout in enumerate(rollouts):
+            values = kept.find(rollout) if kept else None
+            if values is None:
+                rest.append(i)
+            else:
+                yield i, *values
+        for i, *values in self.read([rollouts[i] for i in rest]):
+            yield rest[i], *values
 
 
 def _small(rollouts: Sequence[Rollout], every: int, num_objectives: int) -> dict[str, torch.Tensor]:
+    """The tensors of [`States`] with one row for each episode."""
     return {
         "lengths": torch.tensor([math.ceil(len(r.completion_ids) / every) for r in rollouts], dtype=torch.int64),
         # In float64: of rewards that are large next to their spread float32 would keep nothing.
@@ -158,10 +139,10 @@ def _small(rollouts: Sequence[Rollout], every: int, num_objectives: int) -> dict
 def collect_states(
     model: PreTrainedModel,
     rollouts: Sequence[Rollout],
-    config: ValueHeadConfig,
+    settings: HookPointSettings | None = None,
     *,
-    batch_size: int = 16,
     control: ControlConfig | bool = False,
+    **changes,
 ) -> States:
     """
     Read the states of scored rollouts, in memory, in one teacher-forced forward a batch. Under control of the last
@@ -172,10 +153,8 @@ def collect_states(
             The base model, or a controlled one.
         rollouts (sequence of [`Rollout`]):
             Scored rollouts.
-        config ([`ValueHeadConfig`]):
-            Where to read: its `hook_point` and `layer`. With `advantage_sizes`, the directions are collected too.
-        batch_size (`int`, *optional*, defaults to 16):
-            Rollouts read at once.
+        settings ([`HookPointSettings`], *optional*), changes:
+            Where to read; single settings as keywords.
         control ([`ControlConfig`] or `False`, *optional*, defaults to `False`):
             What the rollouts were sampled under: the mean row w̄ is taken under this policy.
 
@@ -184,48 +163,37 @@ def collect_states(
     Raises:
         `ValueError`: if a rollout has no reward, there is none with a token, or the LM head's weight cannot be read.
     """
+    settings = HookPointSettings.of(settings, changes)
     if any(rollout.reward is None for rollout in rollouts):
         raise ValueError("A rollout has no reward: score them first (`recontrol label`).")
     rollouts = [rollout for rollout in rollouts if rollout.completion_ids]
     if not rollouts:
         raise ValueError("No rollout has a token: nothing to learn from.")
-    _check(model, rollouts, config)
-    hidden: dict[int, torch.Tensor] = {}
-    directions: dict[int, torch.Tensor] = {}
+    reader = _Reader(model, settings, control)
+    reader.check(rollouts)
+    found: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
     with progress_bar("states", len(rollouts)) as advance:
-        for i, states, direction in _read(model, rollouts, config, batch_size, control):
-            hidden[i] = states.float().cpu()
-            if direction is not None:
-                directions[i] = direction.cpu()
+        for i, states, direction in reader.read(rollouts):
+            found[i] = states.float().cpu(), None if direction is None else direction.cpu()
             advance(1)
+    hidden, kept_directions = zip(*(found[i] for i in range(len(rollouts))), strict=True)
     return States(
-        hidden=torch.cat([hidden[i] for i in range(len(rollouts))]),
-        directions=torch.cat([directions[i] for i in range(len(rollouts))]) if directions else None,
+        hidden=torch.cat(hidden),
+        directions=None if reader.weight is None else torch.cat(kept_directions),
         **_small(rollouts, 1, len(rollouts[0].reward)),
-        **place_settings(model, config),
+        **hook_point_settings(model, settings.hook_point, settings.layer),
     )
-
-
-def check_storage(dtype: str, every: int, max_gigabytes: float | None) -> None:
-    """Raise `ValueError` if the arguments of [`write_states`] that say what is kept are out of range."""
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {DTYPES}, got {dtype!r}.")
-    if every < 1 or (max_gigabytes is not None and not max_gigabytes > 0):
-        raise ValueError(f"`every` must be at least 1 and `max_gigabytes` above 0, got {every} and {max_gigabytes}.")
 
 
 def write_states(
     folder: str | os.PathLike,
     model: PreTrainedModel,
     rollouts: str | os.PathLike,
-    config: ValueHeadConfig,
+    settings: StatesSettings | None = None,
     *,
-    batch_size: int = 16,
     control: ControlConfig | bool = False,
-    dtype: str = "auto",
-    every: int = 1,
-    max_gigabytes: float | None = None,
     progress: Progress | None = None,
+    **changes,
 ) -> dict[str, float]:
     """
     Read the states of a folder of scored rollouts into a folder of memory-mapped safetensors files, see [`States`] for
@@ -235,17 +203,14 @@ def write_states(
     Args:
         folder (`str` or `os.PathLike`):
             Made if need be.
-        model, config, batch_size, control:
+        model, control:
             As for [`collect_states`].
         rollouts (`str` or `os.PathLike`):
             A folder of [`write_rollouts`], scored by [`label_rollouts`]. Responses without a token or a reward are
-            left out. States that were kept there while sampling, at this place and by this model under this control,
-            are copied; the others are read.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            `"float32"`, `"bfloat16"`, `"float16"`, `"int8"` (scaled by row and feature; its error is in the counts),
-            or `"auto"`: that of the model.
-        every (`int`, *optional*, defaults to 1), max_gigabytes (`float`, *optional*):
-            Keep one state in `every`, counted back from the last; or as many as fit into so many 10⁹ bytes.
+            left out. States that were kept there while sampling, at this hook point and by this model under this
+            control, are copied; the others are read.
+        settings ([`StatesSettings`], *optional*), changes:
+            Where to read and what to store; single settings as keywords.
         progress (`Callable[[int, int], None]`, *optional*):
             Called with (done, total) instead of showing a bar.
 
@@ -254,90 +219,120 @@ def write_states(
         of the error relative to each feature's spread.
 
     Raises:
-        `ValueError`: as [`collect_states`]; if a state leaves the range of `dtype`. `OSError`: as [`StageFolder`].
+        `ValueError`: as [`collect_states`]; if a state leaves the range of its dtype. `OSError`: as [`StageFolder`].
     """
-    check_storage(dtype, every, max_gigabytes)
+    settings = StatesSettings.of(settings, changes)
     parts = rollout_parts(rollouts)
     manifest = read_manifest(rollouts, "rollouts", "recontrol rollout")
     if manifest["rewards"] is None:
         raise ValueError(f"The rollouts in {rollouts} have no rewards: score them first (`recontrol label`).")
     _check_rewards(parts, manifest["rewards"])
-    base = model_settings(model)
-    if manifest["settings"]["model"] != base["model"]:
-        logger.warning(
-            f"The rollouts are those of {manifest['settings']['model']}, the states are read from "
-            f"{model.config._name_or_path}."
-        )
-    reshaped = reshaped_by(manifest["settings"]["generation_config"])
-    if config.advantage_sizes is not None and reshaped:
-        logger.warning(
-            f"The responses were not drawn from the whole distribution ({', '.join(reshaped)}), but the advantage "
-            "part is fitted as if they were: sample with a temperature alone for it."
-        )
-    width = hook_width(model, config)
-    stored = getattr(torch, dtype) if dtype != "auto" else model.dtype
-    names = ["hidden"] if config.advantage_sizes is None else ["hidden", "directions"]
-    if max_gigabytes is not None:
-        size = manifest["counts"]["tokens"] * width * stored.itemsize * len(names)
-        every = max(every, math.ceil(size / (max_gigabytes * 1e9)))
-    place = place_settings(model, config)
-    sampled = base | control_settings(model, control)
-    settings = {
-        **base,
-        "rollouts": hashlib.sha256(json.dumps(manifest["parts"], sort_keys=True).encode()).hexdigest(),
-        "hook_point": config.hook_point,
-        "layer": config.layer,
-        "tensors": names,
-        "dtype": str(stored).removeprefix("torch."),
-        "every": every,
-        "control": sampled["control"],
-    }
-    wanted = kept_settings(model, config, manifest["settings"])
-    as_sampled = {name: manifest["settings"].get(name) for name in sampled} == sampled
-    if not as_sampled or not has_kept(rollouts, wanted, names):
-        if has_kept(rollouts):
-            logger.warning(
-                f"The states kept in {Path(rollouts) / KEPT_FOLDER} are of another place, model or control, or lack "
-                "directions, so states are read anew."
-            )
-        wanted = None
-    stage = StageFolder(folder, "states", settings, len(parts), ".safetensors")
+    reader = _Reader(model, settings, control)
+    _warn_of_mismatch(reader, manifest["settings"])
+    known = _stage_settings(reader, manifest, settings)
+    kept = _usable_kept(reader, Path(rollouts), manifest["settings"])
+    stage = StageFolder(folder, "states", known, len(parts), ".safetensors")
     with stage:
         if stage.is_counted():
             return stage.counts()
+        make_writer = partial(
+            StateWriter,
+            hidden_size=reader.hook_point.width,
+            dtype=getattr(torch, known["dtype"]),
+            names=reader.names,
+            metadata=hook_point_settings(model, settings.hook_point, settings.layer) | {"every": known["every"]},
+        )
         missing = stage.missing_parts()
         total = sum(count_rollouts(parts[index]) for index in stage.own_parts())
         with progress_bar("states", total, progress, stage.processes.index) as advance:
             for index in stage.own_parts():
                 part = load_rollouts(parts[index])
-                used = [r for r in part if r.completion_ids and r.reward is not None]
                 if index in missing:
-                    _check(model, used, config)
-                    small = _small(used, every, len(manifest["rewards"]))
-                    starts = (small["lengths"].cumsum(0) - small["lengths"]).tolist()
-                    with (
-                        atomic_path(stage.part_path(index)) as path,
-                        StateWriter(
-                            path, small, int(small["lengths"].sum()), width, stored, names, place | {"every": every}
-                        ) as writer,
-                    ):
-                        kept = KeptStates(rollouts, index, wanted, names, width) if wanted else None
-                        for i, *values in _kept_or_read(kept, model, used, config, batch_size, control):
-                            chosen = slice((len(used[i].completion_ids) - 1) % every, None, every)
-                            for name, value in zip(names, values, strict=False):
-                                writer.write(name, starts[i], value[chosen])
+                    used = [r for r in part if r.completion_ids and r.reward is not None]
+                    small = _small(used, known["every"], len(manifest["rewards"]))
+                    with atomic_path(stage.part_path(index)) as path:
+                        _write_part(make_writer(path, small), reader, used, kept(index), known["every"])
                 advance(len(part))
-        source = {name: manifest.get(name) for name in ("rewards", "dataset", "counts")}
-        source["sampling"] = manifest["settings"]["generation_config"]
-        counts = stage.finish(_count_part, {"source": source})
-        if not counts.get("states"):
-            raise ValueError(f"No scored rollout in {rollouts} has a token: nothing to learn from.")
-        error = (counts.get("int8_squared_error", 0) / counts["states"]) ** 0.5
-        if error > _LARGE_INT8_ERROR and stage.processes.index == 0:
-            logger.warning(
-                f"int8 keeps these states badly: its error is {error:.1%} of each feature's spread. Use bfloat16."
-            )
-        return counts
+        return _finish(stage, manifest, rollouts)
+
+
+def _write_part(
+    writer: StateWriter, reader: _Reader, rollouts: Sequence[Rollout], kept: KeptStates | None, every: int
+) -> None:
+    """Write the states of one part's rollouts."""
+    with writer:
+        reader.check(rollouts)
+        for i, *values in reader.read_or_copy(rollouts, kept):
+            chosen = slice((len(rollouts[i].completion_ids) - 1) % every, None, every)
+            for name, value in zip(reader.names, values, strict=False):
+                writer.write(name, i, value[chosen])
+
+
+def _stage_settings(reader: _Reader, manifest: dict, settings: StatesSettings) -> dict[str, Any]:
+    """Everything that the stored states depend on."""
+    stored = getattr(torch, settings.states_dtype) if settings.states_dtype != "auto" else reader.model.dtype
+    every = settings.every
+    if settings.max_gigabytes is not None:
+        size = manifest["counts"]["tokens"] * reader.hook_point.width * stored.itemsize * len(reader.names)
+        every = max(every, math.ceil(size / (settings.max_gigabytes * 1e9)))
+    return {
+        **reader.model_settings,
+        "rollouts": hashlib.sha256(json.dumps(manifest["parts"], sort_keys=True).encode()).hexdigest(),
+        "hook_point": settings.hook_point,
+        "layer": settings.layer,
+        "tensors": reader.names,
+        "dtype": str(stored).removeprefix("torch."),
+        "every": every,
+        "control": control_settings(reader.model, reader.control)["control"],
+    }
+
+
+def _warn_of_mismatch(reader: _Reader, sampled: dict) -> None:
+    """Warn of what does not make the run impossible, but its states or directions doubtful."""
+    if sampled["model"] != reader.model_settings["model"]:
+        logger.warning(
+            f"The rollouts are those of {sampled['model']}, the states are read from "
+            f"{reader.model.config._name_or_path}."
+        )
+    reshaped = reshaped_by(sampled["generation_config"])
+    if reader.weight is not None and reshaped:
+        logger.warning(
+            f"The responses were not drawn from the whole distribution ({', '.join(reshaped)}), but the advantage "
+            "part is fitted as if they were: sample with a temperature alone for it."
+        )
+
+
+def _usable_kept(reader: _Reader, rollouts: Path, sampled: dict) -> Callable[[int], KeptStates | None]:
+    """What gives, for a part's number, the states that were kept for it while sampling, if they are the same ones."""
+    wanted = kept_settings(reader.hook_point, sampled)
+    ours = reader.model_settings | control_settings(reader.model, reader.control)
+    if {name: sampled.get(name) for name in ours} == ours and has_kept(rollouts, wanted, reader.names):
+        return lambda index: KeptStates(rollouts, index, wanted, reader.names, reader.hook_point.width)
+    if has_kept(rollouts):
+        logger.warning(
+            f"The states kept in {rollouts / KEPT_FOLDER} are of another hook point, model or control, or lack "
+            "directions, so states are read anew."
+        )
+    return lambda index: None
+
+
+def _finish(stage: StageFolder, manifest: dict, rollouts: str | os.PathLike) -> dict[str, float]:
+    source = {name: manifest.get(name) for name in ("rewards", "dataset", "counts")}
+    source["sampling"] = manifest["settings"]["generation_config"]
+    counts = stage.finish(_count_part, {"source": source})
+    if not counts.get("states"):
+        raise ValueError(f"No scored rollout in {rollouts} has a token: nothing to learn from.")
+    error = int8_error(counts)
+    if error > _LARGE_INT8_ERROR and stage.processes.index == 0:
+        logger.warning(
+            f"int8 keeps these states badly: its error is {error:.1%} of each feature's spread. Use bfloat16."
+        )
+    return counts
+
+
+def int8_error(counts: dict[str, float]) -> float:
+    """Root mean square error of int8 states, relative to each feature's spread, by the counts of [`write_states`]."""
+    return (counts.get("int8_squared_error", 0) / counts["states"]) ** 0.5
 
 
 def _check_rewards(parts: Sequence[Path], names: Sequence[str]) -> None:

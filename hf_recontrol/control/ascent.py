@@ -1,5 +1,5 @@
 """
-Gradient ascent on V without autograd, for one head or a weighted sum of several, and the advantage edit.
+Gradient ascent on V (RE-Control) without autograd, for one head or a weighted sum of several.
 
 Notation, for head k with weight ω_k: `x = (h - state_mean) / state_scale` is the scaled state, `z = W x + b` the first
 pre-activation, `δ = ω ∂V/∂z`. A step is `u ← (1 - 2αλ) u + α Σ_k ω_k scale_k² ⊙ ∇V_k(h + u)`, for one head plain
@@ -13,120 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from ..heads.value_head import ValueHead
+from .plan import HeadTensors, Plan
 
-
-@dataclass(frozen=True)
-class Part:
-    """One head's tensors as the ascent and the advantage edit need them. A linear V is a layer without activation."""
-
-    mean: torch.Tensor
-    scale: torch.Tensor
-    # The activation's name, for V's derivative, and itself, for g.
-    name: str
-    activation: nn.Module
-    # (weight, bias) of each hidden layer of V, and of the layer from the last activation to the objectives.
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-    out: tuple[torch.Tensor, torch.Tensor]
-    # The gradient of the summed objectives at the last activation.
-    out_sum: torch.Tensor
-    # Of a linear V: eigenvalues and eigenvectors of W Wᵀ.
-    eigen: tuple[torch.Tensor, torch.Tensor] | None
-    # (weight, bias) of each layer of g, where there is one.
-    advantage: list[tuple[torch.Tensor, torch.Tensor]] | None
-
-    @property
-    def width(self) -> int:
-        """Units of the first layer."""
-        return self.layers[0][0].shape[0]
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether V has no hidden layer."""
-        return self.eigen is not None
-
-    @property
-    def is_one_relu(self) -> bool:
-        """Whether V has one hidden layer, of ReLUs."""
-        return len(self.layers) == 1 and self.name == "relu"
-
-    def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
-        """x of `(rows, hidden_size)` states."""
-        return (hidden - self.mean) / self.scale
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The tensors of the heads that act together, in one dtype on one device."""
-
-    parts: list[Part]
-    # Over the first layers' units of all parts, one after another.
-    gram: torch.Tensor | None
-
-    @property
-    def can_flip(self) -> bool:
-        """Whether V's gradient is piecewise constant in the first layers' units, see [`_ascend_by_flips`]."""
-        return all(part.is_one_relu or part.is_linear for part in self.parts)
-
-    @property
-    def widths(self) -> list[int]:
-        """Units of each part's first layer."""
-        return [part.width for part in self.parts]
-
-
-def build_plan(heads: Sequence[ValueHead], device: torch.device, dtype: torch.dtype, with_gram: bool = True) -> Plan:
-    """The plan for heads that act together. The Gram matrix is left out where it would cost more than it saves."""
-
-    def convert(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to(device=device, dtype=dtype)
-
-    def pairs(layers) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(convert(layer.weight), convert(layer.bias)) for layer in layers]
-
-    parts = []
-    for head in heads:
-        *layers, out = pairs(head.value_mlp.layers)
-        name, eigen = head.config.activation, None
-        if not layers:
-            # Not every device knows float64 and eigenvectors.
-            weight = head.value_mlp.layers[-1].weight.detach().double().cpu()
-            eigen = tuple(map(convert, torch.linalg.eigh(weight @ weight.T)))
-            layers, name = [out], "identity"
-            out = (torch.eye(len(out[1]), device=device, dtype=dtype), torch.zeros_like(out[1]))
-        g = head.advantage_mlp
-        parts.append(
-            Part(
-                mean=convert(head.state_mean),
-                scale=convert(head.state_scale),
-                name=name,
-                activation=head.value_mlp.activation,
-                layers=layers,
-                out=out,
-                out_sum=out[0].sum(0),
-                eigen=eigen,
-                advantage=None if g is None else pairs(g.layers),
-            )
-        )
-    plan = Plan(parts, None)
-    # Beyond twice the state's width two products with the W_k are cheaper than one with G; where a few of its rows are
-    # enough, it is its memory that counts.
-    widest = 4 if plan.can_flip and device.type == "cpu" else 2
-    if with_gram and sum(plan.widths) <= widest * parts[0].mean.shape[0]:
-        plan = Plan(parts, _gram(parts))
-    return plan
-
-
-def _gram(parts: Sequence[Part]) -> torch.Tensor:
-    def block(a: Part, b: Part) -> torch.Tensor:
-        weight = a.layers[0][0] if a is b else a.layers[0][0] * (a.scale / b.scale)
-        return weight @ b.layers[0][0].T
-
-    return torch.cat([torch.cat([block(a, b) for b in parts], dim=1) for a in parts])
+# Where more than this share of the units flip in one step, a whole product with G costs less than picking its rows out.
+_MANY_FLIPS = 0.25
+# So many flips rarely become few at once, and looking for them costs as much as a small product: steps without looking.
+_STEPS_WITHOUT_LOOKING = 8
 
 
 def _derivative(activation: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,49 +42,49 @@ def _derivative(activation: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.T
     raise ValueError(f"No derivative is known of the activation {activation!r}.")
 
 
-def _first_layer_gradient(part: Part, z: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+def _first_layer_gradient(head: HeadTensors, z: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
     """δ/ω at the first pre-activation, `(rows, width)`: a forward and a backward by hand."""
     slopes = []
-    for weight, bias in part.layers[1:]:
-        value, slope = _derivative(part.name, z)
+    for weight, bias in head.layers[1:]:
+        value, slope = _derivative(head.name, z)
         slopes.append(slope)
         z = torch.addmm(bias, value, weight.T)
-    value, slope = _derivative(part.name, z)
+    value, slope = _derivative(head.name, z)
     if target is None:
-        gradient = part.out_sum * slope
+        gradient = head.out_sum * slope
     else:
-        weight, bias = part.out
+        weight, bias = head.out
         gradient = ((target - torch.addmm(bias, value, weight.T)) @ weight) * slope
-    for (weight, _), slope in zip(reversed(part.layers[1:]), reversed(slopes), strict=True):
+    for (weight, _), slope in zip(reversed(head.layers[1:]), reversed(slopes), strict=True):
         gradient = (gradient @ weight) * slope
     return gradient
 
 
 def _gradient(plan: Plan, weights: Sequence, z: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
-    """δ of all parts, `(rows, units of all first layers)`."""
+    """δ of all heads, `(rows, units of all first layers)`."""
     deltas = [
-        weight * _first_layer_gradient(part, part_z, target)
-        for part, weight, part_z in zip(plan.parts, weights, z.split(plan.widths, dim=1), strict=True)
+        weight * _first_layer_gradient(head, head_z, target)
+        for head, weight, head_z in zip(plan.heads, weights, z.split(plan.widths, dim=1), strict=True)
     ]
     return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=1)
 
 
 def _slopes(plan: Plan, weights: Sequence) -> torch.Tensor:
-    """ω times the gradient at the last activations of all parts, `(units,)`, or `(rows, units)` for weights by row."""
-    return torch.cat([weight * part.out_sum for part, weight in zip(plan.parts, weights, strict=True)], dim=-1)
+    """ω times the gradient at the last activations of all heads, `(units,)`, or `(rows, units)` for weights by row."""
+    return torch.cat([weight * head.out_sum for head, weight in zip(plan.heads, weights, strict=True)], dim=-1)
 
 
 def _combine(plan: Plan, coefficients: torch.Tensor) -> torch.Tensor:
     """u of `(rows, units)` coefficients: Σ_k scale_k ⊙ W_kᵀ c_k."""
     return sum(
-        part.scale * (c @ part.layers[0][0])
-        for part, c in zip(plan.parts, coefficients.split(plan.widths, dim=1), strict=True)
+        head.scale * (c @ head.layers[0][0])
+        for head, c in zip(plan.heads, coefficients.split(plan.widths, dim=1), strict=True)
     )
 
 
 def _first_layer(plan: Plan, moves: torch.Tensor) -> torch.Tensor:
     """What moves of the state, `(rows, hidden_size)`, do to the first pre-activations."""
-    return torch.cat([(moves / part.scale) @ part.layers[0][0].T for part in plan.parts], dim=1)
+    return torch.cat([(moves / head.scale) @ head.layers[0][0].T for head in plan.heads], dim=1)
 
 
 def ascend(
@@ -217,9 +112,9 @@ def ascend(
         eager (`bool`, *optional*, defaults to `True`):
             Whether steps may depend on the data, which traced code cannot do.
     """
-    parts = plan.parts
-    z = torch.cat([torch.addmm(part.layers[0][1], part.scaled(hidden), part.layers[0][0].T) for part in parts], dim=1)
-    if all(part.is_linear for part in parts) and (target is None or len(parts) == 1):
+    heads = plan.heads
+    z = torch.cat([torch.addmm(head.layers[0][1], head.scaled(hidden), head.layers[0][0].T) for head in heads], dim=1)
+    if all(head.is_linear for head in heads) and (target is None or len(heads) == 1):
         coefficients = _ascend_linear(plan, weights, z, alpha, decay, num_steps, target)
     # Finding the flips makes the host wait for the device at each step: a gain on a CPU only.
     elif (
@@ -244,8 +139,8 @@ def _ascend_linear(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_steps
     if target is None:
         total = alpha * sum(decay**i for i in range(num_steps))
         return (total * _slopes(plan, weights)).expand_as(z)
-    (part,), (weight,) = plan.parts, weights
-    values, vectors = part.eigen
+    (head,), (weight,) = plan.heads, weights
+    values, vectors = head.eigen
     # Σ_i (1 - q)^i = (1 - (1 - q)^n) / q, without cancellation where q is small.
     q = (1 - decay) + alpha * weight * values.expand_as(z)
     powers = torch.where(q < 1, -torch.expm1(num_steps * torch.log1p(-q)), 1 - (1 - q) ** num_steps)
@@ -273,9 +168,9 @@ def _ascend_by_flips(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_ste
     kept up to date from those rows of G alone, and where no unit flips the steps go on in a straight line and are
     taken at once. Which units flip is data, so this is for eager mode. The units of a linear V never flip.
     """
-    if any(part.is_linear for part in plan.parts):
-        blocks = zip(plan.parts, z.split(plan.widths, dim=1), strict=True)
-        z = torch.cat([x.new_full(x.shape, torch.inf) if part.is_linear else x for part, x in blocks], dim=1)
+    if any(head.is_linear for head in plan.heads):
+        blocks = zip(plan.heads, z.split(plan.widths, dim=1), strict=True)
+        z = torch.cat([x.new_full(x.shape, torch.inf) if head.is_linear else x for head, x in blocks], dim=1)
     weight, gram = _slopes(plan, weights), plan.gram
     penalised = isinstance(decay, torch.Tensor) or decay != 1.0
 
@@ -305,9 +200,8 @@ def _ascend_by_flips(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_ste
             continue
         difference = delta - before
         units = (difference if len(difference) == 1 else difference.any(0)[None]).nonzero()[:, 1]
-        if 4 * len(units) > len(gram):
-            # So many rarely become few at once, and looking costs as much as a small product.
-            without_looking = 8
+        if len(units) > _MANY_FLIPS * len(gram):
+            without_looking = _STEPS_WITHOUT_LOOKING
             change = delta @ gram
         elif len(units) > 0:
             change = torch.addmm(change, difference[:, units], gram[units])
@@ -322,15 +216,3 @@ def _ascend_by_flips(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_ste
                 moved = step(moved, change, jump)
                 remaining -= jump
     return coefficients
-
-
-def advantage_edit(plan: Plan, hidden: torch.Tensor, weights: Sequence, alpha) -> torch.Tensor:
-    """u = α Σ_k ω_k g_k(h) of `(rows, hidden_size)` states; `weights` and `alpha` as for [`ascend`]."""
-    edit = torch.zeros_like(hidden)
-    for part, omega in zip(plan.parts, weights, strict=True):
-        *layers, (weight, bias) = part.advantage
-        x = part.scaled(hidden)
-        for w, b in layers:
-            x = part.activation(torch.addmm(b, x, w.T))
-        edit = edit + omega * torch.addmm(bias, x, weight.T)
-    return alpha * edit

@@ -9,7 +9,9 @@ from torch import nn
 
 from ..configuration import ControlConfig
 from ..heads.value_head import ValueHead
-from .ascent import Plan, advantage_edit, ascend, build_plan
+from .advantage import advantage_edit
+from .ascent import ascend
+from .plan import Plan, build_plan
 
 # Rows edited at once: bounds the memory of a long teacher-forced forward to a few arrays of this many rows.
 _MAX_ROWS = 4096
@@ -179,11 +181,11 @@ class Controller:
         numbers = [by_row(step_size), *map(by_row, omegas)]
         compiling = torch.compiler.is_compiling()
         with torch.no_grad():
-            parts = (rows,) if compiling else rows.split(_MAX_ROWS)
-            columns = [x.split(len(parts[0])) if isinstance(x, torch.Tensor) else [x] * len(parts) for x in numbers]
+            chunks = (rows,) if compiling else rows.split(_MAX_ROWS)
+            columns = [x.split(len(chunks[0])) if isinstance(x, torch.Tensor) else [x] * len(chunks) for x in numbers]
             edits = [
-                self._edit_rows(part.to(dtype), control, alpha, names, omegas, prepared)
-                for part, alpha, *omegas in zip(parts, *columns, strict=True)
+                self._edit_rows(chunk.to(dtype), control, alpha, names, omegas, prepared)
+                for chunk, alpha, *omegas in zip(chunks, *columns, strict=True)
             ]
             edit = edits[0] if len(edits) == 1 else torch.cat(edits)
             if compiling:
@@ -272,7 +274,7 @@ class Controller:
     def refresh(self, names: tuple[str, ...], control: ControlConfig) -> None:
         """Renew what was prepared of heads if they have changed since. Called before code that may be compiled."""
         if self._last is not None and self._are_plain(names):
-            mean = self._last[2].parts[0].mean
+            mean = self._last[2].heads[0].mean
             self._plan(names, mean.device, mean.dtype, control.method == "ascent")
 
     def _traced_plan(self, rows: torch.Tensor, names: tuple[str, ...], with_gram: bool, prepared: bool) -> Plan:
@@ -285,6 +287,6 @@ class Controller:
             )
         if prepared and self._last is not None and self._last[:2] == (names, with_gram):
             plan = self._last[2]
-            if plan.parts[0].mean.device == rows.device and plan.parts[0].mean.dtype == rows.dtype:
+            if plan.heads[0].mean.device == rows.device and plan.heads[0].mean.dtype == rows.dtype:
                 return plan
         return build_plan([self.heads[name] for name in names], rows.device, rows.dtype, with_gram=False)

@@ -16,12 +16,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..settings import BadRowSettings, PromptSettings
+from ..utils.checks import check_choice
+from ..utils.extras import needs_extra
+
 logger = logging.get_logger(__name__)
 
 # A prompt is a text or a list of chat messages {"role": ..., "content": ...}.
 Prompt = str | list[dict[str, str]]
 
-ON_BAD_ROWS = ("error", "skip")
 # How many bad rows a message names.
 _NAMED = 5
 
@@ -30,7 +33,7 @@ _NAMED = 5
 class BadRow:
     """A row that cannot be used: where it is (`"prompts.jsonl, line 7"`) and why."""
 
-    place: str
+    location: str
     reason: str
 
 
@@ -69,16 +72,15 @@ def report_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str) -> None:
     Raises:
         `ValueError`: if there are some and `on_bad_rows` is `"error"`; names the first.
     """
-    if on_bad_rows not in ON_BAD_ROWS:
-        raise ValueError(f"`on_bad_rows` must be one of {ON_BAD_ROWS}, got {on_bad_rows!r}.")
+    check_choice("on_bad_rows", on_bad_rows, BadRowSettings.choices("on_bad_rows"))
     if not bad_rows:
         return
-    named = "; ".join(f"{row.place}: {row.reason}" for row in bad_rows[:_NAMED])
+    named = "; ".join(f"{row.location}: {row.reason}" for row in bad_rows[:_NAMED])
     more = f"; and {len(bad_rows) - _NAMED} more" if len(bad_rows) > _NAMED else ""
     count = "1 row" if len(bad_rows) == 1 else f"{len(bad_rows)} rows"
     if on_bad_rows == "error":
         raise ValueError(
-            f"{count} cannot be used: {named}{more}. To leave out such rows: `on_bad_rows='skip'` (`--skip-bad-rows`)."
+            f"{count} cannot be used: {named}{more}. To leave out such rows: `on_bad_rows='skip'` (`--on-bad-rows skip`)."
         )
     logger.warning(f"{count} left out: {named}{more}.")
 
@@ -88,13 +90,13 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            place = f"{path}, line {number}"
+            location = f"{path}, line {number}"
             try:
-                yield place, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                yield location, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
-                yield place, BadRow(place, "not UTF-8 text")
+                yield location, BadRow(location, "not UTF-8 text")
             except (ValueError, RecursionError) as error:
-                yield place, BadRow(place, f"not JSON ({error})")
+                yield location, BadRow(location, f"not JSON ({error})")
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -107,9 +109,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    pa = _extra("pyarrow.parquet")
+    with needs_extra("train", "Reading Parquet files"):
+        from pyarrow.parquet import ParquetFile
     try:
-        file = pa.ParquetFile(path)
+        file = ParquetFile(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
     number = 0
@@ -117,15 +120,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         for row in batch.to_pylist():
             yield f"{path}, row {number}", row
             number += 1
-
-
-def _extra(name: str):
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError("Parquet files and data sets need `pip install 'hf_recontrol[train]'`.") from error
 
 
 def _json_file(path: Path) -> Iterator[tuple[str, Any]]:
@@ -149,30 +143,33 @@ _READERS = {
 }
 
 
-def _dataset_rows(source: Any, split: str, config_name: str | None, streaming: bool) -> Iterator[tuple[str, Any]]:
+def _dataset_rows(source: Any, settings: PromptSettings) -> Iterator[tuple[str, Any]]:
     name = str(source) if isinstance(source, (str, os.PathLike)) else "the data set"
     if isinstance(source, (str, os.PathLike)):
-        datasets = _extra("datasets")
+        with needs_extra("train", "Loading data sets"):
+            import datasets
         folder = Path(source)
         try:
             if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
                 source = datasets.load_from_disk(name)
             else:
-                source = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+                source = datasets.load_dataset(
+                    name, settings.config_name, split=settings.split, streaming=settings.streaming
+                )
         except (OSError, ValueError, ConnectionError) as error:
             raise OSError(
                 f"{name} is neither a file of prompts ({', '.join(_READERS)}) nor a data set that could be loaded: "
                 f"{error}"
             ) from error
     if hasattr(source, "keys") and hasattr(source, "column_names"):
-        if split not in source:
-            raise ValueError(f"{name} has no split {split!r}, it has {sorted(source)}.")
-        source = source[split]
+        if settings.split not in source:
+            raise ValueError(f"{name} has no split {settings.split!r}, it has {sorted(source)}.")
+        source = source[settings.split]
     for number, row in enumerate(source):
         yield f"{name}, row {number}", row
 
 
-def _places(source: Any, split: str, config_name: str | None, streaming: bool) -> Iterator[tuple[str, Any]]:
+def _located_rows(source: Any, settings: PromptSettings) -> Iterator[tuple[str, Any]]:
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
@@ -182,9 +179,9 @@ def _places(source: Any, split: str, config_name: str | None, streaming: bool) -
             return _READERS[suffix](path)
         if suffix in _READERS:
             raise OSError(f"{path} is no file: name a file of prompts.")
-        return _dataset_rows(source, split, config_name, streaming)
+        return _dataset_rows(source, settings)
     if hasattr(source, "column_names"):
-        return _dataset_rows(source, split, config_name, streaming)
+        return _dataset_rows(source, settings)
     rows = ((f"row {i}", row if isinstance(row, dict) else {"prompt": row}) for i, row in enumerate(source))
     return rows
 
@@ -233,16 +230,7 @@ def _check_row(row: Any, column: str) -> tuple[dict[str, Any] | None, str]:
     return row, ""
 
 
-def load_prompts(
-    source: Any,
-    *,
-    split: str = "train",
-    config_name: str | None = None,
-    column: str = "prompt",
-    limit: int | None = None,
-    streaming: bool = False,
-    on_bad_rows: str = "error",
-) -> Prompts:
+def load_prompts(source: Any, settings: PromptSettings | None = None, **changes) -> Prompts:
     """
     Read prompts and check every row.
 
@@ -250,25 +238,18 @@ def load_prompts(
         source:
             A file (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.parquet`), a folder or Hub name that
             [`~datasets.load_dataset`] takes, a data set, or a sequence of texts, lists of chat messages or rows.
-        split, config_name (`str`, *optional*), streaming (`bool`, *optional*):
-            As for [`~datasets.load_dataset`].
-        column (`str`, *optional*, defaults to `"prompt"`):
-            What holds the prompts. Data without it that have `messages`, a conversation, are asked for its last
-            answer.
-        limit (`int`, *optional*):
-            Rows to read at most.
-        on_bad_rows (`str`, *optional*, defaults to `"error"`):
-            `"error"`, or `"skip"` to leave out rows that cannot be used and warn.
+        settings ([`PromptSettings`], *optional*), changes:
+            How to read them; single settings as keywords.
 
     Raises:
         `OSError`: if there is no such file or data set. `ValueError`: if a row, or every row, cannot be used, or there
-        is no such column; names the place. `ImportError`: if an extra is missing.
+        is no such column; names the row. `ImportError`: if an extra is missing.
     """
-    if on_bad_rows not in ON_BAD_ROWS:
-        raise ValueError(f"`on_bad_rows` must be one of {ON_BAD_ROWS}, got {on_bad_rows!r}.")
+    settings = PromptSettings.of(settings, changes)
+    column, on_bad_rows = settings.prompt_column, settings.on_bad_rows
     rows, numbers, bad = [], [], []
     kind, count, found = None, 0, set()
-    for number, (place, row) in enumerate(islice(_places(source, split, config_name, streaming), limit)):
+    for number, (location, row) in enumerate(islice(_located_rows(source, settings), settings.limit)):
         count += 1
         if isinstance(row, BadRow):
             bad.append(row)
@@ -281,7 +262,7 @@ def load_prompts(
             reason = "a text among chat messages" if kind is list else "chat messages among texts"
             checked = None
         if checked is None:
-            bad.append(BadRow(place, reason))
+            bad.append(BadRow(location, reason))
         else:
             rows.append(checked)
             numbers.append(number)

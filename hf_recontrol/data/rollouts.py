@@ -1,8 +1,7 @@
-"""Rollouts as records: one response to one prompt, and the Parquet files that hold many."""
+"""Rollouts: one response to one prompt each, and the Parquet files that hold many."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -10,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..utils.extras import needs_extra
 from ..utils.files import atomic_path
+from .fingerprints import file_checksum
 from .prompts import Prompt
-from .stage_folder import MANIFEST_NAME, file_checksum, read_manifest
+from .stage_folder import MANIFEST_NAME, read_manifest
 
 _METADATA_KEY = b"hf_recontrol"
 
@@ -51,18 +52,10 @@ class Rollout:
     sample: int = 0
 
 
-def stable_number(value: Prompt | list) -> int:
-    """A 64-bit number that is the same for equal values, in every process."""
-    text = json.dumps(value, sort_keys=True)
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)
-
-
 def _parquet():
-    try:
+    with needs_extra("train", "Reading and writing Parquet files"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError("Parquet files need `pip install 'hf_recontrol[train]'`.") from error
     return pyarrow
 
 

@@ -2,106 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from .._version import __version__
-from ..configuration import ControlConfig, ValueHeadConfig
-from ..heads.hub import portable_name
 from ..utils.files import atomic_path, check_target, make_folder
+from .fingerprints import file_checksum
+from .processes import Processes
 
 MANIFEST_NAME = "manifest.json"
 _PART_NAME = re.compile(r"part-\d{5,}\.\w+")
 LOCK_NAME = ".lock"
-# How often progress is told where it is no bar that moves.
-_SECONDS_BETWEEN_LINES = 30
 FORMAT_VERSION = 1
-
-# Called with (done, total) as a stage gets on.
-Progress = Callable[[int, int], None]
-
-
-class Processes:
-    """
-    The processes that work on one stage: those of `accelerate launch`, else this one alone.
-
-    Attributes:
-        index, count (`int`):
-            This process's number, and how many there are, over all machines.
-        device (`torch.device`):
-            Where this process computes by default.
-    """
-
-    def __init__(self):
-        try:
-            from accelerate import PartialState
-        except ImportError as error:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise ImportError("Several processes need `pip install 'hf_recontrol[train]'`.") from error
-            self._state = None
-            self.index, self.count = 0, 1
-            self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return
-        # One process may have much more to do than another before they meet: the default is ten minutes.
-        distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        # Unless told that there is no accelerator, it does not connect processes that compute on CPUs.
-        cpu = not torch.accelerator.is_available()
-        self._state = PartialState(cpu=cpu, **({"timeout": timedelta(days=7)} if distributed else {}))
-        self.index, self.count = self._state.process_index, self._state.num_processes
-        self.device = self._state.device
-
-    def wait(self) -> None:
-        """Wait until all processes are here."""
-        if self.count > 1:
-            self._state.wait_for_everyone()
-
-    def gather(self, value: Any) -> list:
-        """The values of all processes, in their order, in every process."""
-        if self.count == 1:
-            return [value]
-        from accelerate.utils import gather_object
-
-        return gather_object([value])
-
-
-@contextmanager
-def progress_bar(
-    description: str, total: int, progress: Progress | None = None, process_index: int = 0
-) -> Iterator[Callable[[int], None]]:
-    """
-    A function that is called with how much more is done: it tells `progress`, else a bar, which only the first process
-    shows; into a file, a line now and then.
-    """
-    if progress is None:
-        seconds = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-        with logging.tqdm(total=total, desc=description, disable=process_index > 0, mininterval=seconds) as bar:
-            yield bar.update
-        return
-    done = 0
-    progress(done, total)
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
-    yield advance
 
 
 @contextmanager
@@ -123,63 +44,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """
-    A hash of the weights' names, shapes, dtypes and some values of each, and of which adapters act: tells another
-    checkpoint in the same folder from this one without reading all of it.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        if not tensor.is_meta:
-            values = tensor.detach().flatten()
-            digest.update(repr(values[:: max(1, len(values) // 64)].float().cpu().tolist()).encode())
-    for name, module in model.named_modules():
-        # PEFT's layers; of transformers' models it is a method.
-        if isinstance(getattr(module, "disable_adapters", None), bool):
-            digest.update(f"{name} {module.active_adapters} {module.disable_adapters}".encode())
-    return digest.hexdigest()[:16]
-
-
-def model_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """What tells one base model from another in the settings of a stage."""
-    return {
-        "model": portable_name(model.config._name_or_path),
-        "model_revision": getattr(model.config, "_commit_hash", None),
-        "model_fingerprint": model_fingerprint(model),
-    }
-
-
-def control_settings(model: PreTrainedModel, control: ControlConfig | bool) -> dict[str, Any]:
-    """What tells one control of a model from another in the settings of a stage."""
-    active = model.value_head_weights.items() if control is not False else ()
-    return {
-        "control": control.to_dict() if isinstance(control, ControlConfig) else control,
-        "heads": {
-            name: [weight, model_fingerprint(model.value_heads[name])] for name, weight in active if weight != 0
-        },
-    }
-
-
-def place_settings(model: PreTrainedModel, config: ValueHeadConfig) -> dict[str, Any]:
-    """What tells the states of one place of a model from those of another."""
-    return {
-        "hook_point": config.hook_point,
-        "layer": config.layer,
-        "base_model_name_or_path": portable_name(model.config._name_or_path),
-        "base_model_revision": getattr(model.config, "_commit_hash", None),
-    }
-
-
-def file_checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

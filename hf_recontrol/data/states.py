@@ -112,7 +112,7 @@ class StateStore:
 
     Args:
         parts (sequence of [`States`]):
-            What it is made of; all read at the same place.
+            What it is made of; all read at the same hook point.
         folder (`Path`, *optional*):
             Where the parts are from, so that other processes can open them again.
     """
@@ -170,8 +170,8 @@ class StateStore:
         return all(part.directions is not None for part in self.parts)
 
     @cached_property
-    def place(self) -> dict:
-        """Where the states were read, and how densely."""
+    def hook_point(self) -> dict:
+        """Where in the model the states were read, and how densely."""
         names = ("hook_point", "layer", "base_model_name_or_path", "base_model_revision", "every")
         return {name: getattr(self.parts[0], name) for name in names}
 
@@ -203,9 +203,9 @@ class StateWriter:
         path (`Path`):
             The file.
         small (`dict[str, torch.Tensor]`):
-            The tensors with one row for each episode.
-        num_states, hidden_size (`int`), dtype (`torch.dtype`):
-            Shape and dtype of the states; int8 is scaled by row and feature.
+            The tensors with one row for each episode; `lengths` says how many states each has.
+        hidden_size (`int`), dtype (`torch.dtype`):
+            Width and dtype of the states; int8 is scaled by row and feature.
         names (sequence of `str`):
             `"hidden"`, and `"directions"` if they are kept.
         metadata (`dict`):
@@ -216,13 +216,15 @@ class StateWriter:
         self,
         path: Path,
         small: dict[str, torch.Tensor],
-        num_states: int,
         hidden_size: int,
         dtype: torch.dtype,
         names: Sequence[str],
         metadata: dict,
     ):
         self.dtype = dtype
+        ends = small["lengths"].cumsum(0)
+        self._first_rows = (ends - small["lengths"]).tolist()
+        num_states = int(ends[-1]) if len(ends) else 0
         if dtype == torch.int8:
             small = small | {"int8_error": torch.zeros(1)}
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
@@ -269,13 +271,14 @@ class StateWriter:
         self._file.seek(self._start + self._offsets[name] + row * row_size)
         self._file.write(tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else b"")
 
-    def write(self, name: str, first_row: int, values: torch.Tensor) -> None:
+    def write(self, name: str, episode: int, values: torch.Tensor) -> None:
         """
-        Write rows of `"hidden"` or `"directions"`.
+        Write `"hidden"` or `"directions"` of an episode, by its number in the file.
 
         Raises:
             `ValueError`: if they leave the range of the dtype.
         """
+        first_row = self._first_rows[episode]
         if self.dtype != torch.int8:
             stored = values.to("cpu", self.dtype)
             if not torch.isfinite(stored).all():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers.utils import logging
 
-from ..collection.states import forward_batches, teacher_forced
+from ..collection.batches import forward_batches, teacher_forced
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
 
@@ -50,7 +50,7 @@ def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, b
     used = [rollout for rollout in rollouts if rollout.completion_ids]
     if not used:
         raise ValueError("No rollout has a token to measure.")
-    model._recontrol.check_same_for_all(None)
+    model.check_same_for_all_prompts()
     total, count = 0.0, 0
     batches, _ = forward_batches(model, used, batch_size)
     for batch in logging.tqdm(batches, desc="KL", leave=False, disable=None):

@@ -10,21 +10,9 @@ from html import escape
 from numbers import Integral, Real
 from pathlib import Path
 
+from ..heads.figures import FIGURES
+from ..utils.extras import needs_extra
 from ..utils.files import atomic_path
-
-# The order of the table: key, label, what the number means.
-_FIGURES = (
-    ("held_out_episodes", "Held-out responses", "what the figures below are of: with a handful they mean little"),
-    ("held_out_prompts", "Held-out prompts", "whose responses were not trained on"),
-    ("value_error", "Error of V, whole response", "0 is perfect, 1 no better than the training mean reward"),
-    ("value_error_last", "Error of V, last token", "the same, where V has read the whole response"),
-    ("constant", "Error of the training mean reward", "what a head that learned nothing reaches"),
-    ("prompt_mean", "Error of the prompt's mean reward", "the mean reward of the prompt's other responses"),
-    ("correlation_first", "Correlation, first token", "V with the final reward: what the prompt gives away"),
-    ("correlation_last", "Correlation, last token", "V with the final reward: 1 is perfect"),
-    ("advantage_correlation", "Correlation of g", "with V's differences from token to token"),
-    ("constant_correlation", "Correlation of g's constant part", "what g adds to this depends on the state"),
-)
 
 _READING = {
     "value": (
@@ -117,11 +105,9 @@ def write_report(
         `ImportError`: if `matplotlib` is not installed; names the extra. `ValueError`: if an example has not one value
         for each token.
     """
-    try:
+    with needs_extra("train", "The report"):
         import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError("The report needs `pip install 'hf_recontrol[train]'`.") from error
-    parts = [
+    page = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         # Texts are escaped; this keeps a browser from loading or running anything should one ever not be.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
@@ -140,7 +126,7 @@ def write_report(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         # Byte-level tokens may hold lone surrogates, which UTF-8 has no bytes for.
-        temporary.write_text("\n".join(parts), encoding="utf-8", errors="replace", newline="\n")
+        temporary.write_text("\n".join(page), encoding="utf-8", errors="replace", newline="\n")
 
 
 def _section(heading: str, reading: str | None, content: str) -> str:
@@ -163,9 +149,10 @@ def _facts(facts: dict[str, str]) -> str:
 def _table(figures: dict) -> str:
     known = figures | (figures.get("baselines") or {})
     rows = "".join(
-        f'<tr><th scope="row">{label}</th><td>{_number(known[key])}</td><td class="note">{meaning}</td></tr>\n'
-        for key, label, meaning in _FIGURES
-        if key in known
+        f'<tr><th scope="row">{figure.label}</th><td>{_number(known[name])}</td>'
+        f'<td class="note">{figure.meaning}</td></tr>\n'
+        for name, figure in FIGURES.items()
+        if name in known
     )
     head = '<thead><tr><th scope="col">Figure</th><th scope="col">Value</th><th scope="col">Meaning</th></tr></thead>'
     return f"<table>\n{head}\n<tbody>\n{rows}</tbody>\n</table>" if rows else ""

@@ -12,20 +12,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from .._version import __version__
 from ..configuration import TrainingRecord, ValueHeadConfig
 from ..utils.files import atomic_path
+from .figures import FIGURES
 from .hub import CARD_NAME, is_repo_id
 
 # Ends a card that nobody has edited: the checksum of what stands before it.
 _SEAL = re.compile(r"\n<!-- as written by hf_recontrol: (?P<checksum>[0-9a-f]{64}) -->\n$")
-
-# Held-out figure -> what it is called, its metric, what it says.
-_METRICS = {
-    "value_error": ("V's error along the response", "mse", "1 is the error of always guessing the mean reward"),
-    "value_error_last": ("V's error at the last token", "mse", "1 is the error of always guessing the mean reward"),
-    "correlation_first": ("V's correlation with the reward, first token", "pearsonr", "known from the prompt alone"),
-    "correlation_last": ("V's correlation with the reward, last token", "pearsonr", "known at the end"),
-    "advantage_correlation": ("g's correlation with V's differences", "pearsonr", ""),
-    "constant_correlation": ("the same, of g's constant part alone", "pearsonr", "what one fixed vector would do"),
-}
 
 _LIMITS = """Control shifts what the model already might say. It teaches no facts, formats or languages, and
 it is no filter: what the base can say, it can still say. The head knows the reward only from responses like
@@ -108,7 +99,7 @@ def _checksum(content: str) -> str:
 
 
 def _known_figures(training: TrainingRecord) -> dict[str, float]:
-    return {name: training.figures[name] for name in _METRICS if name in training.figures}
+    return {name: training.figures[name] for name in FIGURES if FIGURES[name].metric and name in training.figures}
 
 
 def _eval_results(training: TrainingRecord) -> list[EvalResult]:
@@ -118,8 +109,8 @@ def _eval_results(training: TrainingRecord) -> list[EvalResult]:
             task_type="text-generation",
             dataset_type="held-out",
             dataset_name="Responses of the base" + (f" to {count:.0f} held-out prompts" if count else ""),
-            metric_type=_METRICS[name][1],
-            metric_name=_METRICS[name][0],
+            metric_type=FIGURES[name].metric,
+            metric_name=FIGURES[name].label,
             metric_value=round(value, 4),
         )
         for name, value in _known_figures(training).items()
@@ -226,7 +217,7 @@ def _measured(training: TrainingRecord) -> str:
         return ""
     count = training.figures.get("held_out_prompts")
     which = f"{count:.0f} prompts" if count else "prompts"
-    rows = [f"| {_METRICS[name][0]} | {value:.3f} | {_METRICS[name][2]} |" for name, value in known.items()]
+    rows = [f"| {FIGURES[name].label} | {value:.3f} | {FIGURES[name].meaning} |" for name, value in known.items()]
     lines = [
         f"## Measured\n\nOn {which} held out of training, which also chose the epoch.\n",
         "| | | |",

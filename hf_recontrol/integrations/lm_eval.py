@@ -22,15 +22,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ..configuration import ControlConfig
-from ..heads.value_head import ValueHead
+from ..heads.resolution import resolve_head_and_base
 from ..modeling.causal_lm import ReControlForCausalLM
+from ..utils.extras import needs_extra
 
-try:
+with needs_extra("lm-eval", "The lm-eval model type"):
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
-except ImportError as error:
-    raise ImportError("The lm-eval model type needs `pip install 'hf_recontrol[lm-eval]'`.") from error
 
 
 @register_model("recontrol")
@@ -82,20 +81,15 @@ class ReControlLM(HFLM):
                 "The model type `recontrol` loads its base by name. A model that is loaded already goes to lm-eval's "
                 "own type: `HFLM(pretrained=model, tokenizer=tokenizer)`."
             )
-        if value_head is None:
-            head = ValueHead.from_pretrained(pretrained, revision=revision, subfolder=subfolder)
-            self._head_name, pretrained = pretrained, head.config.base_model_name_or_path
-            if pretrained is None:
-                raise ValueError(
-                    f"The head {self._head_name!r} does not say which model it is for: name it, "
-                    f"`pretrained=org/base,value_head={self._head_name}`."
-                )
-            revision, subfolder = head.config.base_model_revision, ""
-        else:
-            head = ValueHead.from_pretrained(
-                value_head, revision=value_head_revision, subfolder=value_head_subfolder or ""
-            )
-            self._head_name = value_head
+        self._head_name = pretrained if value_head is None else value_head
+        head, pretrained, revision, subfolder = resolve_head_and_base(
+            pretrained,
+            value_head,
+            value_head_revision=value_head_revision,
+            value_head_subfolder=value_head_subfolder or "",
+            revision=revision,
+            subfolder=subfolder,
+        )
         given = {
             "method": method,
             "step_size": step_size,

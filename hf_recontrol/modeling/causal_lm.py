@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,11 +15,15 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.utils import logging
 
 from ..configuration import ControlConfig
-from ..heads.hub import is_repo_id, portable_name, with_commit
+from ..heads.hub import portable_name, with_commit
+from ..heads.resolution import resolve_head_and_base
 from ..heads.value_head import ValueHead
+from .call_settings import HeadWeights
 from .checks import head_config, matched_head
 from .fused_lm_head import controlled_forward, original_forward
-from .hooks import ControlHooks, HeadWeights, read_states
+from .generation import ControlledGenerationMixin
+from .hook_points import HookPoint
+from .hooks import ControlHooks, read_states
 from .mixture import ValueHeadMixtureMixin
 
 logger = logging.get_logger(__name__)
@@ -28,7 +32,7 @@ logger = logging.get_logger(__name__)
 _TRANSIENT = ("_compiled_call", "_last_compile_config")
 
 
-class ReControlForCausalLM(ValueHeadMixtureMixin):
+class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
     """
     A mixin that puts a loaded causal language model under the control of a head.
 
@@ -94,27 +98,15 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
         hub_options = {
             key: kwargs[key] for key in ("cache_dir", "force_download", "token", "local_files_only") if key in kwargs
         }
-        base: str | os.PathLike | None = pretrained_model_name_or_path
-        if value_head is None:
-            head = ValueHead.from_pretrained(base, revision=revision, subfolder=subfolder, **hub_options)
-            base, revision, subfolder = head.config.base_model_name_or_path, head.config.base_model_revision, ""
-            if base is None:
-                raise ValueError(
-                    f"The head {pretrained_model_name_or_path!s} does not say which model it is for: name it, "
-                    f"`from_pretrained('org/base', value_head={str(pretrained_model_name_or_path)!r})`."
-                )
-            if not os.path.exists(pretrained_model_name_or_path) and not is_repo_id(base):
-                raise ValueError(
-                    f"The head {pretrained_model_name_or_path!s} comes from the Hub and names a base that does not, "
-                    f"{base!r}: name the base yourself, "
-                    f"`from_pretrained('org/base', value_head={str(pretrained_model_name_or_path)!r})`."
-                )
-        elif isinstance(value_head, nn.Module):
-            head = value_head
-        else:
-            head = ValueHead.from_pretrained(
-                value_head, revision=value_head_revision, subfolder=value_head_subfolder, **hub_options
-            )
+        head, base, revision, subfolder = resolve_head_and_base(
+            pretrained_model_name_or_path,
+            value_head,
+            value_head_revision=value_head_revision,
+            value_head_subfolder=value_head_subfolder,
+            revision=revision,
+            subfolder=subfolder,
+            **hub_options,
+        )
         head_config(head).check_control(control)
         if revision is not None:
             kwargs["revision"] = revision
@@ -165,11 +157,10 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
                 "A PeftModel cannot be controlled itself: control its base, "
                 "`ReControlForCausalLM.from_model(peft_model.get_base_model(), ...)`; the adapters stay active."
             )
-        value_head, control = matched_head(model, value_head, control)
-
-        hooks = ControlHooks(model, value_head, value_head.config, control)
+        value_head, control, hook_point = matched_head(model, value_head, control)
+        hooks = ControlHooks(model, value_head, hook_point, control)
         try:
-            hooks.check(control, hooks.weights)
+            hooks.settings.check(control, hooks.settings.weights)
         except ValueError:
             hooks.remove()
             raise
@@ -193,92 +184,56 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
     @property
     def control(self) -> ControlConfig:
         """The settings of calls that name none. Assign another [`ControlConfig`] to change them."""
-        return self._recontrol.control
+        return self._recontrol.settings.control
 
     @control.setter
     def control(self, control: ControlConfig) -> None:
         if control is False:
             raise TypeError("`control` must be a ControlConfig: `disable_control()` or `control=False` turn it off.")
-        self._recontrol.check(control, self._recontrol.weights)
-        self._recontrol.control = control
+        settings = self._recontrol.settings
+        settings.check(control, settings.weights)
+        settings.control = control
+
+    @property
+    def active_control(self) -> ControlConfig | None:
+        """The settings in force in this thread, or `None` where the model is the base."""
+        return self._recontrol.settings.active_control()
+
+    @property
+    def hook_point(self) -> HookPoint:
+        """Where the heads read and edit the state. `hook_point.is_last`: an edit is in no key-value cache."""
+        return self._recontrol.hook_point
+
+    def use_control(
+        self, control: ControlConfig | bool | None, value_heads: HeadWeights | None = None
+    ) -> AbstractContextManager[None]:
+        """
+        A context manager for settings of the calls inside it, in this thread; arguments as for
+        [`ReControlForCausalLM.generate`].
+
+        Raises:
+            `TypeError`, `ValueError`: if the heads cannot do what `control` and `value_heads` ask for.
+        """
+        return self._recontrol.call(control, value_heads)
 
     def disable_control(self) -> AbstractContextManager[None]:
         """A context manager in which the model is the base, in this thread."""
-        return self._recontrol.call(False)
+        return self.use_control(False)
 
-    def generate(
-        self,
-        *args,
-        control: ControlConfig | bool | None = None,
-        value_heads: HeadWeights | None = None,
-        **kwargs,
-    ):
+    def check_same_for_all_prompts(self, control: ControlConfig | bool | None = None) -> None:
         """
-        [`~transformers.GenerationMixin.generate`] under control.
-
-        Args:
-            control ([`ControlConfig`] or `False`, *optional*):
-                Settings of this call; `False` gives the base, bit for bit. Defaults to `model.control`. A `step_size`
-                that holds one value for each prompt follows beams and `num_return_sequences`.
-            value_heads (mapping of `str` to `float` or a sequence of `float`, *optional*):
-                Weights of the heads in this call, as for [`ReControlForCausalLM.set_value_heads`]. Defaults to those
-                set there.
-            args, kwargs:
-                As in the base.
-
-        Raises:
-            `ValueError`: if the head, the control and the generation mode do not go together.
-            `FloatingPointError`: if a state is not finite, or control made it so.
+        Raise `ValueError` if `control`, by default the settings in force, holds one value for each prompt. For callers
+        that make batches of their own.
         """
-        self._recontrol.follow(self)
-        with self._recontrol.call(control, value_heads, generating=True):
-            return super().generate(*args, **kwargs)
+        self._recontrol.settings.check_same_for_all(control)
 
-    def generate_batch(
-        self,
-        *args,
-        control: ControlConfig | bool | None = None,
-        value_heads: HeadWeights | None = None,
-        **kwargs,
-    ):
-        """[`~transformers.GenerationMixin.generate_batch`] (continuous batching) under control."""
-        self._recontrol.follow(self)
-        with self._recontrol.call(control, value_heads):
-            return super().generate_batch(*args, **kwargs)
-
-    def init_continuous_batching(
-        self,
-        *args,
-        control: ControlConfig | bool | None = None,
-        value_heads: HeadWeights | None = None,
-        **kwargs,
-    ):
+    def edit_lm_head_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """
-        [`~transformers.GenerationMixin.init_continuous_batching`] under control. The manager generates in a thread of
-        its own, with the settings in force now.
-
-        Raises:
-            `ValueError`: for step sizes or weights per row, and for a head on a layer other than the last.
+        What the LM head would be given instead of these states under the settings in force, for callers that read its
+        weight instead of calling it. The heads must act at the LM head.
         """
-        hooks = self._recontrol
-        hooks.follow(self)
-        with hooks.call(control, value_heads):
-            active, weights = hooks.active_control(), hooks.active_weights()
-            if by_row := hooks.by_row():
-                raise ValueError(
-                    f"Continuous batching packs requests into one row, so {next(iter(by_row))} cannot differ "
-                    "between them."
-                )
-            if active is not None and not hooks.is_last_layer:
-                raise ValueError(
-                    f"A head on layer {hooks.layer} feeds the cache, whose blocks continuous batching shares between "
-                    "requests: generate without it, or use a head on the last layer."
-                )
-            manager = super().init_continuous_batching(*args, **kwargs)
-        for name in ("warmup", "_run_generation_loop"):
-            function = getattr(type(manager), name).__get__(manager)
-            setattr(manager, name, _with_settings(hooks, active, weights, function))
-        return manager
+        (edited,) = self._recontrol.edit_head_input(self.hook_point.module, (hidden,)) or (hidden,)
+        return edited
 
     def values(
         self,
@@ -299,10 +254,10 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
         Returns:
             `torch.Tensor` of shape `(batch, seq, num_objectives)`. Values at padded positions mean nothing.
         """
-        config, head = self._recontrol.config, self._one_head(value_head)
-        if config.hook_point != "lm_head" and self._supports_logits_to_keep():
+        head = self._one_head(value_head)
+        if self.hook_point.layer is not None and self._supports_logits_to_keep():
             kwargs.setdefault("logits_to_keep", 1)
-        with self.disable_control(), read_states(self, config) as states:
+        with self.disable_control(), read_states(self.hook_point) as states:
             self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         parameter = next(head.parameters(), states[0])
         values = head(states[0].to(parameter.device, parameter.dtype))
@@ -346,41 +301,19 @@ class ReControlForCausalLM(ValueHeadMixtureMixin):
         head = self._one_head(name)
         if not isinstance(head, ValueHead):
             raise TypeError(f"Only a ValueHead can be saved, this head is a {type(head).__name__}.")
+        changes: dict[str, Any] = {}
         if not head.config.base_model_name_or_path:
-            head.config.base_model_name_or_path = portable_name(self.config._name_or_path)
-            head.config.base_model_revision = getattr(self.config, "_commit_hash", None)
+            changes["base_model_name_or_path"] = portable_name(self.config._name_or_path)
+            changes["base_model_revision"] = getattr(self.config, "_commit_hash", None)
         # Settings for a mixture, or for another head, say nothing of this one alone.
-        acting = self._recontrol.nonzero(self._recontrol.weights)
-        alone = [(self.value_heads[other], weight) for other, weight in acting.items()]
+        settings = self._recontrol.settings
+        alone = [(self.value_heads[other], weight) for other, weight in settings.nonzero(settings.weights).items()]
         if alone == [(head, 1.0)] and not self.control.per_row:
-            head.config.control = self.control
-        return head
-
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        hooks = self._recontrol
-        if not hooks.is_last_layer and hooks.active_control() is not None:
-            reasons = {
-                "`use_cache=False`": not generation_config.use_cache,
-                "`prefill_chunk_size`": generation_config.prefill_chunk_size is not None,
-                "`guidance_scale`": generation_config.guidance_scale not in (None, 1),
-                "use as a draft model": generation_config.is_assistant,
-                "a base without a cache": not {"past_key_values", "cache_params"}
-                & inspect.signature(self.forward).parameters.keys(),
-            }
-            found = [reason for reason, holds in reasons.items() if holds]
-            if found:
-                raise ValueError(
-                    f"A head on layer {hooks.layer} feeds the cache from the prompt's last position on, which does "
-                    f"not hold with {' and '.join(found)}: generate without it, or use a head on the last layer."
-                )
-        return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        if input_ids is not None:
-            self._recontrol.expand(len(input_ids), expand_size)
-        return super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
+            changes["control"] = self.control
+        # A copy that shares all tensors: saving leaves the live head as it is.
+        saved = copy.copy(head)
+        saved.config = replace(head.config, **changes)
+        return saved
 
     def __setattr__(self, name, value):
         # TRL's trainers give the model a `forward` that reads the LM head's weight past every hook on it.
@@ -412,13 +345,3 @@ def _base_class(controlled: type) -> type:
 def _new_instance(base: type):
     controlled = _controlled_class(base)
     return controlled.__new__(controlled)
-
-
-def _with_settings(
-    hooks: ControlHooks, control: ControlConfig | None, weights: HeadWeights, function: Callable
-) -> Callable:
-    def run(*args, **kwargs):
-        with hooks.call(control or False, weights):
-            return function(*args, **kwargs)
-
-    return run

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..configuration import ControlConfig, ValueHeadConfig
 from ..heads.value_head import ValueHead
-from .hook_points import find_lm_head, hook_layer, hook_width
+from .hook_points import HookPoint, find_lm_head
 
 logger = logging.get_logger(__name__)
 
@@ -34,10 +34,10 @@ def matched_head(
     model: PreTrainedModel,
     value_head: ValueHead | nn.Module | str | os.PathLike,
     control: ControlConfig | None,
-) -> tuple[nn.Module, ControlConfig]:
+) -> tuple[nn.Module, ControlConfig, HookPoint]:
     """
-    A head, loaded if need be, and its control (that which the head recommends, else `ControlConfig()`, if none is
-    given), checked against the model that they are for.
+    A head, loaded if need be, its control (that which the head recommends, else `ControlConfig()`, if none is given),
+    and where it acts; checked against the model that they are for.
 
     Raises:
         `TypeError`, `ValueError`: as [`ReControlForCausalLM.from_model`].
@@ -49,9 +49,9 @@ def matched_head(
     if control is None:
         control = config.control or ControlConfig()
     config.check_control(control)
-    check_head(model, value_head)
+    hook_point = check_head(model, value_head)
     check_not_idle(value_head, control)
-    return value_head, control
+    return value_head, control, hook_point
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -65,25 +65,25 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__} cannot generate: load it with AutoModelForCausalLM.")
 
 
-def check_head(model: PreTrainedModel, head: nn.Module) -> None:
+def check_head(model: PreTrainedModel, head: nn.Module) -> HookPoint:
     """
-    Check that a head reads states that a model has; warns if it was trained for another one.
+    Where a head acts in a model, checked that it reads the states there; warns if it was trained for another model.
 
     Raises:
         `ValueError`: if it does not, or holds values that are not finite.
     """
     config = head_config(head)
-    hook_layer(model, config)
-    width = hook_width(model, config)
-    if width != config.hidden_size:
+    hook_point = HookPoint.find(model, config)
+    if hook_point.width != config.hidden_size:
         raise ValueError(
-            f"The head reads states of width {config.hidden_size}, {type(model).__name__} has {width} at "
+            f"The head reads states of width {config.hidden_size}, {type(model).__name__} has {hook_point.width} at "
             f"{config.hook_point!r}: it was made for another base model"
             f"{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}."
         )
     if isinstance(head, ValueHead):
         head.check_finite()
     _warn_of_other_base(model, config)
+    return hook_point
 
 
 def check_not_idle(head: nn.Module, control: ControlConfig) -> None:

@@ -16,10 +16,8 @@ from functools import wraps
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-
 if TYPE_CHECKING:
-    from .hooks import ControlHooks
+    from .causal_lm import ReControlForCausalLM
 
 
 def _is_fused(forward: Any) -> bool:
@@ -37,10 +35,10 @@ def controlled_forward(forward: Any) -> Any:
 
     @wraps(fused)
     def run(self, *args, fused_lm_head=False, **kwargs):
-        hooks = getattr(self, "_recontrol", None)
-        if not fused_lm_head or hooks is None or hooks.layer is not None:
+        hook_point = getattr(self, "hook_point", None)  # a base has none
+        if not fused_lm_head or hook_point is None or hook_point.layer is not None:
             return fused(self, *args, fused_lm_head=fused_lm_head, **kwargs)
-        with _edit_backbone_output(self, hooks):
+        with _edit_backbone_output(self):
             return fused(self, *args, fused_lm_head=True, **kwargs)
 
     run.unfused = fused
@@ -55,15 +53,13 @@ def original_forward(forward: Any) -> Any:
 
 
 @contextmanager
-def _edit_backbone_output(model: PreTrainedModel, hooks: ControlHooks) -> Iterator[None]:
+def _edit_backbone_output(model: ReControlForCausalLM) -> Iterator[None]:
     thread = threading.get_ident()
 
     def edit(backbone, args, output):
         if threading.get_ident() != thread:
             return None
-        edited = hooks.edit_head_input(backbone, (output.last_hidden_state,))
-        if edited is not None:
-            output.last_hidden_state = edited[0]
+        output.last_hidden_state = model.edit_lm_head_input(output.last_hidden_state)
         return output
 
     handle = model.base_model.register_forward_hook(edit)

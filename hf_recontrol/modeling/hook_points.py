@@ -1,12 +1,65 @@
-"""Where a head acts in a model: its decoder layers and its LM head, found by structure."""
+"""Where heads read and edit the state: a model's decoder layers and its LM head, found by structure."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..configuration import ValueHeadConfig
+
+class NamesHookPoint(Protocol):
+    """What says where: a [`ValueHeadConfig`], or settings of a run."""
+
+    hook_point: str
+    layer: int
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """
+    Where heads read and edit the state of one model: found once ([`HookPoint.find`]), then carried.
+
+    Args:
+        module (`nn.Module`):
+            The decoder layer whose output, or the LM head whose input, is the state.
+        layer (`int` or `None`):
+            Index of the decoder layer, counted from 0; `None` at the LM head.
+        width (`int`):
+            Width of the state.
+        is_last (`bool`):
+            Whether no decoder layer follows, so that an edit is in no key-value cache.
+    """
+
+    module: nn.Module
+    layer: int | None
+    width: int
+    is_last: bool
+
+    @classmethod
+    def find(cls, model: PreTrainedModel, where: NamesHookPoint) -> HookPoint:
+        """
+        The hook point that `where` names, in a model.
+
+        Raises:
+            `ValueError`: if the model has no such layer, or no LM head.
+        """
+        text_config = model.config.get_text_config(decoder=True)
+        if where.hook_point == "lm_head":
+            lm_head = find_lm_head(model)
+            width = getattr(lm_head, "in_features", None) or text_config.hidden_size
+            return cls(lm_head, None, width, is_last=True)
+        layers = find_decoder_layers(model)
+        count = len(layers)
+        if not -count <= where.layer < count:
+            raise ValueError(f"The head reads decoder layer {where.layer}, {type(model).__name__} has {count}.")
+        index = where.layer % count
+        return cls(layers[index], index, text_config.hidden_size, is_last=index == count - 1)
+
+    def __str__(self) -> str:
+        return "the LM head" if self.layer is None else f"decoder layer {self.layer}"
 
 
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -62,32 +115,3 @@ def lm_head_rows(model: PreTrainedModel) -> torch.Tensor:
             "base with its LM head unquantised, or leave `advantage_sizes` out."
         )
     return weight
-
-
-def hook_layer(model: PreTrainedModel, config: ValueHeadConfig) -> int | None:
-    """
-    Index, counted from 0, of the decoder layer that a head of this configuration reads, or `None` at the LM head.
-
-    Raises:
-        `ValueError`: if the model has no such layer.
-    """
-    if config.hook_point == "lm_head":
-        return None
-    num_layers = len(find_decoder_layers(model))
-    if not -num_layers <= config.layer < num_layers:
-        raise ValueError(f"The head reads decoder layer {config.layer}, {type(model).__name__} has {num_layers}.")
-    return config.layer % num_layers
-
-
-def hook_width(model: PreTrainedModel, config: ValueHeadConfig) -> int:
-    """
-    Width of the state at the hook point of `config`.
-
-    Raises:
-        `ValueError`: if the model has no such place.
-    """
-    text_config = model.config.get_text_config(decoder=True)
-    if hook_layer(model, config) is None:
-        lm_head = find_lm_head(model)
-        return getattr(lm_head, "in_features", None) or text_config.hidden_size
-    return text_config.hidden_size

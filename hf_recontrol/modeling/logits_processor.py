@@ -18,7 +18,6 @@ from ..control.controller import Controller
 from ..heads.value_head import ValueHead
 from .causal_lm import ReControlForCausalLM
 from .checks import matched_head
-from .hook_points import find_lm_head
 
 # How large the logits of the second probe are made: beyond what any soft cap leaves alone.
 _PROBE = 200.0
@@ -42,7 +41,7 @@ class ReControlLogitsProcessor(LogitsProcessor):
             Defaults to that which the head recommends, else to `ControlConfig()`.
 
     Raises:
-        `TypeError`, `ValueError`: as [`ReControlForCausalLM.from_model`]; also if the head reads another place, or the
+        `TypeError`, `ValueError`: as [`ReControlForCausalLM.from_model`]; also if the head reads another hook point, or the
         model's logits are not a linear map of the state (a soft cap).
     """
 
@@ -56,13 +55,13 @@ class ReControlLogitsProcessor(LogitsProcessor):
             raise ValueError(
                 "This model is controlled already: call `model.unload()` first, or leave the processor out."
             )
-        head, self.control = matched_head(model, value_head, control)
+        head, self.control, hook_point = matched_head(model, value_head, control)
         if head.config.hook_point != "lm_head":
             raise ValueError(
                 f"A logits processor needs a head at the LM head's input, this one reads {head.config.hook_point!r}: "
                 "use `ReControlForCausalLM.from_model`."
             )
-        self._lm_head = find_lm_head(model)
+        self._lm_head = hook_point.module
         self._factor = _logit_factor(model, self._lm_head)
         self._controller = Controller(head)
         # Of each thread: the last state, the forwards since the last token, and the length then.

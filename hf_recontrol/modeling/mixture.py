@@ -10,8 +10,9 @@ from types import MappingProxyType
 from torch import nn
 
 from ..heads.value_head import ValueHead
-from .checks import check_head, head_config
-from .hooks import ControlHooks, HeadWeights, checked_weights
+from .call_settings import HeadWeights, checked_weights
+from .checks import check_head
+from .hooks import ControlHooks
 
 # Names are folders in a checkpoint.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
@@ -21,7 +22,7 @@ class ValueHeadMixtureMixin:
     r"""
     The heads of a [`ReControlForCausalLM`]. That which the model was made with is called `"default"`.
 
-    The heads with a weight act together, on the state h of one place: the ascent climbs `Σ_k ω_k V_k(h)`, each V_k in
+    The heads with a weight act together, on the state h of one hook point: the ascent climbs `Σ_k ω_k V_k(h)`, each V_k in
     the scaled coordinates of its head, that is `u ← u + α Σ_k ω_k scale_k² ⊙ ∇V_k(h + u)`; the advantage edit is
     `u = α Σ_k ω_k g_k(h)`, exact for the advantages' weighted sum. V and g are standardised, so weights compare heads
     whatever the units of their rewards; a negative weight steers away.
@@ -32,7 +33,7 @@ class ValueHeadMixtureMixin:
     @property
     def value_heads(self) -> Mapping[str, nn.Module]:
         """All heads by name."""
-        return MappingProxyType(self._recontrol.controller.heads)
+        return MappingProxyType(self._recontrol.settings.controller.heads)
 
     @property
     def value_head(self) -> ValueHead:
@@ -47,7 +48,7 @@ class ValueHeadMixtureMixin:
     @property
     def value_head_weights(self) -> HeadWeights:
         """The weights of calls that name none; change them with [`ReControlForCausalLM.set_value_heads`]."""
-        return MappingProxyType(dict(self._recontrol.weights))
+        return MappingProxyType(dict(self._recontrol.settings.weights))
 
     def add_value_head(self, name: str, value_head: ValueHead | nn.Module | str | os.PathLike, **kwargs) -> None:
         """
@@ -58,29 +59,27 @@ class ValueHeadMixtureMixin:
             name (`str`):
                 What to call it: up to 64 letters, digits, `_`, `-` and `.`.
             value_head ([`ValueHead`], `nn.Module`, `str` or `os.PathLike`):
-                A head for the same place as the model's others, or where to load it from.
+                A head for the same hook point as the model's others, or where to load it from.
             kwargs:
                 As for [`ValueHead.from_pretrained`]: `revision`, `subfolder`, `token`, ...
 
         Raises:
             `TypeError`, `ValueError`, `OSError`: if there is such a name, or the head cannot be had, reads another
-            place, or does not fit the model; the model is then as before.
+            hook point, or does not fit the model; the model is then as before.
         """
-        hooks = self._recontrol
+        settings = self._recontrol.settings
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"`name` must be up to 64 letters, digits, `_`, `-` and `.`, got {name!r}.")
-        if name.casefold() in map(str.casefold, hooks.controller.heads):
+        if name.casefold() in map(str.casefold, settings.controller.heads):
             raise ValueError(f"This model has a head {name!r} already: delete it first, or take another name.")
         if isinstance(value_head, (str, os.PathLike)):
             value_head = ValueHead.from_pretrained(value_head, **kwargs)
         elif kwargs:
             raise TypeError(f"{sorted(kwargs)} say where to load a head from, but `value_head` is a head.")
-        config = head_config(value_head)
-        check_head(self, value_head)
-        ours, other = hooks.place(self), hooks.place(self, config)
-        if ours != other:
-            raise ValueError(f"The model's heads act at {ours}, this one at {other}: heads must share a place.")
-        hooks.controller.add(name, value_head)
+        ours, other = self.hook_point, check_head(self, value_head)
+        if ours.layer != other.layer:
+            raise ValueError(f"The model's heads act at {ours}, this one at {other}: heads must share a hook point.")
+        settings.controller.add(name, value_head)
 
     def set_value_heads(self, weights: Mapping[str, float | Sequence[float]]) -> None:
         """
@@ -95,10 +94,10 @@ class ValueHeadMixtureMixin:
             `TypeError`, `ValueError`: if there is no such head, a weight is no finite number, or a head cannot do what
             `model.control` asks for; the model is then as before.
         """
-        hooks = self._recontrol
+        settings = self._recontrol.settings
         weights = checked_weights(weights)
-        hooks.check(hooks.control, weights)
-        hooks.weights = weights
+        settings.check(settings.control, weights)
+        settings.weights = weights
 
     def delete_value_head(self, name: str) -> None:
         """
@@ -107,25 +106,25 @@ class ValueHeadMixtureMixin:
         Raises:
             `ValueError`: if there is no such head, it has a weight, or it is the last one.
         """
-        hooks = self._recontrol
-        hooks.check(False, {name: 0.0})
-        if len(hooks.controller.heads) == 1:
+        settings = self._recontrol.settings
+        settings.check(False, {name: 0.0})
+        if len(settings.controller.heads) == 1:
             raise ValueError(f"{name!r} is the model's last head: `unload()` takes it off.")
-        if name in hooks.nonzero(hooks.weights):
+        if name in settings.nonzero(settings.weights):
             raise ValueError(
                 f"The head {name!r} has a weight: set others with `set_value_heads` first, or `unload()` them all."
             )
-        hooks.weights = {other: weight for other, weight in hooks.weights.items() if other != name}
-        hooks.controller.remove(name)
+        settings.weights = {other: weight for other, weight in settings.weights.items() if other != name}
+        settings.controller.remove(name)
 
     def _one_head(self, name: str | None) -> nn.Module:
         """The head of that name, or the only one, or the only one that acts."""
-        hooks = self._recontrol
-        heads = hooks.controller.heads
+        settings = self._recontrol.settings
+        heads = settings.controller.heads
         if name is not None:
-            hooks.check(False, {name: 0.0})
+            settings.check(False, {name: 0.0})
             return heads[name]
-        names = list(heads) if len(heads) == 1 else list(hooks.nonzero(hooks.weights))
+        names = list(heads) if len(heads) == 1 else list(settings.nonzero(settings.weights))
         if len(names) != 1:
             raise ValueError(f"This model has several heads, {sorted(heads)}: name one (`model.value_heads[name]`).")
         return heads[names[0]]

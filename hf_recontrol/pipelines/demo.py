@@ -19,12 +19,15 @@ from ..collection.rewards import vader
 from ..collection.rollouts import generate_rollouts
 from ..configuration import ControlConfig
 from ..data.prompts import load_prompts
-from ..data.rollouts import Rollout, load_rollouts
-from ..evaluation import diversity, kl_divergence, match_kl
-from ..heads.hub import check_base, with_commit
+from ..data.rollouts import Rollout, load_rollouts, rollout_parts
+from ..evaluation.metrics import diversity, kl_divergence
+from ..evaluation.strength import kl_sample, match_kl
+from ..heads.figures import FIGURES
 from ..modeling.causal_lm import ReControlForCausalLM
-from ..utils.files import atomic_path
+from ..settings import FitSettings, LoadingSettings
+from ..utils.files import write_json
 from .fit import fit
+from .loading import load_base
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -81,12 +84,9 @@ class DemoSettings:
     num_training_prompts: int = 320
     num_unseen_prompts: int = 32
     max_new_tokens: int = 48
-    temperature: float = 0.9
-    head_width: int = 1024
-    advantage_width: int = 256
     num_steps: int = 30
-    # Nats a token, the same for both controls, so that neither is tuned on the reward.
-    target_kl: float = 0.1
+    # Answers compared at once.
+    batch_size: int = 16
 
 
 def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.PathLike, *, seed: int = 0) -> dict:
@@ -117,25 +117,12 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
     unseen = [rows[i] for i in order[: settings.num_unseen_prompts]]
     training = [rows[i] for i in order[settings.num_unseen_prompts :][: settings.num_training_prompts]]
 
-    model = str(embedded_model()) if model is None else model
-    check_base(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    base = with_commit(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)).eval()
+    base, tokenizer = load_base(embedded_model() if model is None else model, LoadingSettings(dtype="float32"))
+    fit_settings = FitSettings(
+        max_new_tokens=settings.max_new_tokens, temperature=0.9, batch_size=32, part_size=64, seed=seed
+    )
     figures = fit(
-        base,
-        training,
-        vader,
-        output,
-        tokenizer=tokenizer,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        head_sizes=[settings.head_width],
-        advantage_sizes=[settings.advantage_width],
-        target_kl=settings.target_kl,
-        batch_size=32,
-        part_size=64,
-        seed=seed,
-        command=f"recontrol demo --seed {seed}",
+        base, training, vader, output, fit_settings, tokenizer=tokenizer, command=f"recontrol demo --seed {seed}"
     )
     numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
     shown = (f"{name} {value if isinstance(value, int) else f'{value:.2f}'}" for name, value in numbers.items())
@@ -144,15 +131,13 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
     path = output / "results.json"
     if not path.is_file():
         controlled = ReControlForCausalLM.from_model(base, output / "head")
-        sample = load_rollouts(output / "rollouts" / "part-00000.parquet")
-        sample = [rollout for rollout in sample if len(rollout.completion_ids) > 8][:8] or sample[:8]
+        sample = kl_sample(load_rollouts(rollout_parts(output / "rollouts")[0]))
+        # At the same KL, so that neither control is tuned on the reward.
+        target_kl = fit_settings.target_kl
         starts = (ControlConfig("ascent", 1.0, settings.num_steps), ControlConfig("advantage", 1.0))
-        controls = {"base": False} | {
-            start.method: match_kl(controlled, sample, start, settings.target_kl) for start in starts
-        }
+        controls = {"base": False} | {start.method: match_kl(controlled, sample, start, target_kl) for start in starts}
         results = _demo_compare(controlled, tokenizer, unseen, controls, settings)
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, results)
     results = json.loads(path.read_text(encoding="utf-8"))
     _print_results(results)
     head = output / "head"
@@ -165,12 +150,14 @@ def _demo_compare(controlled, tokenizer, prompts: list[dict], controls: dict, se
     answers: dict[str, list[Rollout]] = {name: [] for name in controls}
     seconds = dict.fromkeys(controls, 0.0)
     steps = dict.fromkeys(controls, 0)
-    options = {"max_new_tokens": settings.max_new_tokens, "temperature": 0.0, "batch_size": 16}
-    for start in range(0, len(prompts), 16):
+    options = {"max_new_tokens": settings.max_new_tokens, "temperature": 0.0, "batch_size": settings.batch_size}
+    for start in range(0, len(prompts), settings.batch_size):
         # In turn, so that a busy machine is slow for all three alike.
         for name, control in controls.items():
             begin = time.perf_counter()
-            batch = generate_rollouts(controlled, tokenizer, prompts[start : start + 16], control=control, **options)
+            batch = generate_rollouts(
+                controlled, tokenizer, prompts[start : start + settings.batch_size], control=control, **options
+            )
             seconds[name] += time.perf_counter() - begin
             steps[name] += max(len(rollout.completion_ids) for rollout in batch)
             answers[name] += batch
@@ -179,8 +166,8 @@ def _demo_compare(controlled, tokenizer, prompts: list[dict], controls: dict, se
         texts = [rollout.completion for rollout in answers[name]]
         kl = 0.0
         if control is not False:
-            controlled.control = control
-            kl = kl_divergence(controlled, answers[name])
+            with controlled.use_control(control):
+                kl = kl_divergence(controlled, answers[name])
         figures[name] = {
             "reward": sum(vader([], texts)) / len(texts),
             "diversity": diversity(texts),
@@ -205,7 +192,14 @@ def _print_results(results: dict) -> None:
     for example in results["examples"][:3]:
         side_by_side.add_row(*(escape(str(example[name])) for name in ("prompt", *results["figures"])))
     console.print(side_by_side)
-    table = Table("control", "step size", "VADER reward", "diversity", "KL (nats/token)", "ms/step of 16")
+    table = Table(
+        "control",
+        "step size",
+        f"VADER {FIGURES['reward'].label}",
+        FIGURES["diversity"].label,
+        FIGURES["kl"].label,
+        "ms/step of 16",
+    )
     for name, row in results["figures"].items():
         step_size = f"{results['controls'][name]['step_size']:g}" if name in results["controls"] else "-"
         table.add_row(

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..data.stage_folder import Processes, Progress
+from ..data.processes import Processes, Progress
 from ..data.states import States, StateStore
 from ..heads.value_head import ValueHead
+from ..settings import AdvantageSettings
+from .held_out import split_by_prompt
 from .targets import episode_mask, pad_episodes, value_differences
-from .trainer import Episodes, EpisodeTrainer, check_options, own_randomness
-from .value import split_by_prompt
+from .trainer import Episodes, EpisodeTrainer, check_training, own_randomness, training_options
 
 logger = logging.get_logger(__name__)
 
@@ -136,20 +137,11 @@ def _ridge(train: tuple, held_out: tuple) -> torch.Tensor:
 def fit_advantage(
     head: ValueHead,
     states: States | StateStore | str | os.PathLike,
+    settings: AdvantageSettings | None = None,
     *,
-    gae_lambda: float = 0.0,
-    discount: float = 1.0,
-    open_truncated: bool = False,
-    learning_rate: float = 1e-4,
-    num_epochs: int = 6,
-    batch_size: int = 64,
-    weight_decay: float = 0.0,
-    patience: int | None = None,
-    validation_split: float = 0.1,
-    seed: int = 0,
     output_dir: str | os.PathLike | None = None,
-    training_arguments: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    **changes,
 ) -> dict[str, Any]:
     r"""
     Fit g, in place, by least squares on V's differences: `(w_y - w̄(h_t))ᵀ g(h_t) ≈ A_t` (see
@@ -163,13 +155,11 @@ def fit_advantage(
             A head with a trained V and an advantage part.
         states:
             The same episodes, with directions.
-        gae_lambda, discount (`float`, *optional*, default to 0.0 and 1.0):
-            λ of GAE and γ.
-        open_truncated, learning_rate, num_epochs, batch_size, weight_decay, patience, output_dir, training_arguments,
-        progress:
-            As for [`train_value_head`], of the MLP.
-        validation_split, seed (*optional*):
-            As for [`train_value_head`]: use the same ones, so that the same prompts are held out.
+        settings ([`AdvantageSettings`], *optional*), changes:
+            How to train; single settings as keywords. Use the `validation_split` and `seed` of V, so that the same
+            prompts are held out.
+        output_dir, progress:
+            As for [`train_value_head`].
 
     Returns:
         On the held-out prompts (which also chose the penalty and the epoch): `advantage_correlation` and
@@ -179,58 +169,39 @@ def fit_advantage(
     Raises:
         `ValueError`: if the head has no advantage part, or the states have no directions or are not finite.
     """
-    check_options(learning_rate, max(num_epochs, 1), batch_size, training_arguments)
+    settings = AdvantageSettings.of(settings, changes)
+    check_training(settings, Processes().count)
     if head.advantage_mlp is None:
         raise ValueError("This head has no advantage part: give `advantage_sizes` in its ValueHeadConfig.")
     store = StateStore.of(states)
     if not store.has_directions:
-        raise ValueError("The states have no directions: collect them with a config that has `advantage_sizes`.")
-    for name, value in (("gae_lambda", gae_lambda), ("discount", discount)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
+        raise ValueError("The states have no directions: collect them at `lm_head`, with `directions`.")
     train, held_out = (
-        Episodes(store, episodes, head, ["hidden", "directions"], open_truncated)
-        for episodes in split_by_prompt(store, validation_split, seed)
+        Episodes(store, episodes, head, ["hidden", "directions"], settings.open_truncated)
+        for episodes in split_by_prompt(store.prompts, settings.validation_split, settings.seed)
     )
     with ExitStack() as stack:
         if output_dir is None:
             output_dir = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(own_randomness(seed))
+        stack.enter_context(own_randomness(settings.seed))
         trainer = AdvantageTrainer(
             AdvantageModel(head),
             train,
             held_out,
-            {
-                "output_dir": os.path.abspath(output_dir),
-                "batch_size": batch_size,
-                "learning_rate": learning_rate,
-                "num_train_epochs": num_epochs,
-                "weight_decay": weight_decay,
-                "seed": seed,
-                "data_seed": seed,
-                **(training_arguments or {}),
-            },
-            gae_lambda=gae_lambda,
-            discount=discount,
-            patience=patience,
+            training_options(
+                settings,
+                output_dir,
+                settings.advantage_learning_rate,
+                settings.advantage_num_epochs,
+                settings.advantage_weight_decay,
+            ),
+            gae_lambda=settings.gae_lambda,
+            discount=settings.discount,
+            patience=settings.advantage_patience,
             progress=progress,
         )
-        moments = [_moments(head, part, gae_lambda, discount, trainer.processes) for part in (train, held_out)]
-        *_, last = head.advantage_mlp.layers
-        with torch.no_grad():
-            last.weight.zero_()
-            last.bias.copy_(_ridge(*moments))
-        constant = trainer.figures()
-        before = deepcopy(head.advantage_mlp.state_dict())
-        best = num_epochs > 0 and trainer.fit() and trainer.state.best_metric < constant["advantage_error"]
-        if not best:
-            head.advantage_mlp.load_state_dict(before)
-        figures = trainer.figures()
-        if figures["advantage_correlation"] < _USELESS and trainer.processes.index == 0:
-            logger.warning(
-                f"On held-out prompts g's correlation with V's differences is {figures['advantage_correlation']:.3f}: "
-                "the advantage edit can hardly steer. Use more rollouts, or the ascent."
-            )
+        constant = _fit_constant(trainer, head, train, held_out, settings)
+        figures = _fit_rest(trainer, head, constant["advantage_error"], settings.advantage_num_epochs)
         head.cpu()
         head.value_mlp.requires_grad_(True)
     return figures | {
@@ -238,3 +209,31 @@ def fit_advantage(
         "constant_correlation": constant["advantage_correlation"],
         "log": trainer.state.log_history,
     }
+
+
+def _fit_constant(
+    trainer: AdvantageTrainer, head: ValueHead, train: Episodes, held_out: Episodes, settings: AdvantageSettings
+) -> dict[str, Any]:
+    """Set g to its constant part, in closed form; returns its held-out figures."""
+    moments = [
+        _moments(head, part, settings.gae_lambda, settings.discount, trainer.processes) for part in (train, held_out)
+    ]
+    *_, last = head.advantage_mlp.layers
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(_ridge(*moments))
+    return trainer.figures()
+
+
+def _fit_rest(trainer: AdvantageTrainer, head: ValueHead, constant_error: float, num_epochs: int) -> dict[str, Any]:
+    """Train g from its constant part on, and keep it if that is better; returns the held-out figures of what is kept."""
+    before = deepcopy(head.advantage_mlp.state_dict())
+    if not (num_epochs > 0 and trainer.fit() and trainer.state.best_metric < constant_error):
+        head.advantage_mlp.load_state_dict(before)
+    figures = trainer.figures()
+    if figures["advantage_correlation"] < _USELESS and trainer.processes.index == 0:
+        logger.warning(
+            f"On held-out prompts g's correlation with V's differences is {figures['advantage_correlation']:.3f}: "
+            "the advantage edit can hardly steer. Use more rollouts, or the ascent."
+        )
+    return figures

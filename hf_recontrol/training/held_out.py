@@ -1,17 +1,54 @@
-"""What a value head is worth on held-out responses: errors, correlations, calibration, and the baselines to beat."""
+"""Held-out prompts: which they are, and what V is worth on them: errors, correlations, calibration, baselines."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
-# Shares of a response at which V is looked at.
+# Positions, as shares of a response, at which V is measured.
 POSITIONS = tuple(round(0.1 * i, 1) for i in range(11))
 # From this share of the constant's error on, V has found next to nothing.
 _USELESS = 0.98
 # Fewer held-out responses than this say little.
 _FEW = 50
+
+
+def split_by_prompt(prompts: torch.Tensor, validation_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Numbers of the training and the validation episodes; no prompt is in both. Held out are the prompts that come first
+    in an order that depends on the seed and on each prompt alone, so other data with the same prompts hold out the
+    same.
+
+    Args:
+        prompts (`torch.Tensor` of shape `(episodes,)`):
+            The number of each episode's prompt.
+        validation_split (`float`), seed (`int`):
+            Share of the prompts to hold out, and what the choice depends on.
+
+    Raises:
+        `ValueError`: if one side would be empty.
+    """
+    distinct = prompts.unique()
+    count = round(len(distinct) * validation_split)
+    if not 0 < count < len(distinct):
+        raise ValueError(
+            f"{len(distinct)} prompts cannot be split with validation_split={validation_split}: at least one prompt is "
+            "needed on each side."
+        )
+    order = np.argsort(_mixed(distinct.numpy().astype(np.uint64), seed), kind="stable")
+    held_out = torch.isin(prompts, distinct[torch.from_numpy(order[:count])])
+    return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+
+
+def _mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """Numbers that look random, one for each: the finaliser of splitmix64 (Steele et al., 2014)."""
+    with np.errstate(over="ignore"):
+        x = numbers + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed + 1)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -18,17 +18,18 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from ..data.stage_folder import Processes, Progress, progress_bar
+from ..data.processes import Processes, Progress, progress_bar
 from ..data.states import StateStore
 from ..heads.value_head import ValueHead
+from ..settings import TrainingSettings
+from ..utils.extras import needs_extra
 
-try:
+with needs_extra("train", "Training"):
     from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
     from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_callback import PrinterCallback
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-except ImportError as error:
-    raise ImportError("Training needs `pip install 'hf_recontrol[train]'`.") from error
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, get_last_checkpoint
 
 logger = logging.get_logger(__name__)
 # Checkpoints of a small head follow each other so fast that Trainer doubts the clock, at each of them.
@@ -85,7 +86,8 @@ class EpisodeTrainer(Trainer):
         train, held_out ([`Episodes`]):
             Training and held-out episodes.
         options (`dict`):
-            Arguments of [`~transformers.TrainingArguments`].
+            Arguments of [`~transformers.TrainingArguments`], see [`training_options`], and `batch_size`: episodes in
+            a batch, over all processes.
         metric (`str`):
             Which figure is to become small: it chooses the checkpoint.
         description (`str`):
@@ -111,9 +113,8 @@ class EpisodeTrainer(Trainer):
         self.held_out = held_out
         self.metric = metric
         self.mean_length = float(train.store.lengths[train.episodes].double().mean())
+        options = dict(options)
         batch_size = options.pop("batch_size")
-        if batch_size % self.processes.count:
-            raise ValueError(f"`batch_size` {batch_size} cannot be shared by {self.processes.count} processes evenly.")
         # Incomplete batches are dropped; of few episodes nothing would be left.
         share = max(1, min(batch_size, len(train)) // self.processes.count)
         arguments = TrainingArguments(
@@ -127,7 +128,6 @@ class EpisodeTrainer(Trainer):
                 "metric_for_best_model": f"eval_{metric}",
                 "greater_is_better": False,
                 "restore_callback_states_from_checkpoint": True,
-                "lr_scheduler_type": "constant",
                 "report_to": "none",
                 "remove_unused_columns": False,
                 "label_names": [],
@@ -176,7 +176,7 @@ class EpisodeTrainer(Trainer):
         if self.processes.index == 0:
             drop_unfinished_checkpoints(folder)
         self.processes.wait()
-        checkpoint = last_checkpoint(folder)
+        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
         if checkpoint is not None and self._was_finished(checkpoint):
             self._load_best_model()
         else:
@@ -228,42 +228,65 @@ class _Report(TrainerCallback):
         self._bar.__exit__(None, None, None)
 
 
-def check_options(
-    learning_rate: float, num_epochs: int, batch_size: int, training_arguments: dict[str, Any] | None
-) -> None:
+def training_options(
+    settings: TrainingSettings,
+    output_dir: str | os.PathLike,
+    learning_rate: float,
+    num_epochs: int,
+    weight_decay: float,
+) -> dict[str, Any]:
+    """The options of an [`EpisodeTrainer`]."""
+    return {
+        "output_dir": os.path.abspath(output_dir),
+        "batch_size": settings.train_batch_size,
+        "learning_rate": learning_rate,
+        "num_train_epochs": num_epochs,
+        "weight_decay": weight_decay,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "bf16": settings.bf16,
+        "dataloader_num_workers": settings.dataloader_num_workers,
+        "report_to": settings.report_to,
+        **settings.training_arguments,
+    }
+
+
+def check_training(settings: TrainingSettings, num_processes: int) -> None:
     """
-    Check what is handed to [`~transformers.TrainingArguments`].
+    Check what only a Trainer would stumble over.
 
     Raises:
-        `ValueError`: names the number out of range. `TypeError`: names the arguments that it does not know.
+        `ValueError`: if the processes cannot share a batch evenly, or there is no such schedule or tracker.
+        `TypeError`: names the arguments that TrainingArguments does not know. `ImportError`: if the tracker is not
+        installed.
     """
-    for name, value in (("learning_rate", learning_rate), ("num_epochs", num_epochs), ("batch_size", batch_size)):
-        if not value > 0:
-            raise ValueError(f"`{name}` must be above 0, got {value}.")
+    if settings.train_batch_size % num_processes:
+        raise ValueError(
+            f"Training takes batches of {settings.train_batch_size} responses (`train_batch_size`), which "
+            f"{num_processes} processes cannot share evenly: start as many as divide it."
+        )
     known = {field.name for field in fields(TrainingArguments)}
-    if unknown := sorted((training_arguments or {}).keys() - known):
+    if unknown := sorted(settings.training_arguments.keys() - known):
         raise TypeError(f"`training_arguments` holds {unknown}, which TrainingArguments does not know.")
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Folders of checkpoints, the newest first."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
-    return sorted(found, key=lambda path: -int(path.name.split("-")[-1]))
+    SchedulerType(settings.lr_scheduler_type)
+    try:
+        for callback in get_reporting_integration_callbacks(
+            [settings.report_to] if settings.report_to != "none" else []
+        ):
+            callback()
+    except RuntimeError as error:
+        raise ImportError(f"`report_to={settings.report_to!r}`: {error}") from error
 
 
 def drop_unfinished_checkpoints(folder: Path) -> None:
     """Remove checkpoints that a killed run was writing or removing: Trainer writes the state of training last."""
-    for path in _checkpoints(folder):
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
             json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             logger.info(f"{path} is not complete and is removed.")
             shutil.rmtree(path)
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in `folder`, if there is any."""
-    return next((str(path) for path in _checkpoints(folder)), None)
 
 
 @contextmanager

@@ -9,54 +9,32 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from ..configuration import ValueHeadConfig
-from ..data.stage_folder import Progress
+from ..data.processes import Processes, Progress
 from ..data.states import States, StateStore
 from ..heads.value_head import ValueHead
-from .held_out import episode_summaries, value_figures
+from ..settings import ValueSettings
+from .held_out import episode_summaries, split_by_prompt, value_figures
 from .targets import episode_mask, pad_episodes, td_targets
-from .trainer import Episodes, EpisodeTrainer, TrainerCallback, check_options, own_randomness
+from .trainer import (
+    Episodes,
+    EpisodeTrainer,
+    TrainerCallback,
+    check_training,
+    own_randomness,
+    training_options,
+)
 
 logger = logging.get_logger(__name__)
 
-SCALINGS = ("feature", "scalar", "none")
-
-
-def split_by_prompt(
-    states: States | StateStore, validation_split: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Numbers of the training and the validation episodes; no prompt is in both. Held out are the prompts that come first
-    in an order that depends on the seed and on each prompt alone, so other data with the same prompts hold out the
-    same.
-
-    Raises:
-        `ValueError`: if one side would be empty.
-    """
-    prompts = states.prompts.unique()
-    count = round(len(prompts) * validation_split)
-    if not 0 < count < len(prompts):
-        raise ValueError(
-            f"{len(prompts)} prompts cannot be split with validation_split={validation_split}: at least one prompt is "
-            "needed on each side."
-        )
-    order = np.argsort(_mixed(prompts.numpy().astype(np.uint64), seed), kind="stable")
-    held_out = torch.isin(states.prompts, prompts[torch.from_numpy(order[:count])])
-    return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-
-
-def _mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """Numbers that look random, one for each: the finaliser of splitmix64 (Steele et al., 2014)."""
-    with np.errstate(over="ignore"):
-        x = numbers + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed + 1)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+# States whose sums are taken at once, in episodes.
+_EPISODES_AT_ONCE = 16
+# Relative to a feature's mean square: below this, what is left of a feature that never varies is rounding.
+_ROUNDING = 1e-12
 
 
 class ValueModel(nn.Module):
@@ -159,7 +137,7 @@ class _TargetUpdate(TrainerCallback):
 
 
 def _check(store: StateStore, config: ValueHeadConfig) -> None:
-    found = (store.place["hook_point"], store.place["layer"])
+    found = (store.hook_point["hook_point"], store.hook_point["layer"])
     wanted = (config.hook_point, config.layer)
     if found[0] != wanted[0] or (found != wanted and found[0] == "decoder_layer"):
         raise ValueError(f"The states were read at {found}, the config asks for a head at {wanted}.")
@@ -197,8 +175,8 @@ def new_head(
         config,
         reward_mean=mean.item() if one else mean.tolist(),
         reward_std=std.item() if one else std.tolist(),
-        base_model_name_or_path=config.base_model_name_or_path or store.place["base_model_name_or_path"],
-        base_model_revision=config.base_model_revision or store.place["base_model_revision"],
+        base_model_name_or_path=config.base_model_name_or_path or store.hook_point["base_model_name_or_path"],
+        base_model_revision=config.base_model_revision or store.hook_point["base_model_revision"],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -207,7 +185,7 @@ def new_head(
         return head
     count, total, squares = 0, torch.zeros(store.hidden_size).double(), torch.zeros(store.hidden_size).double()
     shift = None
-    for part in train.split(16):
+    for part in train.split(_EPISODES_AT_ONCE):
         hidden = store.gather("hidden", part).double()
         # Sums of squares around a state, not around 0, so that a large mean does not swallow a small spread.
         shift = hidden[0].clone() if shift is None else shift
@@ -218,8 +196,7 @@ def new_head(
     if not torch.isfinite(squares).all():
         raise ValueError("The states hold NaN or infinite values.")
     variance = (squares / count - (total / count).square()).clamp(min=0)
-    # Below this, what is left of a feature that never varies is rounding.
-    variance = variance.where(variance > 1e-12 * squares / count, 0.0)
+    variance = variance.where(variance > _ROUNDING * squares / count, 0.0)
     if scaling == "scalar":
         variance = variance.mean().expand_as(variance)
     spread = variance.sqrt().float()
@@ -232,23 +209,12 @@ def new_head(
 def train_value_head(
     states: States | StateStore | str | os.PathLike,
     config: ValueHeadConfig,
+    settings: ValueSettings | None = None,
     *,
-    td_lambda: float = 0.95,
-    discount: float = 1.0,
-    open_truncated: bool = False,
-    target_update: float | None = None,
-    learning_rate: float = 3e-4,
-    num_epochs: int = 30,
-    batch_size: int = 64,
-    weight_decay: float = 0.01,
-    patience: int | None = None,
-    scaling: str = "feature",
-    validation_split: float = 0.1,
-    seed: int = 0,
     output_dir: str | os.PathLike | None = None,
-    training_arguments: dict[str, Any] | None = None,
     trainer_class: type[ValueTrainer] = ValueTrainer,
     progress: Progress | None = None,
+    **changes,
 ) -> tuple[ValueHead, dict[str, Any]]:
     """
     Train V: `Σ_t (V(s_t) - sg(v_t))²` with the targets of [`td_targets`], recomputed as V moves, by transformers'
@@ -259,30 +225,12 @@ def train_value_head(
             Episodes with their rewards.
         config ([`ValueHeadConfig`]):
             The head's shape; its `reward_mean` and `reward_std` are set from the training episodes.
-        td_lambda, discount (`float`, *optional*, default to 0.95 and 1.0):
-            λ and γ in [0, 1]. In states of which every k-th is kept, λ and γ are those of k tokens.
-        open_truncated (`bool`, *optional*, defaults to `False`):
-            Whether responses that were cut at the token limit are left open (V of their last state stands for what
-            would have come) instead of ending in their reward.
-        target_update (`float`, *optional*):
-            The targets come from a copy of V that moves this share of the way to V after each step, a target network.
-            By default they come from V itself, without gradient.
-        learning_rate, num_epochs, batch_size, weight_decay (*optional*):
-            AdamW's; `batch_size` in episodes, over all processes.
-        patience (`int`, *optional*):
-            Stop after so many epochs without a smaller held-out error.
-        scaling (`str`, *optional*, defaults to `"feature"`):
-            `"feature"`: each feature is standardised; `"scalar"`: one scale for all; `"none"`: the paper.
-        validation_split (`float`, *optional*, defaults to 0.1):
-            Share of the prompts held out.
-        seed (`int`, *optional*, defaults to 0):
-            Of the split, the initial weights and the order.
+        settings ([`ValueSettings`], *optional*), changes:
+            How to train; single settings as keywords. In states of which every k-th is kept, λ and γ are those of k
+            tokens.
         output_dir (`str` or `os.PathLike`, *optional*):
             Where checkpoints and logs go; a run that was stopped goes on from its last complete checkpoint there. By
             default a temporary folder.
-        training_arguments (`dict`, *optional*):
-            Further arguments of [`~transformers.TrainingArguments`]: `bf16`, `lr_scheduler_type`, `max_grad_norm`,
-            `report_to`, `dataloader_num_workers`, ...
         trainer_class (`type`, *optional*):
             A subclass of [`ValueTrainer`] with another objective.
         progress (`Callable[[int, int], None]`, *optional*):
@@ -296,46 +244,31 @@ def train_value_head(
         `ValueError`: if sizes do not fit, the data are not finite, all rewards are equal, or training diverged.
         `ImportError`: if accelerate is not installed.
     """
-    check_options(learning_rate, num_epochs, batch_size, training_arguments)
-    for name, value in (("td_lambda", td_lambda), ("discount", discount)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
-    if target_update is not None and not 0 < target_update <= 1:
-        raise ValueError(f"`target_update` must be above 0 and at most 1, got {target_update}.")
-    if scaling not in SCALINGS:
-        raise ValueError(f"`scaling` must be one of {SCALINGS}, got {scaling!r}.")
+    settings = ValueSettings.of(settings, changes)
+    check_training(settings, Processes().count)
     store = StateStore.of(states)
     _check(store, config)
-    train, held_out = split_by_prompt(store, validation_split, seed)
+    train, held_out = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
     rewarded = train
-    if open_truncated:
+    if settings.open_truncated:
         # What a truncated response was given is not asked for, so it is no part of the units or the figures either.
         rewarded, held_out = train[store.finished[train]], held_out[store.finished[held_out]]
         if not len(rewarded) or not len(held_out):
             raise ValueError("`open_truncated` needs finished responses among the training and the held-out ones.")
-    head = new_head(store, config, train, rewarded, scaling, seed)
+    head = new_head(store, config, train, rewarded, settings.scaling, settings.seed)
     with ExitStack() as stack:
         if output_dir is None:
             output_dir = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(own_randomness(seed))
+        stack.enter_context(own_randomness(settings.seed))
         trainer = trainer_class(
-            ValueModel(head, target_update is not None),
-            Episodes(store, train, head, ["hidden"], open_truncated),
-            Episodes(store, held_out, head, ["hidden"], open_truncated),
-            {
-                "output_dir": os.path.abspath(output_dir),
-                "batch_size": batch_size,
-                "learning_rate": learning_rate,
-                "num_train_epochs": num_epochs,
-                "weight_decay": weight_decay,
-                "seed": seed,
-                "data_seed": seed,
-                **(training_arguments or {}),
-            },
-            td_lambda=td_lambda,
-            discount=discount,
-            target_update=target_update,
-            patience=patience,
+            ValueModel(head, settings.target_update is not None),
+            Episodes(store, train, head, ["hidden"], settings.open_truncated),
+            Episodes(store, held_out, head, ["hidden"], settings.open_truncated),
+            training_options(settings, output_dir, settings.learning_rate, settings.num_epochs, settings.weight_decay),
+            td_lambda=settings.td_lambda,
+            discount=settings.discount,
+            target_update=settings.target_update,
+            patience=settings.patience,
             progress=progress,
         )
         if not trainer.fit():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from contextlib import contextmanager
@@ -57,3 +58,14 @@ def check_target(path: str | os.PathLike) -> None:
         raise OSError(f"{existing} is a file, so {path} cannot be written.")
     if not os.access(existing, os.W_OK):
         raise OSError(f"{existing} cannot be written to.")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file that this package wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write an object as a JSON file, or nothing at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

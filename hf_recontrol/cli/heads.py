@@ -1,0 +1,118 @@
+"""Work with a head that exists: `recontrol generate`, `convert`, `info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..settings import LoadingSettings, SeedSettings
+from ..utils.settings import documented
+from .app import app, print_json
+from .options import with_settings
+
+
+@documented
+class _GenerateCommandSettings(SeedSettings, LoadingSettings):
+    """What `recontrol generate` can be told of how it computes."""
+
+
+@app.command()
+@with_settings(_GenerateCommandSettings)
+def generate(
+    settings: _GenerateCommandSettings,
+    head: Annotated[str, typer.Argument(help="Head: a folder or a Hub repo.")],
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Base; default: the one the head names.")] = None,
+    method: Annotated[Literal["ascent", "advantage"] | None, typer.Option(help="Default: the head's.")] = None,
+    step_size: Annotated[float | None, typer.Option(help="α, or 1/τ; default: the head's.")] = None,
+    num_steps: Annotated[int | None, typer.Option(help="Ascent steps; default: the head's.")] = None,
+    plausibility: Annotated[float | None, typer.Option(help="p; default: the head's.")] = None,
+    target: Annotated[
+        list[float] | None, typer.Option(help="Value to approach (ascent); once for each objective.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show the base's answer.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens drawn at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
+) -> None:
+    """Answer prompts under the control of a head.
+
+    Example: `recontrol generate my-head "How do I boil an egg?" --compare`
+    """
+    from dataclasses import replace
+
+    from transformers import AutoTokenizer
+
+    from ..collection.rollouts import generate_rollouts
+    from ..pipelines.loading import load_controlled
+
+    names = {"method": method, "step_size": step_size, "num_steps": num_steps, "plausibility": plausibility}
+    changes = {name: value for name, value in names.items() if value is not None}
+    if target:
+        changes["target"] = target
+    if model is None:
+        controlled = load_controlled(head, settings)
+    else:
+        controlled = load_controlled(model, settings, value_head=head)
+    recommended, wanted = controlled.value_head.config.control, replace(controlled.control, **changes)
+    controlled.value_head.config.check_control(wanted)
+    if method is not None and step_size is None and (recommended is None or recommended.method != method):
+        raise ValueError(
+            f"This head recommends no step size for {method!r}: name one, `--step-size` (that of another method is in "
+            "other units)."
+        )
+    if recommended is None and step_size is None:
+        typer.echo(f"This head recommends no control, so this is {wanted}: try `--step-size`.", err=True)
+    controlled.control = wanted
+    tokenizer = AutoTokenizer.from_pretrained(controlled.config._name_or_path)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": settings.seed}
+    answers = generate_rollouts(controlled, tokenizer, prompt, control=controlled.control, **sampling)
+    bases = generate_rollouts(controlled, tokenizer, prompt, **sampling) if compare else [None] * len(answers)
+    for answer, base in zip(answers, bases, strict=True):
+        if base is not None:
+            used = f"{controlled.control.method}, step size {controlled.control.step_size:g}"
+            typer.echo(f"# {answer.prompt}\n## base\n{base.completion}\n## {used}")
+        typer.echo(answer.completion)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="The authors' `.pth`, of RE-Control or PRE-Control.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the head.")],
+    base: Annotated[str | None, typer.Option(help="The model that it was trained on.")] = None,
+    step_size: Annotated[float | None, typer.Option(min=0, help="α to recommend (the paper: 0.2 to 1).")] = None,
+    num_steps: Annotated[int, typer.Option(min=0, help="Ascent steps to recommend.")] = 30,
+) -> None:
+    """Make a head from a value function that the authors' code trained.
+
+    Example: `recontrol convert value_model.pth -o my-head --base lmsys/vicuna-7b-v1.5 --step-size 0.5`
+    """
+    from ..configuration import ControlConfig
+    from ..heads.convert import convert_checkpoint
+    from ..heads.hub import CONFIG_NAME
+    from ..utils.files import check_target
+
+    check_target(output / CONFIG_NAME)
+    if (output / CONFIG_NAME).exists():
+        raise ValueError(f"{output} holds a head already: name another folder.")
+    control = None if step_size is None else ControlConfig(step_size=step_size, num_steps=num_steps)
+    head = convert_checkpoint(checkpoint, base_model=base, control=control)
+    head.save_pretrained(output)
+    config = head.config
+    widths = " - ".join(map(str, [config.hidden_size, *config.head_sizes, config.num_objectives]))
+    typer.echo(f"V {widths}, {config.activation}, at the LM head's input -> {output}")
+
+
+@app.command()
+def info(
+    head: Annotated[str, typer.Argument(help="Head: a folder or a Hub repo.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repo.")] = None,
+) -> None:
+    """Show what a head is: its configuration, size and recommended control."""
+    from ..heads.value_head import ValueHead
+
+    loaded = ValueHead.from_pretrained(head, revision=revision)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in loaded.state_dict().values())
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    print_json(loaded.config.to_dict() | {"parameters": parameters, "bytes": size})

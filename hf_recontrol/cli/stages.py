@@ -1,0 +1,189 @@
+"""From prompts to a head: `recontrol fit`, its stages, and the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..settings import (
+    BadRowSettings,
+    FitSettings,
+    LoadingSettings,
+    PromptSettings,
+    RolloutSettings,
+    SeedSettings,
+    StatesSettings,
+    TrainSettings,
+)
+from ..utils.settings import documented
+from .app import app, is_main_process, own_command, print_json
+from .options import HeadOption, ModelOption, PromptsOption, RewardOption, with_settings
+
+
+@app.command()
+@with_settings(FitSettings)
+def fit(
+    config: dict,
+    settings: FitSettings,
+    model: ModelOption = None,
+    prompts: PromptsOption = None,
+    reward: RewardOption = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for everything made.")] = None,
+) -> None:
+    """From prompts and a reward to a head and a report: all stages in one folder. The same command again goes on where
+    it was stopped. `--model`, `--prompts`, `--reward` and `--output` are needed, here or in the file of `--config`.
+
+    Example: `recontrol fit -m org/base --prompts prompts.jsonl --reward my_module:my_reward -o run --num-samples 2`
+    """
+    from ..pipelines.fit import fit as run_fit
+
+    given = {"model": model, "prompts": prompts, "reward": reward, "output": output}
+    inputs = config | {name: value for name, value in given.items() if value}
+    if missing := [f"--{name}" for name in given if name not in inputs]:
+        raise typer.BadParameter(
+            f"missing; give {', '.join(missing)} here or in the file of --config", param_hint=missing[0]
+        )
+    figures = run_fit(**inputs, settings=settings, command=own_command())
+    if is_main_process():
+        _print_figures(figures)
+        output = Path(inputs["output"])
+        typer.echo(f"The head is in {output / 'head'}, the report in {output / 'report.html'}.")
+
+
+def _print_figures(figures: dict) -> None:
+    print_json({name: value for name, value in figures.items() if isinstance(value, (int, float))})
+
+
+@documented
+class _RolloutCommandSettings(RolloutSettings, PromptSettings, LoadingSettings):
+    """What `recontrol rollout` can be told."""
+
+
+@app.command()
+@with_settings(_RolloutCommandSettings)
+def rollout(
+    settings: _RolloutCommandSettings,
+    model: ModelOption,
+    prompts: PromptsOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the Parquet files.")],
+    head: HeadOption = None,
+) -> None:
+    """Sample responses of the base model to prompts.
+
+    Example: `recontrol rollout -m org/base --prompts prompts.jsonl -o run/rollouts --temperature 0.9`
+    """
+    from ..collection.rollouts import write_rollouts
+    from ..data.prompts import load_prompts
+    from ..data.stage_folder import MANIFEST_NAME
+    from ..pipelines.loading import load_base
+    from ..utils.files import check_target
+
+    rows = load_prompts(prompts, settings)
+    check_target(output / MANIFEST_NAME)
+    base, tokenizer = load_base(model, settings, head)
+    control = False if head is None else base.control
+    counts = write_rollouts(output, base, tokenizer, rows, settings, control=control)
+    if is_main_process():
+        typer.echo(f"{counts['rollouts']} responses ({counts['finished']} finished) -> {output}")
+
+
+@app.command()
+@with_settings(BadRowSettings)
+def label(
+    settings: BadRowSettings,
+    rollouts: Annotated[Path, typer.Argument(help="Folder of `recontrol rollout`; it is scored in place.")],
+    reward: RewardOption,
+    again: Annotated[bool, typer.Option("--again", help="Replace the rewards of an earlier scoring.")] = False,
+) -> None:
+    """Score responses with one or more rewards.
+
+    Example: `recontrol label run/rollouts --reward hf_recontrol:vader`
+    """
+    from ..collection.labels import label_rollouts
+    from ..collection.rewards import load_reward
+    from ..data.rollouts import load_rollouts
+    from ..data.stage_folder import read_manifest
+
+    read_manifest(rollouts, "rollouts", "recontrol rollout", complete=False)
+    first = next(iter(sorted(rollouts.glob("part-*.parquet"))), None)
+    columns = {name for row in (load_rollouts(first) if first else [])[:1] for name in row.columns}
+    rewards = {spec: load_reward(spec, columns) for spec in reward}
+    counts = label_rollouts(rollouts, rewards, again=again, on_bad_rows=settings.on_bad_rows)
+    if is_main_process():
+        scored = counts["rollouts"] - counts["unscored"]
+        means = ", ".join(f"{counts[f'reward {spec}'] / max(scored, 1):.3f}" for spec in reward)
+        typer.echo(f"{scored} responses, mean reward {means} -> {rollouts}")
+
+
+@documented
+class _StatesCommandSettings(StatesSettings, LoadingSettings):
+    """What `recontrol states` can be told."""
+
+
+@app.command()
+@with_settings(_StatesCommandSettings)
+def states(
+    settings: _StatesCommandSettings,
+    rollouts: Annotated[Path, typer.Argument(help="Folder that `recontrol label` has scored.")],
+    model: ModelOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the safetensors files.")],
+    head: HeadOption = None,
+) -> None:
+    """Read the hidden states of scored responses into memory-mapped files.
+
+    Example: `recontrol states run/rollouts -m org/base -o run/states`
+    """
+    from ..collection.states import int8_error, write_states
+    from ..data.rollouts import rollout_parts
+    from ..data.stage_folder import MANIFEST_NAME
+    from ..pipelines.loading import load_base
+    from ..utils.files import check_target
+
+    rollout_parts(rollouts)
+    check_target(output / MANIFEST_NAME)
+    base, _ = load_base(model, settings, head)
+    control = False if head is None else base.control
+    counts = write_states(output, base, rollouts, settings, control=control)
+    if is_main_process():
+        error = int8_error(counts)
+        note = f", int8 error {error:.3%} of each feature's spread" if error else ""
+        size = f"{counts['bytes'] / 1e6:.1f} MB"
+        typer.echo(f"{counts['states']} states of {counts['episodes']} responses ({size}{note}) -> {output}")
+
+
+@app.command()
+@with_settings(TrainSettings)
+def train(
+    settings: TrainSettings,
+    states: Annotated[Path, typer.Argument(help="Folder of `recontrol states`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the head.")],
+) -> None:
+    """Fit a head: V by TD(λ), then the advantage part. Prints held-out figures.
+
+    Example: `recontrol train run/states -o run/head`
+    """
+    from ..training.stage import train_head
+
+    figures = train_head(output, states, settings, command=own_command())
+    if is_main_process():
+        _print_figures(figures)
+
+
+@app.command()
+@with_settings(SeedSettings)
+def demo(
+    settings: SeedSettings,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Chat model; default: SmolLM2-135M-Instruct, without a Hub.")
+    ] = None,
+    prompts: PromptsOption = "examples/prompts.jsonl",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything made.")] = Path("demo"),
+) -> None:
+    """From prompts to a head in one go: rollouts, VADER's sentiment as reward, training, and a comparison of the base,
+    the paper's ascent and the advantage control on unseen prompts. A second run reuses what exists.
+    """
+    from ..pipelines.demo import run_demo
+
+    run_demo(model, prompts, output, seed=settings.seed)

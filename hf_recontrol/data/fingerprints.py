@@ -1,0 +1,80 @@
+"""What tells one thing that a run depends on from another: models, heads, hook points, files, prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..configuration import ControlConfig
+from ..heads.hub import portable_name
+
+# Values that are hashed of each tensor, evenly spread.
+_VALUES_A_TENSOR = 64
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """
+    A hash of the weights' names, shapes, dtypes and some values of each, and of which adapters act: tells another
+    checkpoint in the same folder from this one without reading all of it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        if not tensor.is_meta:
+            values = tensor.detach().flatten()
+            digest.update(repr(values[:: max(1, len(values) // _VALUES_A_TENSOR)].float().cpu().tolist()).encode())
+    for name, module in model.named_modules():
+        # PEFT's layers; of transformers' models it is a method.
+        if isinstance(getattr(module, "disable_adapters", None), bool):
+            digest.update(f"{name} {module.active_adapters} {module.disable_adapters}".encode())
+    return digest.hexdigest()[:16]
+
+
+def model_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """What tells one base model from another in the settings of a stage."""
+    return {
+        "model": portable_name(model.config._name_or_path),
+        "model_revision": getattr(model.config, "_commit_hash", None),
+        "model_fingerprint": model_fingerprint(model),
+    }
+
+
+def control_settings(model: PreTrainedModel, control: ControlConfig | bool) -> dict[str, Any]:
+    """What tells one control of a model from another in the settings of a stage."""
+    active = model.value_head_weights.items() if control is not False else ()
+    return {
+        "control": control.to_dict() if isinstance(control, ControlConfig) else control,
+        "heads": {
+            name: [weight, model_fingerprint(model.value_heads[name])] for name, weight in active if weight != 0
+        },
+    }
+
+
+def hook_point_settings(model: PreTrainedModel, hook_point: str, layer: int) -> dict[str, Any]:
+    """What tells the states of one hook point of a model from those of another."""
+    return {
+        "hook_point": hook_point,
+        "layer": layer,
+        "base_model_name_or_path": portable_name(model.config._name_or_path),
+        "base_model_revision": getattr(model.config, "_commit_hash", None),
+    }
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def stable_number(value: str | list) -> int:
+    """A 64-bit number that is the same for equal values, in every process."""
+    text = json.dumps(value, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)

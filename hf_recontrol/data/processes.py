@@ -1,0 +1,88 @@
+"""The processes that share a stage's work, and how far they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..utils.extras import needs_extra
+
+# How often progress is told where it is no bar that moves.
+_SECONDS_BETWEEN_LINES = 30
+_LONGEST_WAIT = timedelta(days=7)
+
+# Called with (done, total) as a stage gets on.
+Progress = Callable[[int, int], None]
+
+
+class Processes:
+    """
+    The processes that work on one stage: those of `accelerate launch`, else this one alone.
+
+    Attributes:
+        index, count (`int`):
+            This process's number, and how many there are, over all machines.
+        device (`torch.device`):
+            Where this process computes by default.
+    """
+
+    def __init__(self):
+        distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if not distributed and importlib.util.find_spec("accelerate") is None:
+            self._state = None
+            self.index, self.count = 0, 1
+            self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return
+        with needs_extra("train", "Work with several processes"):
+            from accelerate import PartialState
+        # Unless told that there is no accelerator, it does not connect processes that compute on CPUs.
+        cpu = not torch.accelerator.is_available()
+        # One process may have much more to do than another before they meet: the default is ten minutes.
+        self._state = PartialState(cpu=cpu, **({"timeout": _LONGEST_WAIT} if distributed else {}))
+        self.index, self.count = self._state.process_index, self._state.num_processes
+        self.device = self._state.device
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.count > 1:
+            self._state.wait_for_everyone()
+
+    def gather(self, value: Any) -> list:
+        """The values of all processes, in their order, in every process."""
+        if self.count == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+
+@contextmanager
+def progress_bar(
+    description: str, total: int, progress: Progress | None = None, process_index: int = 0
+) -> Iterator[Callable[[int], None]]:
+    """
+    A function that is called with how much more is done: it tells `progress`, else a bar, which only the first process
+    shows; into a file, a line now and then.
+    """
+    if progress is None:
+        seconds = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+        with logging.tqdm(total=total, desc=description, disable=process_index > 0, mininterval=seconds) as bar:
+            yield bar.update
+        return
+    done = 0
+    progress(done, total)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    yield advance

@@ -1,0 +1,69 @@
+"""Which head and which base are meant, by the names that a user gives."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from torch import nn
+
+from .hub import is_repo_id
+from .value_head import ValueHead
+
+
+class HeadAndBase(NamedTuple):
+    """A loaded head, and where its base is."""
+
+    value_head: nn.Module
+    base: str | os.PathLike
+    revision: str | None
+    subfolder: str
+
+
+def resolve_head_and_base(
+    name_or_path: str | os.PathLike,
+    value_head: nn.Module | str | os.PathLike | None = None,
+    *,
+    value_head_revision: str | None = None,
+    value_head_subfolder: str = "",
+    revision: str | None = None,
+    subfolder: str = "",
+    **hub_options,
+) -> HeadAndBase:
+    """
+    Load a head and find its base.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`):
+            A base model; or, without `value_head`, a head (folder or Hub repo) that knows its base model.
+        value_head (`nn.Module`, `str` or `os.PathLike`, *optional*):
+            The head, if the first argument names the base.
+        value_head_revision, value_head_subfolder (`str`, *optional*):
+            Where `value_head` is in its repo.
+        revision, subfolder (`str`, *optional*):
+            Where the first argument is in its repo. The base of a head that knows its base is taken at the revision
+            that the head names.
+        hub_options:
+            As for [`ValueHead.from_pretrained`]: `token`, `cache_dir`, ...
+
+    Raises:
+        `OSError`: if files cannot be had. `ValueError`: if the head does not say which base it is for, or, being from
+        the Hub, names a folder of this machine.
+    """
+    if isinstance(value_head, nn.Module):
+        return HeadAndBase(value_head, name_or_path, revision, subfolder)
+    if value_head is not None:
+        head = ValueHead.from_pretrained(
+            value_head, revision=value_head_revision, subfolder=value_head_subfolder, **hub_options
+        )
+        return HeadAndBase(head, name_or_path, revision, subfolder)
+    head = ValueHead.from_pretrained(name_or_path, revision=revision, subfolder=subfolder, **hub_options)
+    base = head.config.base_model_name_or_path
+    remedy = f"name the base too, `'org/base', value_head={str(name_or_path)!r}`."
+    if base is None:
+        raise ValueError(f"The head {name_or_path!s} does not say which model it is for: {remedy}")
+    if not os.path.exists(name_or_path) and not is_repo_id(base):
+        raise ValueError(
+            f"The head {name_or_path!s} comes from the Hub and names a base that does not, {base!r}: {remedy}"
+        )
+    return HeadAndBase(head, base, head.config.base_model_revision, "")

@@ -1,0 +1,101 @@
+"""The report of a run of [`fit`], put together from the folders of its stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..data.rollouts import Rollout, load_rollouts, rollout_parts
+from ..data.stage_folder import read_manifest
+from ..data.states import StateStore
+from ..evaluation.report import write_report
+from ..heads.value_head import ValueHead
+from ..settings import TrainingSettings
+from ..training.held_out import split_by_prompt
+from ..training.stage import FIGURES_NAME
+from ..utils.files import read_json
+
+# Held-out responses that examples are chosen from.
+_EXAMPLES_READ = 100
+
+
+def write_run_report(
+    output: Path, tokenizer: PreTrainedTokenizerBase, figures: dict[str, Any], settings: TrainingSettings
+) -> None:
+    """
+    Write `report.html` of a finished run of [`fit`].
+
+    Args:
+        output (`Path`):
+            The run's folder.
+        tokenizer, figures, settings:
+            The base's tokenizer, the figures of [`train_head`], and which prompts were held out.
+    """
+    rollouts = read_manifest(output / "rollouts", "rollouts", "recontrol rollout")
+    states = read_manifest(output / "states", "states", "recontrol states")
+    head = ValueHead.from_pretrained(output / "head")
+    count, stored = rollouts["counts"], states["counts"]
+    scored = max(count["rollouts"] - count["unscored"], 1)
+    names = rollouts["rewards"]
+    facts = {
+        "Base model": str(rollouts["settings"]["model"]),
+        "Reward": ", ".join(f"{name} (mean {count[f'reward {name}'] / scored:.3g})" for name in names),
+        "Responses": f"{count['rollouts']}, {count['finished']} of them finished, {count['tokens']} tokens",
+        "Left out": f"{rollouts['bad_rows']} prompts, {count['unscored']} responses without a reward",
+        "States": f"{stored['states']} at {head.config.hook_point}, {states['settings']['dtype']}, "
+        f"{stored['bytes'] / 1e6:.1f} MB",
+        "Head": f"V {head.config.head_sizes}, g {head.config.advantage_sizes}",
+        "Recommended control": "none" if head.config.control is None else str(head.config.control),
+        "Seed": str(settings.seed),
+    }
+    curves = read_json(output / "head" / FIGURES_NAME)["curves"]
+    one = {} if head.config.num_objectives > 1 else {"reward_mean": head.config.reward_mean}
+    write_report(
+        output / "report.html",
+        title=f"A head for {Path(str(rollouts['settings']['model'])).name}",
+        facts=facts,
+        figures=figures | one,
+        curves=curves,
+        examples=_examples(output, tokenizer, head, settings),
+    )
+
+
+@torch.no_grad()
+def _examples(
+    output: Path, tokenizer: PreTrainedTokenizerBase, head: ValueHead, settings: TrainingSettings
+) -> list[dict[str, Any]]:
+    """Held-out responses with what V says of them: the two highest, middle and lowest of the first ones."""
+    store = StateStore.open(output / "states")
+    _, held_out = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
+    wanted = dict.fromkeys(held_out[:_EXAMPLES_READ].tolist())
+    number = 0
+    for part in rollout_parts(output / "rollouts"):
+        for rollout in load_rollouts(part):
+            if not rollout.completion_ids or rollout.reward is None:
+                continue
+            if number in wanted:
+                values = head.rewards(head(store.gather("hidden", torch.tensor([number]))))
+                wanted[number] = (rollout, values)
+            number += 1
+        if number > max(wanted):
+            break
+    found: list[tuple[Rollout, torch.Tensor]] = sorted(wanted.values(), key=lambda item: float(item[1][-1].sum()))
+    middle = len(found) // 2
+    chosen = found if len(found) <= 6 else [*found[-2:][::-1], *found[middle - 1 : middle + 1], *found[:2][::-1]]
+    examples = []
+    for rollout, values in chosen:
+        example = {
+            "prompt": rollout.prompt,
+            "completion": rollout.completion,
+            "reward": rollout.reward[0] if len(rollout.reward) == 1 else rollout.reward,
+            "predicted": values[-1].tolist() if values.shape[1] > 1 else float(values[-1]),
+            "finished": rollout.finished,
+        }
+        if store.hook_point["every"] == 1 and values.shape[1] == 1:
+            example["values"] = values[:, 0].tolist()
+            example["tokens"] = [tokenizer.decode([token]) for token in rollout.completion_ids]
+        examples.append(example)
+    return examples

@@ -1,0 +1,273 @@
+"""
+Settings of a run: how prompts are read, responses sampled, states read, and a head trained.
+
+A setting has one name, one default and one text, here. The functions of `hf_recontrol` take these objects (or single
+settings as keywords), the command `recontrol` makes its options from them, and a YAML file holds them under the same
+names (`recontrol fit --config fit.yaml`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from .utils.settings import Settings, documented, setting
+
+
+@documented
+class LoadingSettings(Settings):
+    """How a base model that is named, not given, is loaded."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto",
+        "Dtype of the base's weights; `auto`: that of its files. Use float32 on a CPU that is slow in bfloat16.",
+    )
+    device: str | None = setting(
+        None,
+        "Where the base computes: cpu, cuda:1, ...; `auto` spreads one that fits on no single device (needs accelerate).",
+        default_text="this process's accelerator, else the CPU",
+    )
+
+
+@documented
+class BadRowSettings(Settings):
+    """What is done about rows that cannot be used."""
+
+    on_bad_rows: Literal["error", "skip"] = setting(
+        "error",
+        "`error`: stop and name the rows that cannot be used (prompts that are empty, broken or too long, rewards that "
+        "are no numbers). `skip`: leave them out, and say so.",
+    )
+
+
+@documented
+class PromptSettings(BadRowSettings):
+    """How prompts are read."""
+
+    split: str = setting("train", "Split of a dataset.")
+    config_name: str | None = setting(None, "Configuration of a dataset that has several.")
+    prompt_column: str = setting(
+        "prompt",
+        "Column that holds the prompts. Data without it that have `messages`, a conversation, are asked for its last "
+        "answer.",
+    )
+    limit: int | None = setting(None, "Rows to read at most: for a first try.", low=1, default_text="all")
+    streaming: bool = setting(False, "Read a dataset of the Hub as it comes, instead of downloading all of it first.")
+
+
+@documented
+class ForwardSettings(Settings):
+    """How much goes through the base at once."""
+
+    batch_size: int = setting(
+        16,
+        "Sequences in one forward of the base. Raise it as far as memory allows; results do not depend on it.",
+        low=1,
+    )
+
+
+@documented
+class SeedSettings(Settings):
+    """Chance."""
+
+    seed: int = setting(
+        0, "Seed of everything random: a run with the same settings and seed gives the same head.", low=0
+    )
+
+
+@documented
+class SamplingSettings(SeedSettings, ForwardSettings):
+    """How responses are drawn."""
+
+    num_samples: int = setting(
+        1,
+        "Responses for each prompt. With two or more, V can be compared with the mean reward of a prompt; new prompts "
+        "teach more than further responses to old ones.",
+        low=1,
+    )
+    max_new_tokens: int | None = setting(
+        None,
+        "Tokens drawn at most for each response. Take the length that the head will be used at.",
+        low=1,
+        default_text="the generation config's, else 128",
+    )
+    temperature: float | None = setting(
+        None,
+        "Sampling temperature; 0 is greedy. Stay near 1: the responses must differ for a head to learn which are better.",
+        low=0,
+        default_text="the generation config's, else 1",
+    )
+    top_p: float | None = setting(
+        None,
+        "Nucleus sampling: draw only from the likeliest tokens that together have this probability. The advantage part "
+        "is fitted to the whole distribution: leave it out for that.",
+        low=0,
+        high=1,
+        default_text="the generation config's, else the whole distribution",
+    )
+    stop_strings: tuple[str, ...] = setting(
+        (),
+        "Texts that end a turn, such as `\\n\\nHuman:` for a base model in a dialogue format.",
+        escapes=True,
+    )
+    generation_config: Any = setting(
+        None,
+        "All other settings of sampling, greedy or beam search: a folder or Hub name with a generation_config.json (in "
+        "Python also a GenerationConfig). The base's own generation config is not used.",
+        default_text="sample from the whole distribution",
+    )
+
+
+@documented
+class HookPointSettings(ForwardSettings):
+    """Where the head reads and edits the state."""
+
+    hook_point: Literal["lm_head", "decoder_layer"] = setting(
+        "lm_head",
+        "Where the head reads the state: `lm_head`, the LM head's input, which the advantage part needs; or "
+        "`decoder_layer`, the output of a decoder layer.",
+    )
+    layer: int = setting(
+        -1,
+        "Which decoder layer, at `decoder_layer`; negative from the end. Only the last one edits no key-value cache.",
+    )
+    directions: bool = setting(
+        True,
+        "At `lm_head`: also keep the directions w_y - w̄, as many bytes again, which the advantage part is trained on. "
+        "Turn it off for a head with V alone.",
+    )
+
+    @property
+    def with_directions(self) -> bool:
+        """Whether directions are kept: `directions`, at the only hook point that has them."""
+        return self.directions and self.hook_point == "lm_head"
+
+
+@documented
+class RolloutSettings(HookPointSettings, SamplingSettings, BadRowSettings):
+    """How responses are sampled into a folder."""
+
+    part_size: int = setting(256, "Responses in one file: what a stop can cost each process.", low=1)
+    keep_states: bool = setting(
+        False,
+        "Keep the states while sampling instead of reading them afterwards: faster on a CPU, more on the disk. Not for "
+        "beam search.",
+    )
+
+
+@documented
+class StatesSettings(HookPointSettings):
+    """How states are read and stored."""
+
+    states_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = setting(
+        "auto", "Dtype of stored states; `auto`: that of the base. int8 halves bfloat16 and reports its error."
+    )
+    every: int = setting(
+        1,
+        "Keep every k-th state, counted back from the last one. Neighbours say nearly the same, so disk is saved.",
+        low=1,
+    )
+    max_gigabytes: float | None = setting(
+        None, "Keep as many states as fit into so many 10⁹ bytes.", above=0, default_text="no limit"
+    )
+
+
+@documented
+class HeadSettings(Settings):
+    """The shape of a head."""
+
+    head_sizes: tuple[int, ...] = setting(
+        (1024,), "Widths of V's hidden layers. One layer has the fastest ascent; more data can use a wider one.", low=1
+    )
+    activation: Literal["relu", "silu", "gelu", "tanh"] = setting("relu", "Of V and g. ReLU has the fastest ascent.")
+    advantage_sizes: tuple[int, ...] | None = setting(
+        (256,), "Widths of g's hidden layers (at `lm_head`); none: a head without an advantage part.", low=1
+    )
+
+
+@documented
+class TrainingSettings(SeedSettings):
+    """What the training of V and of the advantage part share."""
+
+    validation_split: float = setting(
+        0.1, "Share of the prompts that is held out: it chooses the epoch, and all figures are of it.", above=0, high=1
+    )
+    discount: float = setting(1.0, "γ: below 1 the reward counts less the further away it is.", low=0, high=1)
+    open_truncated: bool = setting(
+        False,
+        "Leave responses that were cut at the token limit open (V of their last state stands for what would have come) "
+        "instead of ending in their reward. For rewards that judge only finished answers.",
+    )
+    train_batch_size: int = setting(
+        64, "Responses in a training batch, over all processes, which must share it evenly.", low=1
+    )
+    lr_scheduler_type: str = setting(
+        "constant", "Schedule of the learning rate: constant, linear, cosine, ..., as in transformers."
+    )
+    bf16: bool = setting(False, "Train in mixed precision, on devices that are faster in bfloat16.")
+    dataloader_num_workers: int = setting(
+        0, "Processes that fetch states ahead, where the disk is slower than the training.", low=0
+    )
+    report_to: str = setting("none", "Where the training's log goes: tensorboard, wandb, trackio, ...")
+    training_arguments: dict = setting(
+        {}, "Further arguments of transformers' TrainingArguments, by name.", default_text="none"
+    )
+
+
+@documented
+class ValueSettings(TrainingSettings):
+    """How V is trained."""
+
+    td_lambda: float = setting(
+        0.95, "λ of the TD(λ) targets: 0 is the paper's Bellman target, 1 is Monte Carlo.", low=0, high=1
+    )
+    target_update: float | None = setting(
+        None,
+        "Take the targets from a copy of V (a target network) that moves this share of the way to V after each step. "
+        "For small λ where V runs away.",
+        above=0,
+        high=1,
+        default_text="the targets come from V itself, without gradient",
+    )
+    learning_rate: float = setting(3e-4, "AdamW's, for V.", above=0)
+    num_epochs: int = setting(30, "Epochs at most, for V; the best one is kept.", low=1)
+    weight_decay: float = setting(0.01, "AdamW's, for V.", low=0)
+    patience: int | None = setting(
+        5, "Stop the training of V after so many epochs that were no better; none: never stop early.", low=1
+    )
+    scaling: Literal["feature", "scalar", "none"] = setting(
+        "feature",
+        "How the state is scaled: `feature`: each feature is standardised; `scalar`: one scale for all; `none`: the "
+        "paper.",
+    )
+
+
+@documented
+class AdvantageSettings(TrainingSettings):
+    """How the advantage part g is trained."""
+
+    gae_lambda: float = setting(0.0, "λ of GAE, for g's targets.", low=0, high=1)
+    advantage_learning_rate: float = setting(1e-4, "AdamW's, for g.", above=0)
+    advantage_num_epochs: int = setting(
+        6, "Epochs at most, for g; the best one is kept. 0: g's constant part alone, in closed form.", low=0
+    )
+    advantage_weight_decay: float = setting(0.0, "AdamW's, for g.", low=0)
+    advantage_patience: int | None = setting(
+        2, "Stop the training of g after so many epochs that were no better; none: never stop early.", low=1
+    )
+
+
+@documented
+class TrainSettings(AdvantageSettings, ValueSettings, HeadSettings):
+    """How a head, V and the advantage part, is trained from a folder of states."""
+
+
+@documented
+class FitSettings(TrainSettings, StatesSettings, RolloutSettings, PromptSettings, LoadingSettings):
+    """Everything that [`fit`] does: all stages, from prompts to a head that recommends a control."""
+
+    target_kl: float = setting(
+        0.1,
+        "The head recommends the step size at which control moves the policy by so many nats a token. Lower it for "
+        "answers nearer to the base's.",
+        above=0,
+    )

@@ -1,0 +1,58 @@
+"""Checks of values that users give: each raises `ValueError` that names the field and what it must be."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+# More layers than any head needs; keeps a file that may be anybody's from asking for all the memory.
+_MAX_LAYERS = 100
+
+
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
+) -> float:
+    """A finite number from `low` to `high` that is larger than `above`, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+    if not low <= value <= high:
+        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"`{name}` must be {bounds}, got {value!r}.")
+    if not value > above:
+        raise ValueError(f"`{name}` must be above {above:g}, got {value!r}.")
+    return float(value)
+
+
+def check_numbers(name: str, value: Any, each: str, low: float = -math.inf) -> float | tuple[float, ...]:
+    """A finite number, or a tuple of them for a sequence that holds one for each `each`; else `ValueError`."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        return check_number(name, value, low)
+    if not value:
+        raise ValueError(f"`{name}` must hold one number for each {each}, got none.")
+    return tuple(check_number(name, item, low) for item in value)
+
+
+def check_int(name: str, value: Any, low: float) -> None:
+    """Raise unless `value` is an integer of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}.")
+
+
+def check_widths(name: str, value: Any) -> list[int]:
+    """Widths of layers, as a list."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"`{name}` must be a list of layer widths, got {value!r}.")
+    if len(value) > _MAX_LAYERS:
+        raise ValueError(f"`{name}` must hold at most {_MAX_LAYERS} layer widths, got {len(value)}.")
+    for width in value:
+        check_int(f"{name}[...]", width, low=1)
+    return list(value)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

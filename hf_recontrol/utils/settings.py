@@ -1,0 +1,186 @@
+"""What all settings of a run share: one name, one default, one text and one check for Python, YAML and the command."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import textwrap
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+from .checks import check_choice, check_int, check_number
+
+_WORDS = {bool: "True or False", str: "a text", dict: "a dict"}
+_LISTED = {str: "texts", int: "integers"}
+SettingsType = TypeVar("SettingsType", bound="Settings")
+
+
+def setting(default: Any, help: str, **bounds: Any) -> Any:
+    """
+    A field with its text.
+
+    Args:
+        default:
+            Its default.
+        help (`str`):
+            What it does, and when to change it.
+        bounds:
+            `low`, `high`, `above`: what a number must be; `default_text`: how the default is described where the value
+            itself says little; `escapes`: whether `\\n` and the like stand for characters in the command's option.
+    """
+    metadata = {"help": help, **bounds}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@cache
+def annotations(cls: type) -> dict[str, Any]:
+    """The types of a class's settings, by name."""
+    return typing.get_type_hints(cls)
+
+
+def kind_of(annotation: Any) -> tuple[Any, bool]:
+    """(the type without `None`, whether `None` is allowed) of a setting's annotation."""
+    options = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal or type(None) not in options:
+        return annotation, False
+    return next(option for option in options if option is not type(None)), True
+
+
+def default_text(item: Field) -> str:
+    """A setting's default, as help and documentation show it."""
+    if "default_text" in item.metadata:
+        return item.metadata["default_text"]
+    default = item.default if item.default is not MISSING else None
+    if isinstance(default, tuple):
+        return ",".join(map(str, default)) or "none"
+    return "none" if default is None else str(default)
+
+
+def documented(cls: type) -> type:
+    """A frozen dataclass whose docstring lists its settings with their texts."""
+    cls = dataclass(frozen=True, kw_only=True)(cls)
+    lines = []
+    for item in fields(cls):
+        text = f"{item.metadata['help']} Default: {default_text(item)}."
+        lines += [f"    {item.name}:", textwrap.indent(textwrap.fill(text, 107), " " * 8)]
+    cls.__doc__ = textwrap.dedent(cls.__doc__).strip() + "\n\nArgs:\n" + "\n".join(lines) + "\n"
+    return cls
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML and JSON hold it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+class Settings:
+    """
+    What all settings share: checks of types and ranges when they are made, and the way to and from a `dict`.
+
+    Raises:
+        `TypeError`, `ValueError`: for a value of the wrong type or out of its range; names the setting.
+    """
+
+    def __post_init__(self):
+        for item in fields(self):
+            value = _checked(item, annotations(type(self))[item.name], getattr(self, item.name))
+            object.__setattr__(self, item.name, value)
+
+    @classmethod
+    def of(cls: type[SettingsType], settings: SettingsType | None, changes: Mapping[str, Any]) -> SettingsType:
+        """
+        Given settings, by default all defaults, with `changes`.
+
+        Raises:
+            `TypeError`: if there is no such setting, or `settings` are others; `ValueError` as for the class.
+        """
+        if settings is not None and not isinstance(settings, cls):
+            raise TypeError(f"`settings` must be {cls.__name__}, got {type(settings).__name__}.")
+        known = [item.name for item in fields(cls if settings is None else settings)]
+        for name in changes:
+            if name not in known:
+                raise TypeError(f"There is no setting {name!r} here{_similar(name, known)}.")
+        return cls(**changes) if settings is None else replace(settings, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as YAML and JSON hold them: lists for tuples."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+    @classmethod
+    def choices(cls, name: str) -> tuple[str, ...]:
+        """The values that a setting with a fixed set of them can have."""
+        return typing.get_args(annotations(cls)[name])
+
+    @classmethod
+    def from_dict(cls: type[SettingsType], values: Mapping[str, Any], source: str) -> SettingsType:
+        """
+        Settings from what a YAML or JSON file holds.
+
+        Args:
+            values (mapping):
+                By name; what is missing is the default.
+            source (`str`):
+                Named in messages.
+
+        Raises:
+            `ValueError`: for an unknown name or a bad value; names `source` and the setting.
+        """
+        types = annotations(cls)
+        if unknown := [name for name in values if name not in types]:
+            raise ValueError(f"{source}: there is no setting {unknown[0]!r}{_similar(str(unknown[0]), types)}.")
+        try:
+            return cls(**{name: _number_of_text(types[name], value) for name, value in values.items()})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {error}") from error
+
+
+def _similar(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f": it must be one of {', '.join(sorted(known))}"
+
+
+def _number_of_text(annotation: Any, value: Any) -> Any:
+    # YAML 1.1 takes 3e-4 for a text.
+    if isinstance(value, str) and kind_of(annotation)[0] is float:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _checked(item: Field, annotation: Any, value: Any) -> Any:
+    """A value of a setting as its type has it; `TypeError` or `ValueError` that names the setting."""
+    name, bounds = item.name, item.metadata
+    kind, optional = kind_of(annotation)
+    if kind is Any or (value is None and optional):
+        return value
+    if typing.get_origin(kind) is Literal:
+        check_choice(name, value, typing.get_args(kind))
+        return value
+    if typing.get_origin(kind) is tuple:
+        return _checked_tuple(name, typing.get_args(kind)[0], value, bounds.get("low", -math.inf))
+    if kind is int:
+        check_int(name, value, bounds.get("low", -math.inf))
+        return value
+    if kind is float:
+        return check_number(name, value, **{key: bounds[key] for key in ("low", "high", "above") if key in bounds})
+    if not isinstance(value, kind):
+        raise TypeError(f"`{name}` must be {_WORDS[kind]}, got {value!r}.")
+    return value
+
+
+def _checked_tuple(name: str, item_type: type, value: Any, low: float) -> tuple:
+    values = (value,) if isinstance(value, item_type) else value
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"`{name}` must be a list of {_LISTED[item_type]}, got {value!r}.")
+    for each in values:
+        if item_type is int:
+            check_int(f"{name}[...]", each, low)
+        elif not isinstance(each, item_type) or not each:
+            raise TypeError(f"`{name}` must be a list of texts that are not empty, got {value!r}.")
+    return tuple(values)
