@@ -13,10 +13,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from hf_recontrol import ReControlForCausalLM
-from hf_recontrol.collection.rewards import vader
-from hf_recontrol.data.prompts import load_prompts
-from hf_recontrol.pipelines.fit import fit
+from hf_recontrol import ReControlForCausalLM, fit, load_prompts, vader
 
 if len(sys.argv) < 3:
     sys.exit(__doc__)
