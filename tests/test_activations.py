@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig, activations
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig
 from hf_recontrol.collection.labels import label_rollouts
 from hf_recontrol.collection.rollouts import write_rollouts
-from hf_recontrol.collection.states import collect_states, write_states
+from hf_recontrol.collection.states import _Reader, collect_states, write_states
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import Rollout, load_rollouts, rollout_parts
 from hf_recontrol.data.states import StateStore
@@ -147,7 +147,7 @@ def test_a_folder_holds_what_memory_holds_in_the_dtype_asked_for(rollouts, tmp_p
         found = store.gather("directions", everything)
         torch.testing.assert_close(found, expected.directions, rtol=tolerance, atol=tolerance)
     assert counts["states"] == store.num_states == sum(len(r.completion_ids) for r in load_rollouts(folder))
-    assert store.place == {
+    assert store.hook_point == {
         "hook_point": config.hook_point,
         "layer": config.layer,
         "base_model_name_or_path": None,
@@ -194,7 +194,7 @@ def test_int8_reports_its_error(rollouts, tmp_path):
 def test_int8_scales_are_of_many_states_and_a_large_error_is_told(rollouts, tmp_path, monkeypatch, recontrol_warnings):
     """A feature that is almost nothing in the first response and large later is kept."""
     model, folder = rollouts
-    real = activations._read
+    real = _Reader.read
 
     def uneven(*args):
         for number, (i, hidden, directions) in enumerate(real(*args)):
@@ -202,7 +202,7 @@ def test_int8_scales_are_of_many_states_and_a_large_error_is_told(rollouts, tmp_
             hidden[:, 3] = 50.0 * (number > 0) * torch.linspace(0.5, 1.0, len(hidden))
             yield i, hidden, directions
 
-    monkeypatch.setattr(activations, "_read", uneven)
+    monkeypatch.setattr(_Reader, "read", uneven)
     counts = write_states(tmp_path / "good", model, folder, **at(WITH_ADVANTAGE), states_dtype="int8")
     assert (counts["int8_squared_error"] / counts["states"]) ** 0.5 < 0.02 and not recontrol_warnings
     monkeypatch.setattr("hf_recontrol.data.states._STATES_FOR_SCALES", 1)
@@ -239,7 +239,7 @@ def test_every_kth_state_is_kept_counted_back_from_the_last(rollouts, tmp_path):
     write_states(tmp_path / "all", model, folder, **at(WITH_ADVANTAGE))
     write_states(tmp_path / "some", model, folder, **at(WITH_ADVANTAGE), every=3)
     everything, some = StateStore.open(tmp_path / "all"), StateStore.open(tmp_path / "some")
-    assert some.place["every"] == 3
+    assert some.hook_point["every"] == 3
     for episode in range(len(some)):
         for name in ("hidden", "directions"):
             whole = everything.gather(name, torch.tensor([episode]))
@@ -251,7 +251,7 @@ def test_a_budget_sets_how_many_states_are_kept(rollouts, tmp_path):
     full = write_states(tmp_path / "all", model, folder, **at(WITH_ADVANTAGE))["bytes"]
     part = write_states(tmp_path / "some", model, folder, **at(WITH_ADVANTAGE), max_gigabytes=0.45 * full / 1e9)
     store = StateStore.open(tmp_path / "some")
-    assert store.place["every"] == 3 and part["bytes"] < 0.5 * full
+    assert store.hook_point["every"] == 3 and part["bytes"] < 0.5 * full
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])

@@ -143,7 +143,7 @@ def test_other_dtypes_and_every_kth_state(tmp_path, dtype):
     sample(tmp_path / "plain", model, None)
     for name in ("r", "plain"):
         write_states(tmp_path / f"{name}-s", model, tmp_path / name, **at(AT_HEAD), states_dtype=dtype, every=2)
-    assert StateStore.open(tmp_path / "r-s").place["every"] == 2
+    assert StateStore.open(tmp_path / "r-s").hook_point["every"] == 2
     assert_same(tmp_path / "r-s", tmp_path / "plain-s", scale=2e-2)
 
 
@@ -155,8 +155,8 @@ def test_states_of_another_place_or_without_directions_are_told_and_read_anew(tm
             model, lambda n=number, c=config: write_states(tmp_path / f"s{n}", model, tmp_path / "r", **at(c))
         )
         assert made > 0
-        assert StateStore.open(tmp_path / f"s{number}").place["hook_point"] == config.hook_point
-        assert "of another place, model or control, or lack directions" in recontrol_warnings[number]
+        assert StateStore.open(tmp_path / f"s{number}").hook_point["hook_point"] == config.hook_point
+        assert "of another hook point, model or control, or lack directions" in recontrol_warnings[number]
 
 
 def test_states_of_another_model_are_told_and_read_anew(tmp_path, recontrol_warnings):
@@ -165,7 +165,7 @@ def test_states_of_another_model_are_told_and_read_anew(tmp_path, recontrol_warn
         lm_head_of(other).weight.add_(0.1)
     sample(tmp_path / "r", model)
     assert forwards(other, lambda: write_states(tmp_path / "s", other, tmp_path / "r", **at(AT_HEAD))) > 0
-    assert "of another place, model or control" in recontrol_warnings[0]
+    assert "of another hook point, model or control" in recontrol_warnings[0]
 
 
 def test_states_of_an_adapter_that_is_off_now_are_read_anew(tmp_path, recontrol_warnings):
@@ -175,7 +175,7 @@ def test_states_of_an_adapter_that_is_off_now_are_read_anew(tmp_path, recontrol_
     sample(tmp_path / "r", model.eval())
     model.disable_adapters()
     assert forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", **at(AT_HEAD))) > 0
-    assert "of another place, model or control" in recontrol_warnings[0]
+    assert "of another hook point, model or control" in recontrol_warnings[0]
 
 
 @pytest.mark.usefixtures("recontrol_warnings")
@@ -261,7 +261,7 @@ def test_only_what_was_kept_is_removed(tmp_path):
 def test_fit_uses_them_and_leaves_nothing_behind(tmp_path, recontrol_warnings):
     model = base()
     options = {"num_samples": 2, "max_new_tokens": 8, "head_sizes": [16], "advantage_sizes": [8], "quiet": True}
-    options |= {"tokenizer": tiny_tokenizer(), "value_options": {"num_epochs": 2}}
+    options |= {"tokenizer": tiny_tokenizer(), "num_epochs": 2}
     prompts = [f"w{i} w{i + 1}" for i in range(5, 45)]
     fit(model, prompts, length, tmp_path / "kept", keep_states=True, **options)
     assert not (tmp_path / "kept" / "rollouts" / KEPT_FOLDER).exists()

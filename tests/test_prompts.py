@@ -117,7 +117,7 @@ BAD = [
 def test_a_bad_row_is_named_with_its_line_or_left_out(tmp_path, line, reason, recontrol_warnings):
     path = tmp_path / "p.jsonl"
     path.write_bytes(jsonl(ROWS[:1]) + b"\n" + line + jsonl(ROWS[2:]))
-    with pytest.raises(ValueError, match=r"p\.jsonl, line 3: .*skip-bad-rows") as raised:
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 3: .*on-bad-rows skip") as raised:
         load_prompts(path)
     assert reason in str(raised.value)
     found = load_prompts(path, on_bad_rows="skip")

@@ -171,7 +171,7 @@ def test_changed_settings_are_refused_and_change_nothing(uninterrupted):
         ([*rollout_arguments("run"), "--seed", "1"], "seed was 0, is 1"),
         (["label", "run/rollouts", "--reward", "topic"], "another reward"),
         ([*states_arguments("run"), "--every", "2"], "every was 1, is 2"),
-        ([*train_arguments("run"), "--td-lambda", "0.5"], "value_options.td_lambda was 0.95, is 0.5"),
+        ([*train_arguments("run"), "--td-lambda", "0.5"], "training.td_lambda was 0.95, is 0.5"),
     ]:
         assert difference in run(arguments, uninterrupted, code=1)
     assert digest(uninterrupted / "run") == before

@@ -181,6 +181,8 @@ def _checked_tuple(name: str, item_type: type, value: Any, low: float) -> tuple:
     for each in values:
         if item_type is int:
             check_int(f"{name}[...]", each, low)
-        elif not isinstance(each, item_type) or not each:
-            raise TypeError(f"`{name}` must be a list of texts that are not empty, got {value!r}.")
+        elif not isinstance(each, item_type):
+            raise TypeError(f"`{name}` must be a list of texts, got {value!r}.")
+        elif not each:
+            raise ValueError(f"`{name}` must hold texts that are not empty, got {value!r}.")
     return tuple(values)
