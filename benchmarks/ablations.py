@@ -22,21 +22,22 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_recontrol import ValueHeadConfig
-from hf_recontrol.collection.states import write_states
-from hf_recontrol.data.stage_folder import read_manifest
-from hf_recontrol.data.states import States, StateStore
-from hf_recontrol.heads.value_head import ValueHead
-from hf_recontrol.modeling.hook_points import hook_width
-from hf_recontrol.training.advantage import fit_advantage
-from hf_recontrol.training.held_out import episode_summaries, value_figures
-from hf_recontrol.training.targets import pad_episodes, td_targets
-from hf_recontrol.training.trainer import Episodes
-from hf_recontrol.training.value import ValueTrainer, split_by_prompt, train_value_head
-from hf_recontrol.utils.files import atomic_path
+from hf_recontrol import (
+    States,
+    StateStore,
+    ValueHead,
+    ValueHeadConfig,
+    ValueTrainer,
+    fit_advantage,
+    measure_value_head,
+    split_by_prompt,
+    td_targets,
+    train_value_head,
+    write_states,
+)
 
 VALUE = {"td_lambda": 0.95, "num_epochs": 15, "patience": 3, "learning_rate": 3e-4}
-ADVANTAGE = {"gae_lambda": 0.0, "num_epochs": 6, "patience": 2}
+ADVANTAGE = {"gae_lambda": 0.0, "advantage_num_epochs": 6, "advantage_patience": 2}
 SIZES = [512]
 
 
@@ -112,11 +113,9 @@ class Stores(dict):
         self.rollouts, self.folder = rollouts, folder
 
     def __missing__(self, hook_point: str) -> StateStore:
-        name = read_manifest(self.rollouts, "rollouts", "recontrol rollout")["settings"]["model"]
+        name = json.loads((self.rollouts / "manifest.json").read_text(encoding="utf-8"))["settings"]["model"]
         base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-        shape = {"hook_point": hook_point, "advantage_sizes": [] if hook_point == "lm_head" else None}
-        config = ValueHeadConfig(hook_width(base, ValueHeadConfig(1, **shape)), **shape)
-        write_states(self.folder / hook_point, base, self.rollouts, config)
+        write_states(self.folder / hook_point, base, self.rollouts, hook_point=hook_point)
         self[hook_point] = StateStore.open(self.folder / hook_point)
         return self[hook_point]
 
@@ -125,7 +124,7 @@ def subset(store: StateStore, share: float, every: int, seed: int, directions: b
     """Every k-th state of the episodes, with fewer training prompts but all held-out ones."""
     if share == 1 and every == 1:
         return store
-    train, held_out = split_by_prompt(store, 0.1, seed)
+    train, held_out = split_by_prompt(store.prompts, 0.1, seed)
     prompts = store.prompts[train].unique()
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
     kept = torch.isin(store.prompts, prompts[order[: round(len(prompts) * share)]])
@@ -143,7 +142,7 @@ def subset(store: StateStore, share: float, every: int, seed: int, directions: b
                 rewards=store.rewards[episodes],
                 prompts=store.prompts[episodes],
                 finished=store.finished[episodes],
-                **store.place | {"every": every},
+                **store.hook_point | {"every": every},
             )
         ]
     )
@@ -158,11 +157,11 @@ def run_value(stores: Stores, change: dict[str, Any], seed: int) -> tuple[ValueH
     """V with one choice changed, and its held-out figures."""
     change = dict(change)
     store = stores[change.pop("hook_point", "lm_head")]
-    at_head = store.place["hook_point"] == "lm_head"
+    at_head = store.hook_point["hook_point"] == "lm_head"
     config = ValueHeadConfig(
         store.hidden_size,
         head_sizes=change.pop("head_sizes", SIZES),
-        hook_point=store.place["hook_point"],
+        hook_point=store.hook_point["hook_point"],
         advantage_sizes=[256] if at_head else None,
     )
     part = subset(store, change.pop("share", 1.0), change.pop("every", 1), seed, directions=False)
@@ -173,22 +172,8 @@ def run_value(stores: Stores, change: dict[str, Any], seed: int) -> tuple[ValueH
     minutes = (time.perf_counter() - begin) / 60
     if part is not store:
         # Along the response means at the same positions for all: those of the whole store.
-        figures = whole_figures(head, store, seed)
+        figures = measure_value_head(head, store, split_by_prompt(store.prompts, 0.1, seed)[1])
     return head, {name: figures[name] for name in VALUE_FIGURES} | {"minutes": minutes}
-
-
-@torch.no_grad()
-def whole_figures(head: ValueHead, store: StateStore, seed: int) -> dict[str, Any]:
-    """The figures of a head on all states of the held-out episodes."""
-    episodes = split_by_prompt(store, 0.1, seed)[1]
-    units = Episodes(store, episodes, head, ["hidden"], open_ended=False)
-    rewards, lengths = units.rewards(episodes), store.lengths[episodes]
-    summaries = [
-        episode_summaries(pad_episodes(head(store.gather("hidden", episodes[part])), lengths[part]), *rest)
-        for part in torch.arange(len(episodes)).split(256)
-        for rest in [(rewards[part], lengths[part])]
-    ]
-    return value_figures(torch.cat(summaries), rewards, lengths, store.prompts[episodes], units.mean, units.std)
 
 
 def run_advantage(store: StateStore, value: ValueHead, change: dict[str, Any], seed: int) -> dict[str, float]:
@@ -265,8 +250,9 @@ def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
             axes.axvline(statistics.fmean(default), linestyle=":", color="grey")
         axes.set_yticks(range(len(rows)), rows)
         axes.set_xlabel(label)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:] or "svg")
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format=path.suffix[1:] or "svg")
+    temporary.replace(path)
 
 
 def main() -> None:
@@ -308,8 +294,9 @@ def main() -> None:
 def keep(results: dict, key: str, path: Path) -> None:
     """Write the results so far, and show the last."""
     print(key, {name: round(value, 3) for name, value in results[key].items()}, flush=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

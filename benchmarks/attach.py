@@ -17,8 +17,7 @@ import time
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
-from hf_recontrol.pipelines.demo import embedded_model
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig, embedded_model
 
 
 def resident_bytes() -> int:

@@ -4,11 +4,11 @@
 set -euo pipefail
 export HF_HUB_OFFLINE=1
 BIN=${BIN:-.venv/bin}
-base=$("$BIN/python" -c "from hf_recontrol.pipelines.demo import embedded_model; print(embedded_model())")
+base=$("$BIN/python" -c "from hf_recontrol import embedded_model; print(embedded_model())")
 mkdir -p heads
 [ -f heads/reward-model/figures.json ] || "$BIN/python" benchmarks/reward_model.py --pairs "$PAIRS" --output heads/reward-model
 "$BIN/recontrol" rollout -m "$base" --prompts heads/reward-model/prompts-train.jsonl --limit 1600 -o heads/rollouts \
-    --samples 2 --max-new-tokens 48 --temperature 0.9 --batch-size 32 --part-size 128 --dtype float32
+    --num-samples 2 --max-new-tokens 48 --temperature 0.9 --batch-size 32 --part-size 128 --dtype float32
 for reward in vader preference; do
     # The rollouts are the same for both rewards; only their labels differ.
     [ -d "heads/$reward/rollouts" ] || { mkdir -p "heads/$reward" && cp -r heads/rollouts "heads/$reward/copy" \
@@ -17,7 +17,7 @@ for reward in vader preference; do
     [ "$reward" = vader ] || spec=heads/reward-model
     "$BIN/recontrol" label "heads/$reward/rollouts" --reward "$spec"
     "$BIN/recontrol" states "heads/$reward/rollouts" -m "$base" -o "heads/$reward/states/lm_head" --dtype float32
-    "$BIN/recontrol" train "heads/$reward/states/lm_head" -o "heads/$reward/head" --head-sizes 512 --advantage-sizes 256
+    "$BIN/recontrol" train "heads/$reward/states/lm_head" -o "heads/$reward/head" --head-sizes 512 --advantage-sizes 256 --advantage-patience 5
     "$BIN/python" benchmarks/ablations.py --rollouts "heads/$reward/rollouts" --states "heads/$reward/states" \
         --output "benchmarks/results/ablations-$reward.json"
 done

@@ -21,51 +21,57 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
-from hf_recontrol.control.controller import Controller
-from hf_recontrol.pipelines.demo import embedded_model
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig, embedded_model
 
 STEP_SIZE = 0.5
 
 
 @dataclass
 class Variant:
+    """A control of some of the model's heads; or a rival's edit of the state, at the same place."""
+
     name: str
-    controller: Controller
-    control: ControlConfig
+    heads: tuple[str, ...] = ()
+    control: ControlConfig | None = None
+    rival: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
-class AuthorsLoop(Controller):
+def authors_loop(head: ValueHead, num_steps: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """V as the authors climb it: a forward and a backward of the network at each step, also to its own parameters."""
 
-    def edit(self, hidden: torch.Tensor, control: ControlConfig, step_size: float, *weights, **checks):
+    def edit(hidden: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             edited = hidden.detach().float().requires_grad_(True)
-            optimizer = torch.optim.SGD([edited], lr=step_size)
-            for _ in range(control.num_steps):
+            optimizer = torch.optim.SGD([edited], lr=STEP_SIZE)
+            for _ in range(num_steps):
                 optimizer.zero_grad()
-                (-self.heads["default"](edited).sum()).backward()
+                (-head(edited).sum()).backward()
                 optimizer.step()
         return edited.detach().to(hidden.dtype)
 
+    return edit
 
-class DirectLoop(Controller):
+
+def direct_loop(head: ValueHead, num_steps: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """The same steps without autograd, for one hidden layer: two products with W₁ each."""
+    first, last = head.value_mlp.layers
 
-    def edit(self, hidden: torch.Tensor, control: ControlConfig, step_size: float, *weights, **checks):
-        head = self.heads["default"]
-        first, last = head.value_mlp.layers
+    def edit(hidden: torch.Tensor) -> torch.Tensor:
         x = head.scaled(hidden)
-        for _ in range(control.num_steps):
+        for _ in range(num_steps):
             active = torch.nn.functional.linear(x, first.weight, first.bias) > 0
-            x = x + step_size * ((active * last.weight[0]) @ first.weight)
+            x = x + STEP_SIZE * ((active * last.weight[0]) @ first.weight)
         return (x * head.state_scale + head.state_mean).to(hidden.dtype)
+
+    return edit
 
 
 def scaled_head(config: ValueHeadConfig, states: torch.Tensor, relative_edit: float) -> ValueHead:
@@ -74,9 +80,13 @@ def scaled_head(config: ValueHeadConfig, states: torch.Tensor, relative_edit: fl
     head = ValueHead(config)
     head.state_mean.copy_(states.mean(0))
     head.state_scale.copy_(states.std())
-    control = ControlConfig(step_size=STEP_SIZE, num_steps=30)
     for _ in range(6):
-        edit = Controller(head).edit(states, control, STEP_SIZE) - states
+        x = start = head.scaled(states).detach()
+        for _ in range(30):
+            x = x.requires_grad_(True)
+            (gradient,) = torch.autograd.grad(head.value_mlp(x).sum(), x)
+            x = (x + STEP_SIZE * gradient).detach()
+        edit = (x - start) * head.state_scale
         with torch.no_grad():
             head.value_mlp.layers[-1].weight.mul_(relative_edit * states.norm() / edit.norm())
     if head.advantage_mlp is not None:
@@ -118,12 +128,17 @@ def timer(device: torch.device) -> float:
 def measure(
     model, variants: list[Variant], batch_size: int, prompt_length: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of one decoding step under each control, and of the base, `rounds` times in turn."""
+    """
+    Seconds of one decoding step under each control, and of the base, `rounds` times in turn. With variants the model
+    is a controlled one, and the base's step is its step with control off, hooks included (some 20 microseconds).
+    """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (batch_size, prompt_length), generator=generator).to(device)
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    off = model.disable_control if isinstance(model, ReControlForCausalLM) else nullcontext
+    with off():
+        model(ids, past_key_values=cache, logits_to_keep=1)
     token = ids[:, -1:]
 
     def step() -> torch.Tensor:
@@ -131,24 +146,29 @@ def measure(
         cache.crop(-1)
         return logits
 
-    base_logits = step()
+    with off():
+        base_logits = step()
     seconds: dict[str, list[float]] = {"base": []} | {variant.name: [] for variant in variants}
 
-    def timed(name: str, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def timed(name: str) -> torch.Tensor:
         begin = timer(device)
-        logits = function()
+        logits = step()
         seconds[name].append(timer(device) - begin)
         return logits
 
     for round_number in range(-1, rounds):
-        timed("base", step)
+        with off():
+            timed("base")
         for variant in variants:
-            heads = variant.controller.heads
-            controlled = ReControlForCausalLM.from_model(model, heads["default"], variant.control)
-            controlled._recontrol.controller = variant.controller
-            controlled.set_value_heads(dict.fromkeys(heads, 1 / len(heads)))
-            logits = timed(variant.name, step)
-            controlled.unload()
+            with ExitStack() as stack:
+                if variant.rival is None:
+                    weights = dict.fromkeys(variant.heads, 1 / len(variant.heads))
+                    stack.enter_context(model.use_control(variant.control, weights))
+                else:
+                    stack.enter_context(off())
+                    hook = partial(rival_hook, variant.rival)
+                    stack.callback(model.get_output_embeddings().register_forward_pre_hook(hook).remove)
+                logits = timed(variant.name)
             if torch.equal(logits, base_logits):
                 raise RuntimeError(f"{variant.name} did not move the logits.")
         if round_number < 0:  # the first round builds plans and fills caches
@@ -157,12 +177,18 @@ def measure(
     return seconds
 
 
-def make_variants(model, hidden_size: int, args) -> tuple[list[Variant], dict[str, float]]:
+def rival_hook(edit: Callable[[torch.Tensor], torch.Tensor], module: nn.Module, inputs: tuple) -> tuple:
+    return (edit(inputs[0]), *inputs[1:])
+
+
+def make_variants(model, hidden_size: int, args) -> tuple[ReControlForCausalLM, list[Variant], dict[str, float]]:
+    """The model with all heads on it, what to measure, and flips a row."""
     width = args.width or hidden_size
     torch.manual_seed(0)
-    lm_head = model.get_output_embeddings()
     states = []
-    handle = lm_head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0].detach()))
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, inputs: states.append(inputs[0].detach())
+    )
     with torch.no_grad():
         model(torch.randint(3, model.config.vocab_size, (1, 64), device=model.device))
     handle.remove()
@@ -174,27 +200,25 @@ def make_variants(model, hidden_size: int, args) -> tuple[list[Variant], dict[st
         ValueHeadConfig(head_sizes=[8], advantage_sizes=[args.advantage_width], **shape), states, args.relative_edit
     )
     one, two, advantage = (head.to(model.device) for head in (one, two, advantage))
-    mixtures = {}
-    for count in (2, 4):
-        mixtures[count] = Controller(one)
-        for seed in range(1, count):
-            mixtures[count].heads[f"head {seed}"] = shuffled(one, seed)
-    controllers = {
-        "ascent": Controller(one),
-        "ascent, 2 heads,": mixtures[2],
-        "ascent, 4 heads,": mixtures[4],
-        "ascent, two layers,": Controller(two),
-        "direct loop": DirectLoop(one),
-    }
-    variants = [
-        Variant(f"{name} n={n}", controller, ControlConfig(step_size=STEP_SIZE, num_steps=n))
-        for n in (30, 200)
-        for name, controller in controllers.items()
-    ]
-    variants.append(Variant("authors' loop n=30", AuthorsLoop(one), ControlConfig(step_size=STEP_SIZE, num_steps=30)))
-    variants.append(Variant("advantage", Controller(advantage), ControlConfig("advantage", STEP_SIZE)))
+    model = ReControlForCausalLM.from_model(model, one, ControlConfig(step_size=STEP_SIZE))
+    heads = {"two": two, "advantage": advantage} | {f"other{seed}": shuffled(one, seed) for seed in (1, 2, 3)}
+    for name, head in heads.items():
+        model.add_value_head(name, head)
+    several = ("default", "other1", "other2", "other3")
+    variants = []
+    for n in (30, 200):
+        control = ControlConfig(step_size=STEP_SIZE, num_steps=n)
+        variants += [
+            Variant(f"ascent n={n}", several[:1], control),
+            Variant(f"ascent, 2 heads, n={n}", several[:2], control),
+            Variant(f"ascent, 4 heads, n={n}", several, control),
+            Variant(f"ascent, two layers, n={n}", ("two",), control),
+            Variant(f"direct loop n={n}", rival=direct_loop(one, n)),
+        ]
+    variants.append(Variant("authors' loop n=30", rival=authors_loop(one, 30)))
+    variants.append(Variant("advantage", ("advantage",), ControlConfig("advantage", STEP_SIZE)))
     flips = {f"ascent n={n}": flips_per_row(one, states.to(model.device), n) for n in (30, 200)}
-    return variants, flips
+    return model, variants, flips
 
 
 def llama_7b(num_layers: int, device: str) -> nn.Module:
@@ -245,7 +269,7 @@ def main() -> None:
     results = []
     if args.model == "smollm2":
         model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval().to(args.device)
-        variants, flips = make_variants(model, model.config.hidden_size, args)
+        model, variants, flips = make_variants(model, model.config.hidden_size, args)
         for batch_size in args.batch_sizes:
             seconds = measure(model, variants, batch_size, args.prompt_length, args.rounds)
             base = statistics.median(seconds["base"])
@@ -258,7 +282,7 @@ def main() -> None:
             results.append({"batch_size": batch_size, "base_seconds": base, "rows": rows})
     else:
         shallow, deep = llama_7b(2, args.device), llama_7b(4, args.device)
-        variants, flips = make_variants(shallow, 4096, args)
+        shallow, variants, flips = make_variants(shallow, 4096, args)
         for batch_size in args.batch_sizes:
             layers4 = statistics.median(measure(deep, [], batch_size, args.prompt_length, args.rounds)["base"])
             seconds = measure(shallow, variants, batch_size, args.prompt_length, args.rounds)
@@ -271,7 +295,7 @@ def main() -> None:
             }
             rows = report(f"7B geometry, batch {batch_size} (32 layers extrapolated)", base, ratios, flips)
             results.append({"batch_size": batch_size, "base_seconds": base, "rows": rows})
-        head = variants[0].controller.heads["default"]
+        head = shallow.value_heads["default"]
         head_bytes = 4 * (sum(t.numel() for t in head.state_dict().values()) + head.config.head_sizes[0] ** 2)
         layer_bytes = sum(p.numel() * 2 for p in shallow.model.layers[0].parameters())
         other_bytes = sum(p.numel() * 2 for p in shallow.parameters()) - 2 * layer_bytes

@@ -3,35 +3,43 @@ The stages of training against bare equivalents, in turn in one process: median 
 
     python benchmarks/pipeline.py [--model FOLDER] [--rounds 5] [--only rollouts,batching,states,kept,...]
 
-The model is SmolLM2-135M-Instruct by default (see `hf_recontrol.pipelines.demo.embedded_model`). A ratio above 1 means that ours
-is faster.
+The model is SmolLM2-135M-Instruct by default (see `hf_recontrol.embedded_model`). A ratio above 1 means that ours is
+faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
-from hf_recontrol import ValueHeadConfig
-from hf_recontrol.collection.labels import label_rollouts
-from hf_recontrol.collection.rollouts import generate_rollouts, pad_batch, write_rollouts
-from hf_recontrol.collection.states import teacher_forced, write_states
-from hf_recontrol.data.prompts import encode_prompt, load_prompts
-from hf_recontrol.data.rollouts import load_rollouts, rollout_parts
-from hf_recontrol.data.states import States, StateStore, StateWriter
-from hf_recontrol.heads.value_head import ValueHead
-from hf_recontrol.modeling.hook_points import find_lm_head, hook_width
-from hf_recontrol.pipelines.demo import embedded_model
-from hf_recontrol.training.targets import pad_episodes, td_targets
-from hf_recontrol.training.trainer import Episodes
-from hf_recontrol.training.value import ValueModel, ValueTrainer, new_head
+from hf_recontrol import (
+    Rollout,
+    States,
+    StateStore,
+    ValueHead,
+    ValueHeadConfig,
+    ValueTrainer,
+    embedded_model,
+    encode_prompt,
+    generate_rollouts,
+    label_rollouts,
+    load_prompts,
+    load_rollouts,
+    td_targets,
+    train_value_head,
+    write_rollouts,
+    write_states,
+)
 
 PROMPTS = Path(__file__).parents[1] / "examples" / "prompts.jsonl"
 
@@ -53,6 +61,21 @@ def compare(name: str, ours: Callable[[], object], bare: Callable[[], object], r
     print(f"{name}: {median:.3f} [{low:.3f}, {high:.3f}]", flush=True)
 
 
+def padded(rows: list[list[int]], pad_id: int, side: str, device) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of one batch."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), None) if side == "left" else slice(len(row))
+        ids[i, where], mask[i, where] = torch.tensor(row), 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def by_length(rollouts: list[Rollout]) -> list[Rollout]:
+    """The longest first, as the stages make their batches."""
+    return sorted(rollouts, key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
+
+
 def length(prompts, completions, **columns):
     """A reward that costs nothing."""
     return [float(len(text)) for text in completions]
@@ -65,7 +88,7 @@ def rollouts(model, tokenizer, rounds: int) -> None:
         config = GenerationConfig(do_sample=True, temperature=0.9, top_k=0, max_new_tokens=48, eos_token_id=-1)
         config.pad_token_id = tokenizer.pad_token_id
         encoded = [encode_prompt(tokenizer, row["prompt"]) for row in prompts.rows]
-        inputs = pad_batch(encoded, config.pad_token_id, "left", model.device)
+        inputs = padded(encoded, config.pad_token_id, "left", model.device)
 
         def ours(prompts=prompts, config=config, batch_size=batch_size):
             return generate_rollouts(model, tokenizer, prompts, generation_config=config, batch_size=batch_size)
@@ -93,7 +116,7 @@ def batching(model, tokenizer, rounds: int) -> None:
         def bare(config=config):
             order = sorted(encoded, key=len)
             for start in range(0, len(order), 32):
-                inputs = pad_batch(order[start : start + 32], config.pad_token_id, "left", model.device)
+                inputs = padded(order[start : start + 32], config.pad_token_id, "left", model.device)
                 model.generate(**inputs, generation_config=config)
 
         try:
@@ -104,8 +127,7 @@ def batching(model, tokenizer, rounds: int) -> None:
 
 def states(model, tokenizer, rounds: int) -> None:
     """The states stage against a bare forward with logits over the same batches; disk; int8; share of the time."""
-    config = ValueHeadConfig(1, hook_point="lm_head")
-    width = hook_width(model, config)
+    width = model.config.hidden_size
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         options = {"max_new_tokens": 48, "temperature": 0.9, "batch_size": 32, "part_size": 32}
@@ -114,35 +136,32 @@ def states(model, tokenizer, rounds: int) -> None:
         )
         label_rollouts(folder / "r", [length])
         # The batches of the stage: of 16, sorted in each file.
-        files = [
-            sorted(load_rollouts(path), key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
-            for path in rollout_parts(folder / "r")
-        ]
+        files = [by_length(load_rollouts(path)) for path in sorted((folder / "r").glob("part-*.parquet"))]
         batches = [rows[start : start + 16] for rows in files for start in range(0, len(rows), 16)]
         number = iter(range(10**6))
 
         @torch.no_grad()
         def bare():
             for batch in batches:
-                inputs, _ = teacher_forced(model, batch, keep_logits=False)
-                model(**inputs, use_cache=False)
+                ids = [rollout.prompt_ids + rollout.completion_ids for rollout in batch]
+                model(**padded(ids, 0, "right", model.device), use_cache=False)
 
-        for advantage in (None, []):
-            shape = ValueHeadConfig(width, hook_point="lm_head", advantage_sizes=advantage)
+        for directions in (False, True):
             for dtype in ("float32", "bfloat16", "int8"):
 
-                def ours(shape=shape, dtype=dtype):
-                    return write_states(folder / f"s{next(number)}", model, folder / "r", shape, dtype=dtype)
+                def ours(directions=directions, dtype=dtype):
+                    into = folder / f"s{next(number)}"
+                    return write_states(into, model, folder / "r", directions=directions, states_dtype=dtype)
 
-                what = "states and directions" if advantage == [] else "states"
+                what = "states and directions" if directions else "states"
                 compare(f"{what}, {dtype}, over a bare forward", ours, bare, rounds)
         last = folder / f"s{next(number)}"
-        spent = seconds(lambda: write_states(last, model, folder / "r", shape, dtype="float32"))
+        spent = seconds(lambda: write_states(last, model, folder / "r", states_dtype="float32"))
         print(f"states and directions take {spent / took:.3f} of the time of the rollouts")
         on_disk = sum(path.stat().st_size for path in last.glob("part-*"))
         counted = StateStore.open(last).num_states * width * 4 * 2
         print(f"disk over states x width x bytes: {on_disk / counted:.4f}")
-        counts = write_states(folder / "int8", model, folder / "r", shape, dtype="int8")
+        counts = write_states(folder / "int8", model, folder / "r", states_dtype="int8")
         error = (counts["int8_squared_error"] / counts["states"]) ** 0.5
         print(f"int8 error: {error:.4f} of each feature's spread")
 
@@ -151,34 +170,35 @@ def kept(model, tokenizer, rounds: int) -> None:
     """Rollouts and states with states kept while sampling, against a forward of their own."""
     prompts = load_prompts(PROMPTS, limit=64)
     options = {"max_new_tokens": 48, "batch_size": 32, "part_size": 32}
-    for advantage in (None, []):
-        config = ValueHeadConfig(1, hook_point="lm_head", advantage_sizes=advantage)
+    for directions in (False, True):
 
-        def both(keep, config=config):
+        def both(keep, directions=directions):
             with tempfile.TemporaryDirectory() as folder:
                 folder = Path(folder)
-                write_rollouts(folder / "r", model, tokenizer, prompts, keep_states=keep, **options)
+                write_rollouts(
+                    folder / "r", model, tokenizer, prompts, keep_states=keep, directions=directions, **options
+                )
                 label_rollouts(folder / "r", [length])
-                write_states(folder / "s", model, folder / "r", config)
+                write_states(folder / "s", model, folder / "r", directions=directions)
 
-        what = "states and directions" if advantage == [] else "states"
-        compare(f"rollouts with {what}, kept over read", partial(both, config), partial(both, None), rounds)
+        what = "states and directions" if directions else "states"
+        compare(f"rollouts with {what}, kept over read", partial(both, True), partial(both, False), rounds)
 
 
 def synthetic(folder: Path, width: int, episodes: int, dtype: torch.dtype) -> StateStore:
     """A memory-mapped store of random states in one file."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(16, 129, (episodes,), generator=generator)
-    small = {
+    count = int(lengths.sum())
+    tensors = {
+        "hidden": torch.randn(count, width, generator=generator).to(dtype),
         "lengths": lengths,
         "rewards": torch.randn(episodes, 1, generator=generator),
         "prompts": torch.arange(episodes),
         "finished": torch.ones(episodes, dtype=torch.bool),
     }
-    path, count = folder / f"{width}-{dtype}.safetensors", int(lengths.sum())
-    with StateWriter(path, small, count, width, dtype, ["hidden"], {"hook_point": "lm_head"}) as writer:
-        for start in range(0, count, 4096):
-            writer.write("hidden", start, torch.randn(min(4096, count - start), width, generator=generator))
+    path = folder / f"{width}-{dtype}.safetensors"
+    save_file(tensors, path, metadata={"hf_recontrol": json.dumps({"hook_point": "lm_head"})})
     return StateStore([States.open(path)])
 
 
@@ -193,28 +213,41 @@ def bare_training(store: StateStore, hidden: torch.Tensor, head: ValueHead) -> N
     for step in range(NUM_STEPS):
         chosen = torch.arange(step * 64, step * 64 + 64) % len(store)
         rows = torch.cat([torch.arange(starts[i], ends[i]) for i in chosen.tolist()])
-        values = pad_episodes(head(hidden[rows]), store.lengths[chosen])
+        values = torch.nn.utils.rnn.pad_sequence(head(hidden[rows]).split(store.lengths[chosen].tolist()), True)
         targets = td_targets(values, store.rewards[chosen], store.lengths[chosen], 0.95)
-        loss = (values - targets).square().sum() / len(rows)
+        mask = torch.arange(values.shape[1])[None] < store.lengths[chosen, None]
+        loss = ((values - targets).square() * mask[..., None]).sum() / len(rows)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
 
 
-def trainer_training(store: StateStore, head: ValueHead, folder: str) -> None:
+class Trained(Exception):
+    """Ends a run once its steps are taken: what follows is measuring, which the bare loop does not do."""
+
+
+class StepsOnly(ValueTrainer):
+    """The steps of our Trainer, without its figures."""
+
+    def fit(self):
+        self.train()
+        raise Trained
+
+
+def trainer_training(store: StateStore, config: ValueHeadConfig) -> None:
     """As many steps of our Trainer, its start included, without evaluation and checkpoints."""
-    everything = torch.arange(len(store))
     options = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "no", "logging_strategy": "no"}
-    ValueTrainer(
-        ValueModel(head, with_target=False),
-        Episodes(store, everything, head, ["hidden"], False),
-        Episodes(store, everything[:8], head, ["hidden"], False),
-        {"output_dir": folder, "batch_size": 64, "learning_rate": 3e-4, "max_steps": NUM_STEPS, **options},
-        td_lambda=0.95,
-        discount=1.0,
-        target_update=None,
-    ).train()
+    with suppress(Trained):
+        train_value_head(
+            store,
+            config,
+            scaling="none",
+            patience=None,
+            validation_split=0.01,
+            trainer_class=StepsOnly,
+            training_arguments=options | {"max_steps": NUM_STEPS},
+        )
 
 
 def training(model, tokenizer, rounds: int) -> None:
@@ -223,13 +256,12 @@ def training(model, tokenizer, rounds: int) -> None:
     for width, episodes, dtype in sizes:
         with tempfile.TemporaryDirectory() as folder:
             store = synthetic(Path(folder), width, episodes, dtype)
-            everything = torch.arange(len(store))
             config = ValueHeadConfig(width, head_sizes=[1024], hook_point="lm_head")
-            head = new_head(store, config, everything, everything, "none", 0)
+            hidden = store.gather("hidden", torch.arange(len(store)))
             compare(
                 f"training, width {width}, {str(dtype).removeprefix('torch.')}, over a bare loop in RAM",
-                partial(trainer_training, store, head, folder),
-                partial(bare_training, store, store.gather("hidden", everything), head),
+                partial(trainer_training, store, config),
+                partial(bare_training, store, hidden, ValueHead(config)),
                 rounds,
             )
 
@@ -237,15 +269,13 @@ def training(model, tokenizer, rounds: int) -> None:
 @torch.no_grad()
 def directions(model, tokenizer, rounds: int) -> None:
     """Directions read from the store against directions computed again from the states."""
-    weight = find_lm_head(model).weight
+    weight = model.get_output_embeddings().weight
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         options = {"max_new_tokens": 48, "batch_size": 32}
         write_rollouts(folder / "r", model, tokenizer, load_prompts(PROMPTS, limit=64), **options)
         label_rollouts(folder / "r", [length])
-        config = ValueHeadConfig(hook_width(model, ValueHeadConfig(1, hook_point="lm_head")), hook_point="lm_head")
-        config.advantage_sizes = []
-        write_states(folder / "s", model, folder / "r", config, dtype="bfloat16")
+        write_states(folder / "s", model, folder / "r", states_dtype="bfloat16")
         store = StateStore.open(folder / "s")
         everything = torch.arange(len(store))
         tokens = torch.tensor([t for r in load_rollouts(folder / "r") if r.completion_ids for t in r.completion_ids])

@@ -24,8 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_recontrol.collection.rewards import ClassifierReward
-from hf_recontrol.training.held_out import correlation
+from hf_recontrol import ClassifierReward
 
 NUM_TEST_PROMPTS = 200
 MAX_CHARACTERS = 600
@@ -139,7 +138,7 @@ def measure(folder: Path, held_out: list[dict[str, str]]) -> dict[str, float]:
         "accuracy": float((scores[0] > scores[1]).float().mean()),
         "mean_margin": float((scores[0] - scores[1]).mean()),
         "accuracy_of_the_shorter": float((lengths[0] < lengths[1]).float().mean()),
-        "correlation_with_length": correlation(torch.cat(scores), torch.cat(lengths)),
+        "correlation_with_length": float(torch.corrcoef(torch.stack([torch.cat(scores), torch.cat(lengths)]))[0, 1]),
     }
 
 

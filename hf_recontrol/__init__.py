@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     from .collection.rollouts import generate_rollouts, write_rollouts
     from .collection.states import collect_states, write_states
     from .configuration import ControlConfig, TrainingRecord, ValueHeadConfig
-    from .control.controller import Controller
     from .data.prompts import Prompts, encode_prompt, load_prompts
-    from .data.rollouts import Rollout, load_rollouts, rollout_parts, save_rollouts
-    from .data.states import States, StateStore, StateWriter
+    from .data.rollouts import Rollout, load_rollouts, save_rollouts
+    from .data.states import States, StateStore
     from .evaluation.metrics import diversity, kl_divergence
     from .evaluation.report import write_report
     from .evaluation.strength import kl_sample, match_kl, recommended_method
@@ -42,11 +41,10 @@ if TYPE_CHECKING:
         ValueSettings,
     )
     from .training.advantage import fit_advantage
-    from .training.held_out import correlation, episode_summaries, split_by_prompt, value_figures
+    from .training.held_out import split_by_prompt, value_figures
     from .training.stage import train_head
     from .training.targets import td_targets, value_differences
-    from .training.trainer import Episodes
-    from .training.value import ValueTrainer, train_value_head
+    from .training.value import ValueTrainer, measure_value_head, train_value_head
 
 # Imported on first use, as transformers does, so that `import hf_recontrol` does not wait for torch.
 _MODULES = {
@@ -55,10 +53,9 @@ _MODULES = {
     "collection.rollouts": ("generate_rollouts", "write_rollouts"),
     "collection.states": ("collect_states", "write_states"),
     "configuration": ("ControlConfig", "TrainingRecord", "ValueHeadConfig"),
-    "control.controller": ("Controller",),
     "data.prompts": ("Prompts", "encode_prompt", "load_prompts"),
-    "data.rollouts": ("Rollout", "load_rollouts", "rollout_parts", "save_rollouts"),
-    "data.states": ("StateStore", "StateWriter", "States"),
+    "data.rollouts": ("Rollout", "load_rollouts", "save_rollouts"),
+    "data.states": ("StateStore", "States"),
     "evaluation.metrics": ("diversity", "kl_divergence"),
     "evaluation.report": ("write_report",),
     "evaluation.strength": ("kl_sample", "match_kl", "recommended_method"),
@@ -82,11 +79,10 @@ _MODULES = {
         "ValueSettings",
     ),
     "training.advantage": ("fit_advantage",),
-    "training.held_out": ("correlation", "episode_summaries", "split_by_prompt", "value_figures"),
+    "training.held_out": ("split_by_prompt", "value_figures"),
     "training.stage": ("train_head",),
     "training.targets": ("td_targets", "value_differences"),
-    "training.trainer": ("Episodes",),
-    "training.value": ("ValueTrainer", "train_value_head"),
+    "training.value": ("ValueTrainer", "measure_value_head", "train_value_head"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

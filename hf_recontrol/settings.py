@@ -23,7 +23,8 @@ class LoadingSettings(Settings):
     )
     device: str | None = setting(
         None,
-        "Where the base computes: cpu, cuda:1, ...; `auto` spreads one that fits on no single device (needs accelerate).",
+        "Where the base computes: cpu, cuda:1, ...; `auto` spreads one that fits on no single device (needs "
+        "accelerate).",
         default_text="this process's accelerator, else the CPU",
     )
 
@@ -34,8 +35,8 @@ class BadRowSettings(Settings):
 
     on_bad_rows: Literal["error", "skip"] = setting(
         "error",
-        "`error`: stop and name the rows that cannot be used (prompts that are empty, broken or too long, rewards that "
-        "are no numbers). `skip`: leave them out, and say so.",
+        "`error`: stop and name the rows that cannot be used (prompts that are empty, broken or too long, rewards "
+        "that are no numbers). `skip`: leave them out, and say so.",
     )
 
 
@@ -92,14 +93,15 @@ class SamplingSettings(SeedSettings, ForwardSettings):
     )
     temperature: float | None = setting(
         None,
-        "Sampling temperature; 0 is greedy. Stay near 1: the responses must differ for a head to learn which are better.",
+        "Sampling temperature; 0 is greedy. Stay near 1: the responses must differ for a head to learn which are "
+        "better.",
         low=0,
         default_text="the generation config's, else 1",
     )
     top_p: float | None = setting(
         None,
-        "Nucleus sampling: draw only from the likeliest tokens that together have this probability. The advantage part "
-        "is fitted to the whole distribution: leave it out for that.",
+        "Nucleus sampling: draw only from the likeliest tokens that together have this probability. The advantage "
+        "part is fitted to the whole distribution: leave it out for that.",
         low=0,
         high=1,
         default_text="the generation config's, else the whole distribution",
@@ -111,8 +113,8 @@ class SamplingSettings(SeedSettings, ForwardSettings):
     )
     generation_config: Any = setting(
         None,
-        "All other settings of sampling, greedy or beam search: a folder or Hub name with a generation_config.json (in "
-        "Python also a GenerationConfig). The base's own generation config is not used.",
+        "All other settings of sampling, greedy or beam search: a folder or Hub name with a generation_config.json "
+        "(in Python also a GenerationConfig). The base's own generation config is not used.",
         default_text="sample from the whole distribution",
     )
 
@@ -149,8 +151,8 @@ class RolloutSettings(HookPointSettings, SamplingSettings, BadRowSettings):
     part_size: int = setting(256, "Responses in one file: what a stop can cost each process.", low=1)
     keep_states: bool = setting(
         False,
-        "Keep the states while sampling instead of reading them afterwards: faster on a CPU, more on the disk. Not for "
-        "beam search.",
+        "Keep the states while sampling instead of reading them afterwards: faster on a CPU, more on the disk. Not "
+        "for beam search.",
     )
 
 
@@ -194,8 +196,8 @@ class TrainingSettings(SeedSettings):
     discount: float = setting(1.0, "γ: below 1 the reward counts less the further away it is.", low=0, high=1)
     open_truncated: bool = setting(
         False,
-        "Leave responses that were cut at the token limit open (V of their last state stands for what would have come) "
-        "instead of ending in their reward. For rewards that judge only finished answers.",
+        "Leave responses that were cut at the token limit open (V of their last state stands for what would have "
+        "come) instead of ending in their reward. For rewards that judge only finished answers.",
     )
     train_batch_size: int = setting(
         64, "Responses in a training batch, over all processes, which must share it evenly.", low=1

@@ -5,7 +5,8 @@ import torch
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
 from hf_recontrol.data.rollouts import Rollout
-from hf_recontrol.evaluation import diversity, kl_divergence, match_kl
+from hf_recontrol.evaluation.metrics import diversity, kl_divergence
+from hf_recontrol.evaluation.strength import match_kl
 
 from .conftest import make_head
 from .tiny_models import tiny_model

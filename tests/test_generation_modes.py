@@ -475,7 +475,7 @@ def test_a_run_away_edit_is_clamped_in_compiled_code_and_raises_elsewhere():
     with pytest.raises(FloatingPointError, match="step_size"):
         model(prompts())
     edited = torch.compile(
-        lambda states: model._recontrol.controller.edit(states, control, control.step_size), backend="eager"
+        lambda states: model._recontrol.settings.controller.edit(states, control, control.step_size), backend="eager"
     )(100 * torch.randn(64, 16, generator=torch.Generator().manual_seed(0)).half())
     assert edited.isfinite().all()
     assert edited.abs().max() > 60000

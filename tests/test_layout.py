@@ -104,7 +104,9 @@ def test_only_the_command_and_integrations_import_typer():
             if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0)
             for alias in node.names
         ]
-        assert name_of(path)[0] in ("cli", "integrations") or not any((name or "").startswith("typer") for name in names)
+        assert name_of(path)[0] in ("cli", "integrations") or not any(
+            (name or "").startswith("typer") for name in names
+        )
 
 
 def _private(name: str) -> bool:
@@ -170,8 +172,10 @@ def test_examples_and_benchmarks_import_public_names_only(path):
             assert node.module == "hf_recontrol"
             assert {alias.name for alias in node.names} <= set(hf_recontrol.__all__)
         elif isinstance(node, ast.Attribute):
-            assert not _private(node.attr) or isinstance(node.value, ast.Name) and node.value.id == "self" or (
-                node.attr in ("_name_or_path", "_attn_implementation")
+            assert (
+                not _private(node.attr)
+                or (isinstance(node.value, ast.Name) and node.value.id == "self")
+                or (node.attr in ("_name_or_path", "_attn_implementation"))
             ), f"line {node.lineno}: .{node.attr}"
 
 

@@ -12,7 +12,7 @@ import hf_recontrol.control.ascent
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
 from hf_recontrol.collection.rollouts import generate_rollouts
 from hf_recontrol.control.controller import Controller
-from hf_recontrol.evaluation import kl_divergence
+from hf_recontrol.evaluation.metrics import kl_divergence
 
 from .conftest import make_head, make_llama
 from .reference import Mixture, reference_edit, reference_generate, reference_logits
@@ -499,7 +499,7 @@ def test_a_call_that_cannot_begin_leaves_no_settings_behind(input_ids, monkeypat
     model, _ = two_headed()
     expected = model.generate(input_ids, **GREEDY)
     with monkeypatch.context() as patch:
-        patch.setattr(model._recontrol.controller, "refresh", lambda *args: 1 / 0)
+        patch.setattr(model._recontrol.settings.controller, "refresh", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.generate(input_ids, control=ControlConfig(step_size=0.01), value_heads={"other": 1.0}, **GREEDY)
     assert torch.equal(model.generate(input_ids, **GREEDY), expected)
@@ -512,14 +512,14 @@ def test_few_mixtures_are_kept_prepared(input_ids):
         model.add_value_head(f"head {number}".replace(" ", "-"), scaled_head("relu", number))
     for number in range(10):
         model.generate(input_ids, value_heads={"default": 1.0, f"head-{number}": 1.0}, max_new_tokens=2)
-    assert len(model._recontrol.controller._plans) <= 8
+    assert len(model._recontrol.settings.controller._plans) <= 8
     first = model.generate(input_ids, value_heads={"default": 0.5, "other": 1.0}, **GREEDY)
-    plans = len(model._recontrol.controller._plans)
+    plans = len(model._recontrol.settings.controller._plans)
     assert torch.equal(model.generate(input_ids, value_heads={"other": 1.0, "default": 0.5}, **GREEDY), first)
-    assert len(model._recontrol.controller._plans) == plans, "their order does not matter"
+    assert len(model._recontrol.settings.controller._plans) == plans, "their order does not matter"
 
 
 def test_the_advantage_prepares_no_gram_matrix(input_ids):
     model, _ = two_headed(method="advantage")
     model.generate(input_ids, **GREEDY)
-    assert all(plan.gram is None for _, plan in model._recontrol.controller._plans.values())
+    assert all(plan.gram is None for _, plan in model._recontrol.settings.controller._plans.values())

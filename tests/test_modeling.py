@@ -687,7 +687,11 @@ def test_a_dropped_model_is_freed_with_its_head(input_ids):
     head = make_head()
     model = ReControlForCausalLM.from_model(make_llama(), head, WEAKER)
     tokens(model, input_ids)
-    references = [weakref.ref(model), weakref.ref(head), weakref.ref(model._recontrol.controller._last[2].gram)]
+    references = [
+        weakref.ref(model),
+        weakref.ref(head),
+        weakref.ref(model._recontrol.settings.controller._last[2].gram),
+    ]
     del model, head
     gc.collect()
     assert [reference() for reference in references] == [None, None, None]

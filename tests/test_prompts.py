@@ -122,7 +122,7 @@ def test_a_bad_row_is_named_with_its_line_or_left_out(tmp_path, line, reason, re
     assert reason in str(raised.value)
     found = load_prompts(path, on_bad_rows="skip")
     assert found.rows == [ROWS[0], ROWS[2]] and found.numbers == [0, 2], "the others keep their numbers"
-    assert [row.place for row in found.bad_rows] == [f"{path}, line 3"] and "line 3" in recontrol_warnings[0]
+    assert [row.location for row in found.bad_rows] == [f"{path}, line 3"] and "line 3" in recontrol_warnings[0]
 
 
 def test_a_bad_csv_row_is_named_with_its_line(tmp_path):

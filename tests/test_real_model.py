@@ -12,10 +12,12 @@ from hf_recontrol.collection.rewards import vader
 from hf_recontrol.collection.rollouts import generate_rollouts
 from hf_recontrol.collection.states import collect_states
 from hf_recontrol.data.prompts import load_prompts
-from hf_recontrol.evaluation import match_kl
+from hf_recontrol.evaluation.strength import match_kl
 from hf_recontrol.pipelines.demo import embedded_model
 from hf_recontrol.training.advantage import fit_advantage
 from hf_recontrol.training.value import train_value_head
+
+from .conftest import at
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +89,7 @@ def test_the_fast_ascent_is_the_autograd_ascent_on_real_states(controlled):
         moved.requires_grad_(True)
         (gradient,) = torch.autograd.grad(reference.value_mlp(scaled + moved).sum(), moved)
         moved = (moved + control.step_size * gradient).detach()
-    edit = model._recontrol.controller.edit(states, control, control.step_size) - states
+    edit = model._recontrol.settings.controller.edit(states, control, control.step_size) - states
     torch.testing.assert_close(edit, moved * head.state_scale, rtol=1e-6, atol=1e-6)
 
 

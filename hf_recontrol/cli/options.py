@@ -56,7 +56,7 @@ ConfigOption = Annotated[
 
 
 def _panel(name: str) -> str:
-    return next(panel for cls, panel in _PANELS.items() if name in cls.__dict__.get("__annotations__", {}))
+    return next(panel for cls, panel in _PANELS.items() if name in inspect.get_annotations(cls))
 
 
 def _option(cls: type[Settings], item: Field) -> inspect.Parameter:

@@ -30,7 +30,7 @@ def fit(
     model: ModelOption = None,
     prompts: PromptsOption = None,
     reward: RewardOption = None,
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder for everything made.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for everything made.")] = None,
 ) -> None:
     """From prompts and a reward to a head and a report: all stages in one folder. The same command again goes on where
     it was stopped. `--model`, `--prompts`, `--reward` and `--output` are needed, here or in the file of `--config`.

@@ -69,7 +69,7 @@ def _room(model: PreTrainedModel) -> int | None:
 
 @dataclass
 class _Keep:
-    """Which states are kept while sampling: where they are read, what for, and in which file, by the batch's number."""
+    """Which states are kept while sampling: read where, for which run, and in which file, by the batch's number."""
 
     hook_point: HookPoint
     weight: torch.Tensor | None

@@ -18,9 +18,10 @@ import torch
 
 from .plan import HeadTensors, Plan
 
-# Where more than this share of the units flip in one step, a whole product with G costs less than picking its rows out.
+# Where more than this share of the units flip in one step, a whole product with G costs less than picking rows of it.
 _MANY_FLIPS = 0.25
-# So many flips rarely become few at once, and looking for them costs as much as a small product: steps without looking.
+# Steps taken without looking then: so many flips rarely become few at once, and looking costs as much as a small
+# product.
 _STEPS_WITHOUT_LOOKING = 8
 
 

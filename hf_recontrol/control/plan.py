@@ -11,7 +11,7 @@ from torch import nn
 from ..heads.value_head import ValueHead
 
 # Units of all first layers, in widths of the state, up to which there is a Gram matrix G. Beyond twice the width two
-# products with the W_k are cheaper than one with G. Where a few rows of G are read instead of all of it, only its memory
+# products with the W_k are cheaper than one with G. Where a few rows of G are read instead of all, only its memory
 # counts.
 _WIDEST = 2
 _WIDEST_BY_FLIPS = 4

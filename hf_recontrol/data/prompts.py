@@ -80,7 +80,8 @@ def report_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str) -> None:
     count = "1 row" if len(bad_rows) == 1 else f"{len(bad_rows)} rows"
     if on_bad_rows == "error":
         raise ValueError(
-            f"{count} cannot be used: {named}{more}. To leave out such rows: `on_bad_rows='skip'` (`--on-bad-rows skip`)."
+            f"{count} cannot be used: {named}{more}. To leave out such rows: `on_bad_rows='skip'` (`--on-bad-rows "
+            "skip`)."
         )
     logger.warning(f"{count} left out: {named}{more}.")
 

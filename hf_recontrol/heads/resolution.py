@@ -59,7 +59,7 @@ def resolve_head_and_base(
         return HeadAndBase(head, name_or_path, revision, subfolder)
     head = ValueHead.from_pretrained(name_or_path, revision=revision, subfolder=subfolder, **hub_options)
     base = head.config.base_model_name_or_path
-    remedy = f"name the base too, `'org/base', value_head={str(name_or_path)!r}`."
+    remedy = f"name the base yourself, `from_pretrained('org/base', value_head={str(name_or_path)!r})`."
     if base is None:
         raise ValueError(f"The head {name_or_path!s} does not say which model it is for: {remedy}")
     if not os.path.exists(name_or_path) and not is_repo_id(base):

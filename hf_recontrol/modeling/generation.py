@@ -80,8 +80,8 @@ class ControlledGenerationMixin:
                 )
             if active is not None and not hooks.hook_point.is_last:
                 raise ValueError(
-                    f"A head on layer {hooks.hook_point.layer} feeds the cache, whose blocks continuous batching shares between "
-                    "requests: generate without it, or use a head on the last layer."
+                    f"A head on layer {hooks.hook_point.layer} feeds the cache, whose blocks continuous batching "
+                    "shares between requests: generate without it, or use a head on the last layer."
                 )
             manager = super().init_continuous_batching(*args, **kwargs)
         for name in ("warmup", "_run_generation_loop"):
@@ -106,8 +106,8 @@ class ControlledGenerationMixin:
             found = [reason for reason, holds in reasons.items() if holds]
             if found:
                 raise ValueError(
-                    f"A head on layer {hooks.hook_point.layer} feeds the cache from the prompt's last position on, which does "
-                    f"not hold with {' and '.join(found)}: generate without it, or use a head on the last layer."
+                    f"A head on layer {hooks.hook_point.layer} feeds the cache from the prompt's last position on, "
+                    f"which does not hold with {' and '.join(found)}: generate without it, or use a head on the last layer."
                 )
         return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 

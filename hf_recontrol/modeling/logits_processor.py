@@ -41,8 +41,7 @@ class ReControlLogitsProcessor(LogitsProcessor):
             Defaults to that which the head recommends, else to `ControlConfig()`.
 
     Raises:
-        `TypeError`, `ValueError`: as [`ReControlForCausalLM.from_model`]; also if the head reads another hook point, or the
-        model's logits are not a linear map of the state (a soft cap).
+        `TypeError`, `ValueError`: as [`ReControlForCausalLM.from_model`]; also if the head reads elsewhere, or the model's logits are not a linear map of the state (a soft cap).
     """
 
     def __init__(

@@ -22,10 +22,10 @@ class ValueHeadMixtureMixin:
     r"""
     The heads of a [`ReControlForCausalLM`]. That which the model was made with is called `"default"`.
 
-    The heads with a weight act together, on the state h of one hook point: the ascent climbs `Σ_k ω_k V_k(h)`, each V_k in
-    the scaled coordinates of its head, that is `u ← u + α Σ_k ω_k scale_k² ⊙ ∇V_k(h + u)`; the advantage edit is
-    `u = α Σ_k ω_k g_k(h)`, exact for the advantages' weighted sum. V and g are standardised, so weights compare heads
-    whatever the units of their rewards; a negative weight steers away.
+    The heads with a weight act together, on the state h of one hook point: the ascent climbs `Σ_k ω_k V_k(h)`, each
+    V_k in the scaled coordinates of its head, that is `u ← u + α Σ_k ω_k scale_k² ⊙ ∇V_k(h + u)`; the advantage edit
+    is `u = α Σ_k ω_k g_k(h)`, exact for the advantages' weighted sum. V and g are standardised, so weights compare
+    heads whatever the units of their rewards; a negative weight steers away.
     """
 
     _recontrol: ControlHooks

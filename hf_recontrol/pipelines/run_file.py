@@ -16,6 +16,7 @@ from ..settings import FitSettings, LoadingSettings
 from ..utils.files import atomic_path
 
 RUN_NAME = "fit.yaml"
+_PACKAGE = __name__.partition(".")[0]
 # What a run works on, beside its settings.
 RUN_INPUTS = ("model", "prompts", "reward", "output")
 
@@ -42,6 +43,9 @@ def _importable(function: Callable) -> str | None:
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     if not module or module == "__main__" or not name.isidentifier():
         return None
+    # Our own by the names under which they are public.
+    if module.startswith(f"{_PACKAGE}."):
+        module = _PACKAGE
     found = getattr(importlib.import_module(module), name, None)
     return f"{module}:{name}" if found is function else None
 

@@ -226,7 +226,7 @@ def _fit_constant(
 
 
 def _fit_rest(trainer: AdvantageTrainer, head: ValueHead, constant_error: float, num_epochs: int) -> dict[str, Any]:
-    """Train g from its constant part on, and keep it if that is better; returns the held-out figures of what is kept."""
+    """Train g from its constant part on, and keep it if that is better; returns the held-out figures of g then."""
     before = deepcopy(head.advantage_mlp.state_dict())
     if not (num_epochs > 0 and trainer.fit() and trainer.state.best_metric < constant_error):
         head.advantage_mlp.load_state_dict(before)

@@ -34,8 +34,8 @@ def split_by_prompt(prompts: torch.Tensor, validation_split: float, seed: int) -
     count = round(len(distinct) * validation_split)
     if not 0 < count < len(distinct):
         raise ValueError(
-            f"{len(distinct)} prompts cannot be split with validation_split={validation_split}: at least one prompt is "
-            "needed on each side."
+            f"{len(distinct)} prompts cannot be split with validation_split={validation_split}: at least one prompt "
+            "is needed on each side."
         )
     order = np.argsort(_mixed(distinct.numpy().astype(np.uint64), seed), kind="stable")
     held_out = torch.isin(prompts, distinct[torch.from_numpy(order[:count])])

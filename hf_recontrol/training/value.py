@@ -18,7 +18,7 @@ from ..data.processes import Processes, Progress
 from ..data.states import States, StateStore
 from ..heads.value_head import ValueHead
 from ..settings import ValueSettings
-from .held_out import episode_summaries, split_by_prompt, value_figures
+from .held_out import POSITIONS, episode_summaries, split_by_prompt, value_figures
 from .targets import episode_mask, pad_episodes, td_targets
 from .trainer import (
     Episodes,
@@ -31,8 +31,9 @@ from .trainer import (
 
 logger = logging.get_logger(__name__)
 
-# States whose sums are taken at once, in episodes.
+# Episodes whose states are summed up, or measured, at once.
 _EPISODES_AT_ONCE = 16
+_EPISODES_MEASURED = 64
 # Relative to a feature's mean square: below this, what is left of a feature that never varies is rounding.
 _ROUNDING = 1e-12
 
@@ -95,33 +96,50 @@ class ValueTrainer(EpisodeTrainer):
         loss = errors.sum() / (self.normaliser(inputs) * values.shape[-1])
         return (loss, values) if return_outputs else loss
 
-    @torch.no_grad()
     def figures(self) -> dict[str, Any]:
         """Those of [`value_figures`]."""
-        head = self.accelerator.unwrap_model(self.model).head
-        device = next(head.parameters()).device
-        numbers, summaries = [], []
-        for part, batch in self.held_out.batches(64, self.processes):
-            values = pad_episodes(head(batch["hidden"].to(device)).float().cpu(), batch["lengths"])
-            summaries.append(episode_summaries(values, batch["rewards"], batch["lengths"]))
-            numbers.append(part)
-        width = summaries[0].shape[1] if summaries else 0
-        own = (torch.cat(numbers), torch.cat(summaries)) if summaries else (torch.empty(0).long(), None)
-        gathered = torch.empty(len(self.held_out), max(width, 1))
-        for found, summary in self.processes.gather(own):
-            if summary is not None:
-                if gathered.shape[1] != summary.shape[1]:
-                    gathered = torch.empty(len(self.held_out), summary.shape[1])
-                gathered[found] = summary
-        store, episodes = self.held_out.store, self.held_out.episodes
-        return value_figures(
-            gathered,
-            self.held_out.rewards(episodes),
-            store.lengths[episodes],
-            store.prompts[episodes],
-            self.held_out.mean,
-            self.held_out.std,
-        )
+        return _measure(self.accelerator.unwrap_model(self.model).head, self.held_out, self.processes)
+
+
+@torch.no_grad()
+def _measure(head: ValueHead, episodes: Episodes, processes: Processes) -> dict[str, Any]:
+    """The figures of V on episodes, each process measuring its share; the same in every process."""
+    device = next(head.parameters()).device
+    width = len(POSITIONS) * head.config.num_objectives + 1
+    own = [(torch.empty(0).long(), torch.empty(0, width))]
+    for numbers, batch in episodes.batches(_EPISODES_MEASURED, processes):
+        values = pad_episodes(head(batch["hidden"].to(device)).float().cpu(), batch["lengths"])
+        own.append((numbers, episode_summaries(values, batch["rewards"], batch["lengths"])))
+    gathered = torch.empty(len(episodes), width)
+    for found, summaries in processes.gather(tuple(map(torch.cat, zip(*own, strict=True)))):
+        gathered[found] = summaries
+    store, chosen = episodes.store, episodes.episodes
+    return value_figures(
+        gathered, episodes.rewards(chosen), store.lengths[chosen], store.prompts[chosen], episodes.mean, episodes.std
+    )
+
+
+def measure_value_head(
+    head: ValueHead, states: States | StateStore | str | os.PathLike, episodes: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """
+    What V of a head is worth on responses, see [`value_figures`].
+
+    Args:
+        head ([`ValueHead`]):
+            A trained head.
+        states ([`States`], [`StateStore`], or folder of `recontrol states`):
+            Episodes with their rewards, read where the head reads.
+        episodes (`torch.Tensor`, *optional*):
+            Numbers of the episodes to measure, for instance those that [`split_by_prompt`] holds out. Defaults to all.
+
+    Raises:
+        `ValueError`: if the states are not those that the head reads, or lack a reward.
+    """
+    store = StateStore.of(states)
+    _check(store, head.config)
+    episodes = torch.arange(len(store)) if episodes is None else episodes
+    return _measure(head, Episodes(store, episodes, head, ["hidden"], open_ended=False), Processes())
 
 
 class _TargetUpdate(TrainerCallback):
