@@ -7,7 +7,7 @@ PROMPTS ?= examples/prompts.jsonl
 OUTPUT ?= demo
 SEED ?= 0
 
-.PHONY: demo test test-slow test-wheel test-oldest fuzz package lint format heads clean
+.PHONY: demo test test-slow test-wheel test-oldest fuzz package lint format docs heads clean
 
 demo: .venv/demo
 	$(BIN)/recontrol demo --prompts "$(PROMPTS)" --output "$(OUTPUT)" --seed $(SEED) $(if $(MODEL),--model "$(MODEL)")
@@ -64,6 +64,10 @@ lint: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/api.md, from the docstrings.
+docs: .venv/dev
+	$(BIN)/python docs/make_api.py
 
 # The two heads of docs/training.md. PAIRS= names HH-RLHF's harmlessness pairs (`chosen`, `rejected`), as JSONL or .jsonl.gz.
 heads: .venv/demo

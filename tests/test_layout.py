@@ -1,7 +1,9 @@
 """The order of the modules, read from CONTRIBUTING.md, and what is public: page and code cannot drift apart."""
 
 import ast
+import inspect
 import re
+import runpy
 import subprocess
 import sys
 from functools import cache
@@ -177,6 +179,17 @@ def test_examples_and_benchmarks_import_public_names_only(path):
                 or (isinstance(node.value, ast.Name) and node.value.id == "self")
                 or (node.attr in ("_name_or_path", "_attn_implementation"))
             ), f"line {node.lineno}: .{node.attr}"
+
+
+def test_the_api_page_is_what_the_docstrings_say():
+    page = runpy.run_path(str(REPO / "docs" / "make_api.py"))["page"]()
+    assert (REPO / "docs" / "api.md").read_text(encoding="utf-8") == page, "run `make docs`"
+
+
+def test_every_public_function_and_class_has_a_docstring():
+    for name in hf_recontrol.__all__:
+        thing = getattr(hf_recontrol, name)
+        assert not (inspect.isclass(thing) or inspect.isfunction(thing)) or inspect.getdoc(thing), name
 
 
 @pytest.mark.parametrize("module", ["hf_recontrol", "hf_recontrol.settings", "hf_recontrol.cli"])

@@ -335,7 +335,7 @@ def test_heads_come_and_go_by_name(input_ids, tmp_path):
             for name in ("", 3, "..", ".", "a/b", "/tmp/x", "a\0b", "a" * 65)
         ),
         ("new", {"hidden_size": 8}, {}, ValueError, "width 8"),
-        ("new", {"hook_point": "decoder_layer"}, {}, ValueError, "share a place"),
+        ("new", {"hook_point": "decoder_layer"}, {}, ValueError, "share a hook point"),
         ("new", {"hook_point": "decoder_layer", "layer": 9}, {}, ValueError, "layer 9"),
         ("new", {}, {"subfolder": "x"}, TypeError, "subfolder"),
         ("new", None, {}, TypeError, "ValueHead"),
@@ -358,7 +358,7 @@ def test_a_head_that_cannot_be_added_changes_nothing(name, head, options, error,
         ({"default": "much"}, {}, ValueError, "finite"),
         ({"default": ()}, {}, ValueError, "each prompt"),
         ({"default": b"ab"}, {}, ValueError, "finite"),
-        ({3: 1.0, "default": 1.0}, {}, TypeError, "text"),
+        ({3: 1.0, "default": 1.0}, {}, TypeError, "strings"),
         (["default"], {}, TypeError, "dict"),
         ({"default": 1.0, "plain": 1.0}, {"method": "advantage"}, ValueError, "advantage part"),
         ({"default": 1.0, "idle": 1.0}, {}, ValueError, "do nothing"),
@@ -485,9 +485,9 @@ def test_what_each_prompt_has_for_itself_is_refused_where_batches_are_no_order_o
     rollouts = generate_rollouts(model, tokenizer, ["w5", "w6 w7"], max_new_tokens=3)
     for setting in (lambda: model.set_value_heads({"other": (1.0, 0.0)}), lambda: setattr(model, "control", BY_ROW)):
         setting()
-        with pytest.raises(ValueError, match="one for all"):
+        with pytest.raises(ValueError, match="one value for all"):
             generate_rollouts(model, tokenizer, ["w5", "w6 w7"], control=model.control)
-        with pytest.raises(ValueError, match="one for all"):
+        with pytest.raises(ValueError, match="one value for all"):
             kl_divergence(model, rollouts)
         assert generate_rollouts(model, tokenizer, ["w5", "w6 w7"], max_new_tokens=3) == rollouts
         model.set_value_heads({"default": 1.0})

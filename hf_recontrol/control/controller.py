@@ -86,7 +86,7 @@ class Controller:
 
     Attributes:
         heads (`dict[str, nn.Module]`):
-            All heads by name, this one as `"default"`. All read states of one place.
+            All heads by name, this one as `"default"`. All read states at one hook point.
     """
 
     def __init__(self, head: nn.Module):

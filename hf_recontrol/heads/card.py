@@ -131,7 +131,7 @@ def _usage(base: str | None, name: str, subfolder: str, revision: str | None) ->
     # As JSON, so that no name ends its string and goes on as code.
     where = {"subfolder": subfolder, "revision": revision}
     options = "".join(f", {key}={json.dumps(value)}" for key, value in where.items() if value)
-    place = json.dumps(name) + options
+    source = json.dumps(name) + options
     if base is None:
         return f"""## Use
 
@@ -140,7 +140,7 @@ The head does not name a base model on the Hub. With the base as `model` and its
 ```python
 from hf_recontrol import ReControlForCausalLM, ValueHead
 
-model = ReControlForCausalLM.from_model(model, ValueHead.from_pretrained({place}))
+model = ReControlForCausalLM.from_model(model, ValueHead.from_pretrained({source}))
 print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=48)[0]))
 ```"""
     text = f"""## Use
@@ -151,7 +151,7 @@ print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"),
 from transformers import AutoTokenizer
 from hf_recontrol import ReControlForCausalLM
 
-model = ReControlForCausalLM.from_pretrained({place})
+model = ReControlForCausalLM.from_pretrained({source})
 tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
 print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=48)[0]))
 ```
@@ -161,7 +161,7 @@ print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"),
         return text
     return (
         f"{text} With transformers alone, and the base as `model`:\n\n```python\n"
-        f"model.generate(**inputs, custom_generate={place}, trust_remote_code=True)\n```"
+        f"model.generate(**inputs, custom_generate={source}, trust_remote_code=True)\n```"
     )
 
 

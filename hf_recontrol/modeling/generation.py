@@ -107,7 +107,8 @@ class ControlledGenerationMixin:
             if found:
                 raise ValueError(
                     f"A head on layer {hooks.hook_point.layer} feeds the cache from the prompt's last position on, "
-                    f"which does not hold with {' and '.join(found)}: generate without it, or use a head on the last layer."
+                    f"which does not hold with {' and '.join(found)}: generate without it, or use a head on the last "
+                    "layer."
                 )
         return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 

@@ -41,7 +41,8 @@ class ReControlLogitsProcessor(LogitsProcessor):
             Defaults to that which the head recommends, else to `ControlConfig()`.
 
     Raises:
-        `TypeError`, `ValueError`: as [`ReControlForCausalLM.from_model`]; also if the head reads elsewhere, or the model's logits are not a linear map of the state (a soft cap).
+        `TypeError`, `ValueError`: as [`ReControlForCausalLM.from_model`]; also if the head acts at another hook point,
+        or the model's logits are not a linear map of the state (a soft cap).
     """
 
     def __init__(

@@ -1,0 +1,238 @@
+"""Settings: one name, default and check for Python, YAML and the command."""
+
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import GenerationConfig
+from typer.testing import CliRunner
+
+from hf_recontrol import (
+    AdvantageSettings,
+    FitSettings,
+    LoadingSettings,
+    PromptSettings,
+    RolloutSettings,
+    SamplingSettings,
+    StatesSettings,
+    TrainSettings,
+    ValueHead,
+    ValueSettings,
+    fit,
+)
+from hf_recontrol.cli import app, stages
+from hf_recontrol.cli.options import with_settings
+from hf_recontrol.pipelines.run_file import load_run
+from hf_recontrol.utils.settings import default_text
+
+from .resumable import COMMAND, make_inputs
+from .tiny_models import tiny_model
+from .tiny_tokenizer import tiny_tokenizer
+
+STAGES = (PromptSettings, LoadingSettings, RolloutSettings, StatesSettings, TrainSettings)
+COMMANDS = {"fit": FitSettings, "rollout": RolloutSettings, "states": StatesSettings, "train": TrainSettings}
+
+
+def names(cls) -> set[str]:
+    return {item.name for item in fields(cls)}
+
+
+def test_fit_has_every_setting_of_every_stage_and_they_have_all_of_its():
+    assert names(FitSettings) == set().union(*map(names, STAGES)) | {"target_kl"}
+    for cls in STAGES:
+        assert isinstance(FitSettings(), cls), "so that fit hands its settings on as they are"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_options_are_the_settings_with_their_defaults_and_texts(command):
+    signature = inspect.signature(getattr(stages, command))
+    for item in fields(COMMANDS[command]):
+        option = signature.parameters[item.name].annotation.__metadata__[0]
+        assert option.param_decls[0] == "--" + item.name.replace("_", "-")
+        assert option.help == item.metadata["help"] and option.show_default == default_text(item)
+    assert "config" in signature.parameters
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "label", "demo", "generate"])
+def test_help_teaches(command):
+    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
+    for item in fields(COMMANDS.get(command, type(FitSettings()).__mro__[0])) if command in COMMANDS else ():
+        assert "--" + item.name.replace("_", "-") in text
+    assert "default" in text
+
+
+def test_each_setting_has_one_text_with_what_it_does():
+    for item in fields(FitSettings):
+        assert (len(item.metadata["help"]) > 8 and item.metadata["help"].endswith(".")) or "..." in item.metadata[
+            "help"
+        ]
+        assert f"    {item.name}:\n" in FitSettings.__doc__
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"bf16": "False"}, TypeError, "`bf16` must be True or False, got 'False'"),
+        ({"keep_states": 1}, TypeError, "`keep_states` must be True or False"),
+        ({"td_lambda": 1.5}, ValueError, "`td_lambda` must be between 0 and 1"),
+        ({"td_lambda": True}, ValueError, "`td_lambda` must be a finite number"),
+        ({"learning_rate": 0}, ValueError, "`learning_rate` must be above 0"),
+        ({"learning_rate": float("nan")}, ValueError, "`learning_rate` must be a finite number"),
+        ({"num_epochs": 0}, ValueError, "`num_epochs` must be an integer of at least 1"),
+        ({"num_epochs": 2.0}, ValueError, "`num_epochs` must be an integer of at least 1"),
+        ({"num_samples": True}, ValueError, "`num_samples` must be an integer"),
+        ({"dtype": "float64"}, ValueError, "`dtype` must be one of 'auto', 'float32'"),
+        ({"head_sizes": "512"}, TypeError, "`head_sizes` must be a list of integers"),
+        ({"head_sizes": [0]}, ValueError, r"`head_sizes\[...\]` must be an integer of at least 1"),
+        ({"stop_strings": [5]}, TypeError, "`stop_strings` must be a list of texts"),
+        ({"stop_strings": ["", "a"]}, ValueError, "not empty"),
+        ({"training_arguments": [1]}, TypeError, "`training_arguments` must be a dict"),
+        ({"split": None}, TypeError, "`split` must be a text"),
+        ({"temprature": 1.0}, TypeError, "no setting 'temprature' here; did you mean 'temperature'"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        FitSettings.of(None, changes)
+    with pytest.raises(ValueError, match=r"x\.yaml: "):
+        FitSettings.from_dict(changes, "x.yaml")
+
+
+def test_settings_and_single_ones_go_together():
+    settings = FitSettings.of(FitSettings(num_samples=3), {"head_sizes": [8, 8], "stop_strings": "a"})
+    assert (settings.num_samples, settings.head_sizes, settings.stop_strings) == (3, (8, 8), ("a",))
+    assert FitSettings.from_dict(settings.to_dict(), "x") == settings
+    assert FitSettings.from_dict(yaml.safe_load("learning_rate: 3e-5\npatience: null\n"), "x").learning_rate == 3e-5
+    with pytest.raises(TypeError, match="`settings` must be SamplingSettings, got ValueSettings"):
+        SamplingSettings.of(ValueSettings(), {})
+    with pytest.raises(AttributeError):
+        settings.num_samples = 2
+
+
+def test_v_and_g_share_what_they_must_agree_on():
+    shared = names(ValueSettings) & names(AdvantageSettings)
+    assert {"validation_split", "seed", "discount", "open_truncated"} <= shared
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    (folder / "fit.yaml").write_text(
+        "model: base\nprompts: prompts.jsonl\nreward: my_reward:variety\nnum_samples: 2\nmax_new_tokens: 6\n"
+        'temperature: 1.5\nhead_sizes: [16]\nadvantage_sizes: [8]\nnum_epochs: 3\nstop_strings: ["w9"]\n'
+    )
+    return folder
+
+
+def run(*arguments, folder: Path, code: int = 0) -> str:
+    done = subprocess.run([COMMAND, *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_run_is_repeated_from_the_file_it_wrote_and_options_override_it(inputs, tmp_path):
+    run("fit", "--config", "fit.yaml", "-o", tmp_path / "one", "--num-epochs", 2, folder=inputs)
+    written = load_run(tmp_path / "one" / "fit.yaml")
+    assert (written["num_epochs"], written["num_samples"], written["stop_strings"]) == (2, 2, ["w9"])
+    assert written["reward"] == ["my_reward:variety"] and written["output"] == str(tmp_path / "one")
+    assert set(written) == names(FitSettings) | {"model", "prompts", "reward", "output"}
+    run("fit", "--config", tmp_path / "one" / "fit.yaml", "-o", tmp_path / "two", folder=inputs)
+    one, two = (ValueHead.from_pretrained(tmp_path / name / "head") for name in ("one", "two"))
+    assert one.config.control == two.config.control
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], tensor)
+    said = run("fit", "--config", tmp_path / "one" / "fit.yaml", "--seed", 1, folder=inputs, code=1)
+    assert "seed was 0, is 1" in said
+    assert load_run(tmp_path / "one" / "fit.yaml") == written, "a refused run changes nothing"
+
+
+def test_what_is_missing_or_unknown_in_a_file_is_named_before_any_work(inputs, tmp_path):
+    assert "give --output here or in the file" in " ".join(
+        run("fit", "--config", "fit.yaml", folder=inputs, code=2).split()
+    )
+    for text, message in (
+        ("temprature: 1.0", "there is no setting 'temprature'; did you mean 'temperature'?"),
+        ("num_epochs: many", "`num_epochs` must be an integer"),
+        ("- a\n- b", "must hold settings"),
+        ("a: [", "is no YAML file"),
+        ("model: 3", "`model` must be a text"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        assert message in run("fit", "--config", tmp_path / "bad.yaml", "-o", tmp_path / "run", folder=inputs, code=1)
+    assert not (tmp_path / "run").exists()
+    assert "absent.yaml" in run("fit", "--config", "absent.yaml", "-o", tmp_path / "run", folder=inputs, code=1)
+
+
+def test_a_stage_takes_its_settings_from_the_same_file():
+    found = {}
+
+    @with_settings(SamplingSettings)
+    def command(settings: SamplingSettings) -> None:
+        found["settings"] = settings
+
+    for text in ("num_samples: 4\nnum_epochs: 3\nmodel: base\n", "num_samples: 4\nseed: 7\n"):
+        path = Path("stage.yaml").absolute()
+        try:
+            path.write_text(text)
+            command(
+                config=path,
+                seed=9,
+                stop_strings=[],
+                **dict.fromkeys(names(SamplingSettings) - {"seed", "stop_strings"}),
+            )
+        finally:
+            path.unlink()
+        assert (found["settings"].num_samples, found["settings"].seed) == (4, 9)
+
+
+def length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def test_what_python_gave_without_a_name_is_left_out_and_said(tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    model.generation_config.eos_token_id = 2
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=6, temperature=1.5)
+    prompts = [f"w{i}" for i in range(5, 31)]
+    options = {"tokenizer": tiny_tokenizer(), "head_sizes": [8], "advantage_sizes": None, "num_epochs": 2}
+    fit(model, prompts, length, tmp_path, generation_config=config, quiet=True, **options)
+    text = (tmp_path / "fit.yaml").read_text()
+    assert "`prompts` was given in Python and has no name" in text
+    written = load_run(tmp_path / "fit.yaml")
+    assert written["reward"] == [f"{__name__}:length"] and written["dtype"] == "float32"
+    assert GenerationConfig.from_pretrained(written["generation_config"]).max_new_tokens == 6
+    assert written["advantage_sizes"] is None and written["head_sizes"] == [8]
+
+
+def test_a_generation_config_is_not_overridden_by_defaults(tmp_path):
+    """What the command does not say is the generation config's to say."""
+    from hf_recontrol.collection.sampling import sampling_config
+
+    GenerationConfig(do_sample=True, temperature=0.5, top_k=0, max_new_tokens=7).save_pretrained(tmp_path)
+    model = tiny_model("llama")
+    config = sampling_config(model, tiny_tokenizer(), SamplingSettings(generation_config=str(tmp_path)))
+    assert (config.temperature, config.max_new_tokens) == (0.5, 7)
+    config = sampling_config(model, tiny_tokenizer(), SamplingSettings())
+    assert (config.max_new_tokens, config.do_sample, config.top_k) == (128, True, 0)
+
+
+def test_saying_none_on_the_command_line():
+    found = {}
+
+    @with_settings(TrainSettings)
+    def command(settings: TrainSettings) -> None:
+        found["settings"] = settings
+
+    values = dict.fromkeys(names(TrainSettings))
+    command(**values | {"patience": "none", "advantage_sizes": "none", "head_sizes": "8,8", "advantage_patience": "3"})
+    settings = found["settings"]
+    assert (settings.patience, settings.advantage_sizes, settings.head_sizes) == (None, None, (8, 8))
+    assert settings.advantage_patience == 3
+    assert sys.version_info >= (3, 10)
