@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
+from hf_recontrol import ControlConfig, HookPoint, ReControlForCausalLM, ValueHead, ValueHeadConfig
 from hf_recontrol.control.controller import Controller
 
 from .conftest import HIDDEN, LAYERS, STRONG, VOCAB, make_head, make_llama
@@ -1084,3 +1084,41 @@ def test_a_linear_layer_of_another_kind_is_hooked_by_its_width(llama, input_ids)
     expected = llama.lm_head(Controller(head).edit(states[0], STRONG, STRONG.step_size))
     model = ReControlForCausalLM.from_model(llama, head, STRONG)
     torch.testing.assert_close(model(input_ids).logits, expected)
+
+
+@pytest.mark.parametrize("where", ["lm_head", "decoder_layer"])
+def test_a_hook_point_is_found_once_and_carried(where, monkeypatch, input_ids):
+    found = []
+    find = HookPoint.find.__func__
+    monkeypatch.setattr(HookPoint, "find", classmethod(lambda cls, *args: found.append(1) or find(cls, *args)))
+    model = ReControlForCausalLM.from_model(make_llama(), make_head(hook_point=where), STRONG)
+    assert len(found) == 1
+    model.values(input_ids)
+    with model.disable_control():
+        model(input_ids)
+    assert len(found) == 1
+    assert (model.hook_point.layer, model.hook_point.width) == (None if where == "lm_head" else 2, 16)
+    assert model.hook_point.is_last and copy.deepcopy(model).hook_point.module is not model.hook_point.module
+
+
+def test_saving_a_model_leaves_its_live_head_as_it_was(tmp_path):
+    head = make_head()
+    model = ReControlForCausalLM.from_model(make_llama(), head, STRONG)
+    model.config._name_or_path = "org/base"
+    before = head.config.to_dict()
+    model.save_pretrained(tmp_path)
+    assert head.config.to_dict() == before and model.value_head is head
+    saved = ValueHead.from_pretrained(tmp_path).config
+    assert saved.control == STRONG and saved.base_model_name_or_path == "org/base"
+
+
+def test_settings_of_a_block_reach_every_call_in_it_and_no_further(llama, head, input_ids):
+    model = ReControlForCausalLM.from_model(llama, head, STRONG)
+    controlled = model(input_ids).logits
+    with model.use_control(False):
+        assert model.active_control is None and not torch.equal(model(input_ids).logits, controlled)
+        with model.use_control(STRONG):
+            assert model.active_control == STRONG and torch.equal(model(input_ids).logits, controlled)
+    assert model.active_control == STRONG and torch.equal(model(input_ids).logits, controlled)
+    with pytest.raises(TypeError, match="`control` must be a ControlConfig"), model.use_control("strong"):
+        pass
