@@ -242,18 +242,32 @@ def write_states(
             names=reader.names,
             metadata=hook_point_settings(model, settings.hook_point, settings.layer) | {"every": known["every"]},
         )
-        missing = stage.missing_parts()
-        total = sum(count_rollouts(parts[index]) for index in stage.own_parts())
-        with progress_bar("states", total, progress, stage.processes.index) as advance:
-            for index in stage.own_parts():
-                part = load_rollouts(parts[index])
-                if index in missing:
-                    used = [r for r in part if r.completion_ids and r.reward is not None]
-                    small = _small(used, known["every"], len(manifest["rewards"]))
-                    with atomic_path(stage.part_path(index)) as path:
-                        _write_part(make_writer(path, small), reader, used, kept(index), known["every"])
-                advance(len(part))
+        _write_parts(stage, reader, parts, len(manifest["rewards"]), kept, make_writer, progress)
         return _finish(stage, manifest, rollouts)
+
+
+def _write_parts(
+    stage: StageFolder,
+    reader: _Reader,
+    parts: Sequence[Path],
+    num_objectives: int,
+    kept: Callable[[int], KeptStates | None],
+    make_writer: Callable[..., StateWriter],
+    progress: Progress | None,
+) -> None:
+    """Write the parts of this process that are missing, each complete or not at all."""
+    every, missing = stage.settings["every"], stage.missing_parts()
+    total = sum(count_rollouts(parts[index]) for index in stage.own_parts())
+    with progress_bar("states", total, progress, stage.processes.index) as advance:
+        for index in stage.own_parts():
+            part = load_rollouts(parts[index])
+            if index in missing:
+                used = [r for r in part if r.completion_ids and r.reward is not None]
+                with atomic_path(stage.part_path(index)) as path:
+                    _write_part(
+                        make_writer(path, _small(used, every, num_objectives)), reader, used, kept(index), every
+                    )
+            advance(len(part))
 
 
 def _write_part(
