@@ -28,7 +28,7 @@ app = typer.Typer(
 
 **fit** goes from prompts and a reward to a head in one line. Its stages also stand alone: **rollout** (sample
 responses), **label** (score them), **states** (read hidden states), **train** (fit the head); each reads the folder of
-the one before, goes on where it was stopped, and shares its work between the processes of `accelerate launch`. Then
+the one before, resumes where it was stopped, and shares its work between the processes of `accelerate launch`. Then
 **generate** under the head's control. **demo** does all of it on a small model.""",
 )
 
@@ -75,7 +75,7 @@ def main() -> None:
         app()
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
-            typer.echo("recontrol: interrupted. Stages go on where they were: run the same command again.", err=True)
+            typer.echo("recontrol: interrupted. Run the same command again to resume.", err=True)
         raise
     except RuntimeError as error:
         if error.__cause__ is None:

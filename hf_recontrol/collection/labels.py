@@ -77,7 +77,7 @@ def label_rollouts(
 ) -> dict[str, float]:
     """
     Score the rollouts of a folder, file by file, in place: each file is replaced by itself with rewards. A run that
-    was stopped goes on where it was. Under `accelerate launch` the processes share the files.
+    was stopped resumes there. Under `accelerate launch` the processes share the files.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -85,7 +85,7 @@ def label_rollouts(
         rewards (`dict[str, RewardFunction]`, or sequence of functions):
             The rewards, one objective each, by their names.
         again (`bool`, *optional*, defaults to `False`):
-            Replace the rewards of an earlier scoring. The same call goes on with a stopped one.
+            Replace the rewards of an earlier scoring. The same call resumes one that was stopped.
         on_bad_rows (`str`, *optional*, defaults to `"error"`):
             As for [`score_rollouts`].
         progress (`Callable[[int, int], None]`, *optional*):

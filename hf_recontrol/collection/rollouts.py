@@ -244,7 +244,7 @@ def write_rollouts(
 
     Args:
         folder (`str` or `os.PathLike`):
-            Made if need be. A run that was stopped goes on where it was; of a finished one nothing is done again.
+            Made if need be. A run that was stopped resumes there; of a finished one nothing is done again.
         model, tokenizer, prompts, control:
             As for [`generate_rollouts`].
         settings ([`RolloutSettings`], *optional*), changes:

@@ -182,7 +182,7 @@ def sampling_config(
 
     Raises:
         `ValueError`: for a mode in which a row's sample cannot depend on its own seed alone, and for several samples
-        without sampling. `OSError`: if the named generation config cannot be had.
+        without sampling. `OSError`: if the named generation config cannot be loaded.
     """
     config = settings.generation_config
     if config is None:

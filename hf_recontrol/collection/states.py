@@ -197,7 +197,7 @@ def write_states(
 ) -> dict[str, float]:
     """
     Read the states of a folder of scored rollouts into a folder of memory-mapped safetensors files, see [`States`] for
-    their tensors. Memory is bounded by the batch. A run that was stopped goes on where it was, and under `accelerate
+    their tensors. Memory is bounded by the batch. A run that was stopped resumes there, and under `accelerate
     launch` the processes share the files.
 
     Args:

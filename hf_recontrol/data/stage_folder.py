@@ -82,10 +82,10 @@ def read_manifest(folder: str | os.PathLike, kind: str, command: str, complete: 
         raise ValueError(f"{path} was made by another release of hf_recontrol: read it with that one, or upgrade.")
     if complete and not finished and manifest.get("rewards") is not None:
         raise ValueError(
-            f"The {kind} in {folder} are not scored to the end: run the same `recontrol label` again, it goes on."
+            f"The {kind} in {folder} are not scored to the end: run the same `recontrol label` again to resume."
         )
     if complete and not finished:
-        raise ValueError(f"The {kind} in {folder} are not finished: run the same `{command}` again, it goes on.")
+        raise ValueError(f"The {kind} in {folder} are not finished: run the same `{command}` again to resume.")
     return manifest
 
 
@@ -94,7 +94,7 @@ class StageFolder:
     A folder of numbered parts that one or several processes write, and a manifest.
 
     Each part is complete or absent, and what a part holds depends on its number alone, never on who writes it: a run
-    that was stopped at any instant goes on with the parts that are missing, with as many processes as it likes.
+    that was stopped at any instant resumes with the parts that are missing, with as many processes as it likes.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -102,7 +102,7 @@ class StageFolder:
         kind (`str`):
             What it holds: `"rollouts"` or `"states"`.
         settings (`dict`):
-            Everything that the parts depend on. A run with others does not go on in the same folder.
+            Everything that the parts depend on. A run with others is refused in the same folder.
         num_parts (`int`), suffix (`str`):
             How many parts there are, and how their names end.
 

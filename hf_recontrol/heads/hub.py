@@ -59,7 +59,7 @@ def find_file(
     Path of one file of a head, from a local folder or (downloaded and cached) from a Hub repo.
 
     Raises:
-        `OSError`: if the folder, the repo or the file in it cannot be had; says what was asked for and what to do.
+        `OSError`: if the folder, the repo or the file in it cannot be found; says what was asked for and what to do.
     """
     name_or_path = os.fspath(name_or_path)
     _check_subfolder(name_or_path, subfolder)

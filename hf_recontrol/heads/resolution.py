@@ -47,7 +47,7 @@ def resolve_head_and_base(
             As for [`ValueHead.from_pretrained`]: `token`, `cache_dir`, ...
 
     Raises:
-        `OSError`: if files cannot be had. `ValueError`: if the head does not say which base it is for, or, being from
+        `OSError`: if files cannot be loaded. `ValueError`: if the head does not say which base it is for, or, being from
         the Hub, names a folder of this machine.
     """
     if isinstance(value_head, nn.Module):

@@ -141,7 +141,7 @@ class ValueHead(nn.Module):
                 As in [`~huggingface_hub.hf_hub_download`].
 
         Raises:
-            `OSError`: if a file cannot be had. `ValueError`: if one is no head's; both name the file.
+            `OSError`: if a file cannot be loaded. `ValueError`: if one is no head's; both name the file.
         """
         options = {
             "revision": revision,

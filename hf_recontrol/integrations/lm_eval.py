@@ -58,7 +58,7 @@ class ReControlLM(HFLM):
             As in lm-eval's `hf`: `dtype`, `device`, `batch_size`, `tokenizer`, `peft`, `parallelize`, ...
 
     Raises:
-        `OSError`: if files cannot be had. `ValueError`, `TypeError`: if base, head and settings do not go together.
+        `OSError`: if files cannot be loaded. `ValueError`, `TypeError`: if base, head and settings do not go together.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
                 `cache_dir`, `local_files_only`, `trust_remote_code`, ...
 
         Raises:
-            `OSError`: if files cannot be had. `ValueError`, `TypeError`: if the head and the base do not fit.
+            `OSError`: if files cannot be loaded. `ValueError`, `TypeError`: if the head and the base do not fit.
         """
         hub_options = {
             key: kwargs[key] for key in ("cache_dir", "force_download", "token", "local_files_only") if key in kwargs

@@ -64,7 +64,7 @@ class ValueHeadMixtureMixin:
                 As for [`ValueHead.from_pretrained`]: `revision`, `subfolder`, `token`, ...
 
         Raises:
-            `TypeError`, `ValueError`, `OSError`: if there is such a name, or the head cannot be had, reads another
+            `TypeError`, `ValueError`, `OSError`: if there is such a name, or the head cannot be loaded, reads another
             hook point, or does not fit the model; the model is then as before.
         """
         settings = self._recontrol.settings

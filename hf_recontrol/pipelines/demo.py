@@ -92,7 +92,7 @@ class DemoSettings:
 def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.PathLike, *, seed: int = 0) -> dict:
     """
     Train a head with both parts on VADER's sentiment with [`fit`], and compare base, ascent and advantage control on
-    unseen prompts, at the same KL to the base. A second run goes on where the first was stopped.
+    unseen prompts, at the same KL to the base. A second run resumes where the first was stopped.
 
     Args:
         model (`str`, *optional*):

@@ -56,7 +56,7 @@ def fit(
 ) -> dict[str, Any]:
     """
     Everything from prompts to a head: sample responses, score them, read their states, train V and g, find a step
-    size, write a report. The same call again goes on where a run was stopped; under `accelerate launch` processes
+    size, write a report. The same call again resumes a run that was stopped; under `accelerate launch` processes
     share the work.
 
     Args:

@@ -70,7 +70,7 @@ def train_head(
 ) -> dict[str, Any]:
     """
     Train both parts of a head from a folder of states into a folder, the last stage of [`fit`]. Checkpoints go to
-    `output/training`; a run that was stopped goes on from the last one.
+    `output/training`; a run that was stopped resumes from the last one.
 
     Args:
         output (`str` or `os.PathLike`):

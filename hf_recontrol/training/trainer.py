@@ -167,7 +167,7 @@ class EpisodeTrainer(Trainer):
 
     def fit(self) -> bool:
         """
-        Train, or go on where an earlier run was stopped, and load the best checkpoint's weights.
+        Train, or resume where an earlier run was stopped, and load the best checkpoint's weights.
 
         Returns:
             Whether any epoch had a finite error.
@@ -197,7 +197,7 @@ class EpisodeTrainer(Trainer):
             return False
         if state.best_model_checkpoint is None:
             return False
-        # The folder may have been moved since; Trainer itself sees to that where it goes on.
+        # The folder may have been moved since; Trainer itself sees to that where it resumes.
         state.best_model_checkpoint = str(Path(checkpoint).with_name(Path(state.best_model_checkpoint).name))
         self.state = state
         return True

@@ -247,7 +247,7 @@ def train_value_head(
             How to train; single settings as keywords. In states of which every k-th is kept, λ and γ are those of k
             tokens.
         output_dir (`str` or `os.PathLike`, *optional*):
-            Where checkpoints and logs go; a run that was stopped goes on from its last complete checkpoint there. By
+            Where checkpoints and logs go; a run that was stopped resumes from its last complete checkpoint there. By
             default a temporary folder.
         trainer_class (`type`, *optional*):
             A subclass of [`ValueTrainer`] with another objective.
