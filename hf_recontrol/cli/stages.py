@@ -33,7 +33,8 @@ def fit(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for everything made.")] = None,
 ) -> None:
     """From prompts and a reward to a head and a report: all stages in one folder. The same command again resumes
-    a run that was stopped. `--model`, `--prompts`, `--reward` and `--output` are needed, here or in the file of `--config`.
+    a run that was stopped. `--model`, `--prompts`, `--reward` and `--output` are needed, here or in the file of
+    `--config`.
 
     Example: `recontrol fit -m org/base --prompts prompts.jsonl --reward my_module:my_reward -o run --num-samples 2`
     """

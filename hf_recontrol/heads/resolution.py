@@ -47,8 +47,8 @@ def resolve_head_and_base(
             As for [`ValueHead.from_pretrained`]: `token`, `cache_dir`, ...
 
     Raises:
-        `OSError`: if files cannot be loaded. `ValueError`: if the head does not say which base it is for, or, being from
-        the Hub, names a folder of this machine.
+        `OSError`: if files cannot be loaded. `ValueError`: if the head does not say which base it is for, or is from
+        the Hub and names a folder of this machine.
     """
     if isinstance(value_head, nn.Module):
         return HeadAndBase(value_head, name_or_path, revision, subfolder)
