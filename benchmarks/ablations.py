@@ -142,7 +142,7 @@ def subset(store: StateStore, share: float, every: int, seed: int, directions: b
                 rewards=store.rewards[episodes],
                 prompts=store.prompts[episodes],
                 finished=store.finished[episodes],
-                **store.hook_point | {"every": every},
+                **store.read_at | {"every": every},
             )
         ]
     )
@@ -157,11 +157,11 @@ def run_value(stores: Stores, change: dict[str, Any], seed: int) -> tuple[ValueH
     """V with one choice changed, and its held-out figures."""
     change = dict(change)
     store = stores[change.pop("hook_point", "lm_head")]
-    at_head = store.hook_point["hook_point"] == "lm_head"
+    at_head = store.read_at["hook_point"] == "lm_head"
     config = ValueHeadConfig(
         store.hidden_size,
         head_sizes=change.pop("head_sizes", SIZES),
-        hook_point=store.hook_point["hook_point"],
+        hook_point=store.read_at["hook_point"],
         advantage_sizes=[256] if at_head else None,
     )
     part = subset(store, change.pop("share", 1.0), change.pop("every", 1), seed, directions=False)

@@ -66,7 +66,7 @@ SECTIONS = {
         "kl_divergence",
         "match_kl",
         "kl_sample",
-        "recommended_method",
+        "recommend_control",
         "write_report",
     ],
 }

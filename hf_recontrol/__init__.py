@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .data.states import States, StateStore
     from .evaluation.metrics import diversity, kl_divergence
     from .evaluation.report import write_report
-    from .evaluation.strength import kl_sample, match_kl, recommended_method
+    from .evaluation.strength import kl_sample, match_kl, recommend_control
     from .heads.convert import convert_checkpoint
     from .heads.value_head import ValueHead
     from .modeling.causal_lm import ReControlForCausalLM
@@ -63,7 +63,7 @@ _MODULES = {
     "data.states": ("StateStore", "States"),
     "evaluation.metrics": ("diversity", "kl_divergence"),
     "evaluation.report": ("write_report",),
-    "evaluation.strength": ("kl_sample", "match_kl", "recommended_method"),
+    "evaluation.strength": ("kl_sample", "match_kl", "recommend_control"),
     "heads.convert": ("convert_checkpoint",),
     "heads.value_head": ("ValueHead",),
     "modeling.causal_lm": ("ReControlForCausalLM",),

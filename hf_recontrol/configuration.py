@@ -1,4 +1,4 @@
-"""What a head is ([`ValueHeadConfig`]) and how it is applied ([`ControlConfig`])."""
+"""What a head is ([`ValueHeadConfig`]), how it is applied ([`ControlConfig`]), how made ([`TrainingRecord`])."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from typing import Any
 from transformers.utils import logging
 
 from .utils.checks import check_choice, check_int, check_number, check_numbers, check_widths
+from .utils.choices import ACTIVATIONS, CONTROL_METHODS, HOOK_POINTS
 
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
-CONTROL_METHODS = ("ascent", "advantage")
-HOOK_POINTS = ("decoder_layer", "lm_head")
-ACTIVATIONS = ("relu", "silu", "gelu", "tanh")
 # A configuration may be anybody's: these keep a few bytes of it from asking for hours, or for all the memory.
 _MAX_STEPS = 10_000
 _MAX_BYTES = 1 << 20

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .utils.settings import Settings, documented, setting
+from .utils.setting_fields import Settings, setting, settings_class
 
 
-@documented
+@settings_class("Base model")
 class LoadingSettings(Settings):
     """How a base model that is named, not given, is loaded."""
 
@@ -29,7 +29,7 @@ class LoadingSettings(Settings):
     )
 
 
-@documented
+@settings_class("Prompts")
 class BadRowSettings(Settings):
     """What is done about rows that cannot be used."""
 
@@ -40,7 +40,7 @@ class BadRowSettings(Settings):
     )
 
 
-@documented
+@settings_class("Prompts")
 class PromptSettings(BadRowSettings):
     """How prompts are read."""
 
@@ -48,14 +48,14 @@ class PromptSettings(BadRowSettings):
     config_name: str | None = setting(None, "Configuration of a dataset that has several.")
     prompt_column: str = setting(
         "prompt",
-        "Column that holds the prompts. Data without it that have `messages`, a conversation, are asked for its last "
-        "answer.",
+        "Column that holds the prompts. Without it `messages`, a conversation, is taken: its last answer is removed and "
+        "asked for anew.",
     )
     limit: int | None = setting(None, "Rows to read at most: for a first try.", low=1, default_text="all")
     streaming: bool = setting(False, "Read a dataset of the Hub as it comes, instead of downloading all of it first.")
 
 
-@documented
+@settings_class("Base model")
 class ForwardSettings(Settings):
     """How much goes through the base at once."""
 
@@ -66,7 +66,7 @@ class ForwardSettings(Settings):
     )
 
 
-@documented
+@settings_class("Sampling")
 class SeedSettings(Settings):
     """Chance."""
 
@@ -75,7 +75,7 @@ class SeedSettings(Settings):
     )
 
 
-@documented
+@settings_class("Sampling")
 class SamplingSettings(SeedSettings, ForwardSettings):
     """How responses are drawn."""
 
@@ -119,7 +119,7 @@ class SamplingSettings(SeedSettings, ForwardSettings):
     )
 
 
-@documented
+@settings_class("States")
 class HookPointSettings(ForwardSettings):
     """Where the head reads and edits the state."""
 
@@ -144,7 +144,7 @@ class HookPointSettings(ForwardSettings):
         return self.directions and self.hook_point == "lm_head"
 
 
-@documented
+@settings_class("Sampling")
 class RolloutSettings(HookPointSettings, SamplingSettings, BadRowSettings):
     """How responses are sampled into a folder."""
 
@@ -156,7 +156,7 @@ class RolloutSettings(HookPointSettings, SamplingSettings, BadRowSettings):
     )
 
 
-@documented
+@settings_class("States")
 class StatesSettings(HookPointSettings):
     """How states are read and stored."""
 
@@ -173,12 +173,14 @@ class StatesSettings(HookPointSettings):
     )
 
 
-@documented
+@settings_class("Head")
 class HeadSettings(Settings):
     """The shape of a head."""
 
     head_sizes: tuple[int, ...] = setting(
-        (1024,), "Widths of V's hidden layers. One layer has the fastest ascent; more data can use a wider one.", low=1
+        (1024,),
+        "Widths of V's hidden layers. One layer has the fastest ascent; width and depth hardly change the error.",
+        low=1,
     )
     activation: Literal["relu", "silu", "gelu", "tanh"] = setting("relu", "Of V and g. ReLU has the fastest ascent.")
     advantage_sizes: tuple[int, ...] | None = setting(
@@ -186,7 +188,7 @@ class HeadSettings(Settings):
     )
 
 
-@documented
+@settings_class("Training of both parts")
 class TrainingSettings(SeedSettings):
     """What the training of V and of the advantage part share."""
 
@@ -215,7 +217,7 @@ class TrainingSettings(SeedSettings):
     )
 
 
-@documented
+@settings_class("Training of V")
 class ValueSettings(TrainingSettings):
     """How V is trained."""
 
@@ -243,7 +245,7 @@ class ValueSettings(TrainingSettings):
     )
 
 
-@documented
+@settings_class("Training of the advantage part")
 class AdvantageSettings(TrainingSettings):
     """How the advantage part g is trained."""
 
@@ -258,12 +260,12 @@ class AdvantageSettings(TrainingSettings):
     )
 
 
-@documented
+@settings_class("Training")
 class TrainSettings(AdvantageSettings, ValueSettings, HeadSettings):
     """How a head, V and the advantage part, is trained from a folder of states."""
 
 
-@documented
+@settings_class("Recommended control")
 class FitSettings(TrainSettings, StatesSettings, RolloutSettings, PromptSettings, LoadingSettings):
     """Everything that [`fit`] does: all stages, from prompts to a head that recommends a control."""
 

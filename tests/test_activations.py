@@ -147,7 +147,7 @@ def test_a_folder_holds_what_memory_holds_in_the_dtype_asked_for(rollouts, tmp_p
         found = store.gather("directions", everything)
         torch.testing.assert_close(found, expected.directions, rtol=tolerance, atol=tolerance)
     assert counts["states"] == store.num_states == sum(len(r.completion_ids) for r in load_rollouts(folder))
-    assert store.hook_point == {
+    assert store.read_at == {
         "hook_point": config.hook_point,
         "layer": config.layer,
         "base_model_name_or_path": None,
@@ -239,7 +239,7 @@ def test_every_kth_state_is_kept_counted_back_from_the_last(rollouts, tmp_path):
     write_states(tmp_path / "all", model, folder, **at(WITH_ADVANTAGE))
     write_states(tmp_path / "some", model, folder, **at(WITH_ADVANTAGE), every=3)
     everything, some = StateStore.open(tmp_path / "all"), StateStore.open(tmp_path / "some")
-    assert some.hook_point["every"] == 3
+    assert some.read_at["every"] == 3
     for episode in range(len(some)):
         for name in ("hidden", "directions"):
             whole = everything.gather(name, torch.tensor([episode]))
@@ -251,7 +251,7 @@ def test_a_budget_sets_how_many_states_are_kept(rollouts, tmp_path):
     full = write_states(tmp_path / "all", model, folder, **at(WITH_ADVANTAGE))["bytes"]
     part = write_states(tmp_path / "some", model, folder, **at(WITH_ADVANTAGE), max_gigabytes=0.45 * full / 1e9)
     store = StateStore.open(tmp_path / "some")
-    assert store.hook_point["every"] == 3 and part["bytes"] < 0.5 * full
+    assert store.read_at["every"] == 3 and part["bytes"] < 0.5 * full
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])

@@ -107,7 +107,7 @@ def test_a_finished_run_is_not_made_again(base, tmp_path, monkeypatch):
         "collection.labels.score_rollouts",
         "collection.states._Reader.read",
         "training.stage._train_both",
-        "pipelines.fit.match_kl",
+        "pipelines.fit.recommend_control",
     ):
         monkeypatch.setattr(f"hf_recontrol.{name}", None)
     assert run(base, tmp_path) == figures
@@ -142,11 +142,11 @@ def test_several_rewards_are_several_objectives(base, tmp_path):
 
 def test_the_advantage_edit_is_recommended_where_g_is_better_than_its_constant_part(base, tmp_path):
     run(base, tmp_path)
-    for g, method in ((0.2, "advantage"), (0.101, "ascent")):
+    for g, constant, method in ((0.2, 0.1, "advantage"), (0.101, 0.1, "ascent"), (-0.01, -0.1, "ascent")):
         head = ValueHead.from_pretrained(tmp_path / "head")
         head.config.control = None
         head.save_pretrained(tmp_path / "head")
-        _recommend(tmp_path, base, {"advantage_correlation": g, "constant_correlation": 0.1}, 0.1)
+        _recommend(tmp_path, base, {"advantage_correlation": g, "constant_correlation": constant}, 0.1)
         assert ValueHead.from_pretrained(tmp_path / "head").config.control.method == method
 
 

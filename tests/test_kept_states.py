@@ -53,7 +53,7 @@ def forwards(model, work):
 
 def assert_same(one, two, scale=1e-4, states=20):
     stores = [StateStore.open(folder) for folder in (one, two)]
-    assert stores[0].hook_point == stores[1].hook_point and stores[0].num_states > states
+    assert stores[0].read_at == stores[1].read_at and stores[0].num_states > states
     for name in ("lengths", "rewards", "prompts", "finished"):
         assert torch.equal(getattr(stores[0], name), getattr(stores[1], name))
     assert stores[0].has_directions == stores[1].has_directions
@@ -155,7 +155,7 @@ def test_states_of_another_place_or_without_directions_are_told_and_read_anew(tm
             model, lambda n=number, c=config: write_states(tmp_path / f"s{n}", model, tmp_path / "r", **at(c))
         )
         assert made > 0
-        assert StateStore.open(tmp_path / f"s{number}").hook_point["hook_point"] == config.hook_point
+        assert StateStore.open(tmp_path / f"s{number}").read_at["hook_point"] == config.hook_point
         assert "of another hook point, model or control, or lack directions" in recontrol_warnings[number]
 
 

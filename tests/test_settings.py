@@ -27,7 +27,7 @@ from hf_recontrol import (
 from hf_recontrol.cli import app, stages
 from hf_recontrol.cli.options import with_settings
 from hf_recontrol.pipelines.run_file import load_run
-from hf_recontrol.utils.settings import default_text
+from hf_recontrol.utils.setting_fields import default_text
 
 from .resumable import COMMAND, make_inputs
 from .tiny_models import tiny_model

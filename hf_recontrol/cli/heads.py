@@ -8,24 +8,25 @@ from typing import Annotated, Literal
 import typer
 
 from ..settings import LoadingSettings, SeedSettings
-from ..utils.settings import documented
+from ..utils.choices import CONTROL_METHODS
+from ..utils.setting_fields import settings_class
 from .app import app, print_json
 from .options import with_settings
 
 
-@documented
+@settings_class("Options")
 class _GenerateCommandSettings(SeedSettings, LoadingSettings):
     """What `recontrol generate` can be told of how it computes."""
 
 
 @app.command()
-@with_settings(_GenerateCommandSettings)
+@with_settings(_GenerateCommandSettings, from_file=False)
 def generate(
     settings: _GenerateCommandSettings,
     head: Annotated[str, typer.Argument(help="Head: a folder or a Hub repo.")],
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Base; default: the one the head names.")] = None,
-    method: Annotated[Literal["ascent", "advantage"] | None, typer.Option(help="Default: the head's.")] = None,
+    method: Annotated[Literal[CONTROL_METHODS] | None, typer.Option(help="Default: the head's.")] = None,
     step_size: Annotated[float | None, typer.Option(help="α, or 1/τ; default: the head's.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Ascent steps; default: the head's.")] = None,
     plausibility: Annotated[float | None, typer.Option(help="p; default: the head's.")] = None,
@@ -45,26 +46,28 @@ def generate(
     from transformers import AutoTokenizer
 
     from ..collection.rollouts import generate_rollouts
+    from ..configuration import ControlConfig
+    from ..heads.resolution import resolve_head_and_base
     from ..pipelines.loading import load_controlled
 
     names = {"method": method, "step_size": step_size, "num_steps": num_steps, "plausibility": plausibility}
     changes = {name: value for name, value in names.items() if value is not None}
     if target:
         changes["target"] = target
-    if model is None:
-        controlled = load_controlled(head, settings)
-    else:
-        controlled = load_controlled(model, settings, value_head=head)
-    recommended, wanted = controlled.value_head.config.control, replace(controlled.control, **changes)
-    controlled.value_head.config.check_control(wanted)
+    loaded, base, revision, subfolder = resolve_head_and_base(*([head] if model is None else [model, head]))
+    recommended = loaded.config.control
     if method is not None and step_size is None and (recommended is None or recommended.method != method):
         raise ValueError(
             f"This head recommends no step size for {method!r}: name one, `--step-size` (that of another method is in "
             "other units)."
         )
+    wanted = replace(recommended or ControlConfig(), **changes)
+    loaded.config.check_control(wanted)
     if recommended is None and step_size is None:
         typer.echo(f"This head recommends no control, so this is {wanted}: try `--step-size`.", err=True)
-    controlled.control = wanted
+    controlled = load_controlled(
+        base, settings, value_head=loaded, control=wanted, revision=revision, subfolder=subfolder
+    )
     tokenizer = AutoTokenizer.from_pretrained(controlled.config._name_or_path)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": settings.seed}
     answers = generate_rollouts(controlled, tokenizer, prompt, control=controlled.control, **sampling)

@@ -9,54 +9,16 @@ from collections.abc import Callable
 from dataclasses import Field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from ..settings import (
-    AdvantageSettings,
-    BadRowSettings,
-    FitSettings,
-    ForwardSettings,
-    HeadSettings,
-    HookPointSettings,
-    LoadingSettings,
-    PromptSettings,
-    RolloutSettings,
-    SamplingSettings,
-    SeedSettings,
-    StatesSettings,
-    TrainingSettings,
-    ValueSettings,
-)
-from ..utils.settings import Settings, annotations, default_text, kind_of
-
-# Under which heading help shows the settings that a class adds.
-_PANELS = {
-    SeedSettings: "Sampling",
-    ForwardSettings: "Base model",
-    LoadingSettings: "Base model",
-    BadRowSettings: "Prompts",
-    PromptSettings: "Prompts",
-    SamplingSettings: "Sampling",
-    RolloutSettings: "Sampling",
-    HookPointSettings: "States",
-    StatesSettings: "States",
-    HeadSettings: "Head",
-    TrainingSettings: "Training of both parts",
-    ValueSettings: "Training of V",
-    AdvantageSettings: "Training of the advantage part",
-    FitSettings: "Recommended control",
-}
+from ..utils.setting_fields import Settings, annotations, default_text, kind_of, panel_of
 
 ConfigOption = Annotated[
     Path | None,
     typer.Option(help="YAML file of settings, such as the `fit.yaml` of a run. Options override it."),
 ]
-
-
-def _panel(name: str) -> str:
-    return next(panel for cls, panel in _PANELS.items() if name in inspect.get_annotations(cls))
 
 
 def _option(cls: type[Settings], item: Field) -> inspect.Parameter:
@@ -78,7 +40,7 @@ def _option(cls: type[Settings], item: Field) -> inspect.Parameter:
         help=item.metadata["help"],
         show_default=default_text(item),
         metavar=metavar,
-        rich_help_panel=_panel(item.name),
+        rich_help_panel=panel_of(cls, item.name),
     )
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[shown | None, option]
@@ -113,40 +75,40 @@ def _parsed(cls: type[Settings], item: Field, value: Any) -> Any:
     return value
 
 
-def with_settings(cls: type[Settings]) -> Callable[[Callable], Callable]:
+def with_settings(cls: type[Settings], from_file: bool = True) -> Callable[[Callable], Callable]:
     """
-    Decorates a command: gives it an option for each setting of `cls`, and `--config`, and hands its function the
-    `settings` that come of them. A function that also takes `config` is handed what the file holds beside settings.
+    Decorates a command: gives it an option for each setting of `cls` and, unless `from_file` is false, `--config`, and
+    hands its function the `settings` that come of them; options override the file. A function that also takes `inputs`
+    is handed what the file holds beside settings.
     """
 
     def decorate(function: Callable) -> Callable:
-        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
-        takes_config = any(p.name == "config" for p in own)
-        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "config"]
+        declared = inspect.signature(function, eval_str=True).parameters
+        own = [
+            p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for p in declared.values()
+            if p.name not in ("settings", "inputs")
+        ]
         items = {item.name: item for item in fields(cls)}
-        config_option = inspect.Parameter(
-            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOption
-        )
 
         @wraps(function)
         def command(*, config: Path | None = None, **values: Any) -> None:
             given = {
                 name: _parsed(cls, items[name], values[name]) for name in items if values.get(name) not in (None, [])
             }
-            inputs, from_file = {}, {}
+            source, loaded = "The options", {}
             if config is not None:
-                from ..pipelines.run_file import RUN_INPUTS, load_run
+                from ..pipelines.run_file import load_run
 
-                loaded = load_run(config)
-                inputs = {name: loaded[name] for name in RUN_INPUTS if name in loaded}
-                from_file = {name: value for name, value in loaded.items() if name in items}
-            settings = cls.from_dict(from_file | given, "The settings" if config is None else f"{config} and options")
+                source, loaded = f"{config} and the options", load_run(config, cls)
+            settings = cls.from_dict({name: loaded[name] for name in items if name in loaded} | given, source)
             arguments = {p.name: values[p.name] for p in own}
-            if takes_config:
-                arguments["config"] = inputs
+            if "inputs" in declared:
+                arguments["inputs"] = {name: value for name, value in loaded.items() if name not in items}
             function(settings=settings, **arguments)
 
-        parameters = [*own, config_option, *(_option(cls, item) for item in items.values())]
+        config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOption)
+        parameters = [*own, *([config] if from_file else []), *(_option(cls, item) for item in items.values())]
         command.__signature__ = inspect.Signature(parameters)
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         return command
@@ -171,4 +133,3 @@ RewardOption = Annotated[
     ),
 ]
 HeadOption = Annotated[str | None, typer.Option(help="Work under the control that this head recommends.")]
-Method = Literal["ascent", "advantage"]

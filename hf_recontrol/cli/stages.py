@@ -17,7 +17,7 @@ from ..settings import (
     StatesSettings,
     TrainSettings,
 )
-from ..utils.settings import documented
+from ..utils.setting_fields import settings_class
 from .app import app, is_main_process, own_command, print_json
 from .options import HeadOption, ModelOption, PromptsOption, RewardOption, with_settings
 
@@ -25,8 +25,8 @@ from .options import HeadOption, ModelOption, PromptsOption, RewardOption, with_
 @app.command()
 @with_settings(FitSettings)
 def fit(
-    config: dict,
     settings: FitSettings,
+    inputs: dict,
     model: ModelOption = None,
     prompts: PromptsOption = None,
     reward: RewardOption = None,
@@ -41,7 +41,7 @@ def fit(
     from ..pipelines.fit import fit as run_fit
 
     given = {"model": model, "prompts": prompts, "reward": reward, "output": output}
-    inputs = config | {name: value for name, value in given.items() if value}
+    inputs = inputs | {name: value for name, value in given.items() if value}
     if missing := [f"--{name}" for name in given if name not in inputs]:
         raise typer.BadParameter(
             f"missing; give {', '.join(missing)} here or in the file of --config", param_hint=missing[0]
@@ -57,7 +57,7 @@ def _print_figures(figures: dict) -> None:
     print_json({name: value for name, value in figures.items() if isinstance(value, (int, float))})
 
 
-@documented
+@settings_class("Options")
 class _RolloutCommandSettings(RolloutSettings, PromptSettings, LoadingSettings):
     """What `recontrol rollout` can be told."""
 
@@ -118,7 +118,7 @@ def label(
         typer.echo(f"{scored} responses, mean reward {means} -> {rollouts}")
 
 
-@documented
+@settings_class("Options")
 class _StatesCommandSettings(StatesSettings, LoadingSettings):
     """What `recontrol states` can be told."""
 
@@ -173,7 +173,7 @@ def train(
 
 
 @app.command()
-@with_settings(SeedSettings)
+@with_settings(SeedSettings, from_file=False)
 def demo(
     settings: SeedSettings,
     model: Annotated[

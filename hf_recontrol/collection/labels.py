@@ -1,20 +1,59 @@
-"""Responses to scored responses, in memory or in their folder."""
+"""Responses to scored responses, in memory or in their folder: rewards are called, and what they return is checked."""
 
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from ..data.fingerprints import file_checksum
 from ..data.processes import Progress, progress_bar
-from ..data.prompts import BadRow, report_bad_rows
+from ..data.prompts import BadRow, Prompts, report_bad_rows
 from ..data.rollouts import Rollout, count_rollouts, load_rollouts, save_rollouts, scoring_of
 from ..data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
-from .rewards import MissingColumnError, RewardFunction, by_name, finite_reward, reward_fingerprint, reward_name
+from .rewards import MissingColumnError, RewardFunction, by_name, reward_column, reward_fingerprint, reward_name
+
+
+def finite_reward(value: Any) -> float | None:
+    """The reward as a float, or `None` where it is no finite number."""
+    if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, np.generic):
+        value = value.item()
+    try:
+        # Training computes in float32.
+        return float(value) if isinstance(value, Real) and abs(value) <= torch.finfo(torch.float32).max else None
+    except OverflowError:
+        return None
+
+
+def check_columns(specs: Sequence[str], prompts: Prompts) -> None:
+    """
+    Check the columns that rewards name, before any response is sampled.
+
+    Raises:
+        `ValueError`: if there is no such column, or it holds something that is no finite number; names the rows.
+    """
+    for column in (reward_column(spec, prompts.rows[0]) for spec in specs):
+        if column is None:
+            continue
+        if column not in prompts.rows[0]:
+            raise MissingColumnError(f"The data have no column {column!r}, they have {sorted(prompts.rows[0])}.")
+        bad = [
+            BadRow(f"prompt {number}", f"the column {column} holds {row[column]!r}, expected a finite number")
+            for number, row in zip(prompts.numbers, prompts.rows, strict=True)
+            if finite_reward(row[column]) is None
+        ]
+        report_bad_rows(bad, "error")
 
 
 def score_rollouts(

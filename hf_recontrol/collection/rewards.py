@@ -1,30 +1,26 @@
-"""Rewards: functions with TRL's signature, columns of the data, sequence classifiers."""
+"""Rewards: functions, columns of the data, sequence classifiers."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import inspect
-import math
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from numbers import Real
-from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.fingerprints import model_fingerprint
 from ..data.processes import Processes
-from ..data.prompts import BadRow, Prompt, Prompts, report_bad_rows
+from ..data.prompts import Prompt
 from ..utils.extras import needs_extra
 
-# TRL's signature: f(prompts, completions, **kwargs) -> list[float], one reward for each pair. Further columns of the
-# data come as keyword arguments, lists of the same length.
+# f(prompts, completions, **columns) -> list[float], called by position: one reward for each prompt and completion.
+# Further columns of the data come as keyword arguments, lists of the same length.
 RewardFunction = Callable[..., Sequence[float]]
 
 
@@ -177,26 +173,6 @@ def reward_column(spec: str, columns: Collection[str]) -> str | None:
     return spec.removeprefix("column:") if spec.startswith("column:") else None
 
 
-def check_columns(specs: Sequence[str], prompts: Prompts) -> None:
-    """
-    Check the columns that rewards name, before any response is sampled.
-
-    Raises:
-        `ValueError`: if there is no such column, or it holds something that is no finite number; names the rows.
-    """
-    for column in (reward_column(spec, prompts.rows[0]) for spec in specs):
-        if column is None:
-            continue
-        if column not in prompts.rows[0]:
-            raise MissingColumnError(f"The data have no column {column!r}, they have {sorted(prompts.rows[0])}.")
-        bad = [
-            BadRow(f"prompt {number}", f"the column {column} holds {row[column]!r}, expected a finite number")
-            for number, row in zip(prompts.numbers, prompts.rows, strict=True)
-            if finite_reward(row[column]) is None
-        ]
-        report_bad_rows(bad, "error")
-
-
 def _column(name: str) -> RewardFunction:
     def reward(prompts, completions, **columns):
         if name not in columns:
@@ -242,16 +218,3 @@ def by_name(rewards: Sequence[RewardFunction], names: Sequence[str] | None = Non
     if len(set(names)) < len(names):
         raise ValueError(f"Two rewards have the same name: {list(names)}. Give each its own.")
     return dict(zip(names, rewards, strict=True))
-
-
-def finite_reward(value: Any) -> float | None:
-    """The reward as a float, or `None` where it is no finite number."""
-    if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
-        value = value.item()
-    if isinstance(value, np.generic):
-        value = value.item()
-    try:
-        # Training computes in float32.
-        return float(value) if isinstance(value, Real) and abs(value) <= torch.finfo(torch.float32).max else None
-    except OverflowError:
-        return None

@@ -35,7 +35,7 @@ from .sampling import (
     cut_response,
     draw_with,
     needs_equal_lengths,
-    row_seed,
+    response_seed,
     sampling_config,
 )
 
@@ -148,7 +148,7 @@ def _sample(
         keeper = None if keep is None else StateKeeper(keep.hook_point, keep.weight, sampler.temperature)
         responses = sampler.draw(
             [encoded[rows[k][0]] for k in batch],
-            [row_seed(settings.seed, prompts.numbers[rows[k][0]], rows[k][1]) for k in batch],
+            [response_seed(settings.seed, prompts.numbers[rows[k][0]], rows[k][1]) for k in batch],
             keeper,
         )
         for k, (text, ids, finished) in zip(batch, responses, strict=True):
@@ -221,7 +221,7 @@ def generate_rollouts(
     config = sampling_config(model, tokenizer, settings)
     sampler = _Sampler(model, tokenizer, config, _checked_control(model, control))
     encoded, bad = _encode_all(tokenizer, prompts, range(len(prompts)), _room(model), config.max_new_tokens)
-    report_bad_rows(bad, "error")
+    report_bad_rows(bad, "error", can_skip=False)
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(settings.num_samples)]
     with progress_bar("rollouts", len(rows)) as advance:
         return _sample(sampler, prompts, encoded, rows, settings, advance)

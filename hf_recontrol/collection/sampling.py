@@ -48,7 +48,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
-def row_seed(seed: int, prompt_number: int, sample: int) -> list[int]:
+def response_seed(seed: int, prompt_number: int, sample: int) -> list[int]:
     """
     What the noise of one response depends on: the run's seed, the prompt's number in its source, and which of the
     prompt's samples it is. Not on its batch, its file or its process.

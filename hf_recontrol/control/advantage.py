@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
+from ..heads.value_head import ValueHead
+from .method import ControlMethod
 from .plan import Plan
 
 
@@ -30,3 +33,30 @@ def advantage_edit(plan: Plan, hidden: torch.Tensor, weights: Sequence, alpha) -
             x = head.activation(torch.addmm(b, x, w.T))
         edit = edit + omega * torch.addmm(bias, x, weight.T)
     return alpha * edit
+
+
+class Advantage(ControlMethod):
+    """`α g(h)` in one step."""
+
+    part = "advantage"
+
+    def is_idle(self, head: ValueHead) -> bool:
+        """Whether g is zero. The bias of its last layer is its constant part."""
+        last = head.advantage_mlp.layers[-1]
+        return not last.weight.any() and not last.bias.any()
+
+    def check_module(self, head: nn.Module) -> None:
+        """Raise `TypeError` if it has no method `advantage`."""
+        if not callable(getattr(head, "advantage", None)):
+            raise TypeError(f"{type(head).__name__} has no method `advantage`, which `method='advantage'` calls.")
+
+    def edit(self, plan, heads, rows, weights, alpha, control, eager) -> torch.Tensor:
+        """By [`advantage_edit`]."""
+        return advantage_edit(plan, rows, weights, alpha)
+
+    def edit_by_modules(self, heads, rows, weights, alpha, control, eager) -> torch.Tensor:
+        """By their method `advantage`."""
+        return alpha * sum(
+            weight * head.advantage(rows.to(next(head.parameters(), rows).dtype)).to(rows.dtype)
+            for head, weight in zip(heads, weights, strict=True)
+        )

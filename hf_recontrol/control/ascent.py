@@ -15,7 +15,11 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
+from ..configuration import ControlConfig
+from ..heads.value_head import ValueHead
+from .method import ControlMethod
 from .plan import HeadTensors, Plan
 
 # Where more than this share of the units flip in one step, a whole product with G costs less than picking rows of it.
@@ -23,6 +27,9 @@ _MANY_FLIPS = 0.25
 # Steps taken without looking then: so many flips rarely become few at once, and looking costs as much as a small
 # product.
 _STEPS_WITHOUT_LOOKING = 8
+# Steps run away from a target if they end more than so many times as far from it and so much, in standardised values.
+# A step or two too far is no harm.
+_FURTHER, _NEAR = 2, 1
 
 
 def _derivative(activation: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,10 +54,10 @@ def _first_layer_gradient(head: HeadTensors, z: torch.Tensor, target: torch.Tens
     """δ/ω at the first pre-activation, `(rows, width)`: a forward and a backward by hand."""
     slopes = []
     for weight, bias in head.layers[1:]:
-        value, slope = _derivative(head.name, z)
+        value, slope = _derivative(head.activation_name, z)
         slopes.append(slope)
         z = torch.addmm(bias, value, weight.T)
-    value, slope = _derivative(head.name, z)
+    value, slope = _derivative(head.activation_name, z)
     if target is None:
         gradient = head.out_sum * slope
     else:
@@ -217,3 +224,78 @@ def _ascend_by_flips(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_ste
                 moved = step(moved, change, jump)
                 remaining -= jump
     return coefficients
+
+
+def _target_values(head: nn.Module, control: ControlConfig, like: torch.Tensor) -> torch.Tensor | None:
+    """The target in standardised values, `(num_objectives,)`, or `None`."""
+    if control.target is None:
+        return None
+    target, mean, std = (
+        like.new_tensor(value) for value in (control.target, head.config.reward_mean, head.config.reward_std)
+    )
+    return ((target - mean) / std).expand(head.config.num_objectives)
+
+
+def _ascend_by_autograd(
+    heads: Sequence[nn.Module], hidden: torch.Tensor, weights: Sequence, alpha, decay, control: ControlConfig
+) -> torch.Tensor:
+    """[`ascend`] for any modules that map states to values; `hidden` and the result are `(rows, hidden_size)`."""
+    # generate() may run under inference_mode, whose tensors cannot be saved for a backward.
+    with torch.inference_mode(False), torch.enable_grad():
+        hidden = hidden.clone()
+        edit = torch.zeros_like(hidden)
+        for _ in range(control.num_steps):
+            direction = torch.zeros_like(hidden)
+            for head, weight in zip(heads, weights, strict=True):
+                parameter = next(head.parameters(), hidden)
+                scale = getattr(head, "state_scale", torch.ones(1)).detach().clone().to(hidden)
+                leaf = torch.zeros_like(hidden).requires_grad_(True)
+                values = head((hidden + edit + scale * leaf).to(parameter.dtype))
+                target = _target_values(head, control, values)
+                total = values.sum() if target is None else -0.5 * (values - target).square().sum()
+                (gradient,) = torch.autograd.grad(total, leaf)
+                direction = direction + weight * scale * gradient
+            edit = decay * edit + alpha * direction
+    return edit.detach()
+
+
+def _check_nearer(head: nn.Module, control: ControlConfig, rows: torch.Tensor, edit: torch.Tensor) -> None:
+    parameter = next(head.parameters(), rows)
+    before, after = (head(x.to(parameter.device, parameter.dtype)) for x in (rows, rows + edit))
+    target = _target_values(head, control, before)
+    before, after = (torch.linalg.vector_norm(values - target, dim=-1) for values in (before, after))
+    if (after > _FURTHER * before + _NEAR).any():
+        raise FloatingPointError(
+            f"The steps overshoot the target further each time: `step_size` {control.largest_step_size:g} is too "
+            "large for this head."
+        )
+
+
+class Ascent(ControlMethod):
+    """`num_steps` steps up V, or towards its target."""
+
+    part = "value"
+    needs_gram = True
+
+    def is_idle(self, head: ValueHead) -> bool:
+        """Whether V is constant. The bias of its last layer moves no state."""
+        return not head.value_mlp.layers[-1].weight.any()
+
+    def edit(self, plan, heads, rows, weights, alpha, control, eager) -> torch.Tensor:
+        """By [`ascend`]."""
+        target = _target_values(heads[0], control, rows)
+        edit = ascend(plan, rows, weights, alpha, _decay(control, alpha), control.num_steps, target, eager=eager)
+        if target is not None and eager:
+            _check_nearer(heads[0], control, rows, edit)
+        return edit
+
+    def edit_by_modules(self, heads, rows, weights, alpha, control, eager) -> torch.Tensor:
+        """By autograd."""
+        edit = _ascend_by_autograd(heads, rows, weights, alpha, _decay(control, alpha), control)
+        if control.target is not None and eager:
+            _check_nearer(heads[0], control, rows, edit)
+        return edit
+
+
+def _decay(control: ControlConfig, alpha: float | torch.Tensor) -> float | torch.Tensor:
+    return 1.0 - 2.0 * control.l2 * alpha if control.l2 else 1.0

@@ -9,8 +9,9 @@ from torch import nn
 
 from ..configuration import ControlConfig
 from ..heads.value_head import ValueHead
-from .advantage import advantage_edit
-from .ascent import ascend
+from .advantage import Advantage
+from .ascent import Ascent
+from .method import ControlMethod
 from .plan import Plan, build_plan
 
 # Rows edited at once: bounds the memory of a long teacher-forced forward to a few arrays of this many rows.
@@ -18,6 +19,8 @@ _MAX_ROWS = 4096
 # Mixtures whose tensors are kept: each has a Gram matrix of its own.
 _MAX_PLANS = 8
 DEFAULT_NAME = "default"
+
+METHODS: dict[str, ControlMethod] = {"ascent": Ascent(), "advantage": Advantage()}
 
 # Of each head that acts, by name: its weight, a number or one value for each state, `hidden.shape[:-1] + (1,)`.
 Weights = Mapping[str, "float | torch.Tensor"]
@@ -42,37 +45,22 @@ class _Snapshot:
         )
 
 
-def _target_values(head: nn.Module, control: ControlConfig, like: torch.Tensor) -> torch.Tensor | None:
-    """The target in standardised values, `(num_objectives,)`, or `None`."""
-    if control.target is None:
-        return None
-    target, mean, std = (
-        like.new_tensor(value) for value in (control.target, head.config.reward_mean, head.config.reward_std)
-    )
-    return ((target - mean) / std).expand(head.config.num_objectives)
+def _of_one_kind(weights: list[float | torch.Tensor]) -> list[float | torch.Tensor]:
+    """All as tensors if one is."""
+    if not any(isinstance(weight, torch.Tensor) for weight in weights):
+        return weights
+    return [
+        weight if isinstance(weight, torch.Tensor) else torch.tensor([weight], dtype=torch.float64)
+        for weight in weights
+    ]
 
 
-def _ascend_by_autograd(
-    heads: Sequence[nn.Module], hidden: torch.Tensor, weights: Sequence, alpha, decay, control: ControlConfig
-) -> torch.Tensor:
-    """[`ascend`] for any modules that map states to values; `hidden` and the result are `(rows, hidden_size)`."""
-    # generate() may run under inference_mode, whose tensors cannot be saved for a backward.
-    with torch.inference_mode(False), torch.enable_grad():
-        hidden = hidden.clone()
-        edit = torch.zeros_like(hidden)
-        for _ in range(control.num_steps):
-            direction = torch.zeros_like(hidden)
-            for head, weight in zip(heads, weights, strict=True):
-                parameter = next(head.parameters(), hidden)
-                scale = getattr(head, "state_scale", torch.ones(1)).detach().clone().to(hidden)
-                leaf = torch.zeros_like(hidden).requires_grad_(True)
-                values = head((hidden + edit + scale * leaf).to(parameter.dtype))
-                target = _target_values(head, control, values)
-                total = values.sum() if target is None else -0.5 * (values - target).square().sum()
-                (gradient,) = torch.autograd.grad(total, leaf)
-                direction = direction + weight * scale * gradient
-            edit = decay * edit + alpha * direction
-    return edit.detach()
+def _by_row(value: float | torch.Tensor, states: torch.Tensor, dtype: torch.dtype) -> float | torch.Tensor:
+    """One value for each of the states, `(states, 1)`, or the number that holds for all."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    # The dtype first: not every device knows float64.
+    return value.to(dtype).to(states.device).expand(*states.shape[:-1], 1).reshape(-1, 1)
 
 
 class Controller:
@@ -163,29 +151,16 @@ class Controller:
         states = hidden.detach()
         rows = states.reshape(-1, states.shape[-1])
         dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
-
-        def by_row(value: float | torch.Tensor) -> float | torch.Tensor:
-            if not isinstance(value, torch.Tensor):
-                return value
-            # The dtype first: not every device knows float64.
-            return value.to(dtype).to(rows.device).expand(*states.shape[:-1], 1).reshape(-1, 1)
-
         weights = dict.fromkeys(self.heads, 1.0) if weights is None else weights
-        names = tuple(weights)
-        omegas = list(weights.values())
-        if any(isinstance(omega, torch.Tensor) for omega in omegas):
-            omegas = [
-                omega if isinstance(omega, torch.Tensor) else torch.tensor([omega], dtype=torch.float64)
-                for omega in omegas
-            ]
-        numbers = [by_row(step_size), *map(by_row, omegas)]
+        names, omegas = tuple(weights), _of_one_kind(list(weights.values()))
+        numbers = [_by_row(value, states, dtype) for value in (step_size, *omegas)]
         compiling = torch.compiler.is_compiling()
         with torch.no_grad():
             chunks = (rows,) if compiling else rows.split(_MAX_ROWS)
             columns = [x.split(len(chunks[0])) if isinstance(x, torch.Tensor) else [x] * len(chunks) for x in numbers]
             edits = [
-                self._edit_rows(chunk.to(dtype), control, alpha, names, omegas, prepared)
-                for chunk, alpha, *omegas in zip(chunks, *columns, strict=True)
+                self._edit_rows(chunk.to(dtype), control, alpha, names, chunk_omegas, prepared)
+                for chunk, alpha, *chunk_omegas in zip(chunks, *columns, strict=True)
             ]
             edit = edits[0] if len(edits) == 1 else torch.cat(edits)
             if compiling:
@@ -199,8 +174,8 @@ class Controller:
         if torch.isfinite(edited).all():
             return edited
         usable = torch.isfinite(states).all(-1, keepdim=True)
-        all_one = all(isinstance(omega, float) and omega == 1 for omega in omegas)
         if not torch.isfinite(edited[usable.squeeze(-1)]).all():
+            all_one = all(isinstance(omega, float) and omega == 1 for omega in omegas)
             raise FloatingPointError(
                 f"The {control.method} edit left the range of {states.dtype}: `step_size` "
                 f"{control.largest_step_size:g}{'' if all_one else ', times the weights,'} is too large for this head."
@@ -215,47 +190,19 @@ class Controller:
     def _edit_rows(
         self, rows: torch.Tensor, control: ControlConfig, alpha, names: tuple[str, ...], weights, prepared: bool
     ) -> torch.Tensor:
-        """u for `(rows, hidden_size)` states in the compute dtype; `alpha` and `weights` as for [`ascend`]."""
-        decay = 1.0 - 2.0 * control.l2 * alpha if control.l2 else 1.0
-        compiling, with_gram = torch.compiler.is_compiling(), control.method == "ascent"
+        """u of `(rows, hidden_size)` states in the compute dtype; `alpha`, `weights` as for [`ControlMethod.edit`]."""
+        method, heads = METHODS[control.method], [self.heads[name] for name in names]
+        eager = not torch.compiler.is_compiling()
         if not self._are_plain(names):
-            edit = self._edit_rows_by_modules(rows, control, alpha, decay, [self.heads[x] for x in names], weights)
+            for head in heads:
+                if next(head.parameters(), rows).device != rows.device:
+                    head.to(rows.device)
+            return method.edit_by_modules(heads, rows, weights, alpha, control, eager)
+        if eager:
+            plan = self._plan(names, rows.device, rows.dtype, method.needs_gram)
         else:
-            if compiling:
-                plan = self._traced_plan(rows, names, with_gram, prepared)
-            else:
-                plan = self._plan(names, rows.device, rows.dtype, with_gram)
-            if not with_gram:
-                return advantage_edit(plan, rows, weights, alpha)
-            target = _target_values(self.heads[names[0]], control, rows)
-            edit = ascend(plan, rows, weights, alpha, decay, control.num_steps, target, eager=not compiling)
-        if control.target is not None and not compiling:
-            self._check_nearer(self.heads[names[0]], control, rows, edit)
-        return edit
-
-    @staticmethod
-    def _check_nearer(head: nn.Module, control: ControlConfig, rows: torch.Tensor, edit: torch.Tensor) -> None:
-        parameter = next(head.parameters(), rows)
-        before, after = (head(x.to(parameter.device, parameter.dtype)) for x in (rows, rows + edit))
-        target = _target_values(head, control, before)
-        before, after = (torch.linalg.vector_norm(values - target, dim=-1) for values in (before, after))
-        # A step or two too far is no harm; steps that run away are.
-        if (after > 2 * before + 1).any():
-            raise FloatingPointError(
-                f"The steps overshoot the target further each time: `step_size` {control.largest_step_size:g} is too "
-                "large for this head."
-            )
-
-    def _edit_rows_by_modules(self, rows: torch.Tensor, control: ControlConfig, alpha, decay, heads, weights):
-        for head in heads:
-            if next(head.parameters(), rows).device != rows.device:
-                head.to(rows.device)
-        if control.method != "advantage":
-            return _ascend_by_autograd(heads, rows, weights, alpha, decay, control)
-        return alpha * sum(
-            weight * head.advantage(rows.to(next(head.parameters(), rows).dtype)).to(rows.dtype)
-            for head, weight in zip(heads, weights, strict=True)
-        )
+            plan = self._traced_plan(rows, names, method.needs_gram, prepared)
+        return method.edit(plan, heads, rows, weights, alpha, control, eager)
 
     def _plan(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype, with_gram: bool) -> Plan:
         """The plan for these heads, built on first use and again if a head has changed since."""
@@ -275,7 +222,7 @@ class Controller:
         """Renew what was prepared of heads if they have changed since. Called before code that may be compiled."""
         if self._last is not None and self._are_plain(names):
             mean = self._last[2].heads[0].mean
-            self._plan(names, mean.device, mean.dtype, control.method == "ascent")
+            self._plan(names, mean.device, mean.dtype, METHODS[control.method].needs_gram)
 
     def _traced_plan(self, rows: torch.Tensor, names: tuple[str, ...], with_gram: bool, prepared: bool) -> Plan:
         # torch 2.7 takes `is_exporting` for true in whatever is compiled; the flag behind it tells.

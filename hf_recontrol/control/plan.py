@@ -24,7 +24,7 @@ class HeadTensors:
     mean: torch.Tensor
     scale: torch.Tensor
     # The activation's name, for V's derivative, and itself, for g.
-    name: str
+    activation_name: str
     activation: nn.Module
     # (weight, bias) of each hidden layer of V, and of the layer from the last activation to the objectives.
     layers: list[tuple[torch.Tensor, torch.Tensor]]
@@ -49,7 +49,7 @@ class HeadTensors:
     @property
     def is_one_relu(self) -> bool:
         """Whether V has one hidden layer, of ReLUs."""
-        return len(self.layers) == 1 and self.name == "relu"
+        return len(self.layers) == 1 and self.activation_name == "relu"
 
     def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
         """x of `(rows, hidden_size)` states."""
@@ -101,7 +101,7 @@ def build_plan(
             HeadTensors(
                 mean=convert(head.state_mean),
                 scale=convert(head.state_scale),
-                name=name,
+                activation_name=name,
                 activation=head.value_mlp.activation,
                 layers=layers,
                 out=out,

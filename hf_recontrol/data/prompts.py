@@ -65,9 +65,17 @@ class Prompts:
         return len(self.rows)
 
 
-def report_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str) -> None:
+def report_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str, can_skip: bool = True) -> None:
     """
     Warn of bad rows that are left out, or raise.
+
+    Args:
+        bad_rows (sequence of [`BadRow`]):
+            What cannot be used.
+        on_bad_rows (`str`):
+            `"error"` or `"skip"`.
+        can_skip (`bool`, *optional*, defaults to `True`):
+            Whether the caller can leave rows out, and some would be left.
 
     Raises:
         `ValueError`: if there are some and `on_bad_rows` is `"error"`; names the first.
@@ -79,10 +87,8 @@ def report_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str) -> None:
     more = f"; and {len(bad_rows) - _NAMED} more" if len(bad_rows) > _NAMED else ""
     count = "1 row" if len(bad_rows) == 1 else f"{len(bad_rows)} rows"
     if on_bad_rows == "error":
-        raise ValueError(
-            f"{count} cannot be used: {named}{more}. To leave out such rows: `on_bad_rows='skip'` (`--on-bad-rows "
-            "skip`)."
-        )
+        remedy = " To leave out such rows: `on_bad_rows='skip'` (`--on-bad-rows skip`)." if can_skip else ""
+        raise ValueError(f"{count} cannot be used: {named}{more}.{remedy}")
     logger.warning(f"{count} left out: {named}{more}.")
 
 
@@ -272,7 +278,7 @@ def load_prompts(source: Any, settings: PromptSettings | None = None, **changes)
         raise ValueError(f"No prompts: {name} holds no rows.")
     if not rows and found and not {column, "messages"} & found:
         raise ValueError(f"{name} has no column {column!r}, it has {sorted(map(str, found))}: name the column.")
-    report_bad_rows(bad, on_bad_rows if rows else "error")
+    report_bad_rows(bad, on_bad_rows if rows else "error", can_skip=bool(rows))
     # A reward function gets the same columns for every row, however rows are shared out.
     missing = dict.fromkeys(key for row in rows for key in row)
     rows = [missing | row for row in rows]

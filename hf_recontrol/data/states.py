@@ -170,7 +170,7 @@ class StateStore:
         return all(part.directions is not None for part in self.parts)
 
     @cached_property
-    def hook_point(self) -> dict:
+    def read_at(self) -> dict:
         """Where in the model the states were read, and how densely."""
         names = ("hook_point", "layer", "base_model_name_or_path", "base_model_revision", "every")
         return {name: getattr(self.parts[0], name) for name in names}

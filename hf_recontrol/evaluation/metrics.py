@@ -41,8 +41,9 @@ def diversity(texts: Sequence[str]) -> float:
 @torch.no_grad()
 def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, batch_size: int = 8) -> float:
     """
-    Mean `KL(π ‖ π0)` in nats over the rollouts' response tokens: π the model under `model.control`, π0 its base, both
-    at temperature 1, read by teacher forcing. On the controlled model's own responses this is the KL that it paid.
+    Mean `KL(π ‖ π0)` in nats over the rollouts' response tokens: π the model under the settings in force, π0 its base,
+    both at temperature 1, read by teacher forcing. On the controlled model's own responses this is the KL that it
+    paid.
 
     Raises:
         `ValueError`: if no rollout has a token, or settings hold one value for each prompt.

@@ -11,8 +11,9 @@ from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
 from .metrics import kl_divergence
 
-# How much better than its constant part g must be on held-out prompts to be recommended.
+# How much better than its constant part g must be on held-out prompts to be recommended, and how good at least.
 _CLEARLY_BETTER = 1.1
+_SMALLEST_CORRELATION = 0.05
 # A few responses give the mean KL well enough, at a second or two for each step size tried: of the longest so many,
 # every so manyth.
 _LONGEST, _EVERY = 64, 8
@@ -32,14 +33,14 @@ def kl_sample(rollouts: Sequence[Rollout]) -> list[Rollout]:
 def recommended_method(figures: Mapping[str, float]) -> str:
     """
     Which control a head recommends: the advantage edit where g's held-out correlation is a tenth better than that of
-    its constant part, else the ascent.
+    its constant part and above 0.05, else the ascent.
 
     Args:
         figures (mapping):
             Of [`fit_advantage`]; without them it is the ascent.
     """
-    gained = figures.get("advantage_correlation", 0) > _CLEARLY_BETTER * figures.get("constant_correlation", 0)
-    return "advantage" if gained else "ascent"
+    needed = max(_CLEARLY_BETTER * figures.get("constant_correlation", 0.0), _SMALLEST_CORRELATION)
+    return "advantage" if figures.get("advantage_correlation", 0.0) > needed else "ascent"
 
 
 def match_kl(
@@ -103,3 +104,26 @@ def match_kl(
         f"No step size was found that moves the policy by {target:g} nats a token: {math.exp(before[0]):.3g} moves it "
         f"by {math.exp(before[1]):.3g}."
     )
+
+
+def recommend_control(
+    model: ReControlForCausalLM, rollouts: Sequence[Rollout], figures: Mapping[str, float], target_kl: float
+) -> ControlConfig:
+    """
+    The control that a head should recommend: [`recommended_method`], at the step size that moves the policy by
+    `target_kl` (see [`match_kl`]).
+
+    Args:
+        model ([`ReControlForCausalLM`]):
+            The base with the head.
+        rollouts (sequence of [`Rollout`]):
+            Uncontrolled responses; a few of them are used, see [`kl_sample`].
+        figures (mapping):
+            Held-out figures of the head.
+        target_kl (`float`):
+            Nats a token.
+
+    Raises:
+        `ValueError`: as [`match_kl`].
+    """
+    return match_kl(model, kl_sample(rollouts), ControlConfig(recommended_method(figures), step_size=1.0), target_kl)

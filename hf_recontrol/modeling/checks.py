@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration import ControlConfig, ValueHeadConfig
+from ..control.controller import METHODS
 from ..heads.value_head import ValueHead
 from .hook_points import HookPoint, find_lm_head
 
@@ -87,18 +88,17 @@ def check_head(model: PreTrainedModel, head: nn.Module) -> HookPoint:
 
 
 def check_not_idle(head: nn.Module, control: ControlConfig) -> None:
-    """Refuse a head whose edit is zero whatever the state: an untrained g, or a V that is constant; or has no g."""
+    """
+    Refuse a head whose edit is zero whatever the state (an untrained g, a V that is constant), or a module that lacks
+    what the method calls.
+    """
+    method = METHODS[control.method]
     if not isinstance(head, ValueHead):
-        if control.method == "advantage" and not callable(getattr(head, "advantage", None)):
-            raise TypeError(f"{type(head).__name__} has no method `advantage`, which `method='advantage'` calls.")
-        return
-    last = (head.advantage_mlp if control.method == "advantage" else head.value_mlp).layers[-1]
-    # The bias of V's last layer moves no state; that of g's is the constant part of the edit.
-    idle = not last.weight.any() and not (control.method == "advantage" and last.bias.any())
-    if idle:
+        method.check_module(head)
+    elif method.is_idle(head):
         raise ValueError(
-            f"This head would do nothing under `method={control.method!r}`: the last layer of its "
-            f"{'advantage' if control.method == 'advantage' else 'value'} part is all zeros, so it is not trained."
+            f"This head would do nothing under `method={control.method!r}`: the last layer of its {method.part} part "
+            "is all zeros, so it is not trained."
         )
 
 

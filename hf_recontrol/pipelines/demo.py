@@ -78,7 +78,7 @@ def embedded_model() -> Path:
 
 
 @dataclass(frozen=True)
-class DemoSettings:
+class DemoSizes:
     """The sizes of the demo."""
 
     num_training_prompts: int = 320
@@ -103,13 +103,14 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
             Of the split, the sampling and the training.
 
     Returns:
-        `dict`: for each of `"base"`, `"ascent"` and `"advantage"` the reward, diversity, KL and milliseconds a token.
+        `dict`: for each of `"base"`, `"ascent"` and `"advantage"` the reward, diversity, KL and milliseconds a step of
+        a whole batch.
 
     Raises:
         `OSError`, `ValueError`, `ImportError`: if something needed is missing; before any work.
     """
     vader([], [])
-    output, settings = Path(output), DemoSettings()
+    output, settings = Path(output), DemoSizes()
     rows = load_prompts(prompts).rows
     if len(rows) < 4 * settings.num_unseen_prompts:
         raise ValueError(f"{prompts} holds {len(rows)} prompts, the demo needs {4 * settings.num_unseen_prompts}.")
@@ -146,7 +147,7 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
     return results["figures"]
 
 
-def _demo_compare(controlled, tokenizer, prompts: list[dict], controls: dict, settings: DemoSettings) -> dict:
+def _demo_compare(controlled, tokenizer, prompts: list[dict], controls: dict, settings: DemoSizes) -> dict:
     answers: dict[str, list[Rollout]] = {name: [] for name in controls}
     seconds = dict.fromkeys(controls, 0.0)
     steps = dict.fromkeys(controls, 0)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..collection.kept_states import remove_kept
-from ..collection.labels import label_rollouts
-from ..collection.rewards import RewardFunction, by_name, check_columns, load_reward, reward_name, vader
+from ..collection.labels import check_columns, label_rollouts
+from ..collection.rewards import RewardFunction, by_name, load_reward, reward_name, vader
 from ..collection.rollouts import write_rollouts
 from ..collection.states import write_states
 from ..configuration import ControlConfig, ValueHeadConfig
@@ -24,7 +24,7 @@ from ..data.processes import Processes
 from ..data.prompts import Prompts, load_prompts
 from ..data.rollouts import load_rollouts, rollout_parts
 from ..data.stage_folder import MANIFEST_NAME, lock_folder
-from ..evaluation.strength import kl_sample, match_kl, recommended_method
+from ..evaluation.strength import recommend_control, recommended_method
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.hook_points import HookPoint
@@ -187,20 +187,17 @@ def _base(model, tokenizer, settings: FitSettings):
 
 
 def _recommend(output: Path, base: PreTrainedModel, figures: dict[str, Any], target_kl: float) -> None:
-    """
-    Give the head the control that moves the policy by `target_kl` (see [`recommended_method`]), unless it has one that
-    was not found here for another.
-    """
-    head, known = ValueHead.from_pretrained(output / "head"), read_json(output / "head" / FIGURES_NAME)
+    """Let the head recommend a control. One that somebody set by hand is kept, and one found for this `target_kl`."""
+    head, training = ValueHead.from_pretrained(output / "head"), read_json(output / "head" / FIGURES_NAME)
     if head.config.control is not None:
-        found = known.get("recommended", {})
+        found = training.get("recommended", {})
         if found.get("control") != head.config.control.to_dict() or found["target_kl"] == target_kl:
             return
-    sample = kl_sample(load_rollouts(rollout_parts(output / "rollouts")[0]))
     start = ControlConfig(recommended_method(figures), step_size=1.0)
     controlled = ReControlForCausalLM.from_model(base, head, start)
+    rollouts = load_rollouts(rollout_parts(output / "rollouts")[0])
     try:
-        head.config.control = match_kl(controlled, sample, start, target_kl)
+        head.config.control = recommend_control(controlled, rollouts, figures, target_kl)
     except ValueError as error:
         logger.warning(f"The head recommends no step size: {error}")
         return
@@ -208,4 +205,4 @@ def _recommend(output: Path, base: PreTrainedModel, figures: dict[str, Any], tar
         controlled.unload()
     head.save_pretrained(output / "head")
     recommended = {"target_kl": target_kl, "control": head.config.control.to_dict()}
-    write_json(output / "head" / FIGURES_NAME, known | {"recommended": recommended})
+    write_json(output / "head" / FIGURES_NAME, training | {"recommended": recommended})

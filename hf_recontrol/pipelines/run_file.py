@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..settings import FitSettings, LoadingSettings
 from ..utils.files import atomic_path
+from ..utils.setting_fields import Settings
 
 RUN_NAME = "fit.yaml"
 _PACKAGE = __name__.partition(".")[0]
@@ -82,9 +83,15 @@ def save_run(output: Path, model: Any, prompts: Any, rewards: Any, settings: Fit
         temporary.write_text("\n".join(lines) + "\n" + text, encoding="utf-8")
 
 
-def load_run(path: str | os.PathLike) -> dict[str, Any]:
+def load_run(path: str | os.PathLike, cls: type[Settings] = FitSettings) -> dict[str, Any]:
     """
-    What a YAML file of a run holds: settings of [`FitSettings`], and `model`, `prompts`, `reward` and `output`.
+    What a YAML file of a run holds: settings, and `model`, `prompts`, `reward` and `output`.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        cls (`type`, *optional*, defaults to [`FitSettings`]):
+            Whose settings it may hold, beside those of [`FitSettings`].
 
     Raises:
         `OSError`: if there is no such file. `ValueError`: if it is no YAML, or holds something else; names the file.
@@ -96,9 +103,17 @@ def load_run(path: str | os.PathLike) -> dict[str, Any]:
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{path} must hold settings, one `name: value` on each line.")
-    FitSettings.from_dict({name: value for name, value in values.items() if name not in RUN_INPUTS}, str(path))
     for name in RUN_INPUTS:
-        kinds = (str, list) if name == "reward" else (str,)
-        if name in values and not isinstance(values[name], kinds):
-            raise ValueError(f"{path}: `{name}` must be a text, got {values[name]!r}.")
+        value = values.get(name, "")
+        items = value if name == "reward" and isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            kinds = "a text or a list of texts" if name == "reward" else "a text"
+            raise ValueError(f"{path}: `{name}` must be {kinds}, got {value!r}.")
+    settings = {name: value for name, value in values.items() if name not in RUN_INPUTS}
+    for owner in (cls, FitSettings):
+        known = {item.name for item in fields(owner)}
+        owner.from_dict({name: value for name, value in settings.items() if name in known}, str(path))
+        settings = {name: value for name, value in settings.items() if name not in known}
+    # What is left is nobody's: say so.
+    FitSettings.from_dict(settings, str(path))
     return values

@@ -94,7 +94,7 @@ def _examples(
             "predicted": values[-1].tolist() if values.shape[1] > 1 else float(values[-1]),
             "finished": rollout.finished,
         }
-        if store.hook_point["every"] == 1 and values.shape[1] == 1:
+        if store.read_at["every"] == 1 and values.shape[1] == 1:
             example["values"] = values[:, 0].tolist()
             example["tokens"] = [tokenizer.decode([token]) for token in rollout.completion_ids]
         examples.append(example)

@@ -160,7 +160,7 @@ def _warnings(figures: dict[str, Any]) -> list[str]:
     if error >= _USELESS:
         warnings.append(
             f"On held-out prompts V predicts the reward no better than its mean does (error {error:.2f} of the "
-            "constant's at the last token). It cannot steer: use more rollouts, another reward, or a smaller head."
+            "constant's at the last token). It cannot steer: use more prompts, or another reward."
         )
     elif prompt_mean is not None and error >= prompt_mean:
         warnings.append(

@@ -126,8 +126,8 @@ def _head_config(store: StateStore, settings: HeadSettings) -> ValueHeadConfig:
         advantage_sizes=list(settings.advantage_sizes) if with_advantage else None,
         activation=settings.activation,
         num_objectives=store.rewards.shape[1],
-        hook_point=store.hook_point["hook_point"],
-        layer=store.hook_point["layer"],
+        hook_point=store.read_at["hook_point"],
+        layer=store.read_at["layer"],
     )
 
 

@@ -22,6 +22,7 @@ from ..data.processes import Processes, Progress, progress_bar
 from ..data.states import StateStore
 from ..heads.value_head import ValueHead
 from ..settings import TrainingSettings
+from ..utils.checks import check_choice
 from ..utils.extras import needs_extra
 
 with needs_extra("train", "Training"):
@@ -258,8 +259,7 @@ def check_training(settings: TrainingSettings, num_processes: int) -> None:
 
     Raises:
         `ValueError`: if the processes cannot share a batch evenly, or there is no such schedule or tracker.
-        `TypeError`: names the arguments that TrainingArguments does not know. `ImportError`: if the tracker is not
-        installed.
+        `TypeError`: names the arguments that TrainingArguments does not know.
     """
     if settings.train_batch_size % num_processes:
         raise ValueError(
@@ -269,14 +269,12 @@ def check_training(settings: TrainingSettings, num_processes: int) -> None:
     known = {field.name for field in fields(TrainingArguments)}
     if unknown := sorted(settings.training_arguments.keys() - known):
         raise TypeError(f"`training_arguments` holds {unknown}, which TrainingArguments does not know.")
-    SchedulerType(settings.lr_scheduler_type)
+    check_choice("lr_scheduler_type", settings.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
     try:
-        for callback in get_reporting_integration_callbacks(
-            [settings.report_to] if settings.report_to != "none" else []
-        ):
+        for callback in get_reporting_integration_callbacks(settings.report_to):
             callback()
-    except RuntimeError as error:
-        raise ImportError(f"`report_to={settings.report_to!r}`: {error}") from error
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(f"`report_to={settings.report_to!r}` cannot be used: {error}") from error
 
 
 def drop_unfinished_checkpoints(folder: Path) -> None:
@@ -291,7 +289,7 @@ def drop_unfinished_checkpoints(folder: Path) -> None:
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Seed torch, numpy and random inside the block, and leave the caller's generators as they were."""
+    """Seed torch inside the block, and leave the caller's generators (torch's, numpy's, Python's) as they were."""
     state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count()))
     try:

@@ -155,10 +155,13 @@ class _TargetUpdate(TrainerCallback):
 
 
 def _check(store: StateStore, config: ValueHeadConfig) -> None:
-    found = (store.hook_point["hook_point"], store.hook_point["layer"])
+    found = (store.read_at["hook_point"], store.read_at["layer"])
     wanted = (config.hook_point, config.layer)
     if found[0] != wanted[0] or (found != wanted and found[0] == "decoder_layer"):
-        raise ValueError(f"The states were read at {found}, the config asks for a head at {wanted}.")
+        raise ValueError(
+            f"The states were read at {found}, the config asks for a head at {wanted}: give it the same `hook_point` "
+            "and `layer`."
+        )
     if store.hidden_size != config.hidden_size:
         raise ValueError(f"The states are {store.hidden_size} wide, `hidden_size` is {config.hidden_size}.")
     if store.rewards.shape[1] != config.num_objectives:
@@ -193,8 +196,8 @@ def new_head(
         config,
         reward_mean=mean.item() if one else mean.tolist(),
         reward_std=std.item() if one else std.tolist(),
-        base_model_name_or_path=config.base_model_name_or_path or store.hook_point["base_model_name_or_path"],
-        base_model_revision=config.base_model_revision or store.hook_point["base_model_revision"],
+        base_model_name_or_path=config.base_model_name_or_path or store.read_at["base_model_name_or_path"],
+        base_model_revision=config.base_model_revision or store.read_at["base_model_revision"],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

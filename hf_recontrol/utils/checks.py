@@ -18,7 +18,7 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
     if not low <= value <= high:
-        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        bounds = f"at least {low:g}" if high == math.inf else f"between {max(low, above):g} and {high:g}"
         raise ValueError(f"`{name}` must be {bounds}, got {value!r}.")
     if not value > above:
         raise ValueError(f"`{name}` must be above {above:g}, got {value!r}.")
@@ -38,7 +38,8 @@ def check_numbers(name: str, value: Any, each: str, low: float = -math.inf) -> f
 def check_int(name: str, value: Any, low: float) -> None:
     """Raise unless `value` is an integer of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}.")
+        bound = "" if low == -math.inf else f" of at least {low}"
+        raise ValueError(f"`{name}` must be an integer{bound}, got {value!r}.")
 
 
 def check_widths(name: str, value: Any) -> list[int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import textwrap
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -61,9 +62,28 @@ def default_text(item: Field) -> str:
     return "none" if default is None else str(default)
 
 
-def documented(cls: type) -> type:
-    """A frozen dataclass whose docstring lists its settings with their texts."""
-    cls = dataclass(frozen=True, kw_only=True)(cls)
+def settings_class(panel: str) -> Callable[[type], type]:
+    """
+    Decorates a class of settings: makes it a frozen dataclass whose docstring lists all of its settings.
+
+    Args:
+        panel (`str`):
+            The heading under which the command's help shows the settings that the class adds.
+    """
+
+    def decorate(cls: type) -> type:
+        cls.panels = dict.fromkeys(inspect.get_annotations(cls), panel)
+        return _documented(dataclass(frozen=True, kw_only=True)(cls))
+
+    return decorate
+
+
+def panel_of(cls: type, name: str) -> str:
+    """Under which heading help shows a setting: that of the class which added it."""
+    return next(base.panels[name] for base in cls.__mro__ if name in base.__dict__.get("panels", {}))
+
+
+def _documented(cls: type) -> type:
     lines = []
     for item in fields(cls):
         text = f"{item.metadata['help']} Default: {default_text(item)}."

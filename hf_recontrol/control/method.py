@@ -1,0 +1,80 @@
+"""What every control method gives the controller."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..configuration import ControlConfig
+from ..heads.value_head import ValueHead
+from .plan import Plan
+
+
+class ControlMethod(ABC):
+    """
+    A way from states h to their edits u. One object of each stands in `METHODS` of controller.py, by the name that
+    [`ControlConfig`] has for it.
+
+    Attributes:
+        part (`str`):
+            Which part of a head it uses, in messages.
+        needs_gram (`bool`):
+            Whether its plans hold the Gram matrix of V's first layers.
+    """
+
+    part: str
+    needs_gram = False
+
+    @abstractmethod
+    def is_idle(self, head: ValueHead) -> bool:
+        """Whether a head's edit is zero whatever the state, as that of an untrained part is."""
+
+    def check_module(self, head: nn.Module) -> None:  # noqa: B027 (most methods call what every head has)
+        """Raise `TypeError` if a module that is no [`ValueHead`] lacks what the method calls."""
+
+    @abstractmethod
+    def edit(
+        self,
+        plan: Plan,
+        heads: Sequence[nn.Module],
+        rows: torch.Tensor,
+        weights: Sequence,
+        alpha: float | torch.Tensor,
+        control: ControlConfig,
+        eager: bool,
+    ) -> torch.Tensor:
+        """
+        u of states.
+
+        Args:
+            plan ([`Plan`]), heads (sequence of [`ValueHead`]):
+                The tensors of the heads that act, and these heads.
+            rows (`torch.Tensor` of shape `(rows, hidden_size)`):
+                The states, in the dtype of the plan.
+            weights (sequence of `float` or `torch.Tensor` of shape `(rows, 1)`):
+                ω of each head; all of one kind.
+            alpha (`float` or `torch.Tensor` of shape `(rows, 1)`):
+                The step size.
+            control ([`ControlConfig`]):
+                The other settings.
+            eager (`bool`):
+                Whether what is done may depend on the data, which traced code cannot do.
+
+        Returns:
+            `torch.Tensor` of the shape of `rows`.
+        """
+
+    @abstractmethod
+    def edit_by_modules(
+        self,
+        heads: Sequence[nn.Module],
+        rows: torch.Tensor,
+        weights: Sequence,
+        alpha: float | torch.Tensor,
+        control: ControlConfig,
+        eager: bool,
+    ) -> torch.Tensor:
+        """[`ControlMethod.edit`] for heads that are any modules, by calling them."""
