@@ -48,8 +48,8 @@ class PromptSettings(BadRowSettings):
     config_name: str | None = setting(None, "Configuration of a dataset that has several.")
     prompt_column: str = setting(
         "prompt",
-        "Column that holds the prompts. Without it `messages`, a conversation, is taken: its last answer is removed and "
-        "asked for anew.",
+        "Column that holds the prompts. Without it `messages`, a conversation, is taken: its last answer is removed "
+        "and asked for anew.",
     )
     limit: int | None = setting(None, "Rows to read at most: for a first try.", low=1, default_text="all")
     streaming: bool = setting(False, "Read a dataset of the Hub as it comes, instead of downloading all of it first.")
@@ -179,7 +179,7 @@ class HeadSettings(Settings):
 
     head_sizes: tuple[int, ...] = setting(
         (1024,),
-        "Widths of V's hidden layers. One layer has the fastest ascent; width and depth hardly change the error.",
+        "Widths of V's hidden layers. One has the fastest ascent; width and depth hardly change the error.",
         low=1,
     )
     activation: Literal["relu", "silu", "gelu", "tanh"] = setting("relu", "Of V and g. ReLU has the fastest ascent.")

@@ -32,6 +32,19 @@ logger = logging.get_logger(__name__)
 _TRANSIENT = ("_compiled_call", "_last_compile_config")
 
 
+def load_base_model(name_or_path: str | os.PathLike, *args, **kwargs) -> PreTrainedModel:
+    """
+    A language model by transformers' auto classes: [`~transformers.AutoModelForCausalLM`], or for a model that also takes
+    images [`~transformers.AutoModelForImageTextToText`].
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, *args, **kwargs)
+    except ValueError as error:
+        if "for this kind of AutoModel" not in str(error):
+            raise
+        return AutoModelForImageTextToText.from_pretrained(name_or_path, *args, **kwargs)
+
+
 class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
     """
     A mixin that puts a loaded causal language model under the control of a head.
@@ -112,13 +125,7 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
             kwargs["revision"] = revision
         if subfolder:
             kwargs["subfolder"] = subfolder
-        try:
-            model = AutoModelForCausalLM.from_pretrained(base, *model_args, **kwargs)
-        except ValueError as error:
-            if "for this kind of AutoModel" not in str(error):
-                raise
-            # Models that also take images have an auto class of their own.
-            model = AutoModelForImageTextToText.from_pretrained(base, *model_args, **kwargs)
+        model = load_base_model(base, *model_args, **kwargs)
         if not subfolder:
             with_commit(model, revision, kwargs.get("cache_dir"))
         return cls.from_model(model, head, control)

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.processes import Processes
 from ..heads.hub import check_base, with_commit
-from ..modeling.causal_lm import ReControlForCausalLM
+from ..modeling.causal_lm import ReControlForCausalLM, load_base_model
 from ..settings import LoadingSettings
 
 
@@ -27,7 +27,7 @@ def load_base(
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     if value_head is not None:
         return load_controlled(name_or_path, settings, value_head=value_head), tokenizer
-    return with_commit(_on_device(AutoModelForCausalLM.from_pretrained, settings, name_or_path)), tokenizer
+    return with_commit(_on_device(load_base_model, settings, name_or_path)), tokenizer
 
 
 def load_controlled(name_or_path: str | os.PathLike, settings: LoadingSettings, **kwargs: Any) -> ReControlForCausalLM:
