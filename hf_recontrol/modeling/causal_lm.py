@@ -34,8 +34,8 @@ _TRANSIENT = ("_compiled_call", "_last_compile_config")
 
 def load_base_model(name_or_path: str | os.PathLike, *args, **kwargs) -> PreTrainedModel:
     """
-    A language model by transformers' auto classes: [`~transformers.AutoModelForCausalLM`], or for a model that also takes
-    images [`~transformers.AutoModelForImageTextToText`].
+    A language model by transformers' auto classes: [`~transformers.AutoModelForCausalLM`], or for a model that also
+    takes images [`~transformers.AutoModelForImageTextToText`].
     """
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, *args, **kwargs)
