@@ -10,14 +10,17 @@ import sys
 import textwrap
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.fingerprints import model_fingerprint
 from ..data.processes import Processes
 from ..data.prompts import Prompt
 from ..utils.extras import needs_extra
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # f(prompts, completions, **columns) -> list[float], called by position: one reward for each prompt and completion.
 # Further columns of the data come as keyword arguments, lists of the same length.
@@ -68,6 +71,9 @@ class ClassifierReward:
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, label: str | None = None, **kwargs) -> ClassifierReward:
         """Load classifier and tokenizer from a folder or the Hub; `kwargs` as for the model's `from_pretrained`."""
+        # Seconds to import, which other rewards do not need.
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
         shared = {key: kwargs[key] for key in ("token", "revision", "cache_dir", "subfolder") if key in kwargs}
         model = AutoModelForSequenceClassification.from_pretrained(name_or_path, **kwargs)
         return cls(model, AutoTokenizer.from_pretrained(name_or_path, **shared), label=label)

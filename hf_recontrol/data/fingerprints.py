@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..configuration import ControlConfig
 from ..heads.hub import portable_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Values that are hashed of each tensor, evenly spread.
 _VALUES_A_TENSOR = 64

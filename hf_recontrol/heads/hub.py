@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
@@ -23,10 +24,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..configuration import ValueHeadConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

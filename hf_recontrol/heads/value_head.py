@@ -11,12 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.activations import ACT2FN
 
 from ..configuration import ValueHeadConfig
 from ..utils.files import atomic_path, make_folder
 from .card import is_untouched, model_card, write_card
 from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, push_folder
+
+# Those of `transformers.activations`, whose import takes seconds that a head alone does not need.
+_ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
 
 class MLP(nn.Module):
@@ -25,7 +27,7 @@ class MLP(nn.Module):
     def __init__(self, sizes: list[int], activation: str):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.activation = ACT2FN[activation]
+        self.activation = _ACTIVATIONS[activation]()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         *hidden, last = self.layers
