@@ -7,6 +7,8 @@ import subprocess
 # Before huggingface_hub is imported, which reads it once. Tests with a server of their own run a fresh process.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# For every process that a test starts, too: beside other tests, threads that wait for one another take twice the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
