@@ -167,7 +167,7 @@ def run(tmp_path):
             variables["HF_TOKEN"] = token
         variables |= environment
         if python is None:
-            code, out, err = run_fresh(script, args, variables, tmp_path / "printed", timeout=120)
+            code, out, err = run_fresh(script, args, variables, timeout=120)
         else:
             done = subprocess.run(
                 [python, "-c", script, *args],

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.states import StateStore
 
+from .fresh import RECONTROL, FreshProcess
 from .resumable import (
     COMMAND,
     STAGES,
@@ -37,19 +38,18 @@ SIGNS = {
 }
 
 
-def start(arguments, cwd, **kwargs):
-    return subprocess.Popen(
-        [COMMAND, *arguments],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
+def start(arguments, cwd):
+    """The command in a process of its own; what is killed and resumed here is its work, not the import of torch."""
+    return FreshProcess(RECONTROL, arguments, ENVIRONMENT, cwd)
 
 
-def run(arguments, cwd, code=0, **kwargs):
+def start_command(arguments, cwd, **kwargs):
+    """The very command, where signals and limits are set before its start."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([COMMAND, *arguments], cwd=cwd, env=ENVIRONMENT, **pipes, **kwargs)
+
+
+def run(arguments, cwd, code=0, start=start, **kwargs):
     process = start(arguments, cwd, **kwargs)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, out + err
@@ -141,7 +141,7 @@ def test_a_killed_stage_goes_on_to_the_same_result(stage, uninterrupted, work):
 
 def test_ctrl_c_says_how_to_go_on(work):
     folder = work(label_arguments)
-    process = start(label_arguments("run"), folder)
+    process = start_command(label_arguments("run"), folder)
     while not scored(folder) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
@@ -184,7 +184,7 @@ def test_a_full_disk_is_named_and_survived(uninterrupted, work):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
-    message = run(states_arguments("run"), folder, code=1, preexec_fn=limit)
+    message = run(states_arguments("run"), folder, code=1, start=start_command, preexec_fn=limit)
     assert "recontrol: " in message and "File too large" in message
     run(states_arguments("run"), folder)
     assert_same(uninterrupted / "after_states_arguments", folder / "run")
