@@ -1,6 +1,7 @@
-"""The command, through its entry point, in a process of its own."""
+"""The command: once all of it through its entry point, and what it says in processes that have torch already."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
 from hf_recontrol.cli import app, main
 
 from .conftest import make_head
+from .fresh import RECONTROL, run_fresh
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
@@ -25,6 +27,14 @@ def run(*arguments, code: int = 0, cwd=None) -> subprocess.CompletedProcess:
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def run_main(*arguments, code: int = 0, cwd=".") -> str:
+    """All that the command says, without the seconds that importing torch takes."""
+    found, out, err = run_fresh(RECONTROL, arguments, os.environ, timeout=120, cwd=cwd)
+    assert found == code, out + err
+    assert "Traceback" not in err
+    return out + err
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +156,7 @@ def test_a_target_that_cannot_be_written_is_an_error_before_the_work(target, bas
 
 def test_an_error_of_the_reward_function_itself_shows_where(base, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5"}\n')
-    run("rollout", "-m", base, "--prompts", "prompts.jsonl", "-o", "r", "--max-new-tokens", 2, cwd=tmp_path)
+    run_main("rollout", "-m", base, "--prompts", "prompts.jsonl", "-o", "r", "--max-new-tokens", 2, cwd=tmp_path)
     (tmp_path / "bad.py").write_text("def reward(prompts, completions, **columns):\n    return [1 / 0]\n")
     arguments = [COMMAND, "label", "r", "--reward", "bad:reward"]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -159,8 +169,8 @@ def test_the_step_size_of_one_method_is_not_taken_for_another(base, tmp_path):
     )
     head.save_pretrained(tmp_path / "head")
     generate = ("generate", tmp_path / "head", "w5", "-m", base, "--max-new-tokens", 2, "--method", "ascent")
-    assert "no step size for 'ascent'" in run(*generate, code=1).stderr
-    assert "## ascent, step size 0.5" in run(*generate, "--step-size", 0.5, "--compare").stdout
+    assert "no step size for 'ascent'" in run_main(*generate, code=1)
+    assert "## ascent, step size 0.5" in run_main(*generate, "--step-size", 0.5, "--compare")
 
 
 def test_a_base_that_is_a_head_or_nothing_is_named(base, tmp_path):
@@ -171,7 +181,7 @@ def test_a_base_that_is_a_head_or_nothing_is_named(base, tmp_path):
         ("/no/such", "base model /no/such is no folder"),
     ):
         arguments = ("rollout", "-m", model, "--prompts", tmp_path / "prompts.jsonl", "-o", tmp_path / "r")
-        assert words in run(*arguments, code=1).stderr
+        assert words in run_main(*arguments, code=1)
 
 
 def test_widths_that_are_no_numbers_are_a_usage_error(tmp_path):
@@ -181,5 +191,5 @@ def test_widths_that_are_no_numbers_are_a_usage_error(tmp_path):
 
 def test_an_advantage_head_without_the_part_is_refused(base, tmp_path):
     make_head(hidden_size=16).save_pretrained(tmp_path / "head")
-    error = run("generate", tmp_path / "head", "w5", "-m", base, "--method", "advantage", code=1).stderr
+    error = run_main("generate", tmp_path / "head", "w5", "-m", base, "--method", "advantage", code=1)
     assert "advantage part" in error
