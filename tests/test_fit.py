@@ -1,8 +1,8 @@
 """One line from prompts to a head: what it makes, that it goes on, what it refuses."""
 
 import json
+import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +14,7 @@ from hf_recontrol.data.states import StateStore
 from hf_recontrol.pipelines.fit import _recommend, fit
 from hf_recontrol.training.stage import train_head
 
+from .fresh import run_fresh
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
@@ -220,8 +221,8 @@ def test_what_is_not_installed_is_named_before_anything_is_made(base, tmp_path, 
         run(base, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     program = "import sys; sys.modules['accelerate'] = None; import hf_recontrol.pipelines.fit"
-    failed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert failed.stderr.endswith("ImportError: Training needs `pip install 'hf_recontrol[train]'`.\n")
+    code, _, error = run_fresh(program, (), os.environ, timeout=120)
+    assert code == 1 and error.endswith("ImportError: Training needs `pip install 'hf_recontrol[train]'`.\n")
 
 
 def test_train_head_goes_on_from_v_when_it_is_done(base, tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .fresh import run_fresh
+
 SCRIPT = Path(__file__).with_name("import_all.py")
 
 
@@ -35,5 +37,5 @@ def test_an_import_that_touches_the_network_is_noticed():
         "sys.meta_path.insert(0, Careless())\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], env=online(), capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "touched the network: ['socket.__new__" in done.stderr
+    code, _, error = run_fresh(script, (), online(), timeout=120)
+    assert code != 0 and "touched the network: ['socket.__new__" in error

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from hf_recontrol import ControlConfig, HookPoint, ReControlForCausalLM, ValueHe
 from hf_recontrol.control.controller import Controller
 
 from .conftest import HIDDEN, LAYERS, STRONG, VOCAB, make_head, make_llama
+from .fresh import run_fresh
 from .versions import since
 
 WEAKER = ControlConfig(step_size=0.5, num_steps=4)
@@ -545,7 +547,8 @@ saved = torch.load({str(tmp_path / "model.pt")!r})
 model = pickle.loads(saved["model"])
 print(model.generate(saved["input_ids"], max_new_tokens=8, do_sample=False).tolist())
 """
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    code, output, error = run_fresh(script, (), os.environ, timeout=120)
+    assert code == 0, error
     assert output.strip() == str(model.generate(input_ids, max_new_tokens=8, do_sample=False).tolist())
 
 
@@ -1014,14 +1017,17 @@ def test_an_adapter_on_the_module_that_is_hooked_is_followed(input_ids, target):
 
 
 def test_importing_the_package_imports_neither_torch_nor_an_extra():
-    code = (
-        "import sys, hf_recontrol\n"
-        "print(sorted({'torch', 'transformers'} & sys.modules.keys()))\n"
+    script = "import sys, hf_recontrol\nprint(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    script = (
+        "import sys\n"
         "from hf_recontrol import ReControlForCausalLM, ValueHead\n"
         "print(sorted({'vaderSentiment', 'gguf', 'typer', 'hypothesis'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["[]", "[]"]
+    code, output, error = run_fresh(script, (), os.environ, timeout=120)
+    assert code == 0, error
+    assert output == "[]\n"
 
 
 def test_a_plain_forward_whose_hook_point_was_replaced_is_an_error_and_no_silent_base(llama, head, input_ids):
