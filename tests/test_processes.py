@@ -1,7 +1,9 @@
-"""Two real processes, started by accelerate, make what one makes."""
+"""Two real processes make what one makes: `fit` started by accelerate, the stages with what its launcher sets."""
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ from safetensors.torch import load_file
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.states import StateStore
 
-from .resumable import COMMAND, STAGES, fit_arguments, make_inputs
+from .fresh import RECONTROL, FreshProcess, run_fresh
+from .resumable import STAGES, fit_arguments, make_inputs
 
 LAUNCH = [
     *(str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"),
@@ -23,12 +26,42 @@ LAUNCH = [
 ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def run(command, cwd):
+def run(arguments, cwd):
+    code, out, err = run_fresh(RECONTROL, arguments, os.environ | ALONE, timeout=300, cwd=cwd)
+    assert code == 0, out + err
+    return out
+
+
+def launch(arguments, cwd):
     done = subprocess.run(
-        [*command], cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | ALONE, check=False
+        [*LAUNCH, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | ALONE,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def run_two(arguments, cwd):
+    """As launched, without the seconds that each process takes to import torch."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        FreshProcess(RECONTROL, arguments, os.environ | ALONE | both | {"RANK": rank, "LOCAL_RANK": rank}, cwd)
+        for rank in ("0", "1")
+    ]
+    try:
+        printed = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+    assert [process.returncode for process in processes] == [0, 0], printed
+    return "".join(out for out, _ in printed)
 
 
 def files(folder):
@@ -43,9 +76,9 @@ def test_two_processes_make_what_one_makes(tmp_path, by_stage):
         for folder in ("one", "two")
     }
     for arguments in commands["one"]:
-        one = run([COMMAND, *arguments], tmp_path)
+        one = run(arguments, tmp_path)
     for arguments in commands["two"]:
-        two = run([*LAUNCH, *arguments], tmp_path)
+        two = (run_two if by_stage else launch)(arguments, tmp_path)
     assert one.count("value_error_last") == two.count("value_error_last") == 1, "only the first process prints"
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
