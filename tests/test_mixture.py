@@ -16,6 +16,7 @@ from hf_recontrol.evaluation.metrics import kl_divergence
 
 from .conftest import make_head, make_llama
 from .reference import Mixture, reference_edit, reference_generate, reference_logits
+from .test_generation_modes import SMALL
 from .tiny_tokenizer import tiny_tokenizer
 from .versions import traces_transformers
 
@@ -278,8 +279,12 @@ def test_continuous_batching_mixes(input_ids):
     assert expected != model.generate(input_ids, **GREEDY)[:, input_ids.shape[1] :].tolist()
     from transformers import GenerationConfig
 
+    # Seconds less than the default cache, which takes all of the memory.
     found = model.generate_batch(
-        input_ids.tolist(), generation_config=GenerationConfig(eos_token_id=-1, **GREEDY), value_heads=weights
+        input_ids.tolist(),
+        generation_config=GenerationConfig(eos_token_id=-1, **GREEDY),
+        continuous_batching_config=SMALL,
+        value_heads=weights,
     )
     assert [result.generated_tokens for result in found.values()] == expected
 
