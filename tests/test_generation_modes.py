@@ -5,6 +5,7 @@ import logging
 import math
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,10 +248,21 @@ def test_caches(hook_point, layer, cache):
     assert generate(model, ids, mask, **options).tolist() == expected.tolist()
 
 
+@pytest.fixture
+def quanto(monkeypatch):
+    """optimum-quanto, whose own `unpack` is compiled on its first use, for half a minute: here the same in torch."""
+    pytest.importorskip("optimum.quanto")
+
+    def unpack(packed, bits):
+        return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
+    monkeypatch.setattr("optimum.quanto.library.extensions.extension.Extension.lib", SimpleNamespace(unpack=unpack))
+
+
 @every_hook_point
+@pytest.mark.usefixtures("quanto")
 def test_a_quantized_cache(hook_point):
     """Such a cache changes the base's states, so the reference is the base on the same cache with naive hooks."""
-    pytest.importorskip("optimum.quanto")
     size = {"dtype": torch.float32, "hidden_size": 64, "head_dim": 16}
     base, model = tiny_model("llama", **size), tiny_model("llama", **size)
     head = tiny_head(base, hook_point)
