@@ -143,7 +143,7 @@ def test_other_dtypes_and_every_kth_state(tmp_path, dtype):
     sample(tmp_path / "plain", model, None)
     for name in ("r", "plain"):
         write_states(tmp_path / f"{name}-s", model, tmp_path / name, **at(AT_HEAD), states_dtype=dtype, every=2)
-    assert StateStore.open(tmp_path / "r-s").hook_point["every"] == 2
+    assert StateStore.open(tmp_path / "r-s").read_at["every"] == 2
     assert_same(tmp_path / "r-s", tmp_path / "plain-s", scale=2e-2)
 
 

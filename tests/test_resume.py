@@ -147,7 +147,7 @@ def test_ctrl_c_says_how_to_go_on(work):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.endswith(
-        "recontrol: interrupted. Stages go on where they were: run the same command again.\n"
+        "recontrol: interrupted. Run the same command again to resume.\n"
     )
 
 

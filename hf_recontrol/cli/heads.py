@@ -56,13 +56,13 @@ def generate(
         changes["target"] = target
     loaded, base, revision, subfolder = resolve_head_and_base(*([head] if model is None else [model, head]))
     recommended = loaded.config.control
+    wanted = replace(recommended or ControlConfig(), **changes)
+    loaded.config.check_control(wanted)
     if method is not None and step_size is None and (recommended is None or recommended.method != method):
         raise ValueError(
             f"This head recommends no step size for {method!r}: name one, `--step-size` (that of another method is in "
             "other units)."
         )
-    wanted = replace(recommended or ControlConfig(), **changes)
-    loaded.config.check_control(wanted)
     if recommended is None and step_size is None:
         typer.echo(f"This head recommends no control, so this is {wanted}: try `--step-size`.", err=True)
     controlled = load_controlled(
