@@ -8,6 +8,7 @@ names (`recontrol fit --config fit.yaml`).
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from .utils.setting_fields import Settings, setting, settings_class
@@ -71,7 +72,10 @@ class SeedSettings(Settings):
     """Chance."""
 
     seed: int = setting(
-        0, "Seed of everything random: a run with the same settings and seed gives the same head.", low=0
+        0,
+        "Seed of everything random: a run with the same settings and seed gives the same head.",
+        low=0,
+        high=2**32 - 1,
     )
 
 
@@ -117,6 +121,12 @@ class SamplingSettings(SeedSettings, ForwardSettings):
         "(in Python also a GenerationConfig). The base's own generation config is not used.",
         default_text="sample from the whole distribution",
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        config = self.generation_config
+        if not (config is None or isinstance(config, (str, os.PathLike)) or hasattr(config, "get_generation_mode")):
+            raise TypeError(f"`generation_config` must be a GenerationConfig or its name, got {config!r}.")
 
 
 @settings_class("States")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
+from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.states import StateStore
 from hf_recontrol.pipelines.fit import _recommend, fit
@@ -204,10 +205,17 @@ def test_what_cannot_work_is_said_before_anything_is_made(base, tmp_path):
         ({"num_epochs": 0}, "num_epochs"),
         ({"lr_scheduler_type": "nope"}, "nope"),
         ({"report_to": "nope"}, "nope"),
+        ({"training_arguments": {"learning_rate": 1e-3}}, r"must not hold \['learning_rate'\]"),
+        ({"training_arguments": {"adam_epsilon": "1e-8"}}, "texts for the numbers"),
+        ({"training_arguments": {"eval_strategy": "nope"}}, "cannot be used"),
+        ({"generation_config": 3}, "`generation_config` must be"),
+        ({"reward": []}, "`reward` must be functions"),
+        ({"reward": [3]}, "`reward` must be functions"),
+        ({"prompts": load_prompts(PROMPTS), "limit": 3}, "`limit` is about reading prompts"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             run(base, tmp_path / "run", **change)
-    with pytest.raises(TypeError, match=r"`training_arguments` holds \['nope'\]"):
+    with pytest.raises(ValueError, match=r"`training_arguments` holds \['nope'\]"):
         run(base, tmp_path / "run", training_arguments={"nope": 1})
     assert not list(tmp_path.glob("run/*/*"))
     (tmp_path / "file").write_text("")

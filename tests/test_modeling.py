@@ -1099,7 +1099,7 @@ def test_a_hook_point_is_found_once_and_carried(where, monkeypatch, input_ids):
     monkeypatch.setattr(HookPoint, "find", classmethod(lambda cls, *args: found.append(1) or find(cls, *args)))
     model = ReControlForCausalLM.from_model(make_llama(), make_head(hook_point=where), STRONG)
     assert len(found) == 1
-    model.values(input_ids)
+    model(input_ids)
     with model.disable_control():
         model(input_ids)
     assert len(found) == 1
@@ -1128,3 +1128,16 @@ def test_settings_of_a_block_reach_every_call_in_it_and_no_further(llama, head, 
     assert model.active_control == STRONG and torch.equal(model(input_ids).logits, controlled)
     with pytest.raises(TypeError, match="`control` must be a ControlConfig"), model.use_control("strong"):
         pass
+
+
+def test_values_follow_a_replaced_lm_head(input_ids):
+    model = ReControlForCausalLM.from_model(make_llama(), make_head(hook_point="lm_head"), STRONG)
+    expected = model.values(input_ids)
+    model.set_output_embeddings(copy.deepcopy(model.get_output_embeddings()))
+    assert torch.equal(model.values(input_ids), expected)
+
+
+def test_the_lm_head_s_input_is_edited_for_heads_that_act_there_alone(input_ids):
+    model = ReControlForCausalLM.from_model(make_llama(), make_head(), STRONG)
+    with pytest.raises(ValueError, match="act at decoder layer 2, not at the LM head"):
+        model.edit_lm_head_input(torch.zeros(1, 1, 16))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from transformers import GenerationConfig
+from typer import Typer
 from typer.testing import CliRunner
 
 from hf_recontrol import (
@@ -53,7 +54,7 @@ def test_the_commands_options_are_the_settings_with_their_defaults_and_texts(com
     for item in fields(COMMANDS[command]):
         option = signature.parameters[item.name].annotation.__metadata__[0]
         # typer keeps the first declaration of an annotated option as its default.
-        assert (option.default, *option.param_decls)[0] == "--" + item.name.replace("_", "-")
+        assert (option.default, *option.param_decls)[0].split("/")[0] == "--" + item.name.replace("_", "-")
         assert option.help == item.metadata["help"] and option.show_default == default_text(item)
     assert "config" in signature.parameters
 
@@ -63,6 +64,42 @@ def test_help_shows_every_setting(command):
     text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
     for item in fields(COMMANDS[command]):
         assert "--" + item.name.replace("_", "-") in text
+
+
+def test_a_flag_can_be_turned_off():
+    """`--no-bf16` is the other value of `--bf16`, not another name of it."""
+    found = {}
+    one = Typer()
+
+    @one.command()
+    @with_settings(FitSettings)
+    def command(settings: FitSettings) -> None:
+        found["settings"] = settings
+
+    for item in fields(FitSettings):
+        if isinstance(getattr(FitSettings(), item.name), bool):
+            name = item.name.replace("_", "-")
+            for flag, value in ((f"--{name}", True), (f"--no-{name}", False)):
+                assert CliRunner().invoke(one, [flag]).exit_code == 0
+                assert getattr(found["settings"], item.name) is value
+
+
+def test_yaml_numbers_and_names(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "learning_rate: 1e-4\nnum_epochs: 010\ntemperature: 1\nsplit: 2024-01-01\n"
+        "training_arguments: {adam_epsilon: 1e-8}\n"
+    )
+    values = load_run(path)
+    assert values["learning_rate"] == 1e-4 and values["num_epochs"] == 10 and values["split"] == "2024-01-01"
+    assert values["training_arguments"] == {"adam_epsilon": 1e-8}
+    for text, message in (
+        ("seed: 1\nseed: 2", "'seed' stands in it twice"),
+        ("num_epochs: 1:30", "`num_epochs` must"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_run(path)
 
 
 def test_each_setting_has_one_text_with_what_it_does():
@@ -194,6 +231,7 @@ def test_what_python_gave_without_a_name_is_left_out_and_said(tmp_path, recontro
     fit(model, prompts, length, tmp_path, generation_config=config, quiet=True, **options)
     text = (tmp_path / "fit.yaml").read_text()
     assert "`prompts` was given in Python and has no name" in text
+    assert "loaded model (float32)" in text and "A tokenizer was given" in text and "same Python call" in text
     written = load_run(tmp_path / "fit.yaml")
     assert written["reward"] == [f"{__name__}:length"] and written["dtype"] == "float32"
     assert GenerationConfig.from_pretrained(written["generation_config"]).max_new_tokens == 6

@@ -24,8 +24,8 @@ ConfigOption = Annotated[
 def _option(cls: type[Settings], item: Field) -> inspect.Parameter:
     """The option of a setting. Its default is `None`, not given, so that a file's value can stand."""
     kind, optional = kind_of(annotations(cls)[item.name])
-    flag = "--" + item.name.replace("_", "-")
-    declarations = [flag, f"--no-{item.name.replace('_', '-')}"] if kind is bool else [flag]
+    name = item.name.replace("_", "-")
+    declaration = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
     shown: Any = kind
     metavar = None
     if kind in (Any, dict):
@@ -36,7 +36,7 @@ def _option(cls: type[Settings], item: Field) -> inspect.Parameter:
     elif optional and kind in (int, float):
         shown, metavar = str, "INTEGER|none" if kind is int else "FLOAT|none"
     option = typer.Option(
-        *declarations,
+        declaration,
         help=item.metadata["help"],
         show_default=default_text(item),
         metavar=metavar,

@@ -189,8 +189,6 @@ def sampling_config(
         config = GenerationConfig(do_sample=True, top_k=0)
     elif isinstance(config, (str, os.PathLike)):
         config = GenerationConfig.from_pretrained(config)
-    elif not isinstance(config, GenerationConfig):
-        raise TypeError(f"`generation_config` must be a GenerationConfig or its name, got {type(config).__name__}.")
     config = copy.deepcopy(config)
     if settings.temperature is not None:
         config.do_sample = settings.temperature > 0

@@ -237,8 +237,13 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
     def edit_lm_head_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """
         What the LM head would be given instead of these states under the settings in force, for callers that read its
-        weight instead of calling it. The heads must act at the LM head.
+        weight instead of calling it.
+
+        Raises:
+            `ValueError`: if the heads act elsewhere.
         """
+        if self.hook_point.layer is not None:
+            raise ValueError(f"The heads of this model act at {self.hook_point}, not at the LM head.")
         (edited,) = self._recontrol.edit_head_input(self.hook_point.module, (hidden,)) or (hidden,)
         return edited
 
@@ -261,6 +266,7 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         Returns:
             `torch.Tensor` of shape `(batch, seq, num_objectives)`. Values at padded positions mean nothing.
         """
+        self._follow()
         head = self._one_head(value_head)
         if self.hook_point.layer is not None and self._supports_logits_to_keep():
             kwargs.setdefault("logits_to_keep", 1)

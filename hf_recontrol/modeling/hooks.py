@@ -140,9 +140,9 @@ class ControlHooks:
             return
         found = HookPoint.find(model, where)
         hooks = found.module._forward_pre_hooks if found.layer is None else found.module._forward_hooks
+        self.settings.hook_point = found
         if self._handles[-1].id not in hooks:
             self.remove()
-            self.settings.hook_point = found
             self.register(model)
 
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..evaluation.strength import recommend_control, recommended_method
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.hook_points import HookPoint
-from ..settings import FitSettings
+from ..settings import FitSettings, PromptSettings
 from ..training.held_out import split_by_prompt
 from ..training.stage import FIGURES_NAME, train_head
 from ..training.trainer import check_training
@@ -36,7 +36,7 @@ from ..utils.extras import needs_extra
 from ..utils.files import check_target, make_folder, read_json, write_json
 from .display import display
 from .loading import load_base
-from .run_file import RUN_NAME, save_run
+from .run_file import save_run
 from .run_report import write_run_report
 
 logger = logging.get_logger(__name__)
@@ -83,7 +83,12 @@ def fit(
         `ValueError`, `OSError`: before any long work if something cannot be used, see the stages; if `output` was made
         with other settings.
     """
-    settings, output = FitSettings.of(settings, changes), Path(output)
+    settings, output, tokenizer_given = FitSettings.of(settings, changes), Path(output), tokenizer is not None
+    if isinstance(model, ReControlForCausalLM):
+        raise ValueError("This model is controlled already: `unload()` its head first.")
+    if isinstance(prompts, Prompts):
+        _check_unread(settings)
+    reward = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
     rows = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
     rewards = _rewards(reward, rows, settings.on_bad_rows)
     processes = Processes()
@@ -95,13 +100,14 @@ def fit(
         processes.wait()
         base, tokenizer = _base(model, tokenizer, settings)
         given, settings = settings, _for_base(base, settings)
-        if processes.index == 0 and not (output / RUN_NAME).exists():
-            save_run(output, model, prompts, reward, given)
+        # Of a run that is refused later nothing is written, of one that is killed what it was to be.
+        if processes.index == 0 and not (output / "rollouts" / MANIFEST_NAME).exists():
+            save_run(output, model, prompts, reward, given, tokenizer_given)
         figures = _run_stages(output, base, tokenizer, rows, rewards, settings, processes, quiet, command)
         if processes.index == 0:
             _recommend(output, base, figures, settings.target_kl)
             write_run_report(output, tokenizer, figures, settings)
-            save_run(output, model, prompts, reward, given)
+            save_run(output, model, prompts, reward, given, tokenizer_given)
         processes.wait()
     return figures
 
@@ -149,6 +155,14 @@ def _check(prompts: Prompts, settings: FitSettings, num_processes: int) -> None:
     split_by_prompt(numbers, settings.validation_split, settings.seed)
 
 
+def _check_unread(settings: FitSettings) -> None:
+    """Raise `ValueError` for settings that say how prompts are read, which they are already."""
+    default = PromptSettings()
+    for item in fields(PromptSettings):
+        if item.name != "on_bad_rows" and getattr(settings, item.name) != getattr(default, item.name):
+            raise ValueError(f"`{item.name}` is about reading prompts, these are read: give it to `load_prompts`.")
+
+
 def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
     """Settings whose head the base can have, checked before any response is sampled."""
     directions = settings.with_directions and settings.advantage_sizes is not None
@@ -167,14 +181,15 @@ def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
 
 
 def _rewards(reward, prompts: Prompts, on_bad_rows: str) -> dict[str, RewardFunction]:
-    given = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
+    if not reward or not all(isinstance(item, str) or callable(item) for item in reward):
+        raise ValueError(f"`reward` must be functions or their names, got {reward!r}.")
     columns = set(prompts.rows[0]) - {"prompt"}
     if on_bad_rows == "error":
-        check_columns([item for item in given if isinstance(item, str)], prompts)
-    functions = [load_reward(item, columns) if isinstance(item, str) else item for item in given]
+        check_columns([item for item in reward if isinstance(item, str)], prompts)
+    functions = [load_reward(item, columns) if isinstance(item, str) else item for item in reward]
     if vader in functions:
         vader([], [])  # says so if it is not installed
-    return by_name(functions, [item if isinstance(item, str) else reward_name(item) for item in given])
+    return by_name(functions, [item if isinstance(item, str) else reward_name(item) for item in reward])
 
 
 def _base(model, tokenizer, settings: FitSettings):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.processes import Processes
@@ -39,4 +40,8 @@ def _on_device(load: Callable, settings: LoadingSettings, name_or_path: str | os
     # device_map needs accelerate, a plain device does not.
     if settings.device == "auto":
         return load(name_or_path, dtype=settings.dtype, device_map="auto", **kwargs).eval()
-    return load(name_or_path, dtype=settings.dtype, **kwargs).eval().to(settings.device or Processes().device)
+    try:
+        device = torch.device(settings.device or Processes().device)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must be one that torch knows, or `auto`, got {settings.device!r}.") from error
+    return load(name_or_path, dtype=settings.dtype, **kwargs).eval().to(device)

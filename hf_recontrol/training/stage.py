@@ -55,8 +55,9 @@ def _what_matters(settings: TrainSettings) -> dict[str, Any]:
     values = {
         item.name: getattr(settings, item.name) for cls in (ValueSettings, AdvantageSettings) for item in fields(cls)
     }
-    arguments = values.pop("training_arguments")
-    return {key: value for key, value in (values | arguments).items() if key not in _INDIFFERENT}
+    arguments = values["training_arguments"]
+    values["training_arguments"] = {key: value for key, value in arguments.items() if key not in _INDIFFERENT}
+    return {key: value for key, value in values.items() if key not in _INDIFFERENT}
 
 
 def train_head(

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -253,28 +254,50 @@ def training_options(
     }
 
 
+# Arguments of TrainingArguments that settings of ours stand for, or that decide where a part's checkpoints lie.
+_OURS = (
+    "data_seed",
+    "learning_rate",
+    "num_train_epochs",
+    "output_dir",
+    "per_device_train_batch_size",
+    "seed",
+    "weight_decay",
+)
+
+
 def check_training(settings: TrainingSettings, num_processes: int) -> None:
     """
     Check what only a Trainer would stumble over.
 
     Raises:
-        `ValueError`: if the processes cannot share a batch evenly, or there is no such schedule or tracker.
-        `TypeError`: names the arguments that TrainingArguments does not know.
+        `ValueError`: if the processes cannot share a batch evenly, there is no such schedule or tracker, or
+        TrainingArguments do not take the further arguments; names them.
     """
     if settings.train_batch_size % num_processes:
         raise ValueError(
             f"Training takes batches of {settings.train_batch_size} responses (`train_batch_size`), which "
             f"{num_processes} processes cannot share evenly: start as many as divide it."
         )
-    known = {field.name for field in fields(TrainingArguments)}
-    if unknown := sorted(settings.training_arguments.keys() - known):
-        raise TypeError(f"`training_arguments` holds {unknown}, which TrainingArguments does not know.")
+    arguments = settings.training_arguments
+    if unknown := sorted(arguments.keys() - {field.name for field in fields(TrainingArguments)}):
+        raise ValueError(f"`training_arguments` holds {unknown}, which TrainingArguments does not know.")
+    if ours := sorted(arguments.keys() & set(_OURS)):
+        raise ValueError(f"`training_arguments` must not hold {ours}: use the settings of that kind.")
     check_choice("lr_scheduler_type", settings.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
     try:
         for callback in get_reporting_integration_callbacks(settings.report_to):
             callback()
     except (RuntimeError, ValueError, ImportError) as error:
         raise ValueError(f"`report_to={settings.report_to!r}` cannot be used: {error}") from error
+    numbers = {field.name for field in fields(TrainingArguments) if field.type in (float, "float")}
+    if texts := sorted(name for name in arguments.keys() & numbers if isinstance(arguments[name], str)):
+        raise ValueError(f"`training_arguments` holds texts for the numbers {texts}.")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            TrainingArguments(**{"output_dir": folder, "report_to": "none", "use_cpu": True} | arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`training_arguments` cannot be used: {error}") from error
 
 
 def drop_unfinished_checkpoints(folder: Path) -> None:

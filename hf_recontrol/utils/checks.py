@@ -35,11 +35,13 @@ def check_numbers(name: str, value: Any, each: str, low: float = -math.inf) -> f
     return tuple(check_number(name, item, low) for item in value)
 
 
-def check_int(name: str, value: Any, low: float) -> None:
-    """Raise unless `value` is an integer of at least `low`."""
+def check_int(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raise unless `value` is an integer from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         bound = "" if low == -math.inf else f" of at least {low}"
         raise ValueError(f"`{name}` must be an integer{bound}, got {value!r}.")
+    if value > high:
+        raise ValueError(f"`{name}` must be at most {high}, got {value!r}.")
 
 
 def check_widths(name: str, value: Any) -> list[int]:

@@ -185,7 +185,7 @@ def _checked(item: Field, annotation: Any, value: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         return _checked_tuple(name, typing.get_args(kind)[0], value, bounds.get("low", -math.inf))
     if kind is int:
-        check_int(name, value, bounds.get("low", -math.inf))
+        check_int(name, value, bounds.get("low", -math.inf), bounds.get("high", math.inf))
         return value
     if kind is float:
         return check_number(name, value, **{key: bounds[key] for key in ("low", "high", "above") if key in bounds})
