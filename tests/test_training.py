@@ -5,12 +5,14 @@ import math
 import pickle
 import shutil
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hf_recontrol import ValueHeadConfig
+from hf_recontrol import ValueHeadConfig, ValueSettings
 from hf_recontrol.data.states import States, StateStore, StateWriter
+from hf_recontrol.training import trainer
 from hf_recontrol.training.advantage import fit_advantage
 from hf_recontrol.training.held_out import split_by_prompt
 from hf_recontrol.training.value import ValueTrainer, train_value_head
@@ -339,3 +341,26 @@ def test_an_advantage_part_needs_one_and_directions():
     plain, _ = train_value_head(states, ValueHeadConfig(WIDTH, hook_point="lm_head"), num_epochs=1)
     with pytest.raises(ValueError, match="no advantage part"):
         fit_advantage(plain, states)
+
+
+def test_checking_training_asks_for_the_device_that_training_uses(monkeypatch):
+    """TrainingArguments set the device of the whole process: made for a CPU, they would keep `fit` off a GPU."""
+    asked = []
+    monkeypatch.setattr(trainer, "TrainingArguments", recorded(trainer.TrainingArguments, asked))
+    for device in ("cpu", "cuda"):
+        processes = SimpleNamespace(index=0, count=1, device=torch.device(device))
+        trainer.check_training(ValueSettings(), processes)
+    assert [options["use_cpu"] for options in asked] == [True, False]
+
+
+def recorded(cls, asked):
+    class Recorded(cls):
+        def __init__(self, **options):
+            asked.append(options)
+
+    return Recorded
+
+
+def test_arguments_that_do_not_go_together_are_told_at_once():
+    with pytest.raises(ValueError, match="`training_arguments` cannot be used"):
+        train_value_head(episodes(20), CONFIG, training_arguments={"save_strategy": "no"})

@@ -50,12 +50,10 @@ class Advantage(ControlMethod):
         if not callable(getattr(head, "advantage", None)):
             raise TypeError(f"{type(head).__name__} has no method `advantage`, which `method='advantage'` calls.")
 
-    def edit(self, plan, heads, rows, weights, alpha, control, eager) -> torch.Tensor:
-        """By [`advantage_edit`]."""
-        return advantage_edit(plan, rows, weights, alpha)
-
-    def edit_by_modules(self, heads, rows, weights, alpha, control, eager) -> torch.Tensor:
-        """By their method `advantage`."""
+    def edit(self, heads, rows, weights, alpha, control, plan, eager) -> torch.Tensor:
+        """By [`advantage_edit`]; of any modules by their method `advantage`."""
+        if plan is not None:
+            return advantage_edit(plan, rows, weights, alpha)
         return alpha * sum(
             weight * head.advantage(rows.to(next(head.parameters(), rows).dtype)).to(rows.dtype)
             for head, weight in zip(heads, weights, strict=True)

@@ -281,17 +281,14 @@ class Ascent(ControlMethod):
         """Whether V is constant. The bias of its last layer moves no state."""
         return not head.value_mlp.layers[-1].weight.any()
 
-    def edit(self, plan, heads, rows, weights, alpha, control, eager) -> torch.Tensor:
-        """By [`ascend`]."""
-        target = _target_values(heads[0], control, rows)
-        edit = ascend(plan, rows, weights, alpha, _decay(control, alpha), control.num_steps, target, eager=eager)
-        if target is not None and eager:
-            _check_nearer(heads[0], control, rows, edit)
-        return edit
-
-    def edit_by_modules(self, heads, rows, weights, alpha, control, eager) -> torch.Tensor:
-        """By autograd."""
-        edit = _ascend_by_autograd(heads, rows, weights, alpha, _decay(control, alpha), control)
+    def edit(self, heads, rows, weights, alpha, control, plan, eager) -> torch.Tensor:
+        """By [`ascend`]; of any modules by autograd."""
+        decay = _decay(control, alpha)
+        if plan is None:
+            edit = _ascend_by_autograd(heads, rows, weights, alpha, decay, control)
+        else:
+            target = _target_values(heads[0], control, rows)
+            edit = ascend(plan, rows, weights, alpha, decay, control.num_steps, target, eager=eager)
         if control.target is not None and eager:
             _check_nearer(heads[0], control, rows, edit)
         return edit

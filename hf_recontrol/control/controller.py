@@ -193,16 +193,16 @@ class Controller:
         """u of `(rows, hidden_size)` states in the compute dtype; `alpha`, `weights` as for [`ControlMethod.edit`]."""
         method, heads = METHODS[control.method], [self.heads[name] for name in names]
         eager = not torch.compiler.is_compiling()
+        plan = None
         if not self._are_plain(names):
             for head in heads:
                 if next(head.parameters(), rows).device != rows.device:
                     head.to(rows.device)
-            return method.edit_by_modules(heads, rows, weights, alpha, control, eager)
-        if eager:
+        elif eager:
             plan = self._plan(names, rows.device, rows.dtype, method.needs_gram)
         else:
             plan = self._traced_plan(rows, names, method.needs_gram, prepared)
-        return method.edit(plan, heads, rows, weights, alpha, control, eager)
+        return method.edit(heads, rows, weights, alpha, control, plan, eager)
 
     def _plan(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype, with_gram: bool) -> Plan:
         """The plan for these heads, built on first use and again if a head has changed since."""

@@ -38,43 +38,33 @@ class ControlMethod(ABC):
     @abstractmethod
     def edit(
         self,
-        plan: Plan,
         heads: Sequence[nn.Module],
         rows: torch.Tensor,
         weights: Sequence,
         alpha: float | torch.Tensor,
         control: ControlConfig,
+        plan: Plan | None,
         eager: bool,
     ) -> torch.Tensor:
         """
         u of states.
 
         Args:
-            plan ([`Plan`]), heads (sequence of [`ValueHead`]):
-                The tensors of the heads that act, and these heads.
+            heads (sequence of `nn.Module`):
+                The heads that act.
             rows (`torch.Tensor` of shape `(rows, hidden_size)`):
-                The states, in the dtype of the plan.
+                The states, in the compute dtype.
             weights (sequence of `float` or `torch.Tensor` of shape `(rows, 1)`):
                 ω of each head; all of one kind.
             alpha (`float` or `torch.Tensor` of shape `(rows, 1)`):
                 The step size.
             control ([`ControlConfig`]):
                 The other settings.
+            plan ([`Plan`] or `None`):
+                The heads' tensors, in the dtype of `rows`; `None` for heads that are any modules, to be called.
             eager (`bool`):
                 Whether what is done may depend on the data, which traced code cannot do.
 
         Returns:
             `torch.Tensor` of the shape of `rows`.
         """
-
-    @abstractmethod
-    def edit_by_modules(
-        self,
-        heads: Sequence[nn.Module],
-        rows: torch.Tensor,
-        weights: Sequence,
-        alpha: float | torch.Tensor,
-        control: ControlConfig,
-        eager: bool,
-    ) -> torch.Tensor:
-        """[`ControlMethod.edit`] for heads that are any modules, by calling them."""

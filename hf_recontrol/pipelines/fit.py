@@ -92,7 +92,7 @@ def fit(
     rows = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
     rewards = _rewards(reward, rows, settings.on_bad_rows)
     processes = Processes()
-    _check(rows, settings, processes.count)
+    _check(rows, settings, processes)
     if processes.index == 0:
         check_target(output / "report.html")
         make_folder(output)
@@ -144,12 +144,12 @@ def _run_stages(
         return train_head(output / "head", output / "states", settings, progress=show, command=command)
 
 
-def _check(prompts: Prompts, settings: FitSettings, num_processes: int) -> None:
+def _check(prompts: Prompts, settings: FitSettings, processes: Processes) -> None:
     """Raise now for what only the last stages would stumble over."""
     with needs_extra("train", "`fit`"):
         import matplotlib  # noqa: F401
         import pyarrow  # noqa: F401
-    check_training(settings, num_processes)
+    check_training(settings, processes)
     numbers = torch.tensor(list({stable_number(row["prompt"]) for row in prompts.rows}))
     # The split itself says what is wrong with it.
     split_by_prompt(numbers, settings.validation_split, settings.seed)

@@ -170,7 +170,7 @@ def fit_advantage(
         `ValueError`: if the head has no advantage part, or the states have no directions or are not finite.
     """
     settings = AdvantageSettings.of(settings, changes)
-    check_training(settings, Processes().count)
+    check_training(settings, Processes())
     if head.advantage_mlp is None:
         raise ValueError("This head has no advantage part: give `advantage_sizes` in its ValueHeadConfig.")
     store = StateStore.of(states)

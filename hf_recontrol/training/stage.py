@@ -95,7 +95,7 @@ def train_head(
     """
     output, settings = Path(output), TrainSettings.of(settings, changes)
     processes, work = Processes(), output / "training"
-    check_training(settings, processes.count)
+    check_training(settings, processes)
     store = StateStore.open(states)
     config = _head_config(store, settings)
     known = {"states": _states_id(states), "head": config.to_dict(), "training": _what_matters(settings)}

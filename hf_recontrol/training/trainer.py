@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -119,29 +118,8 @@ class EpisodeTrainer(Trainer):
         batch_size = options.pop("batch_size")
         # Incomplete batches are dropped; of few episodes nothing would be left.
         share = max(1, min(batch_size, len(train)) // self.processes.count)
-        arguments = TrainingArguments(
-            **{
-                "per_device_train_batch_size": share,
-                "eval_strategy": "epoch",
-                "save_strategy": "epoch",
-                "logging_strategy": "epoch",
-                "save_total_limit": 2,
-                "load_best_model_at_end": True,
-                "metric_for_best_model": f"eval_{metric}",
-                "greater_is_better": False,
-                "restore_callback_states_from_checkpoint": True,
-                "report_to": "none",
-                "remove_unused_columns": False,
-                "label_names": [],
-                "dataloader_drop_last": True,
-                "dataloader_pin_memory": torch.cuda.is_available(),
-                "ddp_find_unused_parameters": False,
-                "use_cpu": self.processes.device.type == "cpu",
-                # Trainer's own bar also prints every log.
-                "disable_tqdm": True,
-            }
-            | options
-        )
+        options["per_device_train_batch_size"] = share
+        arguments = _training_arguments(options, metric, self.processes)
         super().__init__(model=model, args=arguments, train_dataset=train, eval_dataset=held_out, data_collator=_same)
         self.remove_callback(PrinterCallback)
         if patience is not None:
@@ -254,6 +232,33 @@ def training_options(
     }
 
 
+def _training_arguments(options: dict[str, Any], metric: str, processes: Processes) -> TrainingArguments:
+    """What transformers' Trainer is told, with `options` over our defaults, in this process."""
+    return TrainingArguments(
+        **{
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "logging_strategy": "epoch",
+            "save_total_limit": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": f"eval_{metric}",
+            "greater_is_better": False,
+            "restore_callback_states_from_checkpoint": True,
+            "report_to": "none",
+            "remove_unused_columns": False,
+            "label_names": [],
+            "dataloader_drop_last": True,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "ddp_find_unused_parameters": False,
+            # They set the device of the whole process, also where they are only made to be checked.
+            "use_cpu": processes.device.type == "cpu",
+            # Trainer's own bar also prints every log.
+            "disable_tqdm": True,
+        }
+        | options
+    )
+
+
 # Arguments of TrainingArguments that settings of ours stand for, or that decide where a part's checkpoints lie.
 _OURS = (
     "data_seed",
@@ -266,7 +271,7 @@ _OURS = (
 )
 
 
-def check_training(settings: TrainingSettings, num_processes: int) -> None:
+def check_training(settings: TrainingSettings, processes: Processes) -> None:
     """
     Check what only a Trainer would stumble over.
 
@@ -274,10 +279,10 @@ def check_training(settings: TrainingSettings, num_processes: int) -> None:
         `ValueError`: if the processes cannot share a batch evenly, there is no such schedule or tracker, or
         TrainingArguments do not take the further arguments; names them.
     """
-    if settings.train_batch_size % num_processes:
+    if settings.train_batch_size % processes.count:
         raise ValueError(
             f"Training takes batches of {settings.train_batch_size} responses (`train_batch_size`), which "
-            f"{num_processes} processes cannot share evenly: start as many as divide it."
+            f"{processes.count} processes cannot share evenly: start as many as divide it."
         )
     arguments = settings.training_arguments
     if unknown := sorted(arguments.keys() - {field.name for field in fields(TrainingArguments)}):
@@ -293,9 +298,10 @@ def check_training(settings: TrainingSettings, num_processes: int) -> None:
     numbers = {field.name for field in fields(TrainingArguments) if field.type in (float, "float")}
     if texts := sorted(name for name in arguments.keys() & numbers if isinstance(arguments[name], str)):
         raise ValueError(f"`training_arguments` holds texts for the numbers {texts}.")
+    options = training_options(settings, os.curdir, learning_rate=1.0, num_epochs=1, weight_decay=0.0)
+    del options["batch_size"]
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            TrainingArguments(**{"output_dir": folder, "report_to": "none", "use_cpu": True} | arguments)
+        _training_arguments(options, "error", processes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`training_arguments` cannot be used: {error}") from error
 

@@ -266,7 +266,7 @@ def train_value_head(
         `ImportError`: if accelerate is not installed.
     """
     settings = ValueSettings.of(settings, changes)
-    check_training(settings, Processes().count)
+    check_training(settings, Processes())
     store = StateStore.of(states)
     _check(store, config)
     train, held_out = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
