@@ -66,7 +66,10 @@ SECTIONS = {
         "kl_divergence",
         "match_kl",
         "kl_sample",
+        "paired_interval",
         "recommend_control",
+        "Recommendation",
+        "Trial",
         "write_report",
     ],
 }

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from .data.prompts import Prompts, encode_prompt, load_prompts
     from .data.rollouts import Rollout, load_rollouts, save_rollouts
     from .data.states import States, StateStore
-    from .evaluation.metrics import diversity, kl_divergence
+    from .evaluation.metrics import diversity, kl_divergence, paired_interval
+    from .evaluation.recommendation import Recommendation, Trial, recommend_control
     from .evaluation.report import write_report
-    from .evaluation.strength import kl_sample, match_kl, recommend_control
+    from .evaluation.strength import kl_sample, match_kl
     from .heads.convert import convert_checkpoint
     from .heads.value_head import ValueHead
     from .modeling.causal_lm import ReControlForCausalLM
@@ -61,9 +62,10 @@ _MODULES = {
     "data.prompts": ("Prompts", "encode_prompt", "load_prompts"),
     "data.rollouts": ("Rollout", "load_rollouts", "save_rollouts"),
     "data.states": ("StateStore", "States"),
-    "evaluation.metrics": ("diversity", "kl_divergence"),
+    "evaluation.metrics": ("diversity", "kl_divergence", "paired_interval"),
+    "evaluation.recommendation": ("Recommendation", "Trial", "recommend_control"),
     "evaluation.report": ("write_report",),
-    "evaluation.strength": ("kl_sample", "match_kl", "recommend_control"),
+    "evaluation.strength": ("kl_sample", "match_kl"),
     "heads.convert": ("convert_checkpoint",),
     "heads.value_head": ("ValueHead",),
     "modeling.causal_lm": ("ReControlForCausalLM",),

@@ -47,19 +47,20 @@ class ControlConfig:
     - `method="advantage"`: `u = α g(h)` in one step, with `α = 1/τ`; then `softmax(W (h + u))` is the optimum of
       `E[A] - τ KL(π ‖ π0)` for the advantage `A(h, y) = (w_y - E_π0[w])ᵀ g(h)`. This holds for logits `W h` at
       temperature 1; where a base scales or soft-caps its logits the edit of the state is the same, the optimum is not.
+    - `method="static"`: the same with one vector b for all states, `u = α b`. It shifts the logits by `α W b`, the
+      same shift at every token.
 
     Args:
         method (`str`, *optional*, defaults to `"ascent"`):
-            `"ascent"` or `"advantage"`.
+            `"ascent"`, `"advantage"` or `"static"`.
         step_size (`float` or a sequence of `float`, *optional*, defaults to 0.5):
-            α: the ascent's step size, or 1/τ of the advantage edit, in units where the values are standardised. A
-            sequence holds one value for each prompt of the batch. At 0 the base's logits are untouched.
+            α: the ascent's step size, or 1/τ of the other two, in units where the values are standardised. A sequence
+            holds one value for each prompt of the batch. At 0 the base's logits are untouched.
         num_steps (`int`, *optional*, defaults to 30):
-            Number of ascent steps, at most 10,000. Not used by the advantage edit. At 0 the base's logits are
-            untouched.
+            Number of ascent steps, at most 10,000. Only the ascent uses it. At 0 the base's logits are untouched.
         l2 (`float`, *optional*, defaults to 0.0):
             λ of the ascent's penalty `λ‖d‖²` on the edit in scaled coordinates. `step_size * l2` must be below 1, or
-            the steps would run away. Not used by the advantage edit.
+            the steps would run away. Only the ascent uses it.
         plausibility (`float`, *optional*, defaults to 0.0):
             p in [0, 1]: a token whose probability under the base is below p × that of the base's most likely token is
             masked (logit -inf) after control. At 0 nothing is masked.
@@ -84,7 +85,7 @@ class ControlConfig:
         if self.target is not None:
             object.__setattr__(self, "target", check_numbers("target", self.target, "objective"))
             if self.method != "ascent":
-                raise ValueError("`target` is for `method='ascent'`: the advantage edit knows no values.")
+                raise ValueError("`target` is for `method='ascent'`: the other methods know no values.")
         check_int("num_steps", self.num_steps, low=0)
         if self.num_steps > _MAX_STEPS:
             raise ValueError(f"`num_steps` must be at most {_MAX_STEPS}, got {self.num_steps}.")
@@ -200,6 +201,8 @@ class ValueHeadConfig:
         advantage_sizes (`list[int]`, *optional*):
             Widths of the hidden layers of the advantage part g, or `None`: no advantage part. It needs
             `hook_point="lm_head"`, where the logits are linear in the state. An empty list is a linear g.
+        static_vector (`bool`, *optional*, defaults to `False`):
+            Whether the head holds a static vector b, one edit for all states. It needs `hook_point="lm_head"` too.
         reward_mean, reward_std (`float` or `list[float]`, *optional*, defaults to 0.0 and 1.0):
             The head's outputs are standardised; `V * reward_std + reward_mean` is in the reward's own units. A list
             holds one value for each objective.
@@ -223,6 +226,7 @@ class ValueHeadConfig:
     hook_point: str = "decoder_layer"
     layer: int = -1
     advantage_sizes: list[int] | None = None
+    static_vector: bool = False
     reward_mean: float | list[float] = 0.0
     reward_std: float | list[float] = 1.0
     base_model_name_or_path: str | None = None
@@ -247,10 +251,16 @@ class ValueHeadConfig:
             raise ValueError(f"`layer` must be an integer, got {self.layer!r}.")
         if self.advantage_sizes is not None:
             self.advantage_sizes = check_widths("advantage_sizes", self.advantage_sizes)
-            if self.hook_point != "lm_head":
+        if not isinstance(self.static_vector, bool):
+            raise ValueError(f"`static_vector` must be True or False, got {self.static_vector!r}.")
+        for name, present in (
+            ("advantage_sizes", self.advantage_sizes is not None),
+            ("static_vector", self.static_vector),
+        ):
+            if present and self.hook_point != "lm_head":
                 raise ValueError(
-                    "`advantage_sizes` needs `hook_point='lm_head'`: the advantage edit is exact only where the "
-                    f"logits are linear in the state, got hook_point={self.hook_point!r}."
+                    f"`{name}` needs `hook_point='lm_head'`: the advantage edit is exact only where the logits are "
+                    f"linear in the state, got hook_point={self.hook_point!r}."
                 )
         self.reward_mean = self._check_per_objective("reward_mean", self.reward_mean)
         self.reward_std = self._check_per_objective("reward_std", self.reward_std)
@@ -294,6 +304,11 @@ class ValueHeadConfig:
             raise ValueError(
                 "`method='advantage'` needs a head with an advantage part, this one has none (`advantage_sizes` is "
                 "None). Train one, or use `method='ascent'`."
+            )
+        if control.method == "static" and not self.static_vector:
+            raise ValueError(
+                "`method='static'` needs a head with a static vector, this one has none (`static_vector` is False). "
+                "Train one, or use `method='ascent'`."
             )
         count = len(control.target) if isinstance(control.target, tuple) else 1
         if control.target is not None and count != self.num_objectives:

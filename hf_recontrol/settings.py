@@ -144,8 +144,8 @@ class HookPointSettings(ForwardSettings):
     )
     directions: bool = setting(
         True,
-        "At `lm_head`: also keep the directions w_y - w̄, as many bytes again, which the advantage part is trained on. "
-        "Turn it off for a head with V alone.",
+        "At `lm_head`: also keep the directions w_y - w̄, as many bytes again, which the static vector and g are "
+        "trained on. Turn it off for a head with V alone.",
     )
 
     @property
@@ -194,7 +194,9 @@ class HeadSettings(Settings):
     )
     activation: Literal["relu", "silu", "gelu", "tanh"] = setting("relu", "Of V and g. ReLU has the fastest ascent.")
     advantage_sizes: tuple[int, ...] | None = setting(
-        (256,), "Widths of g's hidden layers (at `lm_head`); none: a head without an advantage part.", low=1
+        (256,),
+        "Widths of g's hidden layers (where there are directions); none: a static vector, but no g.",
+        low=1,
     )
 
 
@@ -262,7 +264,7 @@ class AdvantageSettings(TrainingSettings):
     gae_lambda: float = setting(0.0, "λ of GAE, for g's targets.", low=0, high=1)
     advantage_learning_rate: float = setting(1e-4, "AdamW's, for g.", above=0)
     advantage_num_epochs: int = setting(
-        6, "Epochs at most, for g; the best one is kept. 0: g's constant part alone, in closed form.", low=0
+        6, "Epochs at most, for g; the best one is kept. 0: g is the static vector.", low=0
     )
     advantage_weight_decay: float = setting(0.0, "AdamW's, for g.", low=0)
     advantage_patience: int | None = setting(

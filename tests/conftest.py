@@ -103,12 +103,15 @@ def make_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **kwargs) -> L
 
 
 def make_head(seed: int = 1, dtype: torch.dtype = torch.float32, **kwargs) -> ValueHead:
-    """A random head, for the tiny Llama unless `hidden_size` says otherwise; its advantage part is not zero."""
+    """A random head, for the tiny Llama unless `hidden_size` says otherwise; its g and its b are not zero."""
     torch.manual_seed(seed)
     head = ValueHead(ValueHeadConfig(**({"hidden_size": HIDDEN, "head_sizes": [12]} | kwargs)))
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.normal_(0, 0.5)
+        if head.config.static_vector:
+            # Not of the numbers that other tensors are drawn from.
+            head.static_vector.normal_(0, 0.5, generator=torch.Generator().manual_seed(seed))
     return head.to(dtype)
 
 

@@ -55,6 +55,9 @@ class Mixture:
                     mean, scale = head.state_mean.detach().to(dtype), head.state_scale.detach().to(dtype)
                     moved = (hidden + edit).detach().requires_grad_(True)
                     x = (moved - mean) / scale
+                    if control.method == "static":
+                        change += weight * head.static_vector.to(dtype)
+                        continue
                     if control.method == "advantage":
                         change += weight * _mlp(head.advantage_mlp.layers, head.config.activation, x).detach()
                         continue
@@ -84,6 +87,8 @@ def reference_edit(
             step_size = step_size[:, None, None]
         mean, scale = head.state_mean.detach().to(dtype), head.state_scale.detach().to(dtype)
         x = (hidden.detach().clone().to(dtype) - mean) / scale
+        if control.method == "static":
+            return step_size * head.static_vector.to(dtype).expand_as(x)
         if control.method == "advantage":
             return step_size * _mlp(head.advantage_mlp.layers, head.config.activation, x)
         edit = torch.zeros_like(x)

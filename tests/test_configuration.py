@@ -79,6 +79,8 @@ def test_a_format_of_the_future_says_to_upgrade():
 def test_recommending_advantage_without_an_advantage_part_is_an_error():
     with pytest.raises(ValueError, match="advantage_sizes"):
         ValueHeadConfig(hidden_size=8, control=ControlConfig(method="advantage"))
+    with pytest.raises(ValueError, match="static_vector"):
+        ValueHeadConfig(hidden_size=8, control=ControlConfig(method="static"))
 
 
 @pytest.mark.parametrize("control", [0.5, "ascent", [1], False])
@@ -201,12 +203,12 @@ steps = st.floats(0, 1e3)
 
 
 @st.composite
-def controls(draw, methods=("ascent", "advantage")):
+def controls(draw, methods=("ascent", "advantage", "static")):
     method = draw(st.sampled_from(methods))
     step_size = draw(steps | st.lists(steps, min_size=1, max_size=4))
     l2 = draw(st.floats(0, 10))
     largest = max(step_size) if isinstance(step_size, list) else step_size
-    assume(method == "advantage" or largest * l2 < 1)
+    assume(method != "ascent" or largest * l2 < 1)
     return ControlConfig(method, step_size, draw(st.integers(0, 10_000)), l2, draw(st.floats(0, 1)))
 
 
@@ -220,7 +222,12 @@ def head_configs(draw):
     def per_objective(numbers):
         return draw(numbers | st.lists(numbers, min_size=objectives, max_size=objectives))
 
-    methods = ("ascent",) if advantage_sizes is None else ("ascent", "advantage")
+    static_vector = hook_point == "lm_head" and draw(st.booleans())
+    methods = [
+        "ascent",
+        *(["advantage"] if advantage_sizes is not None else []),
+        *(["static"] if static_vector else []),
+    ]
     return ValueHeadConfig(
         hidden_size=draw(st.integers(1, 20_000)),
         head_sizes=draw(st.none() | widths),
@@ -229,6 +236,7 @@ def head_configs(draw):
         hook_point=hook_point,
         layer=draw(st.integers(-100, 100)),
         advantage_sizes=advantage_sizes,
+        static_vector=static_vector,
         reward_mean=per_objective(finite),
         reward_std=per_objective(st.floats(1e-9, 1e9)),
         base_model_name_or_path=draw(st.none() | st.text()),

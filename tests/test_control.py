@@ -396,14 +396,15 @@ def test_a_row_that_is_not_finite_is_an_error_where_states_are_checked():
         Controller(head).edit(states, control, step_size, check_states=True)
 
 
-@pytest.mark.parametrize("method", ["ascent", "advantage"])
+@pytest.mark.parametrize("method", ["ascent", "advantage", "static"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_step_that_leaves_the_range_of_the_states_is_an_error_that_names_it(method, dtype):
-    head = make_head(hidden_size=6, hook_point="lm_head", advantage_sizes=[4])
+    head = make_head(hidden_size=6, hook_point="lm_head", advantage_sizes=[4], static_vector=True)
     states = torch.randn(3, 6).to(dtype)
     huge = 0.9 * torch.finfo(dtype).max
     with torch.no_grad():
         head.advantage_mlp.layers[-1].bias.fill_(10)
+        head.static_vector.fill_(10)
     control = ControlConfig(method, step_size=huge)
     message = re.escape(f"{method} edit left the range of {dtype}: `step_size` {huge:g}")
     with pytest.raises(FloatingPointError, match=message):
@@ -414,10 +415,10 @@ def test_a_step_that_leaves_the_range_of_the_states_is_an_error_that_names_it(me
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method", ["ascent", "advantage"])
+@pytest.mark.parametrize("method", ["ascent", "advantage", "static"])
 @pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
 def test_half_precision_states_are_edited_in_float32_and_come_back_as_they_were(dtype, method, head_dtype):
-    head = make_head(dtype=head_dtype, hidden_size=6, hook_point="lm_head", advantage_sizes=[4])
+    head = make_head(dtype=head_dtype, hidden_size=6, hook_point="lm_head", advantage_sizes=[4], static_vector=True)
     control = ControlConfig(method, step_size=0.5, num_steps=10)
     states = torch.randn(5, 6).to(dtype)
     result = Controller(head).edit(states, control, 0.5)
@@ -434,10 +435,10 @@ def test_float64_states_are_edited_in_float64_by_a_float32_head():
     torch.testing.assert_close(result, plain_ascent(head, states, control, step_size)[0], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["ascent", "advantage"])
+@pytest.mark.parametrize("method", ["ascent", "advantage", "static"])
 @pytest.mark.parametrize("kind", ["ValueHead", "subclass"])
 def test_gradients_pass_the_edit_as_if_it_were_a_constant(method, kind):
-    head = make_head(hidden_size=6, hook_point="lm_head", advantage_sizes=[4])
+    head = make_head(hidden_size=6, hook_point="lm_head", advantage_sizes=[4], static_vector=True)
     if kind == "subclass":
         head.__class__ = Doubled
     states = torch.randn(2, 3, 6, requires_grad=True)
@@ -451,9 +452,9 @@ def test_gradients_pass_the_edit_as_if_it_were_a_constant(method, kind):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kind", ["ValueHead", "subclass"])
-@pytest.mark.parametrize("method", ["ascent", "advantage"])
+@pytest.mark.parametrize("method", ["ascent", "advantage", "static"])
 def test_the_edit_is_the_same_without_gradients(mode, kind, method):
-    head = make_head(hidden_size=6, hook_point="lm_head", advantage_sizes=[4])
+    head = make_head(hidden_size=6, hook_point="lm_head", advantage_sizes=[4], static_vector=True)
     if kind == "subclass":
         head.__class__ = Doubled
     states, step_size = torch.randn(3, 6), torch.tensor([[0.1], [0.2], [0.3]])

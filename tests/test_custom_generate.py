@@ -117,13 +117,14 @@ def test_a_pushed_head_gives_the_same_tokens_to_a_plain_transformers(hub, run, t
         ControlConfig(step_size=0.7, num_steps=8, l2=0.1),
         ControlConfig(step_size=2.0, num_steps=8, plausibility=0.3),
         ControlConfig("advantage", 1.5),
+        ControlConfig("static", 1.5),
         ControlConfig(step_size=0.7, num_steps=8, target=3.0),
     ],
-    ids=["ascent", "plausibility", "advantage", "target"],
+    ids=["ascent", "plausibility", "advantage", "static", "target"],
 )
 def test_the_file_draws_what_the_package_draws(family, place, control, tmp_path):
-    if control.method == "advantage" and place[0] != "lm_head":
-        pytest.skip("an advantage part is at the LM head")
+    if control.method != "ascent" and place[0] != "lm_head":
+        pytest.skip("an advantage part and a static vector are at the LM head")
     model = tiny_model(family)
     head = tiny_head(model, *place, head_sizes=(24, 12), activation="silu", control=control)
     head.config.reward_mean, head.config.reward_std = 0.5, 2.0
@@ -151,6 +152,7 @@ def test_what_cannot_be_says_why(tmp_path):
         ({"value_head": str(tmp_path)}, "needs hf_recontrol"),
         ({"value_head": str(tmp_path), "control": {"strength": 1}}, r"holds \['strength'\]"),
         ({"value_head": str(tmp_path), "control": {"method": "advantage"}}, "no advantage part"),
+        ({"value_head": str(tmp_path), "control": {"method": "static"}}, "no static vector"),
         ({"value_head": str(tmp_path), "control": {"method": "advantge"}}, "`method`"),
         ({"value_head": str(tmp_path), "control": {"step_size": -1}}, "`step_size`"),
         ({"value_head": str(tmp_path), "control": {"step_size": [1.0, 2.0]}}, "`step_size` must be one number"),

@@ -30,7 +30,7 @@ def some_rollouts() -> list[Rollout]:
 
 
 def controlled(**kwargs):
-    head = make_head(hidden_size=16, hook_point="lm_head", advantage_sizes=[8])
+    head = make_head(hidden_size=16, hook_point="lm_head", advantage_sizes=[8], static_vector=True)
     return ReControlForCausalLM.from_model(tiny_model("llama"), head, ControlConfig(**kwargs))
 
 
@@ -59,7 +59,7 @@ def test_control_that_does_nothing_has_no_kl():
     assert kl_divergence(controlled(step_size=0.0), some_rollouts()) == 0.0
 
 
-@pytest.mark.parametrize("method", ["ascent", "advantage"])
+@pytest.mark.parametrize("method", ["ascent", "advantage", "static"])
 @pytest.mark.parametrize("start", [1e-3, 30.0])
 def test_a_step_size_is_found_from_either_side(method, start):
     model = controlled(step_size=0.123)

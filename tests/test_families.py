@@ -25,6 +25,7 @@ from .tiny_models import FAMILIES, layers_of, left_pad, lm_head_of, prompts, sta
 
 ASCENT = ControlConfig(step_size=0.5, num_steps=5, l2=0.1)
 ADVANTAGE = ControlConfig(method="advantage", step_size=0.5)
+STATIC = ControlConfig(method="static", step_size=0.5)
 HOOK_POINTS = ["decoder_layer", "lm_head"]
 NEW = 6
 # Logits of generate are float32; state-space models compute their scans in float32 whatever their weights are.
@@ -157,11 +158,13 @@ def test_advantage_equals_the_reference(family):
     torch.testing.assert_close(forward(model, sequences[:, :-1], use_cache=False), expected, **FLOAT32)
 
 
-def test_advantage_needs_the_lm_head():
+def test_advantage_and_static_need_the_lm_head():
     base = tiny_model("llama")
     head = tiny_head(base, "decoder_layer")
     with pytest.raises(ValueError, match="advantage"):
         ReControlForCausalLM.from_model(base, head, control=ADVANTAGE)
+    with pytest.raises(ValueError, match="static vector"):
+        ReControlForCausalLM.from_model(base, head, control=STATIC)
     assert type(base) is type(tiny_model("llama"))
 
 

@@ -14,6 +14,7 @@ from .tiny_models import FAMILIES, left_pad, lm_head_of, prompts, tiny_head, tin
 CONTROLS = {
     "ascent": ControlConfig(step_size=0.7, num_steps=8),
     "advantage": ControlConfig("advantage", 1.5),
+    "static": ControlConfig("static", 1.5),
     "plausibility": ControlConfig("advantage", 4.0, plausibility=0.3),
     "per row": ControlConfig("advantage", (0.0, 1.0, 2.0)),
 }

@@ -70,6 +70,8 @@ class Wrapped(nn.Module):
         super().__init__()
         self.config, self.head = head.config, head
         self.register_buffer("state_scale", head.state_scale)
+        if head.config.static_vector:
+            self.register_buffer("static_vector", head.static_vector)
 
     def forward(self, hidden):
         return self.head(hidden)
@@ -112,12 +114,13 @@ def test_a_mixture_is_the_naive_sum(kinds, form, rows, l2, monkeypatch):
     assert bool(flips) == should_flip
 
 
+@pytest.mark.parametrize("method", ["advantage", "static"])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_mixture_of_advantages_is_their_sum(wrapped):
-    heads = heads_of(["relu", "linear", "silu"], advantage_sizes=[6])
+def test_a_mixture_in_closed_form_is_a_sum(wrapped, method):
+    heads = heads_of(["relu", "linear", "silu"], advantage_sizes=[6], static_vector=True)
     weights = {name: (0.5 - i, 1.0, 0.0) for i, name in enumerate(heads)}
     states = torch.randn(3, 2, 16, dtype=torch.float64)
-    control = ControlConfig("advantage", 0.4)
+    control = ControlConfig(method, 0.4)
     expected = reference_edit(Mixture(list(heads.values()), list(weights.values())), states, control)
     if wrapped:
         heads = {name: Wrapped(head) for name, head in heads.items()}
@@ -164,7 +167,10 @@ def test_a_linear_head_reaches_its_target_whatever_the_number_of_steps():
 
 def two_headed(**control) -> tuple[ReControlForCausalLM, list[ValueHead]]:
     """A tiny Llama in float64 with the heads `default` and `other`."""
-    heads = [scaled_head("relu", 1, advantage_sizes=[6]), scaled_head("wide", 2, advantage_sizes=[5])]
+    heads = [
+        scaled_head("relu", 1, advantage_sizes=[6], static_vector=True),
+        scaled_head("wide", 2, advantage_sizes=[5], static_vector=True),
+    ]
     settings = {"step_size": 0.3, "num_steps": 10} | control
     model = ReControlForCausalLM.from_model(make_llama(dtype=torch.float64), heads[0], ControlConfig(**settings))
     model.add_value_head("other", heads[1])
@@ -175,7 +181,9 @@ BY_ROW = ControlConfig(step_size=(0.3, 0.1))
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
-@pytest.mark.parametrize("control", [{}, {"method": "advantage"}, {"plausibility": 0.05}], ids=str)
+@pytest.mark.parametrize(
+    "control", [{}, {"method": "advantage"}, {"method": "static"}, {"plausibility": 0.05}], ids=str
+)
 def test_generation_with_a_mixture_equals_the_reference(control, input_ids):
     model, heads = two_headed(**control)
     weights = {"default": 0.6, "other": -0.8}
@@ -261,7 +269,7 @@ def test_threads_mix_as_they_are_told(input_ids):
 
 @traces_transformers
 @pytest.mark.parametrize("weights", [{"default": 0.6, "other": -0.8}, {"other": (0.5, 1.0)}], ids=str)
-@pytest.mark.parametrize("control", [{}, {"method": "advantage"}], ids=str)
+@pytest.mark.parametrize("control", [{}, {"method": "advantage"}, {"method": "static"}], ids=str)
 def test_a_mixture_compiles_whole(input_ids, weights, control):
     model, _ = two_headed(**control)
     model.set_value_heads(weights)

@@ -261,7 +261,7 @@ def tiny_head(
 ) -> ValueHead:
     """
     A random head for a plain model, with a `state_mean` and a `state_scale` of the order of the model's own states, so
-    that the same control is as strong in every family. At the LM head it has an advantage part.
+    that the same control is as strong in every family. At the LM head it has an advantage part and a static vector.
     """
     states = states_at(model, hook_point, layer).double()
     width = states.shape[-1]
@@ -274,6 +274,7 @@ def tiny_head(
         hook_point=hook_point,
         layer=layer,
         advantage_sizes=[20] if advantage else None,
+        static_vector=advantage,
         control=control,
     )
     head = ValueHead(config)
@@ -294,4 +295,5 @@ def tiny_head(
         if head.advantage_mlp is not None:
             head.advantage_mlp.layers[-1].weight.mul_(2 * spread)
             head.advantage_mlp.layers[-1].bias.mul_(spread)
+            head.static_vector.copy_(spread * normal(width))
     return head.to(states_at(model, hook_point, layer).dtype)

@@ -188,6 +188,7 @@ def generate_rollouts(
     settings: SamplingSettings | None = None,
     *,
     control: ControlConfig | bool = False,
+    progress: Progress | None = None,
     **changes,
 ) -> list[Rollout]:
     """
@@ -207,6 +208,8 @@ def generate_rollouts(
             How to sample; single settings as keywords. The responses of a prompt follow each other in the result.
         control ([`ControlConfig`] or `False`, *optional*, defaults to `False`):
             Control of a [`ReControlForCausalLM`], for instance to fit a new V on the controlled policy.
+        progress (`Callable[[int, int], None]`, *optional*):
+            Called with (done, total) instead of showing a bar.
 
     Returns:
         `list[Rollout]`, in the order of `prompts`.
@@ -223,7 +226,7 @@ def generate_rollouts(
     encoded, bad = _encode_all(tokenizer, prompts, range(len(prompts)), _room(model), config.max_new_tokens)
     report_bad_rows(bad, "error", can_skip=False)
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(settings.num_samples)]
-    with progress_bar("rollouts", len(rows)) as advance:
+    with progress_bar("rollouts", len(rows), progress) as advance:
         return _sample(sampler, prompts, encoded, rows, settings, advance)
 
 

@@ -38,7 +38,7 @@ def advantage_edit(plan: Plan, hidden: torch.Tensor, weights: Sequence, alpha) -
 class Advantage(ControlMethod):
     """`α g(h)` in one step."""
 
-    part = "advantage"
+    part = "the last layer of its advantage part"
 
     def is_idle(self, head: ValueHead) -> bool:
         """Whether g is zero. The bias of its last layer is its constant part."""

@@ -274,7 +274,7 @@ def _check_nearer(head: nn.Module, control: ControlConfig, rows: torch.Tensor, e
 class Ascent(ControlMethod):
     """`num_steps` steps up V, or towards its target."""
 
-    part = "value"
+    part = "the last layer of its value part"
     needs_gram = True
 
     def is_idle(self, head: ValueHead) -> bool:

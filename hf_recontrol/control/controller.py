@@ -13,6 +13,7 @@ from .advantage import Advantage
 from .ascent import Ascent
 from .method import ControlMethod
 from .plan import Plan, build_plan
+from .static import Static
 
 # Rows edited at once: bounds the memory of a long teacher-forced forward to a few arrays of this many rows.
 _MAX_ROWS = 4096
@@ -20,7 +21,7 @@ _MAX_ROWS = 4096
 _MAX_PLANS = 8
 DEFAULT_NAME = "default"
 
-METHODS: dict[str, ControlMethod] = {"ascent": Ascent(), "advantage": Advantage()}
+METHODS: dict[str, ControlMethod] = {"ascent": Ascent(), "advantage": Advantage(), "static": Static()}
 
 # Of each head that acts, by name: its weight, a number or one value for each state, `hidden.shape[:-1] + (1,)`.
 Weights = Mapping[str, "float | torch.Tensor"]

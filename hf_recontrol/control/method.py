@@ -20,7 +20,7 @@ class ControlMethod(ABC):
 
     Attributes:
         part (`str`):
-            Which part of a head it uses, in messages.
+            What of a head must not be zero, in messages.
         needs_gram (`bool`):
             Whether its plans hold the Gram matrix of V's first layers.
     """

@@ -35,6 +35,8 @@ class HeadTensors:
     eigen: tuple[torch.Tensor, torch.Tensor] | None
     # (weight, bias) of each layer of g, where there is one.
     advantage: list[tuple[torch.Tensor, torch.Tensor]] | None
+    # b, where there is one.
+    static: torch.Tensor | None
 
     @property
     def width(self) -> int:
@@ -108,6 +110,7 @@ def build_plan(
                 out_sum=out[0].sum(0),
                 eigen=eigen,
                 advantage=None if g is None else pairs(g.layers),
+                static=convert(head.static_vector) if head.config.static_vector else None,
             )
         )
     plan = Plan(heads, None)

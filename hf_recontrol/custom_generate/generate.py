@@ -76,12 +76,14 @@ def check(config, tensors, settings):
         ("format_version", config["format_version"], (1,)),
         ("hook_point", config["hook_point"], ("decoder_layer", "lm_head")),
         ("activation", config["activation"], tuple(ACTIVATIONS)),
-        ("method", settings["method"], ("ascent", "advantage")),
+        ("method", settings["method"], ("ascent", "advantage", "static")),
     ):
         if value not in known:
             raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
     if settings["method"] == "advantage" and config["advantage_sizes"] is None:
         raise ValueError("This head has no advantage part: use method='ascent'.")
+    if settings["method"] == "static" and "static_vector" not in tensors:
+        raise ValueError("This head has no static vector: use method='ascent'.")
     if bad := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
         raise ValueError(f"The head's tensors {bad} hold NaN or infinite values.")
 
@@ -96,12 +98,14 @@ def mlp(tensors, part, activation, x):
 
 
 def edit(hidden, config, tensors, settings):
-    """u of h + u: `step_size * g(h)`, or `num_steps` of gradient ascent on V (or on -½‖V - target‖²), in the head's
-    scaled coordinates."""
+    """u of h + u: `step_size * b`, `step_size * g(h)`, or `num_steps` of gradient ascent on V (or on -½‖V - target‖²),
+    in the head's scaled coordinates."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     tensors = {name: tensor.to(hidden.device, dtype) for name, tensor in tensors.items()}
     alpha, scale = settings["step_size"], tensors["state_scale"]
     x = (hidden.detach().to(dtype) - tensors["state_mean"]) / scale
+    if settings["method"] == "static":
+        return alpha * tensors["static_vector"].expand_as(x)
     if settings["method"] == "advantage":
         return alpha * mlp(tensors, "advantage_mlp", config["activation"], x)
     target = settings["target"]

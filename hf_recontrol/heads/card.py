@@ -184,6 +184,8 @@ def _shape(config: ValueHeadConfig, base: str | None) -> list[str]:
     if config.advantage_sizes is not None:
         widths = " - ".join(map(str, [config.hidden_size, *config.advantage_sizes, config.hidden_size]))
         lines.append(f"Advantage part g: {widths}.")
+    if config.static_vector:
+        lines.append("A static vector b: one edit for all states.")
     if config.control is not None:
         known = {key: value for key, value in config.control.to_dict().items() if value is not None}
         settings = ", ".join(f"{key}={value!r}" for key, value in known.items())

@@ -32,7 +32,7 @@ FIGURES = {
         "g's correlation with V's differences", "how much each token changes V", "pearsonr"
     ),
     "constant_correlation": Figure(
-        "the same, of g's constant part alone", "what one fixed vector would do", "pearsonr"
+        "the same, of the static vector", "what one vector for all states does", "pearsonr"
     ),
     "reward": Figure("reward", "mean over the responses"),
     "diversity": Figure("diversity", "product of the shares of distinct 2-, 3- and 4-grams of words"),

@@ -45,6 +45,7 @@ class ValueHead(nn.Module):
             The shape of the head. Weights start random (V) and at zero in g's last layer (so an untrained g edits
             nothing).
 
+    With `config.static_vector` the buffer `static_vector` holds b, one edit for all states; zero until it is fitted.
     The buffers `state_mean` and `state_scale`, one value for each feature, are 0 and 1 unless training sets them.
     """
 
@@ -54,6 +55,8 @@ class ValueHead(nn.Module):
         self.register_buffer("state_mean", torch.zeros(config.hidden_size))
         self.register_buffer("state_scale", torch.ones(config.hidden_size))
         self.value_mlp = MLP([config.hidden_size, *config.head_sizes, config.num_objectives], config.activation)
+        if config.static_vector:
+            self.register_buffer("static_vector", torch.zeros(config.hidden_size))
         self.advantage_mlp = None
         if config.advantage_sizes is not None:
             self.advantage_mlp = MLP(

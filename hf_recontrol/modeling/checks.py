@@ -97,8 +97,8 @@ def check_not_idle(head: nn.Module, control: ControlConfig) -> None:
         method.check_module(head)
     elif method.is_idle(head):
         raise ValueError(
-            f"This head would do nothing under `method={control.method!r}`: the last layer of its {method.part} part "
-            "is all zeros, so it is not trained."
+            f"This head would do nothing under `method={control.method!r}`: {method.part} is all zeros, so it is not "
+            "trained."
         )
 
 

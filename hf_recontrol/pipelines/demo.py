@@ -1,4 +1,4 @@
-"""`recontrol demo`: from prompts to a head and a comparison of base, ascent and advantage control, in one command."""
+"""`recontrol demo`: from prompts to a head and a comparison of the base and its controls, in one command."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..collection.rewards import vader
 from ..collection.rollouts import generate_rollouts
 from ..configuration import ControlConfig
 from ..data.prompts import load_prompts
-from ..data.rollouts import Rollout, load_rollouts, rollout_parts
+from ..data.rollouts import Rollout
 from ..evaluation.metrics import diversity, kl_divergence
-from ..evaluation.strength import kl_sample, match_kl
 from ..heads.figures import FIGURES
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import FitSettings, LoadingSettings
-from ..utils.files import write_json
+from ..training.stage import FIGURES_NAME
+from ..utils.files import read_json, write_json
 from .fit import fit
 from .loading import load_base
 
@@ -84,15 +84,15 @@ class DemoSizes:
     num_training_prompts: int = 320
     num_unseen_prompts: int = 32
     max_new_tokens: int = 48
-    num_steps: int = 30
     # Answers compared at once.
     batch_size: int = 16
 
 
 def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.PathLike, *, seed: int = 0) -> dict:
     """
-    Train a head with both parts on VADER's sentiment with [`fit`], and compare base, ascent and advantage control on
-    unseen prompts, at the same KL to the base. A second run resumes where the first was stopped.
+    Train a head with all parts on VADER's sentiment with [`fit`], and compare the base and the controls that `fit` tried
+    on unseen prompts, at the step sizes that it found for them, of the same KL to the base. A second run resumes where
+    the first was stopped.
 
     Args:
         model (`str`, *optional*):
@@ -103,8 +103,8 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
             Of the split, the sampling and the training.
 
     Returns:
-        `dict`: for each of `"base"`, `"ascent"` and `"advantage"` the reward, diversity, KL and milliseconds a step of
-        a whole batch.
+        `dict`: for each of `"base"`, `"static"`, `"advantage"` (unless g is the static vector) and `"ascent"` the
+        reward, diversity, KL and milliseconds a step of a whole batch.
 
     Raises:
         `OSError`, `ValueError`, `ImportError`: if something needed is missing; before any work.
@@ -132,11 +132,10 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
     path = output / "results.json"
     if not path.is_file():
         controlled = ReControlForCausalLM.from_model(base, output / "head")
-        sample = kl_sample(load_rollouts(rollout_parts(output / "rollouts")[0]))
-        # At the same KL, so that neither control is tuned on the reward.
-        target_kl = fit_settings.target_kl
-        starts = (ControlConfig("ascent", 1.0, settings.num_steps), ControlConfig("advantage", 1.0))
-        controls = {"base": False} | {start.method: match_kl(controlled, sample, start, target_kl) for start in starts}
+        # All at the same KL, so that no step size is tuned on the reward.
+        tried = read_json(output / "head" / FIGURES_NAME).get("recommended", {}).get("trials", [])
+        found = [ControlConfig.from_dict(trial["control"]) for trial in tried if trial["control"] is not None]
+        controls = {"base": False} | {control.method: control for control in found}
         results = _demo_compare(controlled, tokenizer, unseen, controls, settings)
         write_json(path, results)
     results = json.loads(path.read_text(encoding="utf-8"))
@@ -153,7 +152,7 @@ def _demo_compare(controlled, tokenizer, prompts: list[dict], controls: dict, se
     steps = dict.fromkeys(controls, 0)
     options = {"max_new_tokens": settings.max_new_tokens, "temperature": 0.0, "batch_size": settings.batch_size}
     for start in range(0, len(prompts), settings.batch_size):
-        # In turn, so that a busy machine is slow for all three alike.
+        # In turn, so that a busy machine is slow for all alike.
         for name, control in controls.items():
             begin = time.perf_counter()
             batch = generate_rollouts(

@@ -18,13 +18,13 @@ from ..collection.labels import check_columns, label_rollouts
 from ..collection.rewards import RewardFunction, by_name, load_reward, reward_name, vader
 from ..collection.rollouts import write_rollouts
 from ..collection.states import write_states
-from ..configuration import ControlConfig, ValueHeadConfig
+from ..configuration import ValueHeadConfig
 from ..data.fingerprints import stable_number
 from ..data.processes import Processes
 from ..data.prompts import Prompts, load_prompts
-from ..data.rollouts import load_rollouts, rollout_parts
 from ..data.stage_folder import MANIFEST_NAME, lock_folder
-from ..evaluation.strength import recommend_control, recommended_method
+from ..data.states import StateStore
+from ..evaluation.recommendation import recommend_control
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.hook_points import HookPoint
@@ -55,9 +55,9 @@ def fit(
     **changes,
 ) -> dict[str, Any]:
     """
-    Everything from prompts to a head: sample responses, score them, read their states, train V and g, find a step
-    size, write a report. The same call again resumes a run that was stopped; under `accelerate launch` processes
-    share the work.
+    Everything from prompts to a head: sample responses, score them, read their states, train V and g, find the control
+    to recommend (see [`recommend_control`]), write a report. The same call again resumes a run that was stopped; under
+    `accelerate launch` processes share the work.
 
     Args:
         model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]), tokenizer (*optional*):
@@ -105,7 +105,7 @@ def fit(
             save_run(output, model, prompts, reward, given, tokenizer_given)
         figures = _run_stages(output, base, tokenizer, rows, rewards, settings, processes, quiet, command)
         if processes.index == 0:
-            _recommend(output, base, figures, settings.target_kl)
+            _recommend(output, base, tokenizer, rows, rewards, settings, quiet)
             write_run_report(output, tokenizer, figures, settings)
             save_run(output, model, prompts, reward, given, tokenizer_given)
         processes.wait()
@@ -165,7 +165,7 @@ def _check_unread(settings: FitSettings) -> None:
 
 def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
     """Settings whose head the base can have, checked before any response is sampled."""
-    directions = settings.with_directions and settings.advantage_sizes is not None
+    directions = settings.with_directions
     settings = replace(
         settings, directions=directions, advantage_sizes=settings.advantage_sizes if directions else None
     )
@@ -174,6 +174,7 @@ def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
         HookPoint.find(base, settings).width,
         head_sizes=settings.head_sizes,
         advantage_sizes=settings.advantage_sizes,
+        static_vector=directions,
         hook_point=settings.hook_point,
         layer=settings.layer,
     )
@@ -201,23 +202,64 @@ def _base(model, tokenizer, settings: FitSettings):
     return model.eval(), tokenizer
 
 
-def _recommend(output: Path, base: PreTrainedModel, figures: dict[str, Any], target_kl: float) -> None:
-    """Let the head recommend a control. One that somebody set by hand is kept, and one found for this `target_kl`."""
+def _recommend(
+    output: Path,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    rewards: dict[str, RewardFunction],
+    settings: FitSettings,
+    quiet: bool,
+) -> None:
+    """Let the head recommend a control. One that somebody set by hand is kept, and one found for this KL."""
     head, training = ValueHead.from_pretrained(output / "head"), read_json(output / "head" / FIGURES_NAME)
-    if head.config.control is not None:
-        found = training.get("recommended", {})
-        if found.get("control") != head.config.control.to_dict() or found["target_kl"] == target_kl:
-            return
-    start = ControlConfig(recommended_method(figures), step_size=1.0)
-    controlled = ReControlForCausalLM.from_model(base, head, start)
-    rollouts = load_rollouts(rollout_parts(output / "rollouts")[0])
+    known = training.get("recommended", {})
+    present = None if head.config.control is None else head.config.control.to_dict()
+    # The figures are written before the head: after a stop between the two it has the control that was to be replaced.
+    if present not in (None, known.get("control"), known.get("replaces")):
+        return
+    if present is not None and present == known.get("control") and known["target_kl"] == settings.target_kl:
+        return
+    controlled = ReControlForCausalLM.from_model(base, head)
+    # Other noise than that of the responses which the held-out figures chose V by.
+    sampling = replace(settings, seed=(settings.seed + 1) % 2**32)
     try:
-        head.config.control = recommend_control(controlled, rollouts, figures, target_kl)
+        found = recommend_control(
+            controlled,
+            tokenizer,
+            _held_out(output, prompts, settings),
+            list(rewards.values()),
+            sampling,
+            target_kl=settings.target_kl,
+            progress=(lambda done, total: None) if quiet else None,
+        )
     except ValueError as error:
-        logger.warning(f"The head recommends no step size: {error}")
+        logger.warning(f"The head recommends no control: {error}")
         return
     finally:
         controlled.unload()
-    head.save_pretrained(output / "head")
-    recommended = {"target_kl": target_kl, "control": head.config.control.to_dict()}
+    best = next(trial for trial in found.trials if trial.control == found.control)
+    if best.gain[1] <= 0:
+        logger.warning(
+            f"On {found.prompts} held-out prompts no control is clearly better than the base. The recommended one "
+            f"({found.control.method}) earns {best.gain[0]:+.2f} standard deviations [{best.gain[1]:.2f}, "
+            f"{best.gain[2]:.2f}]: try more prompts, or a larger `target_kl`."
+        )
+    recommended = found.to_dict() | {"target_kl": settings.target_kl, "replaces": present}
     write_json(output / "head" / FIGURES_NAME, training | {"recommended": recommended})
+    head.config.control = found.control
+    head.save_pretrained(output / "head")
+
+
+def _held_out(output: Path, prompts: Prompts, settings: FitSettings) -> Prompts:
+    """The prompts that were held out of training, each once."""
+    store = StateStore.open(output / "states")
+    _, episodes = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
+    wanted = set(store.prompts[episodes].tolist())
+    chosen = []
+    for index, row in enumerate(prompts.rows):
+        number = stable_number(row["prompt"])
+        if number in wanted:
+            wanted.remove(number)
+            chosen.append(index)
+    return Prompts([prompts.rows[i] for i in chosen], [prompts.numbers[i] for i in chosen])

@@ -40,6 +40,7 @@ def write_run_report(
     count, stored = rollouts["counts"], states["counts"]
     scored = max(count["rollouts"] - count["unscored"], 1)
     names = rollouts["rewards"]
+    training = read_json(output / "head" / FIGURES_NAME)
     facts = {
         "Base model": str(rollouts["settings"]["model"]),
         "Reward": ", ".join(f"{name} (mean {count[f'reward {name}'] / scored:.3g})" for name in names),
@@ -49,18 +50,37 @@ def write_run_report(
         f"{stored['bytes'] / 1e6:.1f} MB",
         "Head": f"V {head.config.head_sizes}, g {head.config.advantage_sizes}",
         "Recommended control": "none" if head.config.control is None else str(head.config.control),
+        **_compared(training.get("recommended")),
         "Seed": str(settings.seed),
     }
-    curves = read_json(output / "head" / FIGURES_NAME)["curves"]
     one = {} if head.config.num_objectives > 1 else {"reward_mean": head.config.reward_mean}
     write_report(
         output / "report.html",
         title=f"A head for {Path(str(rollouts['settings']['model'])).name}",
         facts=facts,
         figures=figures | one,
-        curves=curves,
+        curves=training["curves"],
         examples=_examples(output, tokenizer, head, settings),
     )
+
+
+def _compared(recommended: dict[str, Any] | None) -> dict[str, str]:
+    """What the recommended control was chosen from."""
+    if recommended is None:
+        return {}
+    texts = []
+    for trial in recommended["trials"]:
+        reward = ", ".join(f"{mean:.3g}" for mean in trial["reward"])
+        if trial["control"] is None:
+            texts.append(f"base: reward {reward}")
+            continue
+        gain, *ends = ("unknown" if value is None else f"{value:+.2f}" for value in trial["gain"])
+        texts.append(
+            f"{trial['control']['method']} at step size {trial['control']['step_size']:g}: reward {reward}, "
+            f"{gain} [{', '.join(ends)}] standard deviations over the base, KL {trial['kl']:.2f}"
+        )
+    on = f"{recommended['responses']} responses to {recommended['prompts']} held-out prompts"
+    return {"Controls compared": f"{'; '.join(texts)} (on {on}; paired 95 % intervals)"}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""States and V to the advantage part: least squares on V's differences, the constant part in closed form."""
+"""States and V to the advantage part: least squares on V's differences, the static vector in closed form."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ _PENALTIES = torch.logspace(-6, 2, 17, dtype=torch.float64)
 
 
 class AdvantageModel(nn.Module):
-    """g of a head as what the Trainer trains and saves; V is frozen."""
+    """g of a head, or its static vector if that is all it has, as what the Trainer trains and saves; V is frozen."""
 
     def __init__(self, head: ValueHead):
         super().__init__()
         self.head = head
         head.value_mlp.requires_grad_(False)
-        head.advantage_mlp.requires_grad_(True)
+        if head.advantage_mlp is not None:
+            head.advantage_mlp.requires_grad_(True)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.head.advantage_mlp is None:
+            return self.head.static_vector.expand_as(hidden)
         return self.head.advantage(hidden)
 
 
@@ -84,13 +87,14 @@ class AdvantageTrainer(EpisodeTrainer):
     @torch.no_grad()
     def figures(self) -> dict[str, Any]:
         """`advantage_error` (mean squared, relative to that of 0) and `advantage_correlation`."""
-        head = self.accelerator.unwrap_model(self.model).head
+        model = self.accelerator.unwrap_model(self.model)
+        head = model.head
         device = next(head.parameters()).device
         sums = torch.zeros(6, dtype=torch.float64)
         for _, batch in self.held_out.batches(64, self.processes):
             batch = {name: value.to(device) for name, value in batch.items()}
             target = advantage_targets(head, batch, self.gae_lambda, self.discount).double().cpu()
-            advantage = (batch["directions"] * head.advantage(batch["hidden"])).sum(-1).double().cpu()
+            advantage = (batch["directions"] * model(batch["hidden"])).sum(-1).double().cpu()
             products = (advantage, target, advantage.square(), target.square(), advantage * target)
             sums += torch.stack([torch.tensor(float(len(target))).double(), *(x.sum() for x in products)])
         count, a, t, aa, tt, at = torch.stack(self.processes.gather(sums)).sum(0).tolist()
@@ -144,15 +148,15 @@ def fit_advantage(
     **changes,
 ) -> dict[str, Any]:
     r"""
-    Fit g, in place, by least squares on V's differences: `(w_y - w̄(h_t))ᵀ g(h_t) ≈ A_t` (see
-    [`value_differences`]). First its constant part, the last layer's bias, by ridge regression in closed form
-    (streamed normal equations; the penalty is the one with the smallest held-out error); then the MLP on what is left,
-    by transformers' Trainer, with the epoch with the smallest held-out error kept, which may be the one before the
-    first.
+    Fit the advantage part, in place, by least squares on V's differences: `(w_y - w̄(h_t))ᵀ g(h_t) ≈ A_t` (see
+    [`value_differences`]). First the static vector b, a g that is the same for all states, by ridge regression in
+    closed form (streamed normal equations; the penalty is the one with the smallest held-out error); then the MLP from
+    there on, by transformers' Trainer, with the epoch with the smallest held-out error kept, which may be the one
+    before the first.
 
     Args:
         head ([`ValueHead`]):
-            A head with a trained V and an advantage part.
+            A head with a trained V, and with an advantage part, a static vector, or both.
         states:
             The same episodes, with directions.
         settings ([`AdvantageSettings`], *optional*), changes:
@@ -163,16 +167,19 @@ def fit_advantage(
 
     Returns:
         On the held-out prompts (which also chose the penalty and the epoch): `advantage_correlation` and
-        `constant_correlation`, with V's differences, of g and of its constant part alone; `advantage_error` and
-        `constant_error`, mean squared, relative to that of 0; `log`, the Trainer's log.
+        `constant_correlation`, with V's differences, of g and of b; `advantage_error` and `constant_error`, mean
+        squared, relative to that of 0; `log`, the Trainer's log. Of g only where there is one.
 
     Raises:
-        `ValueError`: if the head has no advantage part, or the states have no directions or are not finite.
+        `ValueError`: if the head has neither part, or the states have no directions or are not finite.
     """
     settings = AdvantageSettings.of(settings, changes)
     check_training(settings, Processes())
-    if head.advantage_mlp is None:
-        raise ValueError("This head has no advantage part: give `advantage_sizes` in its ValueHeadConfig.")
+    if head.advantage_mlp is None and not head.config.static_vector:
+        raise ValueError(
+            "This head has no advantage part and no static vector: give `advantage_sizes` or `static_vector` in its "
+            "ValueHeadConfig."
+        )
     store = StateStore.of(states)
     if not store.has_directions:
         raise ValueError("The states have no directions: collect them at `lm_head`, with `directions`.")
@@ -201,7 +208,9 @@ def fit_advantage(
             progress=progress,
         )
         constant = _fit_constant(trainer, head, train, held_out, settings)
-        figures = _fit_rest(trainer, head, constant["advantage_error"], settings.advantage_num_epochs)
+        figures = {}
+        if head.advantage_mlp is not None:
+            figures = _fit_rest(trainer, head, constant["advantage_error"], settings.advantage_num_epochs)
         head.cpu()
         head.value_mlp.requires_grad_(True)
     return figures | {
@@ -214,19 +223,23 @@ def fit_advantage(
 def _fit_constant(
     trainer: AdvantageTrainer, head: ValueHead, train: Episodes, held_out: Episodes, settings: AdvantageSettings
 ) -> dict[str, Any]:
-    """Set g to its constant part, in closed form; returns its held-out figures."""
+    """Set b, and g to b, in closed form; returns its held-out figures."""
     moments = [
         _moments(head, part, settings.gae_lambda, settings.discount, trainer.processes) for part in (train, held_out)
     ]
-    *_, last = head.advantage_mlp.layers
+    vector = _ridge(*moments)
     with torch.no_grad():
-        last.weight.zero_()
-        last.bias.copy_(_ridge(*moments))
+        if head.config.static_vector:
+            head.static_vector.copy_(vector)
+        if head.advantage_mlp is not None:
+            *_, last = head.advantage_mlp.layers
+            last.weight.zero_()
+            last.bias.copy_(vector)
     return trainer.figures()
 
 
 def _fit_rest(trainer: AdvantageTrainer, head: ValueHead, constant_error: float, num_epochs: int) -> dict[str, Any]:
-    """Train g from its constant part on, and keep it if that is better; returns the held-out figures of g then."""
+    """Train g from b on, and keep it if that is better; returns the held-out figures of g then."""
     before = deepcopy(head.advantage_mlp.state_dict())
     if not (num_epochs > 0 and trainer.fit() and trainer.state.best_metric < constant_error):
         head.advantage_mlp.load_state_dict(before)
@@ -234,6 +247,6 @@ def _fit_rest(trainer: AdvantageTrainer, head: ValueHead, constant_error: float,
     if figures["advantage_correlation"] < _USELESS and trainer.processes.index == 0:
         logger.warning(
             f"On held-out prompts g's correlation with V's differences is {figures['advantage_correlation']:.3f}: "
-            "the advantage edit can hardly steer. Use more rollouts, or the ascent."
+            "the advantage edit can hardly steer. Use more rollouts, or another control."
         )
     return figures

@@ -80,8 +80,8 @@ def train_head(
         states (`str` or `os.PathLike`):
             Folder of [`write_states`].
         settings ([`TrainSettings`], *optional*), changes:
-            The head's shape, and how to train; single settings as keywords. States without directions get no advantage
-            part.
+            The head's shape, and how to train; single settings as keywords. States without directions get neither a
+            static vector nor an advantage part.
         progress (*optional*):
             Gives, for a description, what is called with (done, total).
         command (`str`, *optional*):
@@ -125,6 +125,7 @@ def _head_config(store: StateStore, settings: HeadSettings) -> ValueHeadConfig:
         store.hidden_size,
         head_sizes=list(settings.head_sizes),
         advantage_sizes=list(settings.advantage_sizes) if with_advantage else None,
+        static_vector=store.has_directions,
         activation=settings.activation,
         num_objectives=store.rewards.shape[1],
         hook_point=store.read_at["hook_point"],
@@ -176,7 +177,7 @@ def _train_both(
             write_json(finished / FIGURES_NAME, figures)
         processes.wait()
     curves = {"value": figures.pop("log")}
-    if config.advantage_sizes is not None:
+    if config.static_vector:
         found = fit_advantage(head, store, settings, output_dir=work / "advantage", progress=shown("advantage"))
         curves["advantage"] = found.pop("log")
         figures |= found
