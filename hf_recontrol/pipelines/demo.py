@@ -90,9 +90,9 @@ class DemoSizes:
 
 def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.PathLike, *, seed: int = 0) -> dict:
     """
-    Train a head with all parts on VADER's sentiment with [`fit`], and compare the base and the controls that `fit` tried
-    on unseen prompts, at the step sizes that it found for them, of the same KL to the base. A second run resumes where
-    the first was stopped.
+    Train a head with all parts on VADER's sentiment with [`fit`], and compare the base and the controls that `fit`
+    tried on unseen prompts, at the step sizes that it found for them, of the same KL to the base. A second run resumes
+    where the first was stopped.
 
     Args:
         model (`str`, *optional*):
