@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
+from ..modeling.generation import check_causal, read_padding, with_positions
 
 
 def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, side: str, device) -> dict[str, torch.Tensor]:
@@ -23,9 +24,9 @@ def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, side: str, device) -> 
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def batches(lengths: Sequence[int], batch_size: int, apart: Sequence[int] | None = None) -> list[list[int]]:
+def batches(lengths: Sequence[int], batch_size: int, apart: Sequence[Hashable] | None = None) -> list[list[int]]:
     """Numbers of the rows of each batch, the longest first; rows that differ in `apart` share none."""
-    groups: dict[int | None, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         groups.setdefault(None if apart is None else apart[row], []).append(row)
     return [
@@ -49,12 +50,13 @@ def teacher_forced(
         Keyword arguments of the model's forward, and for each response the slice of the kept positions that its tokens
         were drawn from.
     """
-    # Padding on the right: under causal attention it changes nothing before it, not even positions.
+    # Padding on the right: under causal attention it changes nothing before it.
     inputs = pad_batch([r.prompt_ids + r.completion_ids for r in rollouts], 0, "right", model.device)
     first = 0
     if keep_logits and model._supports_logits_to_keep():
         first = min(len(r.prompt_ids) for r in rollouts) - 1
         inputs["logits_to_keep"] = inputs["input_ids"].shape[1] - first
+    inputs = with_positions(model, inputs)
     starts = [len(r.prompt_ids) - 1 - first for r in rollouts]
     return inputs, [slice(start, start + len(r.completion_ids)) for start, r in zip(starts, rollouts, strict=True)]
 
@@ -68,11 +70,21 @@ def forward_batches(
     Returns:
         The numbers of each batch's rollouts, and whether a layer is controlled that others follow: its edits reach
         later positions, and generation edits from the prompt's last position on. Then all prompts of a batch are of
-        one length, and logits must be kept from their last position on.
+        one length, and logits must be kept from their last position on. Where a model reads what it is padded with,
+        all sequences of a batch are of one length.
+
+    Raises:
+        `ValueError`: if the model is not causal.
     """
+    check_causal(model)
     edits_reach_on = (
         isinstance(model, ReControlForCausalLM) and not model.hook_point.is_last and model.active_control is not None
     )
     prompts = [len(rollout.prompt_ids) for rollout in rollouts]
     lengths = [prompt + len(rollout.completion_ids) for prompt, rollout in zip(prompts, rollouts, strict=True)]
-    return batches(lengths, batch_size, prompts if edits_reach_on else None), edits_reach_on
+    reads_padding = len(set(lengths)) > 1 and "right" in read_padding(model)
+    apart = [
+        (prompt if edits_reach_on else 0, length if reads_padding else 0)
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    return batches(lengths, batch_size, apart), edits_reach_on

@@ -195,7 +195,7 @@ def generate_rollouts(
 
     A response depends on the model, its prompt, the seed, the prompt's number and the sample's number, not on what
     else is in its batch (up to the rounding of another batch's arithmetic) or on how many processes work. Where
-    padding would be read (`repetition_penalty` and other processors that look back, models without an attention mask),
+    padding would be read (`repetition_penalty` and other processors that look back, models that read masked padding),
     only prompts of one length share a batch, which is slower.
 
     Args:

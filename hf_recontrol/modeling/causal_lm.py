@@ -21,7 +21,7 @@ from ..heads.value_head import ValueHead
 from .call_settings import HeadWeights
 from .checks import head_config, matched_head
 from .fused_lm_head import controlled_forward, original_forward
-from .generation import ControlledGenerationMixin
+from .generation import ControlledGenerationMixin, check_padding, with_positions
 from .hook_points import HookPoint
 from .hooks import ControlHooks, read_states
 from .mixture import ValueHeadMixtureMixin
@@ -255,7 +255,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         **kwargs,
     ) -> torch.Tensor:
         """
-        V at every position of the base's (uncontrolled) states, in the reward's own units.
+        V at every position of the base's (uncontrolled) states, in the reward's own units. A padded row has the values
+        of the row alone: positions come from the mask, as in `generate`.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`), attention_mask (*optional*, same shape), kwargs:
@@ -265,13 +266,18 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
 
         Returns:
             `torch.Tensor` of shape `(batch, seq, num_objectives)`. Values at padded positions mean nothing.
+
+        Raises:
+            `ValueError`: if a row is padded on a side where this model reads the padding although it is masked.
         """
         self._follow()
         head = self._one_head(value_head)
         if self.hook_point.layer is not None and self._supports_logits_to_keep():
             kwargs.setdefault("logits_to_keep", 1)
+        check_padding(self, attention_mask)
+        inputs = with_positions(self, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
         with self.disable_control(), read_states(self.hook_point) as states:
-            self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            self(**inputs)
         parameter = next(head.parameters(), states[0])
         values = head(states[0].to(parameter.device, parameter.dtype))
         return (head.rewards(values) if isinstance(head, ValueHead) else values).to(states[0].device)

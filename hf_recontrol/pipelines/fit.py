@@ -27,6 +27,7 @@ from ..data.stage_folder import MANIFEST_NAME, lock_folder
 from ..evaluation.strength import recommend_control, recommended_method
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
+from ..modeling.generation import check_causal
 from ..modeling.hook_points import HookPoint
 from ..settings import FitSettings, PromptSettings
 from ..training.held_out import split_by_prompt
@@ -165,6 +166,7 @@ def _check_unread(settings: FitSettings) -> None:
 
 def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
     """Settings whose head the base can have, checked before any response is sampled."""
+    check_causal(base)
     directions = settings.with_directions and settings.advantage_sizes is not None
     settings = replace(
         settings, directions=directions, advantage_sizes=settings.advantage_sizes if directions else None
