@@ -1,12 +1,18 @@
-"""Which sequences go through one forward of the base together, and what it is called with."""
+"""How responses go through forwards of a model: which together, what it is called with, and under which control."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from ..configuration import ControlConfig
+from ..data.fingerprints import NO_CONTROL, control_settings, head_fingerprint
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.generation import check_causal, read_padding, with_positions
@@ -88,3 +94,89 @@ def forward_batches(
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
     return batches(lengths, batch_size, apart), edits_reach_on
+
+
+def control_of(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """
+    The control that rollouts were sampled under, as [`control_settings`] tells it.
+
+    Raises:
+        `ValueError`: if there are several.
+    """
+    found = sorted({json.dumps(rollout.control or NO_CONTROL, sort_keys=True) for rollout in rollouts})
+    if len(found) > 1:
+        raise ValueError(
+            f"These rollouts were sampled under {len(found)} controls ({'; '.join(map(shown_control, found))}): use "
+            "those of each apart."
+        )
+    return json.loads(found[0]) if found else dict(NO_CONTROL)
+
+
+def shown_control(control: dict[str, Any] | str) -> str:
+    """A control of [`control_settings`], or its JSON, for messages."""
+    control = json.loads(control) if isinstance(control, str) else control
+    if not control["control"]:
+        return "no control"
+    settings = ControlConfig.from_dict(control["control"])
+    heads = ", ".join(f"{name!r} (fingerprint {mark}, weight {w:g})" for name, (w, mark) in control["heads"].items())
+    return f"method={settings.method!r}, step_size={settings.step_size:g} of the head {heads}"
+
+
+@contextmanager
+def as_sampled(model: PreTrainedModel, control: dict[str, Any]) -> Iterator[None]:
+    """
+    A model under the control that rollouts were sampled under, inside the block, whatever the settings around it.
+
+    Args:
+        control (`dict`):
+            Of [`control_of`].
+
+    Raises:
+        `ValueError`: if the model lacks a head that acted then.
+    """
+    if not isinstance(model, ReControlForCausalLM):
+        if control["control"]:
+            raise ValueError(
+                f"The rollouts were sampled under {shown_control(control)}, and this model has no head: attach that "
+                "one, and they are read as they were sampled."
+            )
+        yield
+        return
+    if not control["control"]:
+        with model.disable_control():
+            yield
+        return
+    with model.use_control(
+        ControlConfig.from_dict(control["control"]), weights_as_sampled(control, model.value_heads)
+    ):
+        yield
+
+
+def weights_as_sampled(control: dict[str, Any], heads: Mapping[str, nn.Module]) -> dict[str, float]:
+    """
+    The weight of each head that acted under a control of [`control_of`], by the name that it has here.
+
+    Raises:
+        `ValueError`: if one is missing.
+    """
+    present = {head_fingerprint(head): name for name, head in heads.items()}
+    if missing := [mark for _, mark in control["heads"].values() if mark not in present]:
+        raise ValueError(
+            f"The rollouts were sampled under {shown_control(control)}. No head here has the fingerprint "
+            f"{missing[0]}, only {', '.join(f'{name!r} has {mark}' for mark, name in present.items())}."
+        )
+    return {present[mark]: weight for weight, mark in control["heads"].values()}
+
+
+def check_in_force(model: ReControlForCausalLM, rollouts: Sequence[Rollout]) -> None:
+    """
+    Raise `ValueError` if rollouts were sampled under another control than that in force. Those of the base alone go
+    with any.
+    """
+    sampled, now = control_of(rollouts), control_settings(model, model.active_control or False)
+    by_mark = [{mark: weight for weight, mark in control["heads"].values()} for control in (sampled, now)]
+    if sampled["control"] and (sampled["control"] != now["control"] or by_mark[0] != by_mark[1]):
+        raise ValueError(
+            f"The rollouts were sampled under {shown_control(sampled)}, in force is {shown_control(now)}: set that "
+            "one with `model.use_control(...)`."
+        )

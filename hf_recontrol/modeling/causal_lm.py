@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -171,12 +172,7 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         except ValueError:
             hooks.remove()
             raise
-        model._recontrol = hooks
-        _drop_transient(model.__dict__)
-        model.__class__ = _controlled_class(type(model))
-        if "forward" in model.__dict__:
-            model.forward = model.__dict__["forward"]
-        return model
+        return _attach(model, hooks)
 
     def unload(self) -> PreTrainedModel:
         """Take the control off again: hooks gone, original class back. Returns the base model, the same object."""
@@ -342,6 +338,31 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         # The dynamic class has no importable name, so the copy is rebuilt from the base's. Also what deepcopy uses.
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _new_instance, (_base_class(type(self)),), _drop_transient(dict(state))
+
+
+def _attach(model: PreTrainedModel, hooks: ControlHooks) -> ReControlForCausalLM:
+    """Make a plain model a controlled one, whose hooks are on it."""
+    model._recontrol = hooks
+    _drop_transient(model.__dict__)
+    model.__class__ = _controlled_class(type(model))
+    if "forward" in model.__dict__:
+        model.forward = model.__dict__["forward"]
+    return model
+
+
+@contextmanager
+def without_heads(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """A model without its heads inside the block, if it has any, so that others can be put on it."""
+    if not isinstance(model, ReControlForCausalLM):
+        yield model
+        return
+    hooks = model._recontrol
+    model.unload()
+    try:
+        yield model
+    finally:
+        hooks.register(model)
+        _attach(model, hooks)
 
 
 def _drop_transient(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..data.rollouts import load_rollouts, rollout_parts
 from ..data.stage_folder import MANIFEST_NAME, lock_folder
 from ..evaluation.strength import recommend_control, recommended_method
 from ..heads.value_head import ValueHead
-from ..modeling.causal_lm import ReControlForCausalLM
+from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..modeling.generation import check_causal
 from ..modeling.hook_points import HookPoint
 from ..settings import FitSettings, PromptSettings
@@ -62,7 +62,10 @@ def fit(
 
     Args:
         model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]), tokenizer (*optional*):
-            The base: a folder or Hub name, or a loaded model with its tokenizer.
+            The base: a folder or Hub name, or a loaded model with its tokenizer. Of a [`ReControlForCausalLM`] the
+            responses are sampled, and their states read, under the control in force, which the head records: so a head
+            learns from the responses that an earlier one made. It is to be used in place of the earlier one, on the
+            base alone, and that is also what the recommended step size is found for. `model` stays as it was.
         prompts:
             A file or whatever else [`load_prompts`] takes.
         reward (`str`, function, or sequence of these):
@@ -85,8 +88,6 @@ def fit(
         with other settings.
     """
     settings, output, tokenizer_given = FitSettings.of(settings, changes), Path(output), tokenizer is not None
-    if isinstance(model, ReControlForCausalLM):
-        raise ValueError("This model is controlled already: `unload()` its head first.")
     if isinstance(prompts, Prompts):
         _check_unread(settings)
     reward = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
@@ -106,7 +107,8 @@ def fit(
             save_run(output, model, prompts, reward, given, tokenizer_given)
         figures = _run_stages(output, base, tokenizer, rows, rewards, settings, processes, quiet, command)
         if processes.index == 0:
-            _recommend(output, base, figures, settings.target_kl)
+            with without_heads(base):
+                _recommend(output, base, figures, settings.target_kl)
             write_run_report(output, tokenizer, figures, settings)
             save_run(output, model, prompts, reward, given, tokenizer_given)
         processes.wait()
@@ -135,6 +137,7 @@ def _run_stages(
             tokenizer,
             prompts,
             settings,
+            control=getattr(base, "active_control", None) or False,
             keep_states=keep_states,
             progress=show("rollouts"),
         )
@@ -212,7 +215,8 @@ def _recommend(output: Path, base: PreTrainedModel, figures: dict[str, Any], tar
             return
     start = ControlConfig(recommended_method(figures), step_size=1.0)
     controlled = ReControlForCausalLM.from_model(base, head, start)
-    rollouts = load_rollouts(rollout_parts(output / "rollouts")[0])
+    # Prefixes like any others: under which control they were drawn says nothing of this head.
+    rollouts = [replace(rollout, control=None) for rollout in load_rollouts(rollout_parts(output / "rollouts")[0])]
     try:
         head.config.control = recommend_control(controlled, rollouts, figures, target_kl)
     except ValueError as error:
