@@ -138,6 +138,9 @@ class TrainingRecord:
             What the states were stored as.
         sampling (`dict`):
             The generation config that the responses were drawn with.
+        control (`dict`):
+            What they were sampled under: `control`, the settings of [`ControlConfig`], `heads`, for each head that
+            acted its name, weight and fingerprint, and `sources`, where these were loaded from. Empty: the base alone.
         figures (`dict[str, float]`), warnings (`list[str]`):
             Held-out figures, see [`train_head`], and what is to be said of them.
         command (`str`, *optional*):
@@ -156,6 +159,7 @@ class TrainingRecord:
     states: int | None = None
     states_dtype: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
+    control: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     command: str | None = None
@@ -172,9 +176,14 @@ class TrainingRecord:
         for name in ("prompts", "responses", "finished", "tokens", "states"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), low=0)
-        for name in ("sampling", "figures"):
+        for name in ("sampling", "control", "figures"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"`{name}` must be a dict, got {getattr(self, name)!r}.")
+        for name in ("control", "heads", "sources") if self.control else ():
+            if not isinstance(self.control.get(name), dict):
+                raise ValueError(f"`control` must hold a dict `{name}`, got {self.control!r}.")
+        if self.control:
+            ControlConfig.from_dict(self.control["control"], source="`control` of the training")
         for name, value in self.figures.items():
             check_number(f"figures[{name!r}]", value)
 

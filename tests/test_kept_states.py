@@ -97,10 +97,8 @@ def test_under_control_too(tmp_path, plausibility):
     model = ReControlForCausalLM.from_model(base(), head, control)
     sample(tmp_path / "kept", model, control=control)
     sample(tmp_path / "plain", model, None, control=control)
-    write_states(tmp_path / "plain-states", model, tmp_path / "plain", **at(AT_HEAD), control=control)
-    made = forwards(
-        model, lambda: write_states(tmp_path / "states", model, tmp_path / "kept", **at(AT_HEAD), control=control)
-    )
+    write_states(tmp_path / "plain-states", model, tmp_path / "plain", **at(AT_HEAD))
+    made = forwards(model, lambda: write_states(tmp_path / "states", model, tmp_path / "kept", **at(AT_HEAD)))
     assert made == 0
     assert_same(tmp_path / "states", tmp_path / "plain-states")
 
@@ -156,7 +154,7 @@ def test_states_of_another_place_or_without_directions_are_told_and_read_anew(tm
         )
         assert made > 0
         assert StateStore.open(tmp_path / f"s{number}").read_at["hook_point"] == config.hook_point
-        assert "of another hook point, model or control, or lack directions" in recontrol_warnings[number]
+        assert "of another hook point or model, or lack directions" in recontrol_warnings[number]
 
 
 def test_states_of_another_model_are_told_and_read_anew(tmp_path, recontrol_warnings):
@@ -165,7 +163,7 @@ def test_states_of_another_model_are_told_and_read_anew(tmp_path, recontrol_warn
         lm_head_of(other).weight.add_(0.1)
     sample(tmp_path / "r", model)
     assert forwards(other, lambda: write_states(tmp_path / "s", other, tmp_path / "r", **at(AT_HEAD))) > 0
-    assert "of another hook point, model or control" in recontrol_warnings[0]
+    assert "of another hook point or model" in recontrol_warnings[0]
 
 
 def test_states_of_an_adapter_that_is_off_now_are_read_anew(tmp_path, recontrol_warnings):
@@ -175,7 +173,7 @@ def test_states_of_an_adapter_that_is_off_now_are_read_anew(tmp_path, recontrol_
     sample(tmp_path / "r", model.eval())
     model.disable_adapters()
     assert forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", **at(AT_HEAD))) > 0
-    assert "of another hook point, model or control" in recontrol_warnings[0]
+    assert "of another hook point or model" in recontrol_warnings[0]
 
 
 @pytest.mark.usefixtures("recontrol_warnings")
@@ -206,11 +204,9 @@ def test_control_of_a_middle_layer_is_read_as_it_generated(tmp_path, layer, wher
     control = ControlConfig(step_size=0.5, num_steps=3)
     model = ReControlForCausalLM.from_model(base(), head, control)
     sample(tmp_path / "r", model, where, control=control)
-    write_states(tmp_path / "kept", model, tmp_path / "r", **at(where), control=control)
+    write_states(tmp_path / "kept", model, tmp_path / "r", **at(where))
     remove_kept(tmp_path / "r")
-    assert (
-        forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", **at(where), control=control)) > 0
-    )
+    assert forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", **at(where))) > 0
     assert_same(tmp_path / "s", tmp_path / "kept")
 
 

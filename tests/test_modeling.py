@@ -866,8 +866,7 @@ def test_values_of_padded_rows_are_those_of_the_rows_alone(llama, hook_point):
     for index, row in enumerate(rows):
         padded[index, -row.shape[1] :] = row
         mask[index, -row.shape[1] :] = 1
-    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-    values = model.values(padded, mask, position_ids=position_ids)
+    values = model.values(padded, mask)
     for index, row in enumerate(rows):
         torch.testing.assert_close(values[index, -row.shape[1] :], model.values(row)[0], rtol=1e-4, atol=1e-4)
 

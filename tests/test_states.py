@@ -12,6 +12,7 @@ from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig
 from hf_recontrol.collection.labels import label_rollouts
 from hf_recontrol.collection.rollouts import write_rollouts
 from hf_recontrol.collection.states import _Reader, collect_states, write_states
+from hf_recontrol.data.fingerprints import control_settings
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import Rollout, load_rollouts, rollout_parts
 from hf_recontrol.data.states import StateStore
@@ -100,7 +101,8 @@ def test_under_control_the_mean_row_is_that_of_the_controlled_policy_and_the_sta
     weight = lm_head_of(model).weight.detach()
     head = make_head(hidden_size=16, hook_point="lm_head")
     controlled = ReControlForCausalLM.from_model(model, head, ControlConfig(step_size=1.0))
-    states = collect_states(controlled, rows, **at(config), control=controlled.control)
+    sampled_under = control_settings(controlled, controlled.control)
+    states = collect_states(controlled, [replace(row, control=sampled_under) for row in rows], **at(config))
     torch.testing.assert_close(states.hidden, base.hidden)
     used = [row for row in rows if row.completion_ids]
     expected = []

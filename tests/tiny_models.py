@@ -162,7 +162,9 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 def lm_head_of(model: PreTrainedModel) -> nn.Module:
     """The LM head of a tiny model."""
-    return model.embed_out if hasattr(model, "embed_out") else model.lm_head  # GPT-NeoX's name in older transformers
+    # GPT-NeoX's name in older transformers, BioGPT's, RWKV's; most have the last.
+    names = ("embed_out", "output_projection", "head", "lm_head")
+    return next(getattr(model, name) for name in names if hasattr(model, name))
 
 
 def _randomise(model: PreTrainedModel, seed: int) -> None:

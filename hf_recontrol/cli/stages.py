@@ -130,23 +130,27 @@ def states(
     rollouts: Annotated[Path, typer.Argument(help="Folder that `recontrol label` has scored.")],
     model: ModelOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the safetensors files.")],
-    head: HeadOption = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="The head that acted when the responses were sampled (`rollout --head`), if it is not where it was."
+        ),
+    ] = None,
 ) -> None:
-    """Read the hidden states of scored responses into memory-mapped files.
+    """Read the hidden states of scored responses into memory-mapped files, under the control that the responses were
+    sampled under.
 
     Example: `recontrol states run/rollouts -m org/base -o run/states`
     """
     from ..collection.states import int8_error, write_states
     from ..data.rollouts import rollout_parts
     from ..data.stage_folder import MANIFEST_NAME
-    from ..pipelines.loading import load_base
+    from ..pipelines.loading import load_as_sampled
     from ..utils.files import check_target
 
     rollout_parts(rollouts)
     check_target(output / MANIFEST_NAME)
-    base, _ = load_base(model, settings, head)
-    control = False if head is None else base.control
-    counts = write_states(output, base, rollouts, settings, control=control)
+    counts = write_states(output, load_as_sampled(model, settings, rollouts, head), rollouts, settings)
     if is_main_process():
         error = int8_error(counts)
         note = f", int8 error {error:.3%} of each feature's spread" if error else ""

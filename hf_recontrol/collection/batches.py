@@ -1,14 +1,21 @@
-"""Which sequences go through one forward of the base together, and what it is called with."""
+"""How responses go through forwards of a model: which together, what it is called with, and under which control."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from ..configuration import ControlConfig
+from ..data.fingerprints import NO_CONTROL, control_settings, head_fingerprint
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
+from ..modeling.generation import check_causal, read_padding, with_positions
 
 
 def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, side: str, device) -> dict[str, torch.Tensor]:
@@ -23,9 +30,9 @@ def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, side: str, device) -> 
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def batches(lengths: Sequence[int], batch_size: int, apart: Sequence[int] | None = None) -> list[list[int]]:
+def batches(lengths: Sequence[int], batch_size: int, apart: Sequence[Hashable] | None = None) -> list[list[int]]:
     """Numbers of the rows of each batch, the longest first; rows that differ in `apart` share none."""
-    groups: dict[int | None, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         groups.setdefault(None if apart is None else apart[row], []).append(row)
     return [
@@ -49,12 +56,13 @@ def teacher_forced(
         Keyword arguments of the model's forward, and for each response the slice of the kept positions that its tokens
         were drawn from.
     """
-    # Padding on the right: under causal attention it changes nothing before it, not even positions.
+    # Padding on the right: under causal attention it changes nothing before it.
     inputs = pad_batch([r.prompt_ids + r.completion_ids for r in rollouts], 0, "right", model.device)
     first = 0
     if keep_logits and model._supports_logits_to_keep():
         first = min(len(r.prompt_ids) for r in rollouts) - 1
         inputs["logits_to_keep"] = inputs["input_ids"].shape[1] - first
+    inputs = with_positions(model, inputs)
     starts = [len(r.prompt_ids) - 1 - first for r in rollouts]
     return inputs, [slice(start, start + len(r.completion_ids)) for start, r in zip(starts, rollouts, strict=True)]
 
@@ -68,11 +76,107 @@ def forward_batches(
     Returns:
         The numbers of each batch's rollouts, and whether a layer is controlled that others follow: its edits reach
         later positions, and generation edits from the prompt's last position on. Then all prompts of a batch are of
-        one length, and logits must be kept from their last position on.
+        one length, and logits must be kept from their last position on. Where a model reads what it is padded with,
+        all sequences of a batch are of one length.
+
+    Raises:
+        `ValueError`: if the model is not causal.
     """
+    check_causal(model)
     edits_reach_on = (
         isinstance(model, ReControlForCausalLM) and not model.hook_point.is_last and model.active_control is not None
     )
     prompts = [len(rollout.prompt_ids) for rollout in rollouts]
     lengths = [prompt + len(rollout.completion_ids) for prompt, rollout in zip(prompts, rollouts, strict=True)]
-    return batches(lengths, batch_size, prompts if edits_reach_on else None), edits_reach_on
+    reads_padding = len(set(lengths)) > 1 and "right" in read_padding(model)
+    apart = [
+        (prompt if edits_reach_on else 0, length if reads_padding else 0)
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    return batches(lengths, batch_size, apart), edits_reach_on
+
+
+def control_of(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """
+    The control that rollouts were sampled under, as [`control_settings`] tells it.
+
+    Raises:
+        `ValueError`: if there are several.
+    """
+    found = sorted({json.dumps(rollout.control or NO_CONTROL, sort_keys=True) for rollout in rollouts})
+    if len(found) > 1:
+        raise ValueError(
+            f"These rollouts were sampled under {len(found)} controls ({'; '.join(map(shown_control, found))}): use "
+            "those of each apart."
+        )
+    return json.loads(found[0]) if found else dict(NO_CONTROL)
+
+
+def shown_control(control: dict[str, Any] | str) -> str:
+    """A control of [`control_settings`], or its JSON, for messages."""
+    control = json.loads(control) if isinstance(control, str) else control
+    if not control["control"]:
+        return "no control"
+    settings = ControlConfig.from_dict(control["control"])
+    heads = ", ".join(f"{name!r} (fingerprint {mark}, weight {w:g})" for name, (w, mark) in control["heads"].items())
+    return f"method={settings.method!r}, step_size={settings.step_size:g} of the head {heads}"
+
+
+@contextmanager
+def as_sampled(model: PreTrainedModel, control: dict[str, Any]) -> Iterator[None]:
+    """
+    A model under the control that rollouts were sampled under, inside the block, whatever the settings around it.
+
+    Args:
+        control (`dict`):
+            Of [`control_of`].
+
+    Raises:
+        `ValueError`: if the model lacks a head that acted then.
+    """
+    if not isinstance(model, ReControlForCausalLM):
+        if control["control"]:
+            raise ValueError(
+                f"The rollouts were sampled under {shown_control(control)}, and this model has no head: attach that "
+                "one, and they are read as they were sampled."
+            )
+        yield
+        return
+    if not control["control"]:
+        with model.disable_control():
+            yield
+        return
+    with model.use_control(
+        ControlConfig.from_dict(control["control"]), weights_as_sampled(control, model.value_heads)
+    ):
+        yield
+
+
+def weights_as_sampled(control: dict[str, Any], heads: Mapping[str, nn.Module]) -> dict[str, float]:
+    """
+    The weight of each head that acted under a control of [`control_of`], by the name that it has here.
+
+    Raises:
+        `ValueError`: if one is missing.
+    """
+    present = {head_fingerprint(head): name for name, head in heads.items()}
+    if missing := [mark for _, mark in control["heads"].values() if mark not in present]:
+        raise ValueError(
+            f"The rollouts were sampled under {shown_control(control)}. No head here has the fingerprint "
+            f"{missing[0]}, only {', '.join(f'{name!r} has {mark}' for mark, name in present.items())}."
+        )
+    return {present[mark]: weight for weight, mark in control["heads"].values()}
+
+
+def check_in_force(model: ReControlForCausalLM, rollouts: Sequence[Rollout]) -> None:
+    """
+    Raise `ValueError` if rollouts were sampled under another control than that in force. Those of the base alone go
+    with any.
+    """
+    sampled, now = control_of(rollouts), control_settings(model, model.active_control or False)
+    by_mark = [{mark: weight for weight, mark in control["heads"].values()} for control in (sampled, now)]
+    if sampled["control"] and (sampled["control"] != now["control"] or by_mark[0] != by_mark[1]):
+        raise ValueError(
+            f"The rollouts were sampled under {shown_control(sampled)}, in force is {shown_control(now)}: set that "
+            "one with `model.use_control(...)`."
+        )

@@ -174,7 +174,7 @@ def label_rollouts(
                     scored = score_rollouts(rollouts, *rewards.values(), on_bad_rows=on_bad_rows, source=path.name)
                     save_rollouts(scored, path, names, scoring)
                 advance(len(rollouts))
-        kept = {"bad_rows": known.get("bad_rows", 0), "dataset": known.get("dataset")}
+        kept = {"bad_rows": known.get("bad_rows", 0)} | {key: known.get(key) for key in ("dataset", "head_sources")}
         return stage.finish(partial(_count_scored, names=names), kept | {"scoring": scoring} | wanted)
 
 

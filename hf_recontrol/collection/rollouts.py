@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from ..configuration import ControlConfig
-from ..data.fingerprints import control_settings, model_settings
+from ..data.fingerprints import NO_CONTROL, control_settings, model_settings
 from ..data.processes import Progress, progress_bar
 from ..data.prompts import BadRow, Prompt, Prompts, encode_prompt, load_prompts, report_bad_rows
 from ..data.rollouts import Rollout, load_rollouts, save_rollouts
@@ -104,6 +104,9 @@ class _Sampler:
         self.config, self.stop_strings = copy.copy(config), config.stop_strings or ()
         self.config.stop_strings = None
         self.options = {"control": control} if isinstance(model, ReControlForCausalLM) else {}
+        # What is told of the control, and of each response that is not the base's alone.
+        self.control = control_settings(model, control)
+        self.sampled_under = None if self.control == NO_CONTROL else self.control
         end = config.eos_token_id
         self.end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
         self.temperature = (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0
@@ -163,6 +166,7 @@ def _sample(
                 columns={key: value for key, value in prompts.rows[i].items() if key != "prompt"},
                 prompt_number=prompts.numbers[i],
                 sample=sample,
+                control=sampler.sampled_under,
             )
         if keeper is not None:
             keeper.save(keep.path(number), [rollouts[k] for k in batch], keep.settings)
@@ -196,7 +200,7 @@ def generate_rollouts(
 
     A response depends on the model, its prompt, the seed, the prompt's number and the sample's number, not on what
     else is in its batch (up to the rounding of another batch's arithmetic) or on how many processes work. Where
-    padding would be read (`repetition_penalty` and other processors that look back, models without an attention mask),
+    padding would be read (`repetition_penalty` and other processors that look back, models that read masked padding),
     only prompts of one length share a batch, which is slower.
 
     Args:
@@ -275,7 +279,7 @@ def write_rollouts(
         "num_samples": settings.num_samples,
         "generation_config": {key: value for key, value in config.to_diff_dict().items() if key[0] != "_"},
         "seed": settings.seed,
-        **control_settings(model, sampler.options.get("control", False)),
+        **sampler.control,
         "part_size": settings.part_size,
     }
     known["generation_config"].pop("transformers_version", None)
@@ -290,6 +294,9 @@ def write_rollouts(
         bad = _write_parts(stage, sampler, prompts, rows, settings, kept_from, progress)
         bad_rows = sum(stage.processes.gather(bad))
         more = {"bad_rows": len(prompts.bad_rows) + bad_rows, "dataset": prompts.dataset, "rewards": None}
+        more["head_sources"] = {
+            name: getattr(model.value_heads[name], "source", None) for name in sampler.control["heads"]
+        }
         return stage.finish(_count_part, more)
 
 

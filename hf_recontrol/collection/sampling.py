@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
+from ..modeling.generation import read_padding
 from ..settings import SamplingSettings
 
 DEFAULT_NEW_TOKENS = 128
@@ -256,4 +256,4 @@ def needs_equal_lengths(model: PreTrainedModel, config: GenerationConfig) -> boo
     """Whether a row's sample would depend on its padding, so that only prompts of one length can share a batch."""
     if any(getattr(config, name, None) is not None for name in _READS_TOKENS):
         return True
-    return "attention_mask" not in inspect.signature(model.forward).parameters
+    return "left" in read_padding(model)

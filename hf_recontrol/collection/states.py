@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -16,18 +15,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..configuration import ControlConfig
-from ..data.fingerprints import control_settings, hook_point_settings, model_settings, stable_number
+from ..data.fingerprints import NO_CONTROL, hook_point_settings, model_settings, stable_number
 from ..data.processes import Progress, progress_bar
 from ..data.rollouts import Rollout, count_rollouts, load_rollouts, rollout_parts
 from ..data.stage_folder import StageFolder, read_manifest
 from ..data.states import States, StateWriter
-from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.hook_points import HookPoint, lm_head_rows
 from ..modeling.hooks import read_states
 from ..settings import HookPointSettings, StatesSettings
 from ..utils.files import atomic_path
-from .batches import forward_batches, teacher_forced
+from .batches import as_sampled, control_of, forward_batches, teacher_forced
 from .directions import directions, mean_rows
 from .kept_states import KEPT_FOLDER, KeptStates, has_kept, kept_settings
 from .sampling import reshaped_by
@@ -50,12 +47,17 @@ class _Reader:
             The base model, or a controlled one.
         settings ([`HookPointSettings`]):
             Where, and whether the directions too.
-        control ([`ControlConfig`] or `False`):
-            What the rollouts were sampled under.
+        control (`dict`):
+            What the rollouts were sampled under, see [`control_of`].
+
+    Raises:
+        `ValueError`: if the model lacks a head that acted then.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: HookPointSettings, control: ControlConfig | bool):
+    def __init__(self, model: PreTrainedModel, settings: HookPointSettings, control: dict[str, Any]):
         self.model, self.control, self.batch_size = model, control, settings.batch_size
+        with as_sampled(model, control):
+            pass
         self.hook_point = HookPoint.find(model, settings)
         # The LM head's rows, if directions are read.
         self.weight = lm_head_rows(model) if settings.with_directions else None
@@ -82,11 +84,7 @@ class _Reader:
     @torch.no_grad()
     def read(self, rollouts: Sequence[Rollout]) -> ReadStates:
         """The states of each rollout, in the order of [`forward_batches`]."""
-        settings = contextlib.nullcontext()
-        if isinstance(self.model, ReControlForCausalLM):
-            self.model.check_same_for_all_prompts(self.control)
-            settings = self.model.use_control(self.control)
-        with settings:
+        with as_sampled(self.model, self.control):
             together, edits_reach_on = forward_batches(self.model, rollouts, self.batch_size)
             for batch in together:
                 chosen = [rollouts[i] for i in batch]
@@ -140,28 +138,26 @@ def collect_states(
     model: PreTrainedModel,
     rollouts: Sequence[Rollout],
     settings: HookPointSettings | None = None,
-    *,
-    control: ControlConfig | bool = False,
     **changes,
 ) -> States:
     """
-    Read the states of scored rollouts, in memory, in one teacher-forced forward a batch. Under control of the last
-    layer the states of a token sequence do not depend on the control, so they are those of generation.
+    Read the states of scored rollouts, in memory, in one teacher-forced forward a batch, under the control that they
+    were sampled under (see [`Rollout`]), whatever is in force. Under control of the last layer the states of a token
+    sequence do not depend on the control; the mean row w̄ does, for it is that of the policy.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The base model, or a controlled one.
+            The base model, or a controlled one; with the heads that acted in sampling, under any name.
         rollouts (sequence of [`Rollout`]):
             Scored rollouts.
         settings ([`HookPointSettings`], *optional*), changes:
             Where to read; single settings as keywords.
-        control ([`ControlConfig`] or `False`, *optional*, defaults to `False`):
-            What the rollouts were sampled under: the mean row w̄ is taken under this policy.
 
     The mean row w̄ is taken at the rollout's sampling temperature (at 1 for greedy ones).
 
     Raises:
-        `ValueError`: if a rollout has no reward, there is none with a token, or the LM head's weight cannot be read.
+        `ValueError`: if a rollout has no reward, there is none with a token, the LM head's weight cannot be read, or
+        the model lacks a head that acted in sampling, or they were sampled under several controls.
     """
     settings = HookPointSettings.of(settings, changes)
     if any(rollout.reward is None for rollout in rollouts):
@@ -169,7 +165,7 @@ def collect_states(
     rollouts = [rollout for rollout in rollouts if rollout.completion_ids]
     if not rollouts:
         raise ValueError("No rollout has a token: nothing to learn from.")
-    reader = _Reader(model, settings, control)
+    reader = _Reader(model, settings, control_of(rollouts))
     reader.check(rollouts)
     found: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
     with progress_bar("states", len(rollouts)) as advance:
@@ -191,19 +187,18 @@ def write_states(
     rollouts: str | os.PathLike,
     settings: StatesSettings | None = None,
     *,
-    control: ControlConfig | bool = False,
     progress: Progress | None = None,
     **changes,
 ) -> dict[str, float]:
     """
     Read the states of a folder of scored rollouts into a folder of memory-mapped safetensors files, see [`States`] for
-    their tensors. Memory is bounded by the batch. A run that was stopped resumes there, and under `accelerate
-    launch` the processes share the files.
+    their tensors, under the control that the rollouts were sampled under. Memory is bounded by the batch. A run that
+    was stopped resumes there, and under `accelerate launch` the processes share the files.
 
     Args:
         folder (`str` or `os.PathLike`):
             Made if need be.
-        model, control:
+        model:
             As for [`collect_states`].
         rollouts (`str` or `os.PathLike`):
             A folder of [`write_rollouts`], scored by [`label_rollouts`]. Responses without a token or a reward are
@@ -227,7 +222,7 @@ def write_states(
     if manifest["rewards"] is None:
         raise ValueError(f"The rollouts in {rollouts} have no rewards: score them first (`recontrol label`).")
     _check_rewards(parts, manifest["rewards"])
-    reader = _Reader(model, settings, control)
+    reader = _Reader(model, settings, {name: manifest["settings"][name] for name in NO_CONTROL})
     _warn_of_mismatch(reader, manifest["settings"])
     known = _stage_settings(reader, manifest, settings)
     kept = _usable_kept(reader, Path(rollouts), manifest["settings"])
@@ -297,7 +292,7 @@ def _stage_settings(reader: _Reader, manifest: dict, settings: StatesSettings) -
         "tensors": reader.names,
         "dtype": str(stored).removeprefix("torch."),
         "every": every,
-        "control": control_settings(reader.model, reader.control)["control"],
+        **reader.control,
     }
 
 
@@ -319,19 +314,19 @@ def _warn_of_mismatch(reader: _Reader, sampled: dict) -> None:
 def _usable_kept(reader: _Reader, rollouts: Path, sampled: dict) -> Callable[[int], KeptStates | None]:
     """What gives, for a part's number, the states that were kept for it while sampling, if they are the same ones."""
     wanted = kept_settings(reader.hook_point, sampled)
-    ours = reader.model_settings | control_settings(reader.model, reader.control)
+    ours = reader.model_settings
     if {name: sampled.get(name) for name in ours} == ours and has_kept(rollouts, wanted, reader.names):
         return lambda index: KeptStates(rollouts, index, wanted, reader.names, reader.hook_point.width)
     if has_kept(rollouts):
         logger.warning(
-            f"The states kept in {rollouts / KEPT_FOLDER} are of another hook point, model or control, or lack "
+            f"The states kept in {rollouts / KEPT_FOLDER} are of another hook point or model, or lack "
             "directions, so states are read anew."
         )
     return lambda index: None
 
 
 def _finish(stage: StageFolder, manifest: dict, rollouts: str | os.PathLike) -> dict[str, float]:
-    source = {name: manifest.get(name) for name in ("rewards", "dataset", "counts")}
+    source = {name: manifest.get(name) for name in ("rewards", "dataset", "counts", "head_sources")}
     source["sampling"] = manifest["settings"]["generation_config"]
     counts = stage.finish(_count_part, {"source": source})
     if not counts.get("states"):

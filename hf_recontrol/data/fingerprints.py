@@ -15,6 +15,10 @@ from ..heads.hub import portable_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# The control of responses of the base alone.
+NO_CONTROL = {"control": False, "heads": {}}
+# Of a head's configuration.
+_DECIDES_EDITS = ("activation", "hook_point", "layer", "reward_mean", "reward_std")
 # Values that are hashed of each tensor, evenly spread.
 _VALUES_A_TENSOR = 64
 
@@ -46,15 +50,26 @@ def model_settings(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def head_fingerprint(head: nn.Module) -> str:
+    """A hash of a head's weights, and of what else decides which edit it makes of a state."""
+    config = {name: getattr(head.config, name) for name in _DECIDES_EDITS}
+    text = json.dumps([type(head).__name__, model_fingerprint(head), config])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def control_settings(model: PreTrainedModel, control: ControlConfig | bool) -> dict[str, Any]:
-    """What tells one control of a model from another in the settings of a stage."""
-    active = model.value_head_weights.items() if control is not False else ()
-    return {
-        "control": control.to_dict() if isinstance(control, ControlConfig) else control,
-        "heads": {
-            name: [weight, model_fingerprint(model.value_heads[name])] for name, weight in active if weight != 0
-        },
-    }
+    """
+    What tells one control of a model from another: the settings, and of each head that acts its weight and its
+    fingerprint. A control that changes nothing is none.
+    """
+    if control is False:
+        return dict(NO_CONTROL)
+    with model.use_control(control):
+        active, weights = model.active_control, model.active_value_heads
+    if active is None:
+        return dict(NO_CONTROL)
+    heads = {name: [weight, head_fingerprint(model.value_heads[name])] for name, weight in weights.items()}
+    return {"control": active.to_dict(), "heads": heads}
 
 
 def hook_point_settings(model: PreTrainedModel, hook_point: str, layer: int) -> dict[str, Any]:

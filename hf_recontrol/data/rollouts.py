@@ -38,6 +38,9 @@ class Rollout:
             Further columns of the prompt's row, handed to reward functions.
         prompt_number, sample (`int`, *optional*, default to 0):
             Which row of the prompts this answers, and which of its samples this is.
+        control (`dict[str, Any]`, *optional*):
+            What the response was sampled under: `control`, the settings of [`ControlConfig`], and `heads`, for each
+            head that acted its name, weight and fingerprint. `None`: the base alone.
     """
 
     prompt: Prompt
@@ -50,6 +53,7 @@ class Rollout:
     columns: dict[str, Any] = field(default_factory=dict)
     prompt_number: int = 0
     sample: int = 0
+    control: dict[str, Any] | None = None
 
 
 def _parquet():
@@ -67,7 +71,7 @@ def save_rollouts(
 ) -> None:
     """
     Write rollouts as a Parquet file with the columns of [`Rollout`]: `reward` is a number, or a list if there are
-    several objectives; `columns` is JSON.
+    several objectives; `columns` and `control` are JSON.
 
     Args:
         rewards (sequence of `str`, *optional*), scoring (`int`, *optional*):
@@ -90,12 +94,15 @@ def save_rollouts(
             "columns": pa.string(),
             "prompt_number": pa.int64(),
             "sample": pa.int32(),
+            "control": pa.string(),
         },
         metadata={_METADATA_KEY: json.dumps({"rewards": rewards, "scoring": scoring})},
     )
     rows = []
     for rollout in rollouts:
         row = asdict(rollout) | {"columns": json.dumps(rollout.columns, ensure_ascii=False)}
+        if rollout.control is not None:
+            row["control"] = json.dumps(rollout.control)
         if rollout.reward is not None and objectives == 1:
             row["reward"] = rollout.reward[0]
         rows.append(row)
@@ -128,7 +135,10 @@ def load_rollouts(path: str | os.PathLike) -> list[Rollout]:
                 row["prompt"] = [{k: v for k, v in message.items() if v is not None} for message in row["prompt"]]
             if row["reward"] is not None and not isinstance(row["reward"], list):
                 row["reward"] = [row["reward"]]
-            rollouts.append(Rollout(**row | {"columns": json.loads(row["columns"])}))
+            # Files of the base alone may lack the column.
+            control = row.get("control")
+            row |= {"columns": json.loads(row["columns"]), "control": None if control is None else json.loads(control)}
+            rollouts.append(Rollout(**row))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} does not hold rollouts ({error}): make them with `recontrol rollout`."

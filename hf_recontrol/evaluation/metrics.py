@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from transformers.utils import logging
 
-from ..collection.batches import forward_batches, teacher_forced
+from ..collection.batches import check_in_force, forward_batches, teacher_forced
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
 
@@ -70,12 +70,14 @@ def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, b
     controlled model's own responses this is the KL that it paid.
 
     Raises:
-        `ValueError`: if no rollout has a token, or settings hold one value for each prompt.
+        `ValueError`: if no rollout has a token, settings hold one value for each prompt, or rollouts were sampled
+        under another control than that in force (those of the base alone go with any).
     """
     used = [rollout for rollout in rollouts if rollout.completion_ids]
     if not used:
         raise ValueError("No rollout has a token to measure.")
     model.check_same_for_all_prompts()
+    check_in_force(model, used)
     total, count = 0.0, 0
     batches, _ = forward_batches(model, used, batch_size)
     for batch in logging.tqdm(batches, desc="KL", leave=False, disable=None):

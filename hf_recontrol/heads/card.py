@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from .._version import __version__
-from ..configuration import TrainingRecord, ValueHeadConfig
+from ..configuration import ControlConfig, TrainingRecord, ValueHeadConfig
 from ..utils.files import atomic_path
 from .figures import FIGURES
 from .hub import CARD_NAME, is_repo_id
@@ -108,7 +109,8 @@ def _eval_results(training: TrainingRecord) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             dataset_type="held-out",
-            dataset_name="Responses of the base" + (f" to {count:.0f} held-out prompts" if count else ""),
+            dataset_name=f"Responses of the base{_control(training)}"
+            + (f" to {count:.0f} held-out prompts" if count else ""),
             metric_type=FIGURES[name].metric,
             metric_name=FIGURES[name].label,
             metric_value=round(value, 4),
@@ -187,9 +189,7 @@ def _shape(config: ValueHeadConfig, base: str | None) -> list[str]:
     if config.static_vector:
         lines.append("A static vector b: one edit for all states.")
     if config.control is not None:
-        known = {key: value for key, value in config.control.to_dict().items() if value is not None}
-        settings = ", ".join(f"{key}={value!r}" for key, value in known.items())
-        lines.append(f"Recommended control: `ControlConfig({settings})`.")
+        lines.append(f"Recommended control: `ControlConfig({_settings(config.control)})`.")
     return lines
 
 
@@ -203,7 +203,11 @@ def _data(config: ValueHeadConfig, training: TrainingRecord) -> list[str]:
     if training.responses is not None:
         counts = {"prompts": training.prompts, "tokens": training.tokens, "finished responses": training.finished}
         known = ", ".join(f"{number} {what}" for what, number in counts.items() if number is not None)
-        lines.append(f"{training.responses} responses of the base{f' ({known})' if known else ''}.")
+        lines.append(
+            f"{training.responses} responses of the base{_control(training)}{f' ({known})' if known else ''}."
+        )
+        if training.control:
+            lines.append(_sampled_under(training.control))
     if training.sampling:
         sampling = ", ".join(f"`{key}={value!r}`" for key, value in sorted(training.sampling.items()))
         lines.append(f"Sampled with {sampling}.")
@@ -211,6 +215,23 @@ def _data(config: ValueHeadConfig, training: TrainingRecord) -> list[str]:
         stored = f", stored as {training.states_dtype}" if training.states_dtype else ""
         lines.append(f"{training.states} hidden states{stored}.")
     return lines
+
+
+def _control(training: TrainingRecord) -> str:
+    return " under the control of another head" if training.control else ""
+
+
+def _settings(control: ControlConfig) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in control.to_dict().items() if value is not None)
+
+
+def _sampled_under(control: dict[str, Any]) -> str:
+    settings = _settings(ControlConfig.from_dict(control["control"]))
+    heads = ", ".join(f"{name!r}: {control['sources'].get(name)!r}" for name in control["heads"])
+    return (
+        f"That control was `ControlConfig({settings})`, the other head `{{{heads}}}`. This head is used in its place, "
+        "not on top of it."
+    )
 
 
 def _measured(training: TrainingRecord) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from ..configuration import ValueHeadConfig
 from ..utils.files import atomic_path, make_folder
 from .card import is_untouched, model_card, write_card
-from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, push_folder
+from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, portable_name, push_folder
 
 # Those of `transformers.activations`, whose import takes seconds that a head alone does not need.
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -45,6 +45,10 @@ class ValueHead(nn.Module):
             The shape of the head. Weights start random (V) and at zero in g's last layer (so an untrained g edits
             nothing).
 
+    Attributes:
+        source (`dict[str, str]`, *optional*):
+            Where it was loaded from, as arguments of [`ValueHead.from_pretrained`].
+
     With `config.static_vector` the buffer `static_vector` holds b, one edit for all states; zero until it is fitted.
     The buffers `state_mean` and `state_scale`, one value for each feature, are 0 and 1 unless training sets them.
     """
@@ -52,6 +56,7 @@ class ValueHead(nn.Module):
     def __init__(self, config: ValueHeadConfig):
         super().__init__()
         self.config = config
+        self.source: dict[str, str] | None = None
         self.register_buffer("state_mean", torch.zeros(config.hidden_size))
         self.register_buffer("state_scale", torch.ones(config.hidden_size))
         self.value_mlp = MLP([config.hidden_size, *config.head_sizes, config.num_objectives], config.activation)
@@ -169,6 +174,12 @@ class ValueHead(nn.Module):
         head.load_state_dict(load_file(weights_path), strict=True, assign=True)
         head.to(head.state_mean.dtype).requires_grad_(True)
         head.check_finite(str(weights_path))
+        place = {
+            "pretrained_model_name_or_path": portable_name(os.fspath(pretrained_model_name_or_path)),
+            "revision": revision,
+            "subfolder": subfolder,
+        }
+        head.source = {name: value for name, value in place.items() if value}
         return head
 
     def push_to_hub(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -21,7 +22,7 @@ from ..heads.value_head import ValueHead
 from .call_settings import HeadWeights
 from .checks import head_config, matched_head
 from .fused_lm_head import controlled_forward, original_forward
-from .generation import ControlledGenerationMixin
+from .generation import ControlledGenerationMixin, check_padding, with_positions
 from .hook_points import HookPoint
 from .hooks import ControlHooks, read_states
 from .mixture import ValueHeadMixtureMixin
@@ -171,12 +172,7 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         except ValueError:
             hooks.remove()
             raise
-        model._recontrol = hooks
-        _drop_transient(model.__dict__)
-        model.__class__ = _controlled_class(type(model))
-        if "forward" in model.__dict__:
-            model.forward = model.__dict__["forward"]
-        return model
+        return _attach(model, hooks)
 
     def unload(self) -> PreTrainedModel:
         """Take the control off again: hooks gone, original class back. Returns the base model, the same object."""
@@ -255,7 +251,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         **kwargs,
     ) -> torch.Tensor:
         """
-        V at every position of the base's (uncontrolled) states, in the reward's own units.
+        V at every position of the base's (uncontrolled) states, in the reward's own units. A padded row has the values
+        of the row alone: positions come from the mask, as in `generate`.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`), attention_mask (*optional*, same shape), kwargs:
@@ -265,13 +262,18 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
 
         Returns:
             `torch.Tensor` of shape `(batch, seq, num_objectives)`. Values at padded positions mean nothing.
+
+        Raises:
+            `ValueError`: if a row is padded on a side where this model reads the padding although it is masked.
         """
         self._follow()
         head = self._one_head(value_head)
         if self.hook_point.layer is not None and self._supports_logits_to_keep():
             kwargs.setdefault("logits_to_keep", 1)
+        check_padding(self, attention_mask)
+        inputs = with_positions(self, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
         with self.disable_control(), read_states(self.hook_point) as states:
-            self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            self(**inputs)
         parameter = next(head.parameters(), states[0])
         values = head(states[0].to(parameter.device, parameter.dtype))
         return (head.rewards(values) if isinstance(head, ValueHead) else values).to(states[0].device)
@@ -336,6 +338,31 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         # The dynamic class has no importable name, so the copy is rebuilt from the base's. Also what deepcopy uses.
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _new_instance, (_base_class(type(self)),), _drop_transient(dict(state))
+
+
+def _attach(model: PreTrainedModel, hooks: ControlHooks) -> ReControlForCausalLM:
+    """Make a plain model a controlled one, whose hooks are on it."""
+    model._recontrol = hooks
+    _drop_transient(model.__dict__)
+    model.__class__ = _controlled_class(type(model))
+    if "forward" in model.__dict__:
+        model.forward = model.__dict__["forward"]
+    return model
+
+
+@contextmanager
+def without_heads(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """A model without its heads inside the block, if it has any, so that others can be put on it."""
+    if not isinstance(model, ReControlForCausalLM):
+        yield model
+        return
+    hooks = model._recontrol
+    model.unload()
+    try:
+        yield model
+    finally:
+        hooks.register(model)
+        _attach(model, hooks)
 
 
 def _drop_transient(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,30 @@
-"""A controlled model's generation: settings of one call, what its modes allow, continuous batching."""
+"""
+A controlled model's generation: settings of one call, what its modes allow, continuous batching. And what a forward
+must be given to see what generation sees.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
 
 from ..configuration import ControlConfig
 from .call_settings import HeadWeights
 from .hooks import ControlHooks
+
+# The probe for padding: rows of so many tokens, beside as much padding.
+_PROBE_LENGTH, _PROBE_ROWS = 8, 4
+# How much of the next token's distribution may move: what rounding does to it stays below in float32 (and float64),
+# and in the shorter dtypes.
+_ROUNDING, _COARSE_ROUNDING = 1e-3, 0.1
+
+_known: WeakKeyDictionary[PreTrainedModel, frozenset[str]] = WeakKeyDictionary()
 
 
 class ControlledGenerationMixin:
@@ -128,3 +145,96 @@ def _with_settings(
             return function(*args, **kwargs)
 
     return run
+
+
+def with_positions(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Arguments of a model's forward with the positions that `generate` gives to the same tokens: counted by the
+    attention mask, from 0. A forward without them also counts the padding, in families such as GPT-2, or counts from
+    another number.
+    """
+    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    if (
+        "position_ids" in inputs
+        or tokens is None
+        or not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2))
+        or "position_ids" not in inspect.signature(model.forward).parameters
+    ):
+        return inputs
+    others = {name: value for name, value in inputs.items() if value is not None and name != "input_ids"}
+    position_ids = model._prepare_position_ids_for_generation(tokens, others)
+    # With a cache the mask holds its tokens too.
+    return {**inputs, "position_ids": position_ids[..., -tokens.shape[1] :]}
+
+
+def read_padding(model: PreTrainedModel) -> frozenset[str]:
+    """
+    On which sides, `"left"` and `"right"`, padding changes what a model makes of a row, although it is masked: as in
+    models that know no attention mask, recurrent ones that keep reading, or positions that count the padding. Found
+    once for each model, by small forwards of rows alone and padded.
+    """
+    return _seen_beside_rows(model) & {"left", "right"}
+
+
+def check_padding(model: PreTrainedModel, attention_mask: torch.Tensor | None) -> None:
+    """Raise `ValueError` if a row of a mask, `(batch, seq)`, is padded on a side where the model reads the padding."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or attention_mask.all():
+        return
+    present = attention_mask.bool()
+    padded = {"left": ~present[:, 0], "right": ~present[:, -1]}
+    for side in sorted(read_padding(model)):
+        if rows := padded[side].nonzero()[:, 0].tolist():
+            raise ValueError(
+                f"Row {rows[0]} is padded on the {side}, and {type(model).__name__} reads padding there although it "
+                f"is masked: pad on the {'right' if side == 'left' else 'left'}, or give rows of one length together."
+            )
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Raise `ValueError` if positions of a model see later tokens: then its states are not those of generation."""
+    if "later tokens" in _seen_beside_rows(model):
+        raise ValueError(
+            f"{type(model).__name__} lets a position see the tokens behind it, so what is read of a whole response is "
+            "not what its tokens were drawn from: only causal models can be used (a BERT-like one needs "
+            "`is_decoder=True` in its configuration)."
+        )
+
+
+def _seen_beside_rows(model: PreTrainedModel) -> frozenset[str]:
+    if model not in _known:
+        _known[model] = _probe(model)
+    return _known[model]
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> frozenset[str]:
+    """What changes what a model makes of a row: masked padding on the `"left"`, on the `"right"`, `"later tokens"`."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    numbers = torch.arange(_PROBE_ROWS)[:, None] + torch.arange(_PROBE_LENGTH)
+    rows = (1 + numbers % (vocabulary - 1)).to(model.device)
+    padding, present = torch.zeros_like(rows), torch.ones_like(rows)
+
+    def distributions(own: slice, *pieces: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        ids, masks = (torch.cat(part, dim=1) for part in zip(*pieces, strict=True))
+        inputs = with_positions(model, {"input_ids": ids, "attention_mask": masks})
+        return torch.softmax(model(**inputs, use_cache=False).logits[:, own].float(), dim=-1)
+
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with model.disable_control() if isinstance(model, ControlledGenerationMixin) else nullcontext():
+            first, last = slice(_PROBE_LENGTH), slice(-_PROBE_LENGTH, None)
+            alone = distributions(first, (rows, present))
+            beside = {
+                "left": distributions(last, (padding, padding), (rows, present)),
+                "right": distributions(first, (rows, present), (padding, padding)),
+                "later tokens": distributions(first, (rows, present), (rows.flip(1), present)),
+            }
+    finally:
+        for module in training:
+            module.training = True
+    rounding = _ROUNDING if model.dtype in (torch.float32, torch.float64) else _COARSE_ROUNDING
+    # The median: rounding may send a token of a mixture of experts another way.
+    moved = {name: float(((found - alone).abs().sum(-1) / 2).median()) for name, found in beside.items()}
+    return frozenset(name for name, share in moved.items() if not share <= rounding)

@@ -50,6 +50,11 @@ class ValueHeadMixtureMixin:
         """The weights of calls that name none; change them with [`ReControlForCausalLM.set_value_heads`]."""
         return MappingProxyType(dict(self._recontrol.settings.weights))
 
+    @property
+    def active_value_heads(self) -> HeadWeights:
+        """The weights in force in this thread, of the heads that have one."""
+        return MappingProxyType(dict(self._recontrol.settings.active_weights()))
+
     def add_value_head(self, name: str, value_head: ValueHead | nn.Module | str | os.PathLike, **kwargs) -> None:
         """
         Add a head. It has no weight, and changes nothing, until [`ReControlForCausalLM.set_value_heads`] or a call

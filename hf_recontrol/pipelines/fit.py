@@ -26,7 +26,8 @@ from ..data.stage_folder import MANIFEST_NAME, lock_folder
 from ..data.states import StateStore
 from ..evaluation.recommendation import recommend_control
 from ..heads.value_head import ValueHead
-from ..modeling.causal_lm import ReControlForCausalLM
+from ..modeling.causal_lm import ReControlForCausalLM, without_heads
+from ..modeling.generation import check_causal
 from ..modeling.hook_points import HookPoint
 from ..settings import FitSettings, PromptSettings
 from ..training.held_out import split_by_prompt
@@ -61,7 +62,10 @@ def fit(
 
     Args:
         model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]), tokenizer (*optional*):
-            The base: a folder or Hub name, or a loaded model with its tokenizer.
+            The base: a folder or Hub name, or a loaded model with its tokenizer. Of a [`ReControlForCausalLM`] the
+            responses are sampled, and their states read, under the control in force, which the head records: so a head
+            learns from the responses that an earlier one made. It is to be used in place of the earlier one, on the
+            base alone, and that is also what the recommended step size is found for. `model` stays as it was.
         prompts:
             A file or whatever else [`load_prompts`] takes.
         reward (`str`, function, or sequence of these):
@@ -84,8 +88,6 @@ def fit(
         with other settings.
     """
     settings, output, tokenizer_given = FitSettings.of(settings, changes), Path(output), tokenizer is not None
-    if isinstance(model, ReControlForCausalLM):
-        raise ValueError("This model is controlled already: `unload()` its head first.")
     if isinstance(prompts, Prompts):
         _check_unread(settings)
     reward = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
@@ -105,7 +107,8 @@ def fit(
             save_run(output, model, prompts, reward, given, tokenizer_given)
         figures = _run_stages(output, base, tokenizer, rows, rewards, settings, processes, quiet, command)
         if processes.index == 0:
-            _recommend(output, base, tokenizer, rows, rewards, settings, quiet)
+            with without_heads(base):
+                _recommend(output, base, tokenizer, rows, rewards, settings, quiet)
             write_run_report(output, tokenizer, figures, settings)
             save_run(output, model, prompts, reward, given, tokenizer_given)
         processes.wait()
@@ -134,6 +137,7 @@ def _run_stages(
             tokenizer,
             prompts,
             settings,
+            control=getattr(base, "active_control", None) or False,
             keep_states=keep_states,
             progress=show("rollouts"),
         )
@@ -165,6 +169,7 @@ def _check_unread(settings: FitSettings) -> None:
 
 def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
     """Settings whose head the base can have, checked before any response is sampled."""
+    check_causal(base)
     directions = settings.with_directions
     settings = replace(
         settings, directions=directions, advantage_sizes=settings.advantage_sizes if directions else None

@@ -80,6 +80,8 @@ def save_run(
         if dtype in LoadingSettings.choices("dtype"):
             settings = replace(settings, dtype=dtype)
         notes.append(f"`model` was a loaded model ({dtype}): this is its name, without changes made in memory.")
+        if getattr(model, "active_control", None) is not None:
+            notes.append("It was under the control of a head, which this file cannot hold: it is for the base alone.")
         model = model.config._name_or_path
     if tokenizer:
         notes.append("A tokenizer was given in Python: here it is that of the model.")

@@ -148,8 +148,15 @@ def _record(states: str | os.PathLike, store: StateStore, command: str | None) -
         states=store.num_states,
         states_dtype=manifest["settings"]["dtype"],
         sampling=source.get("sampling") or {},
+        control=_sampled_under(manifest["settings"], source),
         command=command,
     )
+
+
+def _sampled_under(settings: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    if not settings["control"]:
+        return {}
+    return {"control": settings["control"], "heads": settings["heads"], "sources": source.get("head_sources") or {}}
 
 
 def _train_both(
