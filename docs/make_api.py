@@ -39,7 +39,7 @@ SECTIONS = {
         "train_value_head",
         "fit_advantage",
     ],
-    "Rewards": ["load_reward", "ClassifierReward", "RewardFunction", "vader"],
+    "Rewards": ["load_reward", "ClassifierReward", "RewardFunction", "text_reward", "vader"],
     "Settings": [
         "FitSettings",
         "LoadingSettings",
@@ -50,6 +50,7 @@ SECTIONS = {
         "SamplingSettings",
         "HookPointSettings",
         "RolloutSettings",
+        "LabelSettings",
         "StatesSettings",
         "HeadSettings",
         "TrainingSettings",

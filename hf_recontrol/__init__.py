@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .collection.classifiers import ClassifierReward
     from .collection.labels import label_rollouts, score_rollouts
-    from .collection.rewards import ClassifierReward, RewardFunction, load_reward, vader
+    from .collection.rewards import RewardFunction, load_reward, text_reward, vader
     from .collection.rollouts import generate_rollouts, write_rollouts
     from .collection.states import collect_states, write_states
     from .configuration import ControlConfig, TrainingRecord, ValueHeadConfig
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         ForwardSettings,
         HeadSettings,
         HookPointSettings,
+        LabelSettings,
         LoadingSettings,
         PromptSettings,
         RolloutSettings,
@@ -54,8 +56,9 @@ if TYPE_CHECKING:
 
 # Imported on first use, as transformers does, so that `import hf_recontrol` does not wait for torch.
 _MODULES = {
+    "collection.classifiers": ("ClassifierReward",),
     "collection.labels": ("label_rollouts", "score_rollouts"),
-    "collection.rewards": ("ClassifierReward", "RewardFunction", "load_reward", "vader"),
+    "collection.rewards": ("RewardFunction", "load_reward", "text_reward", "vader"),
     "collection.rollouts": ("generate_rollouts", "write_rollouts"),
     "collection.states": ("collect_states", "write_states"),
     "configuration": ("ControlConfig", "TrainingRecord", "ValueHeadConfig"),
@@ -80,6 +83,7 @@ _MODULES = {
         "ForwardSettings",
         "HeadSettings",
         "HookPointSettings",
+        "LabelSettings",
         "LoadingSettings",
         "PromptSettings",
         "RolloutSettings",

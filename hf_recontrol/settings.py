@@ -166,6 +166,18 @@ class RolloutSettings(HookPointSettings, SamplingSettings, BadRowSettings):
     )
 
 
+@settings_class("Rewards")
+class LabelSettings(BadRowSettings):
+    """How responses are scored."""
+
+    combine_rewards: Literal["none", "mean", "sum"] = setting(
+        "none",
+        "`none`: each reward is an objective of its own, and a response that one of them does not score (it returns "
+        "None) is left out. `mean`, `sum`: the rewards that score a response make one reward: for functions that each "
+        "score only their own kind of prompt.",
+    )
+
+
 @settings_class("States")
 class StatesSettings(HookPointSettings):
     """How states are read and stored."""
@@ -278,7 +290,7 @@ class TrainSettings(AdvantageSettings, ValueSettings, HeadSettings):
 
 
 @settings_class("Recommended control")
-class FitSettings(TrainSettings, StatesSettings, RolloutSettings, PromptSettings, LoadingSettings):
+class FitSettings(TrainSettings, StatesSettings, LabelSettings, RolloutSettings, PromptSettings, LoadingSettings):
     """Everything that [`fit`] does: all stages, from prompts to a head that recommends a control."""
 
     target_kl: float = setting(

@@ -70,6 +70,8 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
     )
     labelled = run("label", "rollouts", "--reward", "my_reward:dull", cwd=tmp_path)
     assert "120 responses, mean reward -" in labelled.stdout
+    twice = run("label", "rollouts", "--reward", "topic", "--reward", "column:topic", code=1, cwd=tmp_path)
+    assert "Two rewards have the same name" in twice.stderr
     collected = run("states", "rollouts", "-m", base, "-o", "states", "--states-dtype", "int8", cwd=tmp_path)
     assert "of 120 responses" in collected.stdout and "int8 error" in collected.stdout
     options = ("--head-sizes", "16,8", "--advantage-sizes", "8", "--num-epochs", 3, "--lr-scheduler-type", "cosine")

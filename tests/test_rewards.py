@@ -11,17 +11,15 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from hf_recontrol.collection.classifiers import ClassifierReward
 from hf_recontrol.collection.labels import label_rollouts, score_rollouts
-from hf_recontrol.collection.rewards import (
-    ClassifierReward,
-    by_name,
-    load_reward,
-    reward_fingerprint,
-)
+from hf_recontrol.collection.rewards import by_name, load_reward, reward_fingerprint, text_reward, vader
 from hf_recontrol.collection.rollouts import write_rollouts
+from hf_recontrol.collection.states import write_states
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import Rollout, load_rollouts, save_rollouts
 from hf_recontrol.data.stage_folder import read_manifest
+from hf_recontrol.data.states import StateStore
 
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
@@ -31,6 +29,7 @@ def rollouts(*completions: str, **columns) -> list[Rollout]:
     return [Rollout("w5", text, [5], [6], False, columns=dict(columns)) for text in completions]
 
 
+@text_reward
 def length(prompts, completions, **kwargs):
     return [len(text) for text in completions]
 
@@ -49,13 +48,13 @@ def test_columns_reach_the_function_and_can_be_the_reward():
 
     rows = rollouts("a", "b", score=0.25)
     score_rollouts(rows, reward)
-    assert seen == {"score": [0.25, 0.25], "prompts": ["w5", "w5"]}
+    assert seen == {"score": [0.25, 0.25], "prompts": ["w5", "w5"], "completion_ids": [[6], [6]]}
     assert [r.reward for r in score_rollouts(rows, load_reward("column:score"))] == [[0.25], [0.25]]
     with pytest.raises(ValueError, match="no column 'absent'"):
         score_rollouts(rows, load_reward("column:absent"))
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, None, "1", 10**400, 1e300])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, [], "1", 1j, 10**400, 1e300])
 def test_a_reward_that_is_no_finite_number_is_named_with_its_row(bad):
     def broken(prompts, completions, **kwargs):
         return [0.0, bad]
@@ -129,7 +128,7 @@ def test_columns_named_like_a_function_s_arguments_do_not_clash():
     row = replace(rollouts("a")[0], columns={"prompts": 1, "completions": 2, "topic": "x"})
 
     def topic(prompts, completions, topic, **columns):
-        assert prompts == [row.prompt] and not columns
+        assert prompts == [row.prompt] and completions == ["a"] and columns == {"completion_ids": [[6]]}
         return [float(len(topic[0]))]
 
     assert score_rollouts([row], topic)[0].reward == [1.0]
@@ -151,7 +150,7 @@ def test_a_folder_is_scored_in_place_and_scored_once(folder, monkeypatch):
     assert [r.reward for r in after] == [[float(len(r.completion)), float(r.columns["topic"])] for r in after]
     assert counts["unscored"] == 0 and counts["reward topic"] == sum(range(5, 15))
     assert read_manifest(folder, "rollouts", "")["rewards"] == ["length", "topic"]
-    monkeypatch.setattr("hf_recontrol.collection.labels.score_rollouts", None)
+    monkeypatch.setattr("hf_recontrol.collection.labels._scored", None)
     assert label_rollouts(folder, {"length": length, "topic": load_reward("column:topic")}) == counts
     before = hashes(folder)
     with pytest.raises(ValueError, match=r"another reward \(there \['length', 'topic'\], now \['length'\]\).*--again"):
@@ -285,3 +284,107 @@ def test_rewards_can_be_changed_as_long_as_nothing_is_scored(folder):
         label_rollouts(folder, [broken])
     label_rollouts(folder, [length])
     assert read_manifest(folder, "rollouts", "")["rewards"] == ["length"]
+
+
+def only(kind: float):
+    """A reward of one kind of prompts alone, as TRL routes them."""
+
+    def reward(topic, completions):
+        return [
+            kind * len(text) if number % 2 == kind % 2 else None
+            for number, text in zip(topic, completions, strict=True)
+        ]
+
+    reward.__name__ = f"only_{kind}"
+    return reward
+
+
+def test_routed_rewards_say_what_happened_and_make_one_reward_by_option(folder):
+    routed = [only(1), only(2)]
+    before = hashes(folder)
+    message = (
+        r"None of the 10 responses was scored by every reward \(only_1 scored 5, only_2 scored 5\).*"
+        r"`combine_rewards='mean'` or 'sum' \(`--combine-rewards mean`\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        label_rollouts(folder, routed)
+    assert hashes(folder).keys() == before.keys() and read_manifest(folder, "rollouts", "")["rewards"] is None
+    with pytest.raises(ValueError, match="None of the 10 responses"):
+        label_rollouts(folder, routed)
+    counts = label_rollouts(folder, routed, combine_rewards="mean")
+    expected = [[float((1 if r.columns["topic"] % 2 else 2) * len(r.completion))] for r in load_rollouts(folder)]
+    assert [r.reward for r in load_rollouts(folder)] == expected
+    assert (counts["unscored"], counts["scored only_1"], counts["scored only_2"]) == (0, 5, 5)
+    assert counts["reward mean of only_1, only_2"] == sum(value for (value,) in expected)
+    manifest = read_manifest(folder, "rollouts", "")
+    assert manifest["rewards"] == ["mean of only_1, only_2"] and len(manifest["fingerprints"]) == 2
+    assert label_rollouts(folder, routed, combine_rewards="mean") == counts
+    with pytest.raises(ValueError, match="scored with another reward"):
+        label_rollouts(folder, routed, combine_rewards="sum")
+    assert write_states_of(folder).rewards.shape == (10, 1)
+
+
+def write_states_of(folder):
+    write_states(folder.parent / "states", tiny_model("llama", dtype=torch.float32), folder, directions=False)
+    return StateStore.open(folder.parent / "states")
+
+
+@pytest.mark.parametrize(("combine", "expected"), [("mean", [[2.0], [1.0], [2.0]]), ("sum", [[3.0], [1.0], [2.0]])])
+def test_rewards_that_score_a_row_are_combined_and_one_that_none_scores_is_left_out(combine, expected, monkeypatch):
+    def first(completions):
+        return [1.0, 1.0, None, None]
+
+    def second(completions):
+        return [3.0 if combine == "mean" else 2.0, None, 2.0, None]
+
+    warnings = []
+    monkeypatch.setattr("hf_recontrol.collection.labels.logger.warning", warnings.append)
+    scored = score_rollouts(rollouts("a", "b", "c", "d"), first, second, combine_rewards=combine)
+    assert [r.reward for r in scored] == [*expected, None]
+    assert warnings == ["1 of 4 responses have no reward and are left out (first scored 2, second scored 2)."]
+
+
+def test_without_the_option_a_response_that_one_reward_does_not_score_is_left_out_and_counted(folder, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_recontrol.collection.labels.logger.warning", warnings.append)
+    counts = label_rollouts(folder, [length, only(1)])
+    assert counts["unscored"] == 5 and counts["scored length"] == 10
+    assert warnings == ["5 of 10 responses have no reward and are left out (length scored 10, only_1 scored 5)."]
+    assert write_states_of(folder).rewards.shape == (5, 2)
+
+
+def test_a_bad_reward_is_not_replaced_by_another_that_scores_its_row(recontrol_warnings):
+    def broken(completions):
+        return [math.nan, 1.0]
+
+    with pytest.raises(ValueError, match="row 0: the reward broken returned nan"):
+        score_rollouts(rollouts("a", "b"), length, broken, combine_rewards="sum")
+    scored = score_rollouts(rollouts("a", "b"), length, broken, combine_rewards="sum", on_bad_rows="skip")
+    assert [r.reward for r in scored] == [None, [2.0]]
+
+
+@pytest.mark.parametrize("combine", ["none", "mean"])
+def test_a_reward_that_scores_nothing_is_named(combine):
+    def nothing(completions):
+        return [None for _ in completions]
+
+    with pytest.raises(ValueError, match="nothing scored none of the 2 responses"):
+        score_rollouts(rollouts("a", "b"), length, nothing, combine_rewards=combine)
+    with pytest.raises(ValueError, match="must be one of 'none', 'mean', 'sum'"):
+        score_rollouts(rollouts("a", "b"), length, combine_rewards="median")
+
+
+def test_names_are_the_functions_own_however_they_are_given(tmp_path, monkeypatch):
+    source = "from functools import partial\n\ndef one(completions):\n    return [1.0]\n\nhalf = partial(one)\n"
+    for name in ("rewards_a", "rewards_b"):
+        (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    named = by_name([load_reward(spec, {"score"}) for spec in ("rewards_a:one", "column:score", "hf_recontrol:vader")])
+    assert list(named) == ["one", "score", "vader"]
+    assert list(by_name([load_reward("score", {"score"}), vader])) == ["score", "vader"]
+    assert list(by_name([load_reward("rewards_a:half")])) == ["one"]
+    both = by_name([load_reward("rewards_a:one"), load_reward("rewards_b:one")])
+    assert list(both) == ["rewards_a:one", "rewards_b:one"]
+    for same in (["score", "column:score"], ["rewards_a:one", "rewards_a:one"]):
+        with pytest.raises(ValueError, match="Two rewards have the same name"):
+            by_name([load_reward(spec, {"score"}) for spec in same])

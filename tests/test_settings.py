@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from hf_recontrol import (
     AdvantageSettings,
     FitSettings,
+    LabelSettings,
     LoadingSettings,
     PromptSettings,
     RolloutSettings,
@@ -35,7 +36,7 @@ from .resumable import COMMAND, make_inputs
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
-STAGES = (PromptSettings, LoadingSettings, RolloutSettings, StatesSettings, TrainSettings)
+STAGES = (PromptSettings, LoadingSettings, RolloutSettings, LabelSettings, StatesSettings, TrainSettings)
 COMMANDS = {"fit": FitSettings, "rollout": RolloutSettings, "states": StatesSettings, "train": TrainSettings}
 
 

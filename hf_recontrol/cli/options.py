@@ -127,9 +127,9 @@ PromptsOption = Annotated[
 RewardOption = Annotated[
     list[str],
     typer.Option(
-        help="`module:function` (`f(prompts, completions, **columns) -> list[float]`), a column's name, or the folder "
-        "or Hub name of a sequence classifier (`name#LABEL` if it has several labels). Several give several "
-        "objectives."
+        help="`module:function` (called by keyword, as in TRL: `f(completions, **columns) -> list[float]`), a "
+        "column's name, or the folder or Hub name of a sequence classifier (`name#LABEL` if it has several labels). "
+        "Several give several objectives, or one: `--combine-rewards`."
     ),
 ]
 HeadOption = Annotated[str | None, typer.Option(help="Work under the control that this head recommends.")]

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ..settings import (
-    BadRowSettings,
     FitSettings,
+    LabelSettings,
     LoadingSettings,
     PromptSettings,
     RolloutSettings,
@@ -91,9 +91,9 @@ def rollout(
 
 
 @app.command()
-@with_settings(BadRowSettings)
+@with_settings(LabelSettings)
 def label(
-    settings: BadRowSettings,
+    settings: LabelSettings,
     rollouts: Annotated[Path, typer.Argument(help="Folder of `recontrol rollout`; it is scored in place.")],
     reward: RewardOption,
     again: Annotated[bool, typer.Option("--again", help="Replace the rewards of an earlier scoring.")] = False,
@@ -103,18 +103,24 @@ def label(
     Example: `recontrol label run/rollouts --reward hf_recontrol:vader`
     """
     from ..collection.labels import label_rollouts
-    from ..collection.rewards import load_reward
+    from ..collection.rewards import by_name, load_reward
     from ..data.rollouts import load_rollouts
     from ..data.stage_folder import read_manifest
 
     read_manifest(rollouts, "rollouts", "recontrol rollout", complete=False)
     first = next(iter(sorted(rollouts.glob("part-*.parquet"))), None)
     columns = {name for row in (load_rollouts(first) if first else [])[:1] for name in row.columns}
-    rewards = {spec: load_reward(spec, columns) for spec in reward}
-    counts = label_rollouts(rollouts, rewards, again=again, on_bad_rows=settings.on_bad_rows)
+    counts = label_rollouts(
+        rollouts,
+        by_name([load_reward(spec, columns) for spec in reward]),
+        again=again,
+        on_bad_rows=settings.on_bad_rows,
+        combine_rewards=settings.combine_rewards,
+    )
     if is_main_process():
         scored = counts["rollouts"] - counts["unscored"]
-        means = ", ".join(f"{counts[f'reward {spec}'] / max(scored, 1):.3f}" for spec in reward)
+        sums = {name.removeprefix("reward "): counts[name] for name in counts if name.startswith("reward ")}
+        means = ", ".join(f"{f'{name} ' * (len(sums) > 1)}{value / scored:.3f}" for name, value in sums.items())
         typer.echo(f"{scored} responses, mean reward {means} -> {rollouts}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Sequence
@@ -14,13 +13,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..data.fingerprints import file_checksum
 from ..data.processes import Progress, progress_bar
 from ..data.prompts import BadRow, Prompts, report_bad_rows
-from ..data.rollouts import Rollout, count_rollouts, load_rollouts, save_rollouts, scoring_of
+from ..data.rollouts import Rollout, count_rollouts, load_rollouts, save_rollouts, scored_by, scoring_of
 from ..data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
-from .rewards import MissingColumnError, RewardFunction, by_name, reward_column, reward_fingerprint, reward_name
+from ..settings import LabelSettings
+from ..utils.checks import check_choice
+from .rewards import (
+    ColumnReward,
+    MissingColumnError,
+    RewardFunction,
+    by_name,
+    call_reward,
+    check_reward,
+    reward_column,
+    reward_fingerprint,
+    reward_name,
+)
+
+logger = logging.get_logger(__name__)
+
+# The answer that rewards are tried on before any is sampled.
+_TRIED = "I do not know."
 
 
 def finite_reward(value: Any) -> float | None:
@@ -56,54 +73,127 @@ def check_columns(specs: Sequence[str], prompts: Prompts) -> None:
         report_bad_rows(bad, "error")
 
 
+def try_rewards(rewards: Sequence[RewardFunction], prompts: Prompts, on_bad_rows: str) -> None:
+    """
+    Call each reward function once, before any response is sampled, on a made-up answer to the first two prompts.
+
+    Raises:
+        `ValueError`, `RuntimeError`: as [`score_rollouts`].
+    """
+    functions = [function for function in rewards if not isinstance(function, ColumnReward)]
+    tried = [
+        Rollout(row["prompt"], _TRIED, [0], [0], True, columns={key: row[key] for key in row if key != "prompt"})
+        for row in prompts.rows[:2]
+    ]
+    try:
+        _, bad = _called(tried, functions, "the first prompts")
+        if on_bad_rows == "error":
+            report_bad_rows(list(bad.values()), on_bad_rows)
+    except (RuntimeError, ValueError) as error:
+        raise type(error)(f"{error} (Each reward is tried before sampling, on the answer {_TRIED!r}.)") from error
+
+
 def score_rollouts(
-    rollouts: Sequence[Rollout], *rewards: RewardFunction, on_bad_rows: str = "error", source: str = "rollouts"
+    rollouts: Sequence[Rollout],
+    *rewards: RewardFunction,
+    on_bad_rows: str = "error",
+    combine_rewards: str = "none",
+    source: str = "rollouts",
 ) -> list[Rollout]:
     """
-    Rollouts with their rewards, one for each function (one objective each). What is scored is the completion as it is
-    stored, cut where the turn ends.
+    Rollouts with their rewards. What is scored is the completion as it is stored, cut where the turn ends.
 
     Args:
+        rewards (`Callable`):
+            Reward functions, see [`RewardFunction`].
         on_bad_rows (`str`, *optional*, defaults to `"error"`):
-            What to do when a reward is no finite number: `"error"`, or `"skip"`, which leaves the rollout's reward
-            `None` (it is then not trained on) and warns.
+            What to do when a reward is neither a finite number nor `None`: `"error"`, or `"skip"`, which leaves the
+            rollout's reward `None` (it is then not trained on) and warns.
+        combine_rewards (`str`, *optional*, defaults to `"none"`):
+            `"none"`: each function is one objective, and a rollout that one of them does not score (it returns `None`)
+            gets no reward. `"mean"`, `"sum"`: one objective, of the functions that score a rollout.
         source (`str`, *optional*):
             Where the rollouts are from, for messages.
 
     Raises:
-        `ValueError`: if there is nothing to score, or a function returns a wrong number of rewards, or one that is no
-        finite number; names the function and the row. `RuntimeError`: if a function itself fails.
+        `ValueError`: if there is nothing to score; if a function cannot be called with what the rollouts have, returns
+        a wrong number of rewards, or one that is no finite number (names the function and the row); if no rollout gets
+        a reward. `RuntimeError`: if a function itself fails.
     """
+    check_choice("combine_rewards", combine_rewards, LabelSettings.choices("combine_rewards"))
     if not rollouts or not rewards:
         raise ValueError(f"Nothing to score: {len(rollouts)} rollouts, {len(rewards)} reward functions.")
-    # A function's own arguments are not the data's to give.
-    names = {name for rollout in rollouts for name in rollout.columns} - {"prompts", "completions"}
+    scored, counts = _scored(rollouts, rewards, on_bad_rows, combine_rewards, source)
+    names = [reward_name(function) for function in rewards]
+    unscored = sum(rollout.reward is None for rollout in scored)
+    left_out = _unscored(list(zip(names, counts, strict=True)), unscored, len(scored), combine_rewards)
+    if left_out:
+        logger.warning(left_out)
+    return scored
+
+
+def _scored(
+    rollouts: Sequence[Rollout],
+    rewards: Sequence[RewardFunction],
+    on_bad_rows: str,
+    combine_rewards: str,
+    source: str,
+) -> tuple[list[Rollout], list[int]]:
+    """(rollouts with their rewards, how many of them each function scored)."""
+    scores, bad = _called(rollouts, rewards, source)
+    report_bad_rows(list(bad.values()), on_bad_rows)
+    found = [
+        replace(rollout, reward=None if row in bad else _reward_of(values, combine_rewards))
+        for row, (rollout, *values) in enumerate(zip(rollouts, *scores, strict=True))
+    ]
+    return found, [sum(value is not None for value in values) for values in scores]
+
+
+def _called(
+    rollouts: Sequence[Rollout], rewards: Sequence[RewardFunction], source: str
+) -> tuple[list[list[float | None]], dict[int, BadRow]]:
+    """(what each function says of each rollout, which rollouts got something that is no finite number)."""
+    names = {name for rollout in rollouts for name in rollout.columns}
     columns = {name: [rollout.columns.get(name) for rollout in rollouts] for name in sorted(names)}
-    prompts, completions = [r.prompt for r in rollouts], [r.completion for r in rollouts]
-    scores, bad = [], []
+    for function in rewards:
+        check_reward(function, names)
+    prompts, completions, ids = zip(*[(r.prompt, r.completion, r.completion_ids) for r in rollouts], strict=True)
+    scores, bad = [], {}
     for function in rewards:
         name = reward_name(function)
-        try:
-            # Copies: a function may change what it is given, and the next one must not see that, nor the file.
-            values = list(function(*copy.deepcopy((prompts, completions)), **copy.deepcopy(columns)))
-        except (ImportError, MissingColumnError):
-            raise  # each says what to do
-        except Exception as error:
-            raise RuntimeError(f"The reward {name} failed: {type(error).__name__}: {error}") from error
-        if len(values) != len(rollouts):
-            raise ValueError(f"The reward {name} returned {len(values)} values for {len(rollouts)} responses.")
-        finite = [finite_reward(value) for value in values]
-        bad += [
-            BadRow(f"{source}, row {row}", f"the reward {name} returned {values[row]!r}, expected a finite number")
-            for row, value in enumerate(finite)
-            if value is None
-        ]
-        scores.append(finite)
-    report_bad_rows(bad, on_bad_rows)
-    return [
-        replace(rollout, reward=None if None in values else list(values))
-        for rollout, *values in zip(rollouts, *scores, strict=True)
-    ]
+        values = call_reward(function, list(prompts), list(completions), list(ids), columns)
+        scores.append([finite_reward(value) for value in values])
+        bad |= {
+            row: BadRow(f"{source}, row {row}", f"the reward {name} returned {value!r}, expected a finite number")
+            for row, value in enumerate(values)
+            if value is not None and scores[-1][row] is None
+        }
+    return scores, dict(sorted(bad.items()))
+
+
+def _reward_of(values: Sequence[float | None], combine_rewards: str) -> list[float] | None:
+    """A rollout's reward for each objective, from what each function says of it."""
+    known = [value for value in values if value is not None]
+    if combine_rewards == "none":
+        return known if len(known) == len(values) else None
+    return [sum(known) / (len(known) if combine_rewards == "mean" else 1)] if known else None
+
+
+def _unscored(scored: Sequence[tuple[str, int]], unscored: int, total: int, combine_rewards: str) -> str | None:
+    """What to say of responses without a reward; raises where no response has one."""
+    for name, count in scored:
+        if count == 0:
+            raise ValueError(f"The reward {name} scored none of the {total} responses: it gave no number for any.")
+    counts = ", ".join(f"{name} scored {count}" for name, count in scored)
+    if unscored == total and combine_rewards == "none":
+        raise ValueError(
+            f"None of the {total} responses was scored by every reward ({counts}), so there is nothing to learn from. "
+            "Where each reward scores only its own rows, let them make one reward: `combine_rewards='mean'` or 'sum' "
+            "(`--combine-rewards mean`)."
+        )
+    if unscored == total:
+        raise ValueError(f"None of the {total} responses has a usable reward ({counts}).")
+    return f"{unscored} of {total} responses have no reward and are left out ({counts})." if unscored else None
 
 
 def label_rollouts(
@@ -112,6 +202,7 @@ def label_rollouts(
     *,
     again: bool = False,
     on_bad_rows: str = "error",
+    combine_rewards: str = "none",
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """
@@ -125,13 +216,14 @@ def label_rollouts(
             The rewards, one objective each, by their names.
         again (`bool`, *optional*, defaults to `False`):
             Replace the rewards of an earlier scoring. The same call resumes one that was stopped.
-        on_bad_rows (`str`, *optional*, defaults to `"error"`):
+        on_bad_rows (`str`, *optional*, defaults to `"error"`), combine_rewards (*optional*, defaults to `"none"`):
             As for [`score_rollouts`].
         progress (`Callable[[int, int], None]`, *optional*):
             Called with (done, total) instead of showing a bar.
 
     Returns:
-        Counts: those of the rollouts, `unscored`, and the sum of each reward, `reward NAME`.
+        Counts: those of the rollouts, `unscored`, the sum of each objective, `reward NAME`, and how many responses
+        each function scored, `scored NAME`.
 
     Raises:
         `ValueError`: as [`score_rollouts`]; if the rollouts have other rewards already (also those of a function of
@@ -140,7 +232,10 @@ def label_rollouts(
     """
     if not isinstance(rewards, dict):
         rewards = by_name(rewards)
+    check_choice("combine_rewards", combine_rewards, LabelSettings.choices("combine_rewards"))
     folder, names = Path(folder), list(rewards)
+    if combine_rewards != "none" and len(names) > 1:
+        names = [f"{combine_rewards} of {', '.join(names)}"]
     wanted = {"rewards": names, "fingerprints": [reward_fingerprint(function) for function in rewards.values()]}
     known = read_manifest(folder, "rollouts", "recontrol rollout", complete=False)
     stage = StageFolder(folder, "rollouts", known["settings"], known["num_parts"], ".parquet")
@@ -155,27 +250,57 @@ def label_rollouts(
         finished = known["complete"] and known.get("rewards") is not None
         if finished and not again:
             return stage.counts()
+        columns = next((set(r.columns) for i in range(stage.num_parts) for r in load_rollouts(stage.part_path(i))), ())
+        for function in rewards.values():
+            check_reward(function, columns)
         if found != wanted or finished:
             scoring = max((number for number in scorings if number is not None), default=-1) + 1
         stage.processes.wait()
         if stage.processes.index == 0:
             stage.write_manifest(known | {"complete": False, "scoring": scoring} | wanted)
         stage.processes.wait()
-        total = sum(count_rollouts(stage.part_path(index)) for index in stage.own_parts())
-        with progress_bar("rewards", total, progress, stage.processes.index) as advance:
-            for index in stage.own_parts():
-                path = stage.part_path(index)
-                if (known["complete"] or scorings[index] is None) and file_checksum(path) != known["parts"].get(
-                    path.name
-                ):
-                    raise ValueError(f"{path} was changed or damaged: it is not what its {MANIFEST_NAME} names.")
-                rollouts = load_rollouts(path)
-                if scorings[index] != scoring and rollouts:
-                    scored = score_rollouts(rollouts, *rewards.values(), on_bad_rows=on_bad_rows, source=path.name)
-                    save_rollouts(scored, path, names, scoring)
-                advance(len(rollouts))
+        _score_parts(stage, known, scorings, scoring, rewards, names, on_bad_rows, combine_rewards, progress)
         kept = {"bad_rows": known.get("bad_rows", 0)} | {key: known.get(key) for key in ("dataset", "head_sources")}
-        return stage.finish(partial(_count_scored, names=names), kept | {"scoring": scoring} | wanted)
+        counts = stage.finish(partial(_count_scored, names=names), kept | {"scoring": scoring} | wanted)
+        scored = [(name, counts.get(f"scored {name}", 0)) for name in rewards]
+        try:
+            left_out = _unscored(scored, counts["unscored"], counts["rollouts"], combine_rewards)
+        except ValueError:
+            # They count as not scored, so that other rewards need no `again`.
+            if stage.processes.index == 0:
+                manifest = read_manifest(folder, "rollouts", "recontrol rollout")
+                stage.write_manifest(manifest | dict.fromkeys(wanted) | {"scoring": scoring + 1})
+            stage.processes.wait()
+            raise
+        if left_out and stage.processes.index == 0:
+            logger.warning(left_out)
+        return counts
+
+
+def _score_parts(
+    stage: StageFolder,
+    known: dict[str, Any],
+    scorings: Sequence[int | None],
+    scoring: int,
+    rewards: dict[str, RewardFunction],
+    names: Sequence[str],
+    on_bad_rows: str,
+    combine_rewards: str,
+    progress: Progress | None,
+) -> None:
+    """Score the parts of this process that this scoring has not reached yet."""
+    total = sum(count_rollouts(stage.part_path(index)) for index in stage.own_parts())
+    with progress_bar("rewards", total, progress, stage.processes.index) as advance:
+        for index in stage.own_parts():
+            path = stage.part_path(index)
+            untouched = known["complete"] or scorings[index] is None
+            if untouched and file_checksum(path) != known["parts"].get(path.name):
+                raise ValueError(f"{path} was changed or damaged: it is not what its {MANIFEST_NAME} names.")
+            rollouts = load_rollouts(path)
+            if scorings[index] != scoring and rollouts:
+                scored, counts = _scored(rollouts, list(rewards.values()), on_bad_rows, combine_rewards, path.name)
+                save_rollouts(scored, path, names, scoring, dict(zip(rewards, counts, strict=True)))
+            advance(len(rollouts))
 
 
 def _other_rewards(folder: Path, found: dict[str, list], wanted: dict[str, list]) -> str:
@@ -199,4 +324,6 @@ def _count_scored(path: Path, names: Sequence[str]) -> dict[str, float]:
         "finished": sum(rollout.finished for rollout in rollouts),
         "tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
         "unscored": len(rollouts) - len(scored),
-    } | {f"reward {name}": sum(reward[k] for reward in scored) for k, name in enumerate(names)}
+        **{f"reward {name}": sum(reward[k] for reward in scored) for k, name in enumerate(names)},
+        **{f"scored {name}": count for name, count in scored_by(path).items()},
+    }

@@ -1,122 +1,63 @@
-"""Rewards: functions, columns of the data, sequence classifiers."""
+"""Rewards: what can score responses, what it is called, and how it is called."""
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import hashlib
 import importlib
 import inspect
-import os
+import math
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
+import numpy as np
 import torch
 
-from ..data.fingerprints import model_fingerprint
 from ..data.processes import Processes
 from ..data.prompts import Prompt
 from ..utils.extras import needs_extra
+from .classifiers import ClassifierReward
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+# f(prompts=, completions=, completion_ids=, **columns) -> list[float | None], as in TRL: one reward for each response,
+# `None` where the function has none to give. A function gets what its signature names.
+RewardFunction = Callable[..., Sequence[float | None]]
 
-# f(prompts, completions, **columns) -> list[float], called by position: one reward for each prompt and completion.
-# Further columns of the data come as keyword arguments, lists of the same length.
-RewardFunction = Callable[..., Sequence[float]]
+# What every reward function can have. Columns of these names are not handed over.
+_GIVEN = ("prompts", "completions", "completion_ids")
 
 
 class MissingColumnError(ValueError):
     """The data lack the column that a reward names."""
 
 
-class ClassifierReward:
+def text_reward(function: RewardFunction) -> RewardFunction:
     """
-    The score of a sequence-classification model, as a reward function.
+    Decorator: the reward function gets each completion as a text, for chats too. Without it a response to a chat comes
+    as TRL gives it, as a list of messages: `[{"role": "assistant", "content": text}]`.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]), tokenizer:
-            A classifier with one label (a reward model), or with several and a `label` to take.
-        label (`str`, *optional*):
-            The label whose logit is the reward, by its name in `config.id2label`.
-        batch_size (`int`, *optional*, defaults to 32):
-            Texts scored at once; one at a time if tokenizer or model have no padding token.
+        function (`Callable`):
+            A reward function, or a class whose objects are called as one.
 
-    With a chat template prompt and response are scored as a chat; otherwise as a pair of texts.
+    Example:
 
-    Raises:
-        `ValueError`: if the model has several labels and `label` is none of them.
+    ```python
+    @text_reward
+    def brevity(completions, **columns):
+        return [-float(len(text)) for text in completions]
+    ```
     """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        label: str | None = None,
-        batch_size: int = 32,
-    ):
-        labels = model.config.id2label
-        if label is None and len(labels) == 1:
-            self.index = 0
-        elif label in labels.values():
-            self.index = {name: index for index, name in labels.items()}[label]
-        else:
-            raise ValueError(f"`label` must be one of the classifier's {list(labels.values())}, got {label!r}.")
-        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-        if tokenizer.pad_token is None or model.config.pad_token_id is None:
-            self.batch_size = 1
-        self.__name__ = getattr(model.config, "_name_or_path", "") or type(model).__name__
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, label: str | None = None, **kwargs) -> ClassifierReward:
-        """Load classifier and tokenizer from a folder or the Hub; `kwargs` as for the model's `from_pretrained`."""
-        # Seconds to import, which other rewards do not need.
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        shared = {key: kwargs[key] for key in ("token", "revision", "cache_dir", "subfolder") if key in kwargs}
-        model = AutoModelForSequenceClassification.from_pretrained(name_or_path, **kwargs)
-        return cls(model, AutoTokenizer.from_pretrained(name_or_path, **shared), label=label)
-
-    def _encode(self, prompts: Sequence[Prompt], completions: Sequence[str]):
-        # RoBERTa's kind has two more positions than it has room for tokens; some tokenizers name no limit.
-        limits = [getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length]
-        longest = min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
-        options = {
-            "padding": self.batch_size > 1,
-            # On the right, so that position embeddings do not depend on the batch.
-            "padding_side": "right",
-            "truncation": longest is not None,
-            "max_length": longest,
-            "return_tensors": "pt",
-        }
-        if self.tokenizer.chat_template is not None:
-            chats = [
-                [
-                    *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt),
-                    {"role": "assistant", "content": completion},
-                ]
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ]
-            return self.tokenizer.apply_chat_template(chats, return_dict=True, **options)
-        texts = [p if isinstance(p, str) else "\n\n".join(message["content"] for message in p) for p in prompts]
-        return self.tokenizer(texts, list(completions), **options)
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **kwargs) -> list[float]:
-        # By length, so that little is spent on padding.
-        order = sorted(range(len(prompts)), key=lambda i: len(completions[i]) + len(str(prompts[i])))
-        rewards = [0.0] * len(prompts)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            inputs = self._encode([prompts[i] for i in chosen], [completions[i] for i in chosen])
-            logits = self.model(**inputs.to(self.model.device)).logits[:, self.index]
-            for i, value in zip(chosen, logits.float().tolist(), strict=True):
-                rewards[i] = value
-        return rewards
+    function.text_completions = True
+    return function
 
 
-def vader(prompts: Sequence[str], completions: Sequence[str], **kwargs) -> list[float]:
+@text_reward
+def vader(prompts: Sequence[Prompt], completions: Sequence[str], **kwargs) -> list[float]:
     """
     VADER's compound sentiment of the response, in [-1, 1]: the reward of the demo.
 
@@ -145,7 +86,7 @@ def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
         `ValueError`, `OSError`: if there is no such thing.
     """
     if (column := reward_column(spec, columns)) is not None:
-        return _column(column)
+        return ColumnReward(column)
     module_name, colon, function_name = spec.partition(":")
     if colon and all(part.isidentifier() for part in module_name.split(".")) and function_name.isidentifier():
         if "" not in sys.path:
@@ -179,19 +120,181 @@ def reward_column(spec: str, columns: Collection[str]) -> str | None:
     return spec.removeprefix("column:") if spec.startswith("column:") else None
 
 
-def _column(name: str) -> RewardFunction:
-    def reward(prompts, completions, **columns):
-        if name not in columns:
-            raise MissingColumnError(f"The data have no column {name!r}, they have {sorted(columns)}.")
-        return columns[name]
+class ColumnReward:
+    """A column of the data as a reward function."""
 
-    reward.__name__ = name
-    return reward
+    def __init__(self, column: str):
+        self.column = self.__name__ = column
+
+    def __call__(self, **columns) -> list:
+        return columns[self.column]
 
 
 def reward_name(function: RewardFunction) -> str:
-    """What a reward is called in messages, files and reports."""
+    """What a reward is called in messages, files and reports: by its function's own name, however it was given."""
+    while isinstance(function, partial) and not hasattr(function, "__name__"):
+        function = function.func
     return getattr(function, "__name__", type(function).__name__)
+
+
+def check_reward(function: RewardFunction, columns: Collection[str]) -> None:
+    """
+    Check that a reward function can be called with what there is.
+
+    Args:
+        function (`Callable`):
+            The reward function.
+        columns (collection of `str`):
+            The columns that the data have beside the prompt.
+
+    Raises:
+        `ValueError`: if it needs an argument that nothing provides, or takes none of what there is; says which.
+    """
+    _wanted(function, {*_GIVEN, *columns})
+
+
+def _wanted(function: RewardFunction, available: Collection[str]) -> tuple[list[inspect.Parameter], list[str]]:
+    """(the parameters to give by position, the names to give by keyword) in a call of a reward function."""
+    name = reward_name(function)
+    if isinstance(function, ColumnReward) and function.column not in set(available) - set(_GIVEN):
+        raise MissingColumnError(f"The data have no column {function.column!r}, they have {_others(available)}.")
+    if isinstance(function, (type, torch.nn.Module)):
+        remedy = "an object of it" if isinstance(function, type) else "`ClassifierReward(model, tokenizer)`"
+        kind = "class" if isinstance(function, type) else "model"
+        raise ValueError(f"The reward {name} is a {kind}: give {remedy}, or a function.")
+    remedy = (
+        f"Put it into a function of your own: `def my_reward(completions, **columns): return {name}(...)`. There are "
+        f"{', '.join(_GIVEN)} and the columns {_others(available)}."
+    )
+    try:
+        parameters = _parameters(function)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"What the reward {name} takes cannot be found out ({error}). {remedy}") from error
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if missing := [needed for needed in required if needed not in available]:
+        raise ValueError(f"The reward {name} needs {', '.join(missing)}, which nothing provides. {remedy}")
+    by_position = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    by_keyword = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        by_keyword = sorted(set(available) - {p.name for p in by_position})
+    else:
+        by_keyword = [given for given in by_keyword if given in available]
+        if not by_keyword and not any(p.name in available for p in by_position):
+            raise ValueError(f"The reward {name} takes nothing of what there is. {remedy}")
+    if twice := sorted(_bound(function).intersection(by_keyword)):
+        raise ValueError(
+            f"The reward {name} was given {', '.join(twice)} already (`functools.partial`), and the data have that "
+            f"too: rename one of them. {remedy}"
+        )
+    return by_position, by_keyword
+
+
+def _others(available: Collection[str]) -> list[str]:
+    return sorted(set(available) - set(_GIVEN))
+
+
+def _parameters(function: RewardFunction) -> list[inspect.Parameter]:
+    """The parameters of a function; of what it wraps, if it hands on whatever it gets."""
+    own = list(inspect.signature(function, follow_wrapped=False).parameters.values())
+    kinds = {p.kind for p in own}
+    if inspect.Parameter.VAR_KEYWORD in kinds and kinds <= {
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    }:
+        own = list(inspect.signature(function).parameters.values())
+    return own
+
+
+def _bound(function: RewardFunction) -> set[str]:
+    """The names of arguments that a partial function holds already."""
+    bound = set()
+    while isinstance(function, partial):
+        all_names, left = (set(inspect.signature(f).parameters) for f in (function.func, function))
+        bound |= {*function.keywords, *(all_names - left)}
+        function = function.func
+    return bound
+
+
+def _takes_texts(function: RewardFunction) -> bool:
+    while isinstance(function, partial) and not hasattr(function, "text_completions"):
+        function = function.func
+    return getattr(function, "text_completions", False)
+
+
+def call_reward(
+    function: RewardFunction,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    completion_ids: Sequence[list[int]],
+    columns: dict[str, list],
+) -> list:
+    """
+    What a reward function says of responses.
+
+    Args:
+        function (`Callable`):
+            The reward function; if it is a coroutine function, what it returns is awaited.
+        prompts, completions, completion_ids, columns:
+            Lists of one length, from which it gets what its signature names.
+
+    Returns:
+        `list`, of that length: what it returned, unchecked.
+
+    Raises:
+        `ValueError`: as [`check_reward`]; if it returns no list of that length. `RuntimeError`: if it fails.
+    """
+    name = reward_name(function)
+    if not _takes_texts(function):
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+    values = columns | {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    by_position, by_keyword = _wanted(function, values)
+    # Copies: a function may change what it is given, and the next one must not see that, nor the file.
+    args = [copy.deepcopy(values[p.name]) if p.name in values else p.default for p in by_position]
+    kwargs = copy.deepcopy({given: values[given] for given in by_keyword})
+    try:
+        returned = function(*args, **kwargs)
+        if inspect.isawaitable(returned):
+            returned = _awaited(returned)
+        returned = _listed(returned)
+    except ImportError:
+        raise  # it says what to do
+    except Exception as error:
+        raise RuntimeError(f"The reward {name} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(returned, list):
+        kind = "nothing" if returned is None else f"a value of type {type(returned).__name__}"
+        raise ValueError(f"The reward {name} returned {kind}, expected a list with one number for each response.")
+    if len(returned) != len(prompts):
+        raise ValueError(f"The reward {name} returned {len(returned)} values for {len(prompts)} responses.")
+    return returned
+
+
+def _awaited(awaitable: Awaitable) -> Any:
+    async def wait():
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    # A notebook's thread has a running loop, which cannot wait for another.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, wait()).result()
+
+
+def _listed(returned: Any) -> Any:
+    """What a reward function returned as a list, or as it is where its items have no order or no end."""
+    if hasattr(returned, "to_numpy"):
+        returned = returned.to_numpy()
+    if isinstance(returned, (torch.Tensor, np.ndarray)):
+        # A column of one number each is a list of numbers.
+        is_column = returned.ndim > 0 and math.prod(returned.shape[1:]) == 1
+        return returned.reshape(-1).tolist() if is_column else returned
+    if isinstance(returned, (str, bytes, Mapping, Set)) or not isinstance(returned, Iterable):
+        return returned
+    return list(returned)
 
 
 def reward_fingerprint(function: RewardFunction) -> str:
@@ -200,7 +303,7 @@ def reward_fingerprint(function: RewardFunction) -> str:
     source (not of what it calls).
     """
     if isinstance(function, ClassifierReward):
-        return f"{model_fingerprint(function.model)}/{function.index}"
+        return function.fingerprint
     known = function.func if isinstance(function, partial) else function
     code = getattr(inspect.unwrap(known), "__code__", None)
     if code is not None and reward_name(known) == "<lambda>":
@@ -213,14 +316,22 @@ def reward_fingerprint(function: RewardFunction) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def by_name(rewards: Sequence[RewardFunction], names: Sequence[str] | None = None) -> dict[str, RewardFunction]:
+def by_name(rewards: Sequence[RewardFunction]) -> dict[str, RewardFunction]:
     """
-    Reward functions by their own names, or by `names`.
+    Reward functions by their own names; those of one name from several modules also by their modules.
 
     Raises:
-        `ValueError`: if two have the same.
+        `ValueError`: if a reward is given twice, or two cannot be told apart by their names.
     """
-    names = [reward_name(function) for function in rewards] if names is None else names
+    names = [reward_name(function) for function in rewards]
+    alike = {name for name in names if names.count(name) > 1}
+    names = [
+        f"{getattr(function, '__module__', '')}:{name}" if name in alike else name
+        for name, function in zip(names, rewards, strict=True)
+    ]
     if len(set(names)) < len(names):
-        raise ValueError(f"Two rewards have the same name: {list(names)}. Give each its own.")
+        raise ValueError(
+            f"Two rewards have the same name: {names}. Give each reward once, and each function a name of its own "
+            "(its `__name__`)."
+        )
     return dict(zip(names, rewards, strict=True))

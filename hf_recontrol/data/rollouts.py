@@ -68,14 +68,16 @@ def save_rollouts(
     path: str | os.PathLike,
     rewards: Sequence[str] | None = None,
     scoring: int | None = None,
+    scored: dict[str, int] | None = None,
 ) -> None:
     """
     Write rollouts as a Parquet file with the columns of [`Rollout`]: `reward` is a number, or a list if there are
     several objectives; `columns` and `control` are JSON.
 
     Args:
-        rewards (sequence of `str`, *optional*), scoring (`int`, *optional*):
-            Names of the rewards, and which scoring of the folder they are from; kept in the file's metadata.
+        rewards (sequence of `str`, *optional*), scoring (`int`, *optional*), scored (`dict[str, int]`, *optional*):
+            Names of the rewards, which scoring of the folder they are from, and how many rollouts each function
+            scored; kept in the file's metadata.
     """
     pa = _parquet()
     chat = any(not isinstance(rollout.prompt, str) for rollout in rollouts)
@@ -96,7 +98,7 @@ def save_rollouts(
             "sample": pa.int32(),
             "control": pa.string(),
         },
-        metadata={_METADATA_KEY: json.dumps({"rewards": rewards, "scoring": scoring})},
+        metadata={_METADATA_KEY: json.dumps({"rewards": rewards, "scoring": scoring, "scored": scored})},
     )
     rows = []
     for rollout in rollouts:
@@ -153,12 +155,21 @@ def count_rollouts(path: Path) -> int:
 
 def scoring_of(path: Path) -> int | None:
     """Which scoring the rewards in a Parquet file of rollouts are from, or `None` if it has not been scored."""
+    return _metadata(path).get("scoring")
+
+
+def scored_by(path: Path) -> dict[str, int]:
+    """How many rollouts in a Parquet file each reward function scored."""
+    return _metadata(path).get("scored") or {}
+
+
+def _metadata(path: Path) -> dict[str, Any]:
     pa = _parquet()
     try:
         metadata = pa.parquet.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
-    return json.loads(metadata.get(_METADATA_KEY, b"{}")).get("scoring")
+    return json.loads(metadata.get(_METADATA_KEY, b"{}"))
 
 
 def rollout_parts(folder: str | os.PathLike) -> list[Path]:

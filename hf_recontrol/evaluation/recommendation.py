@@ -109,6 +109,7 @@ def recommend_control(
     sampling: SamplingSettings | None = None,
     *,
     target_kl: float = 0.1,
+    combine_rewards: str = "none",
     progress: Progress | None = None,
 ) -> Recommendation:
     """
@@ -133,6 +134,8 @@ def recommend_control(
             How responses are drawn, `num_samples` aside.
         target_kl (`float`, *optional*, defaults to 0.1):
             Nats a token.
+        combine_rewards (`str`, *optional*, defaults to `"none"`):
+            As for [`score_rollouts`].
         progress (`Callable[[int, int], None]`, *optional*):
             Called with (done, total) instead of showing a bar.
 
@@ -149,7 +152,13 @@ def recommend_control(
         )
 
     def scores(rollouts: list[Rollout]) -> list[Rollout]:
-        return score_rollouts(rollouts, *rewards, on_bad_rows="skip", source="the responses under control")
+        return score_rollouts(
+            rollouts,
+            *rewards,
+            on_bad_rows="skip",
+            combine_rewards=combine_rewards,
+            source="the responses under control",
+        )
 
     starts = candidates(head)
     with progress_bar("control", len(starts) + 1, progress) as advance:

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..collection.kept_states import remove_kept
-from ..collection.labels import check_columns, label_rollouts
-from ..collection.rewards import RewardFunction, by_name, load_reward, reward_name, vader
+from ..collection.labels import check_columns, label_rollouts, try_rewards
+from ..collection.rewards import RewardFunction, by_name, check_reward, load_reward
 from ..collection.rollouts import write_rollouts
 from ..collection.states import write_states
 from ..configuration import ValueHeadConfig
@@ -95,6 +95,8 @@ def fit(
     rewards = _rewards(reward, rows, settings.on_bad_rows)
     processes = Processes()
     _check(rows, settings, processes)
+    if not (output / "rollouts" / MANIFEST_NAME).exists():
+        try_rewards(list(rewards.values()), rows, settings.on_bad_rows)
     if processes.index == 0:
         check_target(output / "report.html")
         make_folder(output)
@@ -141,7 +143,13 @@ def _run_stages(
             keep_states=keep_states,
             progress=show("rollouts"),
         )
-        label_rollouts(output / "rollouts", rewards, on_bad_rows=settings.on_bad_rows, progress=show("rewards"))
+        label_rollouts(
+            output / "rollouts",
+            rewards,
+            on_bad_rows=settings.on_bad_rows,
+            combine_rewards=settings.combine_rewards,
+            progress=show("rewards"),
+        )
         write_states(output / "states", base, output / "rollouts", settings, progress=show("states"))
         if settings.keep_states and processes.index == 0:
             remove_kept(output / "rollouts")
@@ -192,10 +200,10 @@ def _rewards(reward, prompts: Prompts, on_bad_rows: str) -> dict[str, RewardFunc
     columns = set(prompts.rows[0]) - {"prompt"}
     if on_bad_rows == "error":
         check_columns([item for item in reward if isinstance(item, str)], prompts)
-    functions = [load_reward(item, columns) if isinstance(item, str) else item for item in reward]
-    if vader in functions:
-        vader([], [])  # says so if it is not installed
-    return by_name(functions, [item if isinstance(item, str) else reward_name(item) for item in reward])
+    functions = by_name([load_reward(item, columns) if isinstance(item, str) else item for item in reward])
+    for function in functions.values():
+        check_reward(function, columns)
+    return functions
 
 
 def _base(model, tokenizer, settings: FitSettings):
@@ -236,6 +244,7 @@ def _recommend(
             list(rewards.values()),
             sampling,
             target_kl=settings.target_kl,
+            combine_rewards=settings.combine_rewards,
             progress=(lambda done, total: None) if quiet else None,
         )
     except ValueError as error:
