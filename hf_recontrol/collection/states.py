@@ -22,6 +22,7 @@ from ..data.processes import Progress, progress_bar
 from ..data.rollouts import Rollout, count_rollouts, load_rollouts, rollout_parts
 from ..data.stage_folder import StageFolder, read_manifest
 from ..data.states import States, StateWriter
+from ..heads.base_model import check_nameable
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.hook_points import HookPoint, lm_head_rows
 from ..modeling.hooks import read_states
@@ -55,6 +56,7 @@ class _Reader:
     """
 
     def __init__(self, model: PreTrainedModel, settings: HookPointSettings, control: ControlConfig | bool):
+        check_nameable(model)
         self.model, self.control, self.batch_size = model, control, settings.batch_size
         self.hook_point = HookPoint.find(model, settings)
         # The LM head's rows, if directions are read.
@@ -161,7 +163,8 @@ def collect_states(
     The mean row w̄ is taken at the rollout's sampling temperature (at 1 for greedy ones).
 
     Raises:
-        `ValueError`: if a rollout has no reward, there is none with a token, or the LM head's weight cannot be read.
+        `ValueError`: if a rollout has no reward, there is none with a token, the LM head's weight cannot be read, or
+        an adapter acts in the model. `TypeError`: if that is no [`~transformers.PreTrainedModel`].
     """
     settings = HookPointSettings.of(settings, changes)
     if any(rollout.reward is None for rollout in rollouts):

@@ -25,15 +25,17 @@ from ..data.prompts import Prompts, load_prompts
 from ..data.rollouts import load_rollouts, rollout_parts
 from ..data.stage_folder import MANIFEST_NAME, lock_folder
 from ..evaluation.strength import recommend_control, recommended_method
+from ..heads.base_model import check_nameable
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.hook_points import HookPoint
-from ..settings import FitSettings, PromptSettings
+from ..settings import FitSettings, LoadingSettings, PromptSettings
 from ..training.held_out import split_by_prompt
 from ..training.stage import FIGURES_NAME, train_head
 from ..training.trainer import check_training
 from ..utils.extras import needs_extra
 from ..utils.files import check_target, make_folder, read_json, write_json
+from ..utils.setting_fields import Settings
 from .display import display
 from .loading import load_base
 from .run_file import save_run
@@ -61,7 +63,8 @@ def fit(
 
     Args:
         model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]), tokenizer (*optional*):
-            The base: a folder or Hub name, or a loaded model with its tokenizer.
+            The base: a folder or Hub name, or a loaded model with its tokenizer. The head names it by that name, so a
+            loaded model must be what that name stands for, and have no adapter.
         prompts:
             A file or whatever else [`load_prompts`] takes.
         reward (`str`, function, or sequence of these):
@@ -87,7 +90,10 @@ def fit(
     if isinstance(model, ReControlForCausalLM):
         raise ValueError("This model is controlled already: `unload()` its head first.")
     if isinstance(prompts, Prompts):
-        _check_unread(settings)
+        _check_default(settings, PromptSettings, "reading prompts, these are read: give it to `load_prompts`")
+    if not isinstance(model, (str, os.PathLike)):
+        check_nameable(model)
+        _check_default(settings, LoadingSettings, "loading a base, this one is loaded: leave it out")
     reward = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
     rows = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
     rewards = _rewards(reward, rows, settings.on_bad_rows)
@@ -155,12 +161,12 @@ def _check(prompts: Prompts, settings: FitSettings, processes: Processes) -> Non
     split_by_prompt(numbers, settings.validation_split, settings.seed)
 
 
-def _check_unread(settings: FitSettings) -> None:
-    """Raise `ValueError` for settings that say how prompts are read, which they are already."""
-    default = PromptSettings()
-    for item in fields(PromptSettings):
+def _check_default(settings: FitSettings, cls: type[Settings], what: str) -> None:
+    """Raise `ValueError` if one of the settings of `cls` is not its default: they are about what is done already."""
+    default = cls()
+    for item in fields(cls):
         if item.name != "on_bad_rows" and getattr(settings, item.name) != getattr(default, item.name):
-            raise ValueError(f"`{item.name}` is about reading prompts, these are read: give it to `load_prompts`.")
+            raise ValueError(f"`{item.name}` is about {what}.")
 
 
 def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:

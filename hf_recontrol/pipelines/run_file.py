@@ -81,6 +81,8 @@ def save_run(
             settings = replace(settings, dtype=dtype)
         notes.append(f"`model` was a loaded model ({dtype}): this is its name, without changes made in memory.")
         model = model.config._name_or_path
+    if settings.token is not None:
+        notes.append("A token of the Hub was given, which no file holds: give it again, or set HF_TOKEN.")
     if tokenizer:
         notes.append("A tokenizer was given in Python: here it is that of the model.")
     if any(not isinstance(reward, str) for reward in rewards):
