@@ -18,16 +18,51 @@ from .utils.setting_fields import Settings, setting, settings_class
 class LoadingSettings(Settings):
     """How a base model that is named, not given, is loaded."""
 
+    revision: str | None = setting(
+        None,
+        "Branch, tag or commit of the base's repo.",
+        default_text="the one that the head names, else the main branch",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
         "Dtype of the base's weights; `auto`: that of its files. Use float32 on a CPU that is slow in bfloat16.",
     )
     device: str | None = setting(
         None,
-        "Where the base computes: cpu, cuda:1, ...; `auto` spreads one that fits on no single device (needs "
-        "accelerate).",
+        "Where the base computes: cpu, cuda:1, ...",
         default_text="this process's accelerator, else the CPU",
     )
+    device_map: str | None = setting(
+        None,
+        "How a base that fits on no single device is spread, instead of `device`: auto, balanced, ... (needs "
+        "accelerate).",
+        default_text="it is on one device",
+    )
+    quantization_config: dict | None = setting(
+        None,
+        'Quantises the base as it is loaded, such as {"quant_method": "bitsandbytes", "load_in_4bit": true}; in '
+        "Python also a configuration of transformers. Every use of the head should name the same.",
+        default_text="as its files are",
+    )
+    trust_remote_code: bool = setting(
+        False, "Run the code in the base's repo, for models that transformers does not know. Read it first."
+    )
+    token: str | None = setting(
+        None,
+        "Token of the Hub, for a base that is private or gated. Others on this machine may see it on a command line, "
+        "not in the variable HF_TOKEN. It is never written to a file.",
+        secret=True,
+        default_text="HF_TOKEN, else that of `hf auth login`",
+    )
+
+    def __post_init__(self):
+        if hasattr(self.quantization_config, "to_dict"):
+            object.__setattr__(self, "quantization_config", self.quantization_config.to_dict())
+        super().__post_init__()
+        if self.device == "auto":
+            raise ValueError("`device` is one device: to spread the base, use `device_map`, got 'auto'.")
+        if self.device is not None and self.device_map is not None:
+            raise ValueError("`device` and `device_map` both say where the base computes: use one of them.")
 
 
 @settings_class("Prompts")

@@ -471,20 +471,31 @@ def test_a_head_from_the_hub_cannot_name_a_folder_of_the_user_s_as_its_base(hub,
     script = (
         PRELUDE
         + """
-for name in sys.argv[1:]:
+import os
+from hf_recontrol.cli import main
+os.chdir(sys.argv[1])
+for name in sys.argv[2:]:
     try:
         ReControlForCausalLM.from_pretrained(name)
     except ValueError as error:
         print("REFUSED", error)
+    sys.argv = ["recontrol", "generate", name, "a prompt"]
+    sys.stderr = sys.stdout
+    try:
+        main()
+    except SystemExit as stop:
+        print("EXIT", stop.code)
 """
     )
-    for name, base in (("me/one", str(tmp_path / "base")), ("me/two", "../base")):
+    # The last one has the name of a repo, too.
+    make_llama().save_pretrained(tmp_path / "user" / "org" / "base")
+    for name, base in (("me/one", str(tmp_path / "base")), ("me/two", "../base"), ("me/three", "org/base")):
         make_head(base_model_name_or_path=base).save_pretrained(tmp_path / name)
         hub.put(name, tmp_path / name)
-    output = run(script, "me/one", "me/two", endpoint=hub.endpoint)
-    assert output.count("REFUSED") == 2 and output.count("name the base yourself") == 2
+    output = run(script, str(tmp_path / "user"), "me/one", "me/two", "me/three", endpoint=hub.endpoint)
+    assert output.count("REFUSED") == 3 and output.count("name the base yourself") == 6 and "EXIT 1" in output
     # In a folder of the user's own it is how a local base is found again.
-    assert run(script, str(tmp_path / "me/one"), endpoint=hub.endpoint) == ""
+    assert "REFUSED" not in run(script, str(tmp_path), str(tmp_path / "me/one"), endpoint=hub.endpoint)
 
 
 @pytest.mark.parametrize("subfolder", ["..", "../up", "a/../../b", "/etc", "..\\up"])

@@ -166,16 +166,6 @@ def test_states_of_another_model_are_told_and_read_anew(tmp_path, recontrol_warn
     assert "of another hook point or model" in recontrol_warnings[0]
 
 
-def test_states_of_an_adapter_that_is_off_now_are_read_anew(tmp_path, recontrol_warnings):
-    peft = pytest.importorskip("peft")
-    model = base()
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    sample(tmp_path / "r", model.eval())
-    model.disable_adapters()
-    assert forwards(model, lambda: write_states(tmp_path / "s", model, tmp_path / "r", **at(AT_HEAD))) > 0
-    assert "of another hook point or model" in recontrol_warnings[0]
-
-
 @pytest.mark.usefixtures("recontrol_warnings")
 @pytest.mark.parametrize("change", ["weights", "temperature"])
 @pytest.mark.parametrize("keep", [None, AT_HEAD], ids=["without", "again"])

@@ -54,9 +54,14 @@ def print_json(values: dict) -> None:
 
 
 def own_command() -> str:
-    """This command as others may see it: of whole paths only the names."""
-    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return shlex.join(["recontrol", *words])
+    """This command as others may see it: of whole paths only the names, and no secrets."""
+    words, shown = iter(sys.argv[1:]), ["recontrol"]
+    for word in words:
+        if word == "--token":
+            next(words, None)
+        elif not word.startswith("--token="):
+            shown.append(Path(word).name if os.path.isabs(word) else word)
+    return shlex.join(shown)
 
 
 def is_main_process() -> bool:

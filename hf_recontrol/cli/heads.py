@@ -43,18 +43,17 @@ def generate(
     """
     from dataclasses import replace
 
-    from transformers import AutoTokenizer
-
     from ..collection.rollouts import generate_rollouts
     from ..configuration import ControlConfig
     from ..heads.resolution import resolve_head_and_base
-    from ..pipelines.loading import load_controlled
+    from ..pipelines.loading import load_base
 
-    names = {"method": method, "step_size": step_size, "num_steps": num_steps, "plausibility": plausibility}
-    changes = {name: value for name, value in names.items() if value is not None}
+    options = {"method": method, "step_size": step_size, "num_steps": num_steps, "plausibility": plausibility}
+    changes = {name: value for name, value in options.items() if value is not None}
     if target:
         changes["target"] = target
-    loaded, base, revision, subfolder = resolve_head_and_base(*([head] if model is None else [model, head]))
+    names = [head] if model is None else [model, head]
+    loaded, base, revision, _ = resolve_head_and_base(*names, token=settings.token)
     recommended = loaded.config.control
     wanted = replace(recommended or ControlConfig(), **changes)
     loaded.config.check_control(wanted)
@@ -65,10 +64,8 @@ def generate(
         )
     if recommended is None and step_size is None:
         typer.echo(f"This head recommends no control, so this is {wanted}: try `--step-size`.", err=True)
-    controlled = load_controlled(
-        base, settings, value_head=loaded, control=wanted, revision=revision, subfolder=subfolder
-    )
-    tokenizer = AutoTokenizer.from_pretrained(controlled.config._name_or_path)
+    settings = replace(settings, revision=settings.revision or revision)
+    controlled, tokenizer = load_base(base, settings, loaded, wanted)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": settings.seed}
     answers = generate_rollouts(controlled, tokenizer, prompt, control=controlled.control, **sampling)
     bases = generate_rollouts(controlled, tokenizer, prompt, **sampling) if compare else [None] * len(answers)

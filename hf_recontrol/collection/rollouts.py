@@ -23,6 +23,7 @@ from ..data.processes import Progress, progress_bar
 from ..data.prompts import BadRow, Prompt, Prompts, encode_prompt, load_prompts, report_bad_rows
 from ..data.rollouts import Rollout, load_rollouts, save_rollouts
 from ..data.stage_folder import StageFolder
+from ..heads.base_model import check_nameable, check_type
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.hook_points import HookPoint, lm_head_rows
 from ..settings import RolloutSettings, SamplingSettings
@@ -220,9 +221,10 @@ def generate_rollouts(
 
     Raises:
         `ValueError`: if there are no prompts, one is empty or too long for the model, or the generation mode is not
-        supported.
+        supported. `TypeError`: if `model` is no [`~transformers.PreTrainedModel`], such as a `PeftModel`.
     """
     settings = SamplingSettings.of(settings, changes)
+    check_type(model)
     if not isinstance(prompts, Prompts):
         prompts = load_prompts(prompts)
     config = sampling_config(model, tokenizer, settings)
@@ -265,9 +267,10 @@ def write_rollouts(
         Counts: `rollouts`, `finished` and `tokens`.
 
     Raises:
-        As [`generate_rollouts`] and [`StageFolder`].
+        As [`generate_rollouts`] and [`StageFolder`]; `ValueError` also if an adapter acts in the model.
     """
     settings = RolloutSettings.of(settings, changes)
+    check_nameable(model)
     config = sampling_config(model, tokenizer, settings)
     sampler = _Sampler(model, tokenizer, config, _checked_control(model, control))
     kept_from = _kept_from(model, settings, config)

@@ -20,6 +20,7 @@ from ..data.processes import Progress, progress_bar
 from ..data.rollouts import Rollout, count_rollouts, load_rollouts, rollout_parts
 from ..data.stage_folder import StageFolder, read_manifest
 from ..data.states import States, StateWriter
+from ..heads.base_model import check_nameable
 from ..modeling.hook_points import HookPoint, lm_head_rows
 from ..modeling.hooks import read_states
 from ..settings import HookPointSettings, StatesSettings
@@ -55,6 +56,7 @@ class _Reader:
     """
 
     def __init__(self, model: PreTrainedModel, settings: HookPointSettings, control: dict[str, Any]):
+        check_nameable(model)
         self.model, self.control, self.batch_size = model, control, settings.batch_size
         with as_sampled(model, control):
             pass
@@ -157,7 +159,8 @@ def collect_states(
 
     Raises:
         `ValueError`: if a rollout has no reward, there is none with a token, the LM head's weight cannot be read, or
-        the model lacks a head that acted in sampling, or they were sampled under several controls.
+        the model lacks a head that acted in sampling, an adapter acts in it, or they were sampled under several
+        controls. `TypeError`: if the model is no [`~transformers.PreTrainedModel`].
     """
     settings = HookPointSettings.of(settings, changes)
     if any(rollout.reward is None for rollout in rollouts):

@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download
 
 # HTTPError is that of the HTTP library which huggingface_hub uses: a connection that broke is no error of its own.
 from huggingface_hub.errors import (
@@ -26,10 +25,6 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .._version import __version__
-from ..configuration import ValueHeadConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -165,33 +160,6 @@ def is_repo_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def check_base(name_or_path: str | os.PathLike) -> None:
-    """Raise `OSError` if what is named as a base model is a head, or neither a folder nor the name of a Hub repo."""
-    path = Path(name_or_path)
-    if not path.is_dir() and not is_repo_id(str(name_or_path)):
-        raise OSError(f"The base model {name_or_path} is no folder, and not the name of a Hub repo.")
-    try:
-        config = ValueHeadConfig.from_json_file(path / CONFIG_NAME)
-    except (OSError, ValueError):
-        return
-    raise OSError(f"{name_or_path} is a value head, not a model: its base is {config.base_model_name_or_path}.")
-
-
-def with_commit(
-    model: PreTrainedModel, revision: str | None = None, cache_dir: str | os.PathLike | None = None
-) -> PreTrainedModel:
-    """
-    A model that was just loaded, with the commit of its repo in its configuration, so that a head can name the very
-    weights that it was trained on. Releases of transformers that note it themselves are left to it.
-    """
-    name = str(model.config._name_or_path)
-    if getattr(model.config, "_commit_hash", None) is None and is_repo_id(name) and not os.path.exists(name):
-        file = try_to_load_from_cache(name, CONFIG_NAME, cache_dir=cache_dir, revision=revision)
-        if isinstance(file, str):
-            model.config._commit_hash = Path(file).parent.name
-    return model
 
 
 def portable_name(name_or_path: str) -> str | None:

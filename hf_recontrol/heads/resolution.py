@@ -62,7 +62,8 @@ def resolve_head_and_base(
     remedy = f"name the base yourself, `from_pretrained('org/base', value_head={str(name_or_path)!r})`."
     if base is None:
         raise ValueError(f"The head {name_or_path!s} does not say which model it is for: {remedy}")
-    if not os.path.exists(name_or_path) and not is_repo_id(base):
+    # What is both, a name on the Hub and a folder here, would be loaded from the folder.
+    if not os.path.exists(name_or_path) and (not is_repo_id(base) or os.path.exists(base)):
         raise ValueError(
             f"The head {name_or_path!s} comes from the Hub and names a base that does not, {base!r}: {remedy}"
         )

@@ -22,6 +22,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ..configuration import ControlConfig
+from ..heads.base_model import check_base, load_base_model
 from ..heads.resolution import resolve_head_and_base
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..utils.extras import needs_extra
@@ -30,6 +31,12 @@ with needs_extra("lm-eval", "The lm-eval model type"):
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
+
+
+class _Base:
+    """What lm-eval loads models by, as all of this package loads them."""
+
+    from_pretrained = staticmethod(load_base_model)
 
 
 @register_model("recontrol")
@@ -55,7 +62,8 @@ class ReControlLM(HFLM):
         revision, subfolder (`str`, *optional*):
             Where `pretrained` is in its repo.
         kwargs:
-            As in lm-eval's `hf`: `dtype`, `device`, `batch_size`, `tokenizer`, `peft`, `parallelize`, ...
+            As in lm-eval's `hf`: `dtype`, `device`, `batch_size`, `tokenizer`, `peft`, `parallelize`, ...; no `token`,
+            for which it has HF_TOKEN.
 
     Raises:
         `OSError`: if files cannot be loaded. `ValueError`, `TypeError`: if base, head and settings do not go together.
@@ -81,6 +89,11 @@ class ReControlLM(HFLM):
                 "The model type `recontrol` loads its base by name. A model that is loaded already goes to lm-eval's "
                 "own type: `HFLM(pretrained=model, tokenizer=tokenizer)`."
             )
+        if "token" in kwargs:
+            raise TypeError(
+                "lm-eval writes its model arguments beside its results, a `token` too: set HF_TOKEN, or run `hf auth "
+                "login`."
+            )
         self._head_name = pretrained if value_head is None else value_head
         head, pretrained, revision, subfolder = resolve_head_and_base(
             pretrained,
@@ -100,10 +113,13 @@ class ReControlLM(HFLM):
         given = {name: value for name, value in given.items() if value is not None}
         self._head, self._control = head, replace(head.config.control or ControlConfig(), **given)
         head.config.check_control(self._control)
+        check_base(pretrained, revision=revision, subfolder=subfolder)
         super().__init__(pretrained, revision=revision or "main", subfolder=subfolder, **kwargs)
 
     def _create_model(self, *args, **kwargs) -> None:
+        self.AUTO_MODEL_CLASS, auto_class = _Base, self.AUTO_MODEL_CLASS
         super()._create_model(*args, **kwargs)
+        self.AUTO_MODEL_CLASS = auto_class
         # A PEFT adapter stays around its base, which is what can be controlled.
         base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         ReControlForCausalLM.from_model(base, self._head, self._control)

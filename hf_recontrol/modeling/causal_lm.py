@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration import ControlConfig
-from ..heads.hub import portable_name, with_commit
+from ..heads.base_model import has_acting_adapter, hub_options, load_base_model
+from ..heads.hub import portable_name
 from ..heads.resolution import resolve_head_and_base
 from ..heads.value_head import ValueHead
 from .call_settings import HeadWeights
@@ -31,19 +32,6 @@ logger = logging.get_logger(__name__)
 
 # Attributes that only make sense for the class or the process they were made in.
 _TRANSIENT = ("_compiled_call", "_last_compile_config")
-
-
-def load_base_model(name_or_path: str | os.PathLike, *args, **kwargs) -> PreTrainedModel:
-    """
-    A language model by transformers' auto classes: [`~transformers.AutoModelForCausalLM`], or for a model that also
-    takes images [`~transformers.AutoModelForImageTextToText`].
-    """
-    try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, *args, **kwargs)
-    except ValueError as error:
-        if "for this kind of AutoModel" not in str(error):
-            raise
-        return AutoModelForImageTextToText.from_pretrained(name_or_path, *args, **kwargs)
 
 
 class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
@@ -104,14 +92,12 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
             model_args, kwargs:
                 As in [`~transformers.AutoModelForCausalLM.from_pretrained`] (for a base that also takes images,
                 [`~transformers.AutoModelForImageTextToText.from_pretrained`]): `dtype`, `device_map`, `token`,
-                `cache_dir`, `local_files_only`, `trust_remote_code`, ...
+                `quantization_config`, `cache_dir`, `local_files_only`, `trust_remote_code`, ...
 
         Raises:
-            `OSError`: if files cannot be loaded. `ValueError`, `TypeError`: if the head and the base do not fit.
+            `OSError`: if files cannot be loaded, or an adapter is named as the base. `ValueError`, `TypeError`: if the
+            head and the base do not fit, or the base's files lack weights.
         """
-        hub_options = {
-            key: kwargs[key] for key in ("cache_dir", "force_download", "token", "local_files_only") if key in kwargs
-        }
         head, base, revision, subfolder = resolve_head_and_base(
             pretrained_model_name_or_path,
             value_head,
@@ -119,16 +105,10 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
             value_head_subfolder=value_head_subfolder,
             revision=revision,
             subfolder=subfolder,
-            **hub_options,
+            **hub_options(kwargs),
         )
         head_config(head).check_control(control)
-        if revision is not None:
-            kwargs["revision"] = revision
-        if subfolder:
-            kwargs["subfolder"] = subfolder
-        model = load_base_model(base, *model_args, **kwargs)
-        if not subfolder:
-            with_commit(model, revision, kwargs.get("cache_dir"))
+        model = load_base_model(base, *model_args, revision=revision, subfolder=subfolder, **kwargs)
         return cls.from_model(model, head, control)
 
     @classmethod
@@ -317,7 +297,9 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         if not isinstance(head, ValueHead):
             raise TypeError(f"Only a ValueHead can be saved, this head is a {type(head).__name__}.")
         changes: dict[str, Any] = {}
-        if not head.config.base_model_name_or_path:
+        if not head.config.base_model_name_or_path and has_acting_adapter(self):
+            logger.warning("An adapter acts in this model, so the saved head names no base: load it with one.")
+        elif not head.config.base_model_name_or_path:
             changes["base_model_name_or_path"] = portable_name(self.config._name_or_path)
             changes["base_model_revision"] = getattr(self.config, "_commit_hash", None)
         # Settings for a mixture, or for another head, say nothing of this one alone.

@@ -25,16 +25,18 @@ from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import MANIFEST_NAME, lock_folder
 from ..data.states import StateStore
 from ..evaluation.recommendation import recommend_control
+from ..heads.base_model import check_nameable
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..modeling.generation import check_causal
 from ..modeling.hook_points import HookPoint
-from ..settings import FitSettings, PromptSettings
+from ..settings import FitSettings, LoadingSettings, PromptSettings
 from ..training.held_out import split_by_prompt
 from ..training.stage import FIGURES_NAME, train_head
 from ..training.trainer import check_training
 from ..utils.extras import needs_extra
 from ..utils.files import check_target, make_folder, read_json, write_json
+from ..utils.setting_fields import Settings
 from .display import display
 from .loading import load_base
 from .run_file import save_run
@@ -62,10 +64,11 @@ def fit(
 
     Args:
         model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]), tokenizer (*optional*):
-            The base: a folder or Hub name, or a loaded model with its tokenizer. Of a [`ReControlForCausalLM`] the
+            The base: a folder or Hub name, or a loaded model with its tokenizer. The head names it by that name, so a
+            loaded model must be what that name stands for, and have no adapter. Of a [`ReControlForCausalLM`] the
             responses are sampled, and their states read, under the control in force, which the head records: so a head
             learns from the responses that an earlier one made. It is to be used in place of the earlier one, on the
-            base alone, and that is also what the recommended step size is found for. `model` stays as it was.
+            base alone, and that is also what the recommended control is found for. `model` stays as it was.
         prompts:
             A file or whatever else [`load_prompts`] takes.
         reward (`str`, function, or sequence of these):
@@ -89,7 +92,10 @@ def fit(
     """
     settings, output, tokenizer_given = FitSettings.of(settings, changes), Path(output), tokenizer is not None
     if isinstance(prompts, Prompts):
-        _check_unread(settings)
+        _check_default(settings, PromptSettings, "reading prompts, these are read: give it to `load_prompts`")
+    if not isinstance(model, (str, os.PathLike)):
+        check_nameable(model)
+        _check_default(settings, LoadingSettings, "loading a base, this one is loaded: leave it out")
     reward = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
     rows = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
     rewards = _rewards(reward, rows, settings.on_bad_rows)
@@ -167,12 +173,12 @@ def _check(prompts: Prompts, settings: FitSettings, processes: Processes) -> Non
     split_by_prompt(numbers, settings.validation_split, settings.seed)
 
 
-def _check_unread(settings: FitSettings) -> None:
-    """Raise `ValueError` for settings that say how prompts are read, which they are already."""
-    default = PromptSettings()
-    for item in fields(PromptSettings):
+def _check_default(settings: FitSettings, cls: type[Settings], what: str) -> None:
+    """Raise `ValueError` if one of the settings of `cls` is not its default: they are about what is done already."""
+    default = cls()
+    for item in fields(cls):
         if item.name != "on_bad_rows" and getattr(settings, item.name) != getattr(default, item.name):
-            raise ValueError(f"`{item.name}` is about reading prompts, these are read: give it to `load_prompts`.")
+            raise ValueError(f"`{item.name}` is about {what}.")
 
 
 def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:

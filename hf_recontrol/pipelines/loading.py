@@ -1,9 +1,8 @@
-"""Base models by name, where this process computes."""
+"""Base models and their tokenizers as settings say, where this process computes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,29 +10,49 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..collection.batches import shown_control, weights_as_sampled
+from ..configuration import ControlConfig
 from ..data.fingerprints import NO_CONTROL
 from ..data.processes import Processes
 from ..data.stage_folder import read_manifest
-from ..heads.hub import check_base, with_commit
+from ..heads.base_model import check_base, load_base_model
 from ..heads.value_head import ValueHead
-from ..modeling.causal_lm import ReControlForCausalLM, load_base_model
+from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import LoadingSettings
 
 
 def load_base(
-    name_or_path: str | os.PathLike, settings: LoadingSettings, value_head: nn.Module | str | os.PathLike | None = None
+    name_or_path: str | os.PathLike,
+    settings: LoadingSettings,
+    value_head: nn.Module | str | os.PathLike | None = None,
+    control: ControlConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     A base model, controlled by a head if one is given or named, and its tokenizer.
 
     Raises:
-        `OSError`: if there is no such model, or what is named is a head.
+        `OSError`, `ValueError`: as [`load_base_model`]; if there is no such device.
     """
-    check_base(name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    if value_head is not None:
-        return load_controlled(name_or_path, settings, value_head=value_head), tokenizer
-    return with_commit(_on_device(load_base_model, settings, name_or_path)), tokenizer
+    device = _device(settings)
+    source = {name: value for name in ("revision", "token") if (value := getattr(settings, name)) is not None}
+    # Before the tokenizer, which may be there or not.
+    check_base(name_or_path, **source)
+    arguments: dict[str, Any] = source | {"trust_remote_code": settings.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **arguments)
+    arguments["dtype"] = settings.dtype
+    if settings.device_map is not None:
+        arguments["device_map"] = settings.device_map
+    if settings.quantization_config is not None:
+        # What is quantised as it is loaded is made where it stays. device_map needs accelerate, as this does.
+        arguments = {"device_map": str(device)} | arguments
+        arguments["quantization_config"] = dict(settings.quantization_config)
+    if value_head is None:
+        model = load_base_model(name_or_path, **arguments)
+    else:
+        model = ReControlForCausalLM.from_pretrained(name_or_path, value_head=value_head, control=control, **arguments)
+    # A model of 8 bits may not be moved, not even to where it is.
+    if "device_map" not in arguments and model.device != device:
+        model = model.to(device)
+    return model.eval(), tokenizer
 
 
 def load_as_sampled(
@@ -73,17 +92,9 @@ def load_as_sampled(
     return model
 
 
-def load_controlled(name_or_path: str | os.PathLike, settings: LoadingSettings, **kwargs: Any) -> ReControlForCausalLM:
-    """[`ReControlForCausalLM.from_pretrained`] where this process computes."""
-    return _on_device(ReControlForCausalLM.from_pretrained, settings, name_or_path, **kwargs)
-
-
-def _on_device(load: Callable, settings: LoadingSettings, name_or_path: str | os.PathLike, **kwargs):
-    # device_map needs accelerate, a plain device does not.
-    if settings.device == "auto":
-        return load(name_or_path, dtype=settings.dtype, device_map="auto", **kwargs).eval()
+def _device(settings: LoadingSettings) -> torch.device:
     try:
-        device = torch.device(settings.device or Processes().device)
-    except RuntimeError as error:
-        raise ValueError(f"`device` must be one that torch knows, or `auto`, got {settings.device!r}.") from error
-    return load(name_or_path, dtype=settings.dtype, **kwargs).eval().to(device)
+        # With its number.
+        return torch.empty(0, device=settings.device or Processes().device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device` must be one that torch has here, got {settings.device!r} ({error}).") from error

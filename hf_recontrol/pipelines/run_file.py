@@ -83,6 +83,8 @@ def save_run(
         if getattr(model, "active_control", None) is not None:
             notes.append("It was under the control of a head, which this file cannot hold: it is for the base alone.")
         model = model.config._name_or_path
+    if settings.token is not None:
+        notes.append("A token of the Hub was given, which no file holds: give it again, or set HF_TOKEN.")
     if tokenizer:
         notes.append("A tokenizer was given in Python: here it is that of the model.")
     if any(not isinstance(reward, str) for reward in rewards):

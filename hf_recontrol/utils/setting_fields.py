@@ -30,12 +30,13 @@ def setting(default: Any, help: str, **bounds: Any) -> Any:
             What it does, and when to change it.
         bounds:
             `low`, `high`, `above`: what a number must be; `default_text`: how the default is described where the value
-            itself says little; `escapes`: whether `\\n` and the like stand for characters in the command's option.
+            itself says little; `escapes`: whether `\\n` and the like stand for characters in the command's option;
+            `secret`: whether it is never shown or written.
     """
     metadata = {"help": help, **bounds}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not metadata.get("secret"))
 
 
 @cache
@@ -127,8 +128,10 @@ class Settings:
         return cls(**changes) if settings is None else replace(settings, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as YAML and JSON hold them: lists for tuples."""
-        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        """The settings as YAML and JSON hold them: lists for tuples, and no secret."""
+        return {
+            item.name: _plain(getattr(self, item.name)) for item in fields(self) if not item.metadata.get("secret")
+        }
 
     @classmethod
     def choices(cls, name: str) -> tuple[str, ...]:
@@ -190,7 +193,8 @@ def _checked(item: Field, annotation: Any, value: Any) -> Any:
     if kind is float:
         return check_number(name, value, **{key: bounds[key] for key in ("low", "high", "above") if key in bounds})
     if not isinstance(value, kind):
-        raise TypeError(f"`{name}` must be {_WORDS[kind]}, got {value!r}.")
+        found = type(value).__name__ if bounds.get("secret") else repr(value)
+        raise TypeError(f"`{name}` must be {_WORDS[kind]}, got {found}.")
     return value
 
 
