@@ -51,6 +51,7 @@ SECTIONS = {
         "HookPointSettings",
         "RolloutSettings",
         "StatesSettings",
+        "TemplateSettings",
         "HeadSettings",
         "TrainingSettings",
         "ValueSettings",

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from .collection.rollouts import generate_rollouts, write_rollouts
     from .collection.states import collect_states, write_states
     from .configuration import ControlConfig, TrainingRecord, ValueHeadConfig
-    from .data.prompts import Prompts, encode_prompt, load_prompts
+    from .data.prompts import Prompts, load_prompts
     from .data.rollouts import Rollout, load_rollouts, save_rollouts
     from .data.states import States, StateStore
+    from .data.templating import encode_prompt
     from .evaluation.metrics import diversity, kl_divergence
     from .evaluation.report import write_report
     from .evaluation.strength import kl_sample, match_kl, recommend_control
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         SamplingSettings,
         SeedSettings,
         StatesSettings,
+        TemplateSettings,
         TrainingSettings,
         TrainSettings,
         ValueSettings,
@@ -58,9 +60,10 @@ _MODULES = {
     "collection.rollouts": ("generate_rollouts", "write_rollouts"),
     "collection.states": ("collect_states", "write_states"),
     "configuration": ("ControlConfig", "TrainingRecord", "ValueHeadConfig"),
-    "data.prompts": ("Prompts", "encode_prompt", "load_prompts"),
+    "data.prompts": ("Prompts", "load_prompts"),
     "data.rollouts": ("Rollout", "load_rollouts", "save_rollouts"),
     "data.states": ("StateStore", "States"),
+    "data.templating": ("encode_prompt",),
     "evaluation.metrics": ("diversity", "kl_divergence"),
     "evaluation.report": ("write_report",),
     "evaluation.strength": ("kl_sample", "match_kl", "recommend_control"),
@@ -84,6 +87,7 @@ _MODULES = {
         "SamplingSettings",
         "SeedSettings",
         "StatesSettings",
+        "TemplateSettings",
         "TrainSettings",
         "TrainingSettings",
         "ValueSettings",

@@ -24,7 +24,7 @@ class Rollout:
     One response to one prompt.
 
     Args:
-        prompt (`str` or `list[dict[str, str]]`), completion (`str`):
+        prompt (`str` or `list[dict[str, Any]]`), completion (`str`):
             What was asked and what was answered. `completion` ends where the turn ends.
         prompt_ids, completion_ids (`list[int]`):
             The tokens the model saw and drew. The last drawn one is the token that ended the turn, if `finished`.
@@ -59,6 +59,18 @@ def _parquet():
     return pyarrow
 
 
+def _kind_of_prompts(rollouts: Sequence[Rollout]) -> str:
+    """How prompts are stored: `"text"`, `"messages"` (their values are all texts), or `"json"`."""
+    prompts = [rollout.prompt for rollout in rollouts]
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return "text"
+    all_texts = all(
+        isinstance(prompt, list) and prompt and all(m and all(isinstance(v, str) for v in m.values()) for m in prompt)
+        for prompt in prompts
+    )
+    return "messages" if all_texts else "json"
+
+
 def save_rollouts(
     rollouts: Sequence[Rollout],
     path: str | os.PathLike,
@@ -66,21 +78,22 @@ def save_rollouts(
     scoring: int | None = None,
 ) -> None:
     """
-    Write rollouts as a Parquet file with the columns of [`Rollout`]: `reward` is a number, or a list if there are
-    several objectives; `columns` is JSON.
+    Write rollouts as a Parquet file with the columns of [`Rollout`]: `prompt` is a text, a list of messages, or JSON
+    if messages hold more than texts; `reward` is a number, or a list if there are several objectives; `columns` is
+    JSON.
 
     Args:
         rewards (sequence of `str`, *optional*), scoring (`int`, *optional*):
             Names of the rewards, and which scoring of the folder they are from; kept in the file's metadata.
     """
     pa = _parquet()
-    chat = any(not isinstance(rollout.prompt, str) for rollout in rollouts)
-    keys = sorted({key for r in rollouts if chat for message in r.prompt for key in message} | {"role", "content"})
+    kind = _kind_of_prompts(rollouts)
+    keys = sorted({key for r in rollouts if kind == "messages" for message in r.prompt for key in message})
     objectives = max((len(r.reward) for r in rollouts if r.reward is not None), default=1)
     ids = pa.list_(pa.int32())
     schema = pa.schema(
         {
-            "prompt": pa.list_(pa.struct({key: pa.string() for key in keys})) if chat else pa.string(),
+            "prompt": pa.list_(pa.struct({key: pa.string() for key in keys})) if keys else pa.string(),
             "completion": pa.string(),
             "prompt_ids": ids,
             "completion_ids": ids,
@@ -91,11 +104,13 @@ def save_rollouts(
             "prompt_number": pa.int64(),
             "sample": pa.int32(),
         },
-        metadata={_METADATA_KEY: json.dumps({"rewards": rewards, "scoring": scoring})},
+        metadata={_METADATA_KEY: json.dumps({"rewards": rewards, "scoring": scoring, "prompt": kind})},
     )
     rows = []
     for rollout in rollouts:
         row = asdict(rollout) | {"columns": json.dumps(rollout.columns, ensure_ascii=False)}
+        if kind == "json":
+            row["prompt"] = json.dumps(rollout.prompt, ensure_ascii=False)
         if rollout.reward is not None and objectives == 1:
             row["reward"] = rollout.reward[0]
         rows.append(row)
@@ -118,13 +133,17 @@ def load_rollouts(path: str | os.PathLike) -> list[Rollout]:
         raise OSError(f"{path} is no file or folder: make rollouts with `recontrol rollout`.")
     pa = _parquet()
     try:
-        rows = pa.parquet.read_table(path).to_pylist()
+        table = pa.parquet.read_table(path)
+        rows = table.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
+    is_json = _metadata(table.schema).get("prompt") == "json"
     rollouts = []
     for row in rows:
         try:
-            if not isinstance(row["prompt"], str):
+            if is_json:
+                row["prompt"] = json.loads(row["prompt"])
+            elif not isinstance(row["prompt"], str):
                 row["prompt"] = [{k: v for k, v in message.items() if v is not None} for message in row["prompt"]]
             if row["reward"] is not None and not isinstance(row["reward"], list):
                 row["reward"] = [row["reward"]]
@@ -145,10 +164,14 @@ def scoring_of(path: Path) -> int | None:
     """Which scoring the rewards in a Parquet file of rollouts are from, or `None` if it has not been scored."""
     pa = _parquet()
     try:
-        metadata = pa.parquet.read_schema(path).metadata or {}
+        schema = pa.parquet.read_schema(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
-    return json.loads(metadata.get(_METADATA_KEY, b"{}")).get("scoring")
+    return _metadata(schema).get("scoring")
+
+
+def _metadata(schema: Any) -> dict[str, Any]:
+    return json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}"))
 
 
 def rollout_parts(folder: str | os.PathLike) -> list[Path]:
