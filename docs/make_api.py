@@ -52,6 +52,7 @@ SECTIONS = {
         "RolloutSettings",
         "LabelSettings",
         "StatesSettings",
+        "TemplateSettings",
         "HeadSettings",
         "TrainingSettings",
         "ValueSettings",

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from .collection.rollouts import generate_rollouts, write_rollouts
     from .collection.states import collect_states, write_states
     from .configuration import ControlConfig, TrainingRecord, ValueHeadConfig
-    from .data.prompts import Prompts, encode_prompt, load_prompts
+    from .data.prompts import Prompts, load_prompts
     from .data.rollouts import Rollout, load_rollouts, save_rollouts
     from .data.states import States, StateStore
+    from .data.templating import encode_prompt
     from .evaluation.metrics import diversity, kl_divergence, paired_interval
     from .evaluation.recommendation import Recommendation, Trial, recommend_control
     from .evaluation.report import write_report
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         SamplingSettings,
         SeedSettings,
         StatesSettings,
+        TemplateSettings,
         TrainingSettings,
         TrainSettings,
         ValueSettings,
@@ -62,9 +64,10 @@ _MODULES = {
     "collection.rollouts": ("generate_rollouts", "write_rollouts"),
     "collection.states": ("collect_states", "write_states"),
     "configuration": ("ControlConfig", "TrainingRecord", "ValueHeadConfig"),
-    "data.prompts": ("Prompts", "encode_prompt", "load_prompts"),
+    "data.prompts": ("Prompts", "load_prompts"),
     "data.rollouts": ("Rollout", "load_rollouts", "save_rollouts"),
     "data.states": ("StateStore", "States"),
+    "data.templating": ("encode_prompt",),
     "evaluation.metrics": ("diversity", "kl_divergence", "paired_interval"),
     "evaluation.recommendation": ("Recommendation", "Trial", "recommend_control"),
     "evaluation.report": ("write_report",),
@@ -90,6 +93,7 @@ _MODULES = {
         "SamplingSettings",
         "SeedSettings",
         "StatesSettings",
+        "TemplateSettings",
         "TrainSettings",
         "TrainingSettings",
         "ValueSettings",

@@ -8,6 +8,7 @@ names (`recontrol fit --config fit.yaml`).
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any, Literal
 
@@ -84,11 +85,43 @@ class PromptSettings(BadRowSettings):
     config_name: str | None = setting(None, "Configuration of a dataset that has several.")
     prompt_column: str = setting(
         "prompt",
-        "Column that holds the prompts. Without it `messages`, a conversation, is taken: its last answer is removed "
-        "and asked for anew.",
+        "Column that holds the prompts. Where none is named and there is no `prompt`, `messages` is taken. The last "
+        "answer of a conversation in any column but `prompt` is removed and asked for anew.",
+    )
+    on_answers: Literal["error", "cut", "keep"] = setting(
+        "error",
+        "Prompts that end with their answer, behind the last `\\n\\nAssistant:` of a dialogue written as text (as in "
+        "HH-RLHF's `chosen`) or in the assistant's turn. `cut`: ask for the answer anew. `keep`: the model goes on "
+        "with the text.",
     )
     limit: int | None = setting(None, "Rows to read at most: for a first try.", low=1, default_text="all")
     streaming: bool = setting(False, "Read a dataset of the Hub as it comes, instead of downloading all of it first.")
+
+
+@settings_class("Prompts")
+class TemplateSettings(Settings):
+    """How prompts are formatted for the model."""
+
+    prompt_format: Literal["auto", "plain", "formatted"] = setting(
+        "auto",
+        "`plain`: texts are the user's messages, and special tokens that texts or messages mention are ordinary text. "
+        "`formatted`: texts are in the model's format and taken as they are, and special tokens act as such. `auto`: "
+        "a text that begins and goes on as the chat template does is formatted, all else is plain; without a chat "
+        "template, all as the tokenizer does.",
+    )
+    chat_template_kwargs: dict = setting(
+        {},
+        "Arguments of the chat template for all prompts, such as enable_thinking. Those in a row's own "
+        "`chat_template_kwargs` column override them.",
+        default_text="none",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        try:
+            json.dumps(self.chat_template_kwargs, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"`chat_template_kwargs` must hold what JSON can hold ({error}).") from error
 
 
 @settings_class("Base model")
@@ -115,7 +148,7 @@ class SeedSettings(Settings):
 
 
 @settings_class("Sampling")
-class SamplingSettings(SeedSettings, ForwardSettings):
+class SamplingSettings(SeedSettings, ForwardSettings, TemplateSettings):
     """How responses are drawn."""
 
     num_samples: int = setting(

@@ -34,6 +34,28 @@ def test_messages_keep_their_further_keys(tmp_path):
     assert load_rollouts(tmp_path / "r.parquet")[0].prompt == prompt
 
 
+RICH = [
+    {"role": "user", "content": [{"type": "text", "text": "w5"}], "turn": 1},
+    {"role": "assistant", "content": None, "tool_calls": [{"arguments": {"days": [2, "x", {"deep": None}]}}]},
+    {"role": "tool", "content": "21", "failed": False},
+]
+
+
+@pytest.mark.parametrize(
+    "prompts", [[RICH], [RICH, CHAT.prompt], ["w5", CHAT.prompt], [[{"role": "user", "x": None}]]]
+)
+def test_messages_keep_all_that_they_hold(tmp_path, prompts):
+    """See trl#2455."""
+    rollouts = [Rollout(prompt, "", [5], [6], True) for prompt in prompts]
+    save_rollouts(rollouts, tmp_path / "r.parquet", scoring=2)
+    assert load_rollouts(tmp_path / "r.parquet") == rollouts and scoring_of(tmp_path / "r.parquet") == 2
+
+
+def test_chats_of_texts_are_lists_of_messages_for_other_readers_too(tmp_path):
+    save_rollouts([CHAT], tmp_path / "r.parquet")
+    assert pq.read_table(tmp_path / "r.parquet")["prompt"].to_pylist() == [CHAT.prompt]
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1 not really", b'{"prompt": "a"}\n'])
 def test_files_that_are_no_parquet_are_named(tmp_path, content):
     path = tmp_path / "r.parquet"

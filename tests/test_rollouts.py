@@ -388,7 +388,7 @@ def test_a_prompt_that_the_chat_template_refuses_is_a_bad_row(model, tmp_path, r
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') if messages | length > 1 else 'w5' }}"
     turn = {"role": "user", "content": "w5"}
     prompts = load_prompts([[turn], [turn, turn]])
-    with pytest.raises(ValueError, match="prompt 1: roles must alternate"):
+    with pytest.raises(ValueError, match="prompt 1: the chat template does not take the prompt: roles must alternate"):
         write_rollouts(tmp_path / "r", model, tokenizer, prompts, max_new_tokens=2)
     assert (
         write_rollouts(tmp_path / "r", model, tokenizer, prompts, max_new_tokens=2, on_bad_rows="skip")["rollouts"]

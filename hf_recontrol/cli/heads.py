@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..settings import LoadingSettings, SeedSettings
+from ..settings import LoadingSettings, SeedSettings, TemplateSettings
 from ..utils.choices import CONTROL_METHODS
 from ..utils.setting_fields import settings_class
 from .app import app, print_json
@@ -15,7 +15,7 @@ from .options import with_settings
 
 
 @settings_class("Options")
-class _GenerateCommandSettings(SeedSettings, LoadingSettings):
+class _GenerateCommandSettings(SeedSettings, TemplateSettings, LoadingSettings):
     """What `recontrol generate` can be told of how it computes."""
 
 
@@ -67,6 +67,7 @@ def generate(
     settings = replace(settings, revision=settings.revision or revision)
     controlled, tokenizer = load_base(base, settings, loaded, wanted)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": settings.seed}
+    sampling |= {"prompt_format": settings.prompt_format, "chat_template_kwargs": settings.chat_template_kwargs}
     answers = generate_rollouts(controlled, tokenizer, prompt, control=controlled.control, **sampling)
     bases = generate_rollouts(controlled, tokenizer, prompt, **sampling) if compare else [None] * len(answers)
     for answer, base in zip(answers, bases, strict=True):

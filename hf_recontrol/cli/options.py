@@ -120,8 +120,8 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help="Base model: a f
 PromptsOption = Annotated[
     str,
     typer.Option(
-        help="JSONL, CSV or Parquet file, or a folder or Hub name that `datasets` loads; rows with `prompt`: a text "
-        "or chat messages."
+        help="JSONL, JSON, CSV or Parquet file, or a folder or Hub name that `datasets` loads; rows with `prompt`: a "
+        "text or chat messages."
     ),
 ]
 RewardOption = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..configuration import ControlConfig
 from ..data.fingerprints import NO_CONTROL, control_settings, model_settings
 from ..data.processes import Progress, progress_bar
-from ..data.prompts import BadRow, Prompt, Prompts, encode_prompt, load_prompts, report_bad_rows
+from ..data.prompts import BadRow, Prompt, Prompts, load_prompts, report_bad_rows
 from ..data.rollouts import Rollout, load_rollouts, save_rollouts
 from ..data.stage_folder import StageFolder
+from ..data.templating import PromptEncoder
 from ..heads.base_model import check_nameable, check_type
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.hook_points import HookPoint, lm_head_rows
@@ -38,34 +39,54 @@ from .sampling import (
     needs_equal_lengths,
     response_seed,
     sampling_config,
+    vocabulary_size,
 )
 
 logger = logging.get_logger(__name__)
 
 
-def _encode_all(tokenizer, prompts: Prompts, indices: Sequence[int], room: int | None, max_new_tokens: int):
-    """(token ids of each prompt that fits, bad rows)."""
+def _encode_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    indices: Sequence[int],
+    settings: SamplingSettings,
+    max_new_tokens: int,
+) -> tuple[dict[int, list[int]], list[BadRow]]:
+    """(token ids of each prompt that the model can take, bad rows)."""
+    encoder = PromptEncoder(tokenizer, settings)
     encoded: dict[int, list[int]] = {}
     bad = []
     for i in indices:
         try:
-            ids = encode_prompt(tokenizer, prompts.rows[i]["prompt"])
-        except (ValueError, TemplateError) as error:
+            ids = encoder.encode(prompts.rows[i])
+            _check_ids(model, tokenizer, ids, max_new_tokens)
+            # Stored with the response: what cannot be is known before there is one.
+            json.dumps(prompts.rows[i])
+        except (TypeError, ValueError) as error:
             bad.append(BadRow(f"prompt {prompts.numbers[i]}", str(error)))
-            continue
-        if room is not None and len(ids) + max_new_tokens > room:
-            reason = (
-                f"prompt and {max_new_tokens} new tokens make {len(ids) + max_new_tokens} tokens, the model has room "
-                f"for {room}: lower `max_new_tokens`, or leave it out"
-            )
-            bad.append(BadRow(f"prompt {prompts.numbers[i]}", reason))
         else:
             encoded[i] = ids
+    encoder.report()
     return encoded, bad
 
 
-def _room(model: PreTrainedModel) -> int | None:
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+def _check_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], max_new_tokens: int
+) -> None:
+    size = vocabulary_size(model)
+    if max(ids) >= size:
+        raise ValueError(
+            f"the token {tokenizer.convert_ids_to_tokens(max(ids))!r} has the id {max(ids)}, the model has embeddings "
+            f"for {size} tokens: take the tokenizer that belongs to it, or resize it "
+            "(`model.resize_token_embeddings(len(tokenizer))`)"
+        )
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if room is not None and len(ids) + max_new_tokens > room:
+        raise ValueError(
+            f"prompt and {max_new_tokens} new tokens make {len(ids) + max_new_tokens} tokens, the model has room for "
+            f"{room}: lower `max_new_tokens`, or leave it out"
+        )
 
 
 @dataclass
@@ -229,7 +250,7 @@ def generate_rollouts(
         prompts = load_prompts(prompts)
     config = sampling_config(model, tokenizer, settings)
     sampler = _Sampler(model, tokenizer, config, _checked_control(model, control))
-    encoded, bad = _encode_all(tokenizer, prompts, range(len(prompts)), _room(model), config.max_new_tokens)
+    encoded, bad = _encode_all(model, tokenizer, prompts, range(len(prompts)), settings, config.max_new_tokens)
     report_bad_rows(bad, "error", can_skip=False)
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(settings.num_samples)]
     with progress_bar("rollouts", len(rows), progress) as advance:
@@ -278,6 +299,8 @@ def write_rollouts(
     known = {
         **model_settings(model),
         "chat_template": hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()[:16],
+        "prompt_format": settings.prompt_format,
+        "chat_template_kwargs": settings.chat_template_kwargs,
         "prompts": prompts.fingerprint,
         "num_samples": settings.num_samples,
         "generation_config": {key: value for key, value in config.to_diff_dict().items() if key[0] != "_"},
@@ -328,8 +351,8 @@ def _write_parts(
     parts = {index: rows[index * size : (index + 1) * size] for index in stage.own_parts()}
     # The prompts of finished parts too, so that the count of bad rows does not depend on earlier stops.
     needed = sorted({i for part in parts.values() for i, _ in part})
-    room, max_new_tokens = _room(sampler.model), sampler.config.max_new_tokens
-    encoded, bad = _encode_all(sampler.tokenizer, prompts, needed, room, max_new_tokens)
+    max_new_tokens = sampler.config.max_new_tokens
+    encoded, bad = _encode_all(sampler.model, sampler.tokenizer, prompts, needed, settings, max_new_tokens)
     report_bad_rows(bad, settings.on_bad_rows)
     missing = stage.missing_parts()
     total = sum(len(part) for part in parts.values())

@@ -56,11 +56,19 @@ def response_seed(seed: int, prompt_number: int, sample: int) -> list[int]:
     return [seed, prompt_number, sample]
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many tokens a model has embeddings for."""
+    embeddings = model.get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", None) or len(embeddings.weight)
+
+
 def pad_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to pad with: the tokenizer's, else one that ends a response, else 0. Padding is always masked."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return next(iter(end_token_ids(model, tokenizer)), 0)
+    """
+    A token to pad with that the model knows: the tokenizer's, else one that ends a response, else 0. Padding is always
+    masked.
+    """
+    known = range(vocabulary_size(model))
+    return next(token for token in (tokenizer.pad_token_id, *end_token_ids(model, tokenizer), 0) if token in known)
 
 
 class RowSampler(LogitsProcessor):
@@ -173,6 +181,21 @@ def cut_response(
     return text[: min([text.index(stop) for stop in stop_strings if stop in text], default=None)], body[:length], True
 
 
+def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> None:
+    """Raise if the model has no embedding of the token to pad with, or can never draw a token that is to end it."""
+    size = vocabulary_size(model)
+    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
+    # An end that the tokenizer does not know either is a default of the architecture.
+    odd = [("eos_token_id", token) for token in ends if size <= token < len(tokenizer)]
+    odd += [("pad_token_id", config.pad_token_id)] if not 0 <= config.pad_token_id < size else []
+    for name, token in odd:
+        raise ValueError(
+            f"`{name}` is {token} ({tokenizer.convert_ids_to_tokens(token)!r}), the model has embeddings for {size} "
+            "tokens: take the tokenizer that belongs to it, or resize it "
+            "(`model.resize_token_embeddings(len(tokenizer))`)."
+        )
+
+
 def sampling_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings
 ) -> GenerationConfig:
@@ -207,6 +230,7 @@ def sampling_config(
         config.eos_token_id = end_token_ids(model, tokenizer) or None
     if config.pad_token_id is None:
         config.pad_token_id = pad_token_id(model, tokenizer)
+    _check_tokens(model, tokenizer, config)
     config.return_dict_in_generate = None
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):

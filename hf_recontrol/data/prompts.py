@@ -1,42 +1,40 @@
-"""Prompts: from files, data sets or memory, checked row by row, and encoded with the chat template once."""
+"""Prompts: read from wherever they are and checked row by row, so that they can be sampled, scored and stored."""
 
 from __future__ import annotations
 
-import csv
-import gzip
+import datetime
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from enum import Enum
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePath
+from typing import Any
 
+import numpy as np
 from transformers.utils import logging
 
 from ..settings import BadRowSettings, PromptSettings
 from ..utils.checks import check_choice
-from ..utils.extras import needs_extra
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from .tables import located_rows
+from .text_files import BadRow, LeftOut, is_text
 
 logger = logging.get_logger(__name__)
 
-# A prompt is a text or a list of chat messages {"role": ..., "content": ...}.
-Prompt = str | list[dict[str, str]]
+# A prompt is a text, or a list of chat messages: {"role": ..., "content": ...} and what else a chat template knows.
+Prompt = str | list[dict[str, Any]]
 
 # How many bad rows a message names.
 _NAMED = 5
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used: where it is (`"prompts.jsonl, line 7"`) and why."""
-
-    location: str
-    reason: str
+# How deep values may be nested, and how many bits a number may have: what every reader of JSON takes.
+_DEEPEST = 100
+_MOST_BITS = 10_000
 
 
 @dataclass
@@ -51,8 +49,8 @@ class Prompts:
             Each row's number in the source, bad rows counted, so that leaving some out renumbers none.
         bad_rows (`list[BadRow]`):
             What was left out.
-        fingerprint (`str`):
-            A hash of rows and numbers, whatever the format they were read from.
+        fingerprint (`str`, *optional*):
+            A hash of rows and numbers, whatever the format they were read from; by default it is computed.
         dataset (`str`, *optional*):
             The Hub data set that they are from.
     """
@@ -62,6 +60,9 @@ class Prompts:
     bad_rows: list[BadRow] = field(default_factory=list)
     fingerprint: str = ""
     dataset: str | None = None
+
+    def __post_init__(self):
+        self.fingerprint = self.fingerprint or _fingerprint(self.rows, self.numbers)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -94,177 +95,221 @@ def report_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str, can_skip: bool
     logger.warning(f"{count} left out: {named}{more}.")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            location = f"{path}, line {number}"
-            try:
-                yield location, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                yield location, BadRow(location, "not UTF-8 text")
-            except (ValueError, RecursionError) as error:
-                yield location, BadRow(location, f"not JSON ({error})")
+class _CannotKeepError(ValueError):
+    """A value has no place in JSON; says what it is."""
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    # Bytes that are no UTF-8 become lone surrogates, which the check of each row finds.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            row.pop(None, None)
-            yield f"{path}, line {reader.line_num}", row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with needs_extra("train", "Reading Parquet files"):
-        from pyarrow.parquet import ParquetFile
-    try:
-        file = ParquetFile(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
-    number = 0
-    for batch in file.iter_batches():
-        for row in batch.to_pylist():
-            yield f"{path}, row {number}", row
-            number += 1
-
-
-def _json_file(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}).") from error
-    except ValueError:
-        yield from _json_lines(path)  # JSONL under another name
-        return
-    for number, row in enumerate(values if isinstance(values, list) else [values]):
-        yield f"{path}, row {number}", row
-
-
-_READERS = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json_file,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-}
-
-
-def _dataset_rows(source: Any, settings: PromptSettings) -> Iterator[tuple[str, Any]]:
-    name = str(source) if isinstance(source, (str, os.PathLike)) else "the data set"
-    if isinstance(source, (str, os.PathLike)):
-        with needs_extra("train", "Loading data sets"):
-            import datasets
-        folder = Path(source)
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A value as JSON has it: times as ISO texts, durations as seconds, what is not there (NaN, NaT) as `None`."""
+    if depth > _DEEPEST:
+        raise _CannotKeepError("it is nested too deeply")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Enum):
+        return _plain(value.value, depth + 1)
+    if isinstance(value, str):
+        if not is_text(value):
+            raise _CannotKeepError("it holds text that is not UTF-8")
+        return str.__str__(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
         try:
-            if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-                source = datasets.load_from_disk(name)
-            else:
-                source = datasets.load_dataset(
-                    name, settings.config_name, split=settings.split, streaming=settings.streaming
-                )
-        except (OSError, ValueError, ConnectionError) as error:
-            raise OSError(
-                f"{name} is neither a file of prompts ({', '.join(_READERS)}) nor a data set that could be loaded: "
-                f"{error}"
-            ) from error
-    if hasattr(source, "keys") and hasattr(source, "column_names"):
-        if settings.split not in source:
-            raise ValueError(f"{name} has no split {settings.split!r}, it has {sorted(source)}.")
-        source = source[settings.split]
-    for number, row in enumerate(source):
-        yield f"{name}, row {number}", row
+            return bytes(value).decode("utf-8")
+        except UnicodeDecodeError:
+            raise _CannotKeepError("it holds bytes that are no text") from None
+    if isinstance(value, (int, float, Decimal)):
+        return _plain_number(value)
+    if isinstance(value, Mapping):
+        return _plain_mapping(value, depth)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, (set, frozenset)):
+        # In an order that is the same in every process.
+        return sorted((_plain(item, depth + 1) for item in value), key=json.dumps)
+    return _plain_object(value, depth)
 
 
-def _located_rows(source: Any, settings: PromptSettings) -> Iterator[tuple[str, Any]]:
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-        if path.is_file():
-            if suffix not in _READERS or (path.suffix == ".gz" and _READERS[suffix] is not _json_lines):
-                raise ValueError(f"{path}: expected a file that ends in {', '.join(_READERS)} or .jsonl.gz.")
-            return _READERS[suffix](path)
-        if suffix in _READERS:
-            raise OSError(f"{path} is no file: name a file of prompts.")
-        return _dataset_rows(source, settings)
-    if hasattr(source, "column_names"):
-        return _dataset_rows(source, settings)
-    rows = ((f"row {i}", row if isinstance(row, dict) else {"prompt": row}) for i, row in enumerate(source))
-    return rows
+def _plain_number(value: int | float | Decimal) -> int | float | None:
+    if isinstance(value, Decimal) and value.is_finite() and value.as_tuple().exponent >= 0:
+        value = int(value)
+    if isinstance(value, int):
+        if value.bit_length() > _MOST_BITS:
+            raise _CannotKeepError(f"it holds a number of {value.bit_length()} bits")
+        return int(value)
+    value = float(value)
+    if math.isinf(value):
+        raise _CannotKeepError("it holds an infinite number")
+    return None if math.isnan(value) else value
 
 
-def _clean_messages(messages: list) -> list[dict[str, Any]] | None:
-    if not all(isinstance(message, dict) for message in messages):
+def _plain_mapping(value: Mapping, depth: int) -> dict[str, Any]:
+    kept = {}
+    for key, item in value.items():
+        name = _plain(key, depth + 1)
+        name = name if isinstance(name, str) else str(name)
+        if name in kept:
+            raise _CannotKeepError(f"it holds two keys {name!r}")
+        kept[name] = _plain(item, depth + 1)
+    return kept
+
+
+def _plain_object(value: Any, depth: int) -> Any:
+    """What is of another library."""
+    if value is getattr(sys.modules.get("pandas"), "NA", None):
         return None
-    # Arrow fills keys that other messages have with None.
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    complete = all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
-    return messages if complete else None
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, (datetime.date, datetime.time)):
+        return None if value != value else value.isoformat()  # NaT is a time, and equals nothing
+    if isinstance(value, (uuid.UUID, PurePath)):
+        return str(value)
+    if isinstance(value, (np.datetime64, np.timedelta64)):
+        if np.isnat(value):
+            return None
+        is_time = isinstance(value, np.datetime64)
+        return str(np.datetime_as_string(value)) if is_time else float(value / np.timedelta64(1, "s"))
+    if isinstance(value, np.ndarray) and value.dtype.kind in "mM":
+        return [_plain(item, depth + 1) for item in value] if value.ndim else _plain(value[()], depth + 1)
+    if isinstance(value, np.longdouble):
+        return _plain_number(float(value))
+    for to_python in ("as_py", "tolist"):  # scalars of Arrow; arrays, tensors, series, and numpy's numbers
+        if hasattr(value, to_python):
+            return _plain(getattr(value, to_python)(), depth + 1)
+    raise _CannotKeepError(f"it holds {type(value).__name__}")
 
 
-def _check_row(row: Any, column: str) -> tuple[dict[str, Any] | None, str]:
-    """(the row with its `prompt`, or `None`; what is wrong with it)."""
-    if not isinstance(row, dict):
-        return None, "not an object with a prompt"
-    row = dict(row)
-    if column not in row and "messages" in row:
-        prompt = row.pop("messages")
-        while isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
-            if prompt[-1].get("role") != "assistant":
-                break
-            prompt = prompt[:-1]
-    elif column not in row:
-        return None, f"no column {column!r}, it has {sorted(map(str, row))}"
-    else:
-        prompt = row.pop(column)
-    if isinstance(prompt, list):
-        prompt = _clean_messages(prompt)
-        if prompt is None:
-            return None, "the prompt is no list of messages with a role and a content"
+def _kept(value: Any) -> Any:
+    """A value as it is stored and handed on; `_CannotKeepError` if it cannot be."""
+    try:
+        return _plain(value)
+    except _CannotKeepError:
+        raise
+    # Objects of any library are asked what they are.
+    except Exception as error:
+        raise _CannotKeepError(f"it holds {type(value).__name__} ({error})") from error
+
+
+def _wrong_in_messages(messages: list) -> str | None:
+    """What is wrong with a list of chat messages, if something is."""
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return "the prompt is no list of messages with a role and a content"
+        content = message.get("content")
+        if isinstance(content, list):
+            for part in content:
+                if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                    return f"a message's content holds a part of the type {kind!r}, only texts can be sampled from"
+        elif content is None:
+            if not any(value for key, value in message.items() if key not in ("role", "name")):
+                return "the prompt is no list of messages with a role and a content"
+        elif not isinstance(content, str):
+            return (
+                f"a message's content is {type(content).__name__}, expected a text: the prompt is no list of messages"
+            )
+    return None
+
+
+def _answer_start(text: str) -> int | None:
+    """Where the answer begins that a dialogue written as text ends with, as in HH-RLHF."""
+    start = text.rfind("\n\nAssistant:")
+    if start < 0 or start < text.rfind("\n\nHuman:") or "Human:" not in text[:start]:
+        return None
+    start += len("\n\nAssistant:")
+    return start if text[start:].strip() else None
+
+
+def _check_prompt(prompt: Any, is_conversation: bool, on_answers: str) -> tuple[Prompt | None, str]:
+    """(the prompt, or `None`; what is wrong with it)."""
+    try:
+        prompt = _kept(prompt)
+    except _CannotKeepError as error:
+        return None, f"the prompt cannot be used: {error}"
     if not isinstance(prompt, (str, list)):
         return None, f"the prompt is {type(prompt).__name__}, expected a text or a list of chat messages"
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+    if isinstance(prompt, list):
+        if wrong := _wrong_in_messages(prompt):
+            return None, wrong
+        while prompt and prompt[-1]["role"] == "assistant" and (is_conversation or on_answers == "cut"):
+            prompt = prompt[:-1]
+        if not any(value for message in prompt for key, value in message.items() if key != "role"):
+            return None, "the prompt is empty"
+        if prompt[-1]["role"] == "assistant":
+            return None, "the prompt ends with the assistant's turn: `on_answers='cut'` asks for it anew"
+        return prompt, ""
+    if not prompt.strip():
         return None, "the prompt is empty"
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        return None, "the prompt ends with the assistant's turn"
-    row = {"prompt": prompt, **row}
-    try:
-        json.dumps(row, allow_nan=False, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return None, "not UTF-8 text"
-    except (TypeError, ValueError) as error:
-        return None, f"a column cannot be kept as JSON ({error})"
-    return row, ""
+    start = None if on_answers == "keep" else _answer_start(prompt)
+    if start is not None and on_answers == "error":
+        return None, (
+            f"the prompt ends with an answer ({prompt[start:].strip()[:40]!r}): `on_answers='cut'` (`--on-answers "
+            "cut`) asks for it anew, `keep` lets the model go on with it"
+        )
+    return prompt[:start], ""
+
+
+def _check_row(
+    row: Any, location: str, settings: PromptSettings, left_out: LeftOut
+) -> tuple[dict[str, Any] | None, str]:
+    """(the row with its `prompt` and all columns that can be kept, or `None`; what is wrong with it)."""
+    if not isinstance(row, Mapping):
+        return None, "not an object with a prompt"
+    columns: dict[str, Any] = {}
+    for key, value in row.items():
+        if str(key) in columns:
+            left_out.add(str(key), "two columns have this name")
+        columns[str(key)] = value
+    source = settings.prompt_column
+    # Only where no column was named.
+    if source not in columns and source == "prompt":
+        source = "messages"
+    if source not in columns:
+        return None, f"no column {settings.prompt_column!r}, it has {sorted(columns)}"
+    prompt, wrong = _check_prompt(columns.pop(source), source != "prompt", settings.on_answers)
+    if prompt is None:
+        return None, wrong
+    if "prompt" in columns:
+        left_out.add("prompt", f"the prompts, which {source!r} holds, take its name")
+    kept = {"prompt": prompt}
+    for name, value in columns.items():
+        if name not in left_out:
+            try:
+                kept[_kept(name)] = _kept(value)
+            except _CannotKeepError as error:
+                left_out.add(name, f"{error} ({location})")
+    return kept, ""
 
 
 def load_prompts(source: Any, settings: PromptSettings | None = None, **changes) -> Prompts:
     """
     Read prompts and check every row.
 
+    Whatever JSON can hold is kept, and times as ISO texts, durations as seconds, NaN as `None`. A column that cannot
+    be kept, such as images, is left out with a warning.
+
     Args:
         source:
-            A file (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.parquet`), a folder or Hub name that
-            [`~datasets.load_dataset`] takes, a data set, or a sequence of texts, lists of chat messages or rows.
+            A file (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`), a folder or Hub name that
+            [`~datasets.load_dataset`] takes, a data set, a table of pandas, Arrow or polars, a dict of columns, or a
+            sequence of texts, lists of chat messages or rows.
         settings ([`PromptSettings`], *optional*), changes:
             How to read them; single settings as keywords.
 
     Raises:
         `OSError`: if there is no such file or data set. `ValueError`: if a row, or every row, cannot be used, or there
-        is no such column; names the row. `ImportError`: if an extra is missing.
+        is no such column; names the row. `TypeError`: if the source is nothing that holds rows in an order.
+        `ImportError`: if an extra is missing.
     """
     settings = PromptSettings.of(settings, changes)
-    column, on_bad_rows = settings.prompt_column, settings.on_bad_rows
-    rows, numbers, bad = [], [], []
+    column = settings.prompt_column
+    rows, numbers, bad, left_out = [], [], [], LeftOut()
     kind, count, found = None, 0, set()
-    for number, (location, row) in enumerate(islice(_located_rows(source, settings), settings.limit)):
+    for number, (location, row) in enumerate(islice(located_rows(source, settings, left_out), settings.limit)):
         count += 1
         if isinstance(row, BadRow):
             bad.append(row)
             continue
-        found |= row.keys() if isinstance(row, dict) else set()
-        checked, reason = _check_row(row, column)
+        found |= set(map(str, row)) if isinstance(row, Mapping) else set()
+        checked, reason = _check_row(row, location, settings, left_out)
         if checked is not None and kind is None:
             kind = type(checked["prompt"])
         if checked is not None and type(checked["prompt"]) is not kind:
@@ -278,14 +323,20 @@ def load_prompts(source: Any, settings: PromptSettings | None = None, **changes)
     name = source if isinstance(source, (str, os.PathLike)) else "The source"
     if count == 0:
         raise ValueError(f"No prompts: {name} holds no rows.")
-    if not rows and found and not {column, "messages"} & found:
-        raise ValueError(f"{name} has no column {column!r}, it has {sorted(map(str, found))}: name the column.")
-    report_bad_rows(bad, on_bad_rows if rows else "error", can_skip=bool(rows))
+    if not rows and found and column not in found and not (column == "prompt" and "messages" in found):
+        hint = " `--prompt-column chosen --on-answers cut` takes the prompts of such pairs."
+        raise ValueError(
+            f"{name} has no column {column!r}, it has {sorted(found)}: name the column."
+            f"{hint if {'chosen', 'rejected'} <= found else ''}"
+        )
+    report_bad_rows(bad, settings.on_bad_rows if rows else "error", can_skip=bool(rows))
+    for left, reason in left_out.items():
+        logger.warning(f"The column {left!r} is left out: {reason}.")
     # A reward function gets the same columns for every row, however rows are shared out.
-    missing = dict.fromkeys(key for row in rows for key in row)
-    rows = [missing | row for row in rows]
+    missing = dict.fromkeys(key for row in rows for key in row if key == "prompt" or key not in left_out)
+    rows = [{key: row.get(key) for key in missing} for row in rows]
     dataset = source if isinstance(source, str) and not os.path.exists(source) else None
-    return Prompts(rows, numbers, bad, _fingerprint(rows, numbers), dataset)
+    return Prompts(rows, numbers, bad, dataset=dataset)
 
 
 def _fingerprint(rows: Iterable[dict[str, Any]], numbers: Iterable[int]) -> str:
@@ -293,30 +344,3 @@ def _fingerprint(rows: Iterable[dict[str, Any]], numbers: Iterable[int]) -> str:
     for row, number in zip(rows, numbers, strict=True):
         digest.update(json.dumps([number, row], sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """
-    Token ids of a prompt. Chat messages, and texts if the tokenizer has a chat template, go through the template (a
-    text as the user's message); other texts are tokenized as they are. A text that holds a special token of the
-    tokenizer is in the model's format already: it is taken as it is, without the template and without further special
-    tokens.
-
-    Raises:
-        `ValueError`: for chat messages and a tokenizer without a chat template, or a prompt without tokens.
-    """
-    if isinstance(prompt, str):
-        plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        if special.intersection(plain):
-            return list(plain)
-    if isinstance(prompt, str) and tokenizer.chat_template is None:
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        if tokenizer.chat_template is None:
-            raise ValueError("The prompt is a list of chat messages, but the tokenizer has no chat template.")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    if not ids:
-        raise ValueError(f"The prompt {prompt!r} has no tokens.")
-    return list(ids)

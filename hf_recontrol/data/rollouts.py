@@ -24,7 +24,7 @@ class Rollout:
     One response to one prompt.
 
     Args:
-        prompt (`str` or `list[dict[str, str]]`), completion (`str`):
+        prompt (`str` or `list[dict[str, Any]]`), completion (`str`):
             What was asked and what was answered. `completion` ends where the turn ends.
         prompt_ids, completion_ids (`list[int]`):
             The tokens the model saw and drew. The last drawn one is the token that ended the turn, if `finished`.
@@ -63,6 +63,18 @@ def _parquet():
     return pyarrow
 
 
+def _kind_of_prompts(rollouts: Sequence[Rollout]) -> str:
+    """How prompts are stored: `"text"`, `"messages"` (their values are all texts), or `"json"`."""
+    prompts = [rollout.prompt for rollout in rollouts]
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return "text"
+    all_texts = all(
+        isinstance(prompt, list) and prompt and all(m and all(isinstance(v, str) for v in m.values()) for m in prompt)
+        for prompt in prompts
+    )
+    return "messages" if all_texts else "json"
+
+
 def save_rollouts(
     rollouts: Sequence[Rollout],
     path: str | os.PathLike,
@@ -71,8 +83,9 @@ def save_rollouts(
     scored: dict[str, int] | None = None,
 ) -> None:
     """
-    Write rollouts as a Parquet file with the columns of [`Rollout`]: `reward` is a number, or a list if there are
-    several objectives; `columns` and `control` are JSON.
+    Write rollouts as a Parquet file with the columns of [`Rollout`]: `prompt` is a text, a list of messages, or JSON
+    if messages hold more than texts; `reward` is a number, or a list if there are several objectives; `columns` and
+    `control` are JSON.
 
     Args:
         rewards (sequence of `str`, *optional*), scoring (`int`, *optional*), scored (`dict[str, int]`, *optional*):
@@ -80,13 +93,13 @@ def save_rollouts(
             scored; kept in the file's metadata.
     """
     pa = _parquet()
-    chat = any(not isinstance(rollout.prompt, str) for rollout in rollouts)
-    keys = sorted({key for r in rollouts if chat for message in r.prompt for key in message} | {"role", "content"})
+    kind = _kind_of_prompts(rollouts)
+    keys = sorted({key for r in rollouts if kind == "messages" for message in r.prompt for key in message})
     objectives = max((len(r.reward) for r in rollouts if r.reward is not None), default=1)
     ids = pa.list_(pa.int32())
     schema = pa.schema(
         {
-            "prompt": pa.list_(pa.struct({key: pa.string() for key in keys})) if chat else pa.string(),
+            "prompt": pa.list_(pa.struct({key: pa.string() for key in keys})) if keys else pa.string(),
             "completion": pa.string(),
             "prompt_ids": ids,
             "completion_ids": ids,
@@ -98,13 +111,17 @@ def save_rollouts(
             "sample": pa.int32(),
             "control": pa.string(),
         },
-        metadata={_METADATA_KEY: json.dumps({"rewards": rewards, "scoring": scoring, "scored": scored})},
+        metadata={
+            _METADATA_KEY: json.dumps({"rewards": rewards, "scoring": scoring, "scored": scored, "prompt": kind})
+        },
     )
     rows = []
     for rollout in rollouts:
         row = asdict(rollout) | {"columns": json.dumps(rollout.columns, ensure_ascii=False)}
         if rollout.control is not None:
             row["control"] = json.dumps(rollout.control)
+        if kind == "json":
+            row["prompt"] = json.dumps(rollout.prompt, ensure_ascii=False)
         if rollout.reward is not None and objectives == 1:
             row["reward"] = rollout.reward[0]
         rows.append(row)
@@ -127,13 +144,17 @@ def load_rollouts(path: str | os.PathLike) -> list[Rollout]:
         raise OSError(f"{path} is no file or folder: make rollouts with `recontrol rollout`.")
     pa = _parquet()
     try:
-        rows = pa.parquet.read_table(path).to_pylist()
+        table = pa.parquet.read_table(path)
+        rows = table.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
+    is_json = _schema_metadata(table.schema).get("prompt") == "json"
     rollouts = []
     for row in rows:
         try:
-            if not isinstance(row["prompt"], str):
+            if is_json:
+                row["prompt"] = json.loads(row["prompt"])
+            elif not isinstance(row["prompt"], str):
                 row["prompt"] = [{k: v for k, v in message.items() if v is not None} for message in row["prompt"]]
             if row["reward"] is not None and not isinstance(row["reward"], list):
                 row["reward"] = [row["reward"]]
@@ -166,10 +187,14 @@ def scored_by(path: Path) -> dict[str, int]:
 def _metadata(path: Path) -> dict[str, Any]:
     pa = _parquet()
     try:
-        metadata = pa.parquet.read_schema(path).metadata or {}
+        schema = pa.parquet.read_schema(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
-    return json.loads(metadata.get(_METADATA_KEY, b"{}"))
+    return _schema_metadata(schema)
+
+
+def _schema_metadata(schema: Any) -> dict[str, Any]:
+    return json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}"))
 
 
 def rollout_parts(folder: str | os.PathLike) -> list[Path]:

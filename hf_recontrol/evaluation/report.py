@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import re
@@ -263,7 +264,7 @@ def _examples(examples: list[dict], middle: float) -> str:
 def _example(number: int, example: dict, middle: float, reach: float) -> str:
     prompt, tokens, values = example["prompt"], example.get("tokens"), example.get("values")
     chat = [{"role": "prompt", "content": prompt}] if isinstance(prompt, str) else prompt
-    parts = [(str(message["role"]), escape(str(message["content"]))) for message in chat]
+    parts = [(str(message["role"]), escape(_said(message))) for message in chat]
     response = escape(example["completion"])
     if tokens is not None and values is not None:
         if len(tokens) != len(values):
@@ -278,6 +279,14 @@ def _example(number: int, example: dict, middle: float, reach: float) -> str:
         f'<article class="card">\n{texts}<div class="scores"><span>reward {_number(example.get("reward"))}</span>'
         f"<span>predicted {_number(example.get('predicted'))}</span>{cut}</div>\n</article>"
     )
+
+
+def _said(message: dict) -> str:
+    """A message's text, and as JSON what else it holds, such as calls of tools."""
+    content = message.get("content")
+    texts = [part["text"] for part in content] if isinstance(content, list) else [content] if content else []
+    more = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+    return "\n".join([*texts, *([json.dumps(more, ensure_ascii=False)] if more else [])])
 
 
 def _token(token: str, value: float, middle: float, reach: float) -> str:

@@ -1,0 +1,300 @@
+"""Prompts to token ids: the chat template, once, and what becomes of special tokens in a prompt's own text."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
+
+from ..settings import TemplateSettings
+from .prompts import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
+
+# Texts that no template changes and no prompt holds, to see what a template puts around a message.
+_USER, _SYSTEM = "q7xuserx7q", "q7xsystemx7q"
+# What of `apply_chat_template`'s own arguments a template reads.
+_FOR_TEMPLATES = ("documents",)
+
+# What a user should hear of once, with the first example.
+_ENDS = (
+    "the end token {!r} stands last, which the tokenizer or its chat template adds: the model is asked to go on "
+    "behind its own end. Turn that off (`tokenizer.add_eos_token = False`)."
+)
+_MENTIONS = (
+    "special tokens such as {!r} are mentioned, and are taken as ordinary text. If they are to act as special tokens: "
+    "`prompt_format='formatted'` (`--prompt-format formatted`)."
+)
+_HOLDS = (
+    "special tokens such as {!r} act as such, since the tokenizer has no chat template. If they are ordinary text: "
+    "`prompt_format='plain'` (`--prompt-format plain`)."
+)
+_UNKNOWN = "the chat template is given {!r}, which it does not know and ignores."
+_UNREACHED = "{!r} reaches no chat template: the tokenizer has none, or the text is formatted already."
+_LOSES = "the chat template leaves out or changes a message, such as one of the role {!r}."
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+
+
+class PromptEncoder:
+    """
+    Encodes prompts for one tokenizer, and remembers what a user should hear of.
+
+    Args:
+        tokenizer:
+            With a chat template or without.
+        settings ([`TemplateSettings`]):
+            How prompts are formatted.
+
+    Raises:
+        `ValueError`: for arguments of the chat template that it does not know.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TemplateSettings):
+        self.tokenizer, self.settings = tokenizer, settings
+        self.arguments = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._check_arguments(settings.chat_template_kwargs, must_be_known=True)
+        before_user, after_user = self._around(_USER, [{"role": "user", "content": _USER}])
+        before_system, _ = self._around(
+            _SYSTEM, [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
+        )
+        added = tokenizer.added_tokens_decoder.values()
+        written = before_user + before_system + after_user
+        tokens = {token.content for token in added if token.special or token.content in written}
+        tokens |= set(tokenizer.all_special_tokens)
+        tokens = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        self._bos = tokenizer.bos_token or ""
+        self._begins_with_bos = bool(self._bos) and before_user.startswith(self._bos)
+        # Each way in which a formatted text may begin: with or without the template's first tokens or system message.
+        self._openings = {
+            before[match.start() :]
+            for before in (before_user, before_system)
+            for match in self._special.finditer(before)
+        } - {self._bos, ""}
+        # A template that marks turns in plain words is known by its beginning and by what follows the message.
+        self._plain_opening = before_user.removeprefix(self._bos).strip()
+        self._after = after_user.strip()
+        found = self._special.search(self._after)
+        self._goes_on = found.group() if found else self._after
+        self._notes: dict[str, tuple[int, str]] = {}
+
+    def _around(self, mark: str, messages: list[dict]) -> tuple[str, str]:
+        """What the template writes before and behind the text `mark`; nothing if it does not take the messages."""
+        try:
+            before, found, after = self._render(messages).partition(mark)
+        except Exception:  # templates are other people's programs
+            return "", ""
+        return (before, after) if found else ("", "")
+
+    def _render(self, messages: list[dict], **options: Any) -> str:
+        options = self.settings.chat_template_kwargs | options
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+
+    def _check_arguments(self, arguments: Mapping[str, Any], must_be_known: bool) -> None:
+        if not arguments:
+            return
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise ValueError("`chat_template_kwargs` are given, but the tokenizer has no chat template.")
+        taken = sorted(name for name in arguments if name in self.arguments and name not in _FOR_TEMPLATES)
+        if taken:
+            more = ": tools are a column of the prompts" if taken[0] == "tools" else ""
+            raise ValueError(
+                f"`chat_template_kwargs` may not hold {taken[0]!r}, which is no argument of a template{more}."
+            )
+        written = template if isinstance(template, str) else "\n".join(template.values())
+        for name in arguments:
+            if not re.search(rf"\b{re.escape(name)}\b", written):
+                if must_be_known:
+                    raise ValueError(f"`chat_template_kwargs`: the chat template knows no {name!r}.")
+                self._note(_UNKNOWN, name)
+
+    def _note(self, what: str, example: str) -> None:
+        count, first = self._notes.get(what, (0, example))
+        self._notes[what] = (count + 1, first)
+
+    def report(self) -> None:
+        """Warn of what was met while encoding, of each kind once."""
+        for what, (count, example) in self._notes.items():
+            logger.warning(f"In {'1 prompt' if count == 1 else f'{count} prompts'} {what.format(example)}")
+        self._notes.clear()
+
+    def is_formatted(self, text: str) -> bool:
+        """Whether a text is in the model's format already: it begins and goes on as the chat template does."""
+        if self.settings.prompt_format != "auto":
+            return self.settings.prompt_format == "formatted"
+        if self.tokenizer.chat_template is None:
+            return True
+        text = text.lstrip()
+        for opening in sorted(self._openings, key=len, reverse=True):
+            if text.startswith(opening):
+                return self._goes_on in text[len(opening) :]
+        opening = self._plain_opening
+        return bool(opening and self._after) and text.startswith(opening) and self._after in text[len(opening) :]
+
+    def encode(self, row: Mapping[str, Any]) -> list[int]:
+        """
+        Token ids of a row's `prompt`.
+
+        Raises:
+            `ValueError`: if the prompt has no tokens, or the tokenizer cannot take it; says why.
+        """
+        prompt, options = row["prompt"], self._options(row)
+        if isinstance(prompt, str) and (self.tokenizer.chat_template is None or self.is_formatted(prompt)):
+            for name in options:
+                self._note(_UNREACHED, name)
+            ids = self._encode_text(prompt)
+        else:
+            ids = self._encode_chat(prompt, options)
+        if not ids:
+            raise ValueError(f"The prompt {prompt!r} has no tokens.")
+        last = self.tokenizer.convert_ids_to_tokens(ids[-1])
+        ends = (self.tokenizer.eos_token, self.tokenizer.sep_token)
+        if last in ends and not (isinstance(prompt, str) and prompt.rstrip().endswith(last)):
+            self._note(_ENDS, last)
+        return ids
+
+    def _options(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What a row gives the chat template beside its messages."""
+        tools = _of_kind(row, "tools", list, "a list of tools' JSON schemas")
+        if not all(isinstance(tool, Mapping) for tool in tools):
+            raise ValueError("The column 'tools' must hold tools' JSON schemas: if it holds none, rename it.")
+        given = _of_kind(row, "chat_template_kwargs", dict, "an object of arguments")
+        options = {"chat_template_kwargs": given} if given else {}
+        return options | ({"tools": tools} if tools else {})
+
+    def _encode_text(self, text: str) -> list[int]:
+        tokenizer = self.tokenizer
+        has_template = tokenizer.chat_template is not None
+        mentioned = self._special.search(text.lstrip().removeprefix(self._bos))
+        if self.settings.prompt_format == "plain":
+            ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+            body = tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+            if mentioned and tokenizer.convert_tokens_to_ids(mentioned.group()) in body:
+                raise ValueError(f"The tokenizer cannot take {mentioned.group()!r} as ordinary text.")
+            return list(ids)
+        if mentioned and self.settings.prompt_format == "auto" and not has_template:
+            self._note(_HOLDS, mentioned.group())
+        if text.lstrip().startswith(self._bos) if self._bos else False:
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not has_template:
+            return list(tokenizer(text)["input_ids"])
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [tokenizer.bos_token_id, *ids] if self._begins_with_bos else list(ids)
+
+    def _encode_chat(self, prompt: Prompt, options: dict[str, Any]) -> list[int]:
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise ValueError("The prompt is a list of chat messages, but the tokenizer has no chat template.")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        # Templates ask whether a key is there; a null is not.
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        arguments = options.pop("chat_template_kwargs", {})
+        self._check_arguments(arguments, must_be_known=False)
+        options |= self.settings.chat_template_kwargs | arguments
+        if "tools" in options and "tools" not in str(template):
+            self._note(_UNKNOWN, "tools")
+        harmless = self._harmless(messages, options.get("tools"))
+        try:
+            if not isinstance(prompt, str):
+                self._check_rendering(messages, options)
+            encoded = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, **options, **harmless
+            )
+        except Exception as error:  # templates are other people's programs
+            raise ValueError(f"the chat template does not take the prompt: {error}") from error
+        return list(encoded["input_ids"])
+
+    def _harmless(self, messages: list[dict], tools: Any) -> dict[str, bool]:
+        """The option under which special tokens that the prompt's own text mentions are ordinary text."""
+        # An answer's marks, such as those around a thought, are its own.
+        asked = [message for message in messages if message["role"] != "assistant"]
+        found = next((match for text in _texts([asked, tools]) if (match := self._special.search(text))), None)
+        if found is None or self.settings.prompt_format == "formatted":
+            return {}
+        if "sanitize_control_tokens" not in self.arguments:
+            raise ValueError(
+                f"The prompt mentions the special token {found.group()!r}, which this release of transformers cannot "
+                "take as ordinary text: upgrade it, or, if the token is to act as one, `prompt_format='formatted'` "
+                "(`--prompt-format formatted`)."
+            )
+        self._note(_MENTIONS, found.group())
+        return {"sanitize_control_tokens": True}
+
+    def _check_rendering(self, messages: list[dict], options: dict[str, Any]) -> None:
+        """Raise if a content in parts is printed as Python has it; note messages that are not there as they were."""
+        rendered = self._render(messages, **options)
+        for message in messages:
+            content = message.get("content", "")
+            if isinstance(content, list) and str(content) in rendered:
+                raise ValueError("it takes contents as texts, not in parts")
+            texts = [part["text"] for part in content] if isinstance(content, list) else [content]
+            if message["role"] not in ("assistant", "tool") and not all(text.strip() in rendered for text in texts):
+                self._note(_LOSES, message["role"])
+
+
+def _of_kind(row: Mapping[str, Any], column: str, kind: type, expected: str) -> Any:
+    """What a column for the chat template holds, itself or as JSON; an empty one where there is nothing."""
+    value = row.get(column)
+    if isinstance(value, str):
+        # What is no JSON stays a text, and is named below.
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value) if value.strip() else None
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"The column {column!r} holds {value!r}, expected {expected}: name it otherwise if it is none."
+        )
+    return value
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt | Mapping[str, Any],
+    settings: TemplateSettings | None = None,
+    **changes: Any,
+) -> list[int]:
+    """
+    Token ids of a prompt, as all stages see it.
+
+    Chat messages, and texts if the tokenizer has a chat template, go through the template (a text as the user's
+    message). Special tokens that their own text mentions are ordinary text, and a warning says so. A text that begins
+    and goes on as the template does is formatted already: it is taken as it is, its special tokens act as such, and
+    nothing is added but the token that begins every text (BOS), if it is missing. Without a chat template a text is
+    tokenized as the tokenizer does by default.
+
+    Args:
+        tokenizer:
+            Of the base.
+        prompt (`str`, `list[dict]` or `dict`):
+            A text, chat messages, or a row with a `prompt` and, if need be, `tools` and `chat_template_kwargs`.
+        settings ([`TemplateSettings`], *optional*), changes:
+            How prompts are formatted; single settings as keywords.
+
+    Raises:
+        `ValueError`: for chat messages and a tokenizer without a chat template, a prompt without tokens, and what the
+        template does not take.
+    """
+    encoder = PromptEncoder(tokenizer, TemplateSettings.of(settings, changes))
+    ids = encoder.encode(prompt if isinstance(prompt, Mapping) else {"prompt": prompt})
+    encoder.report()
+    return ids

@@ -1,0 +1,168 @@
+"""Rows of prompts from files of text: JSON, JSON lines, CSV. Each comes with its location."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..settings import PromptSettings
+
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_NO_UTF8 = "not UTF-8 text: save the file in UTF-8"
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?", re.ASCII)
+
+# The location of each row, and the row, or a `BadRow`.
+LocatedRows = Iterator[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used: where it is (`"prompts.jsonl, line 7"`) and why."""
+
+    location: str
+    reason: str
+
+
+class LeftOut(dict):
+    """Columns that are left out, and of each the first reason."""
+
+    def add(self, column: str, reason: str) -> None:
+        """Leave a column out, in all rows."""
+        self.setdefault(column, reason)
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be written as UTF-8."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_names(names: list[str], settings: PromptSettings, left_out: LeftOut, source: str) -> None:
+    """Leave out columns of one name."""
+    for name in {name for name in names if names.count(name) > 1}:
+        if name in (settings.prompt_column, "messages"):
+            raise ValueError(f"{source} has {names.count(name)} columns {name!r}: give each its own name.")
+        left_out.add(name, f"{names.count(name)} columns have this name")
+
+
+@contextmanager
+def _text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+    """A text file in UTF-8, or what its first bytes say. Other bytes become lone surrogates, which checks find."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            start = file.read(4)
+            file.seek(0)
+            encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
+            yield io.TextIOWrapper(file, encoding, errors="surrogateescape", newline=newline)
+        except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}).") from error
+
+
+def json_lines(path: Path, settings: PromptSettings, left_out: LeftOut) -> LocatedRows:
+    """Rows of a file with one JSON object in each line."""
+    with _text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            location = f"{path}, line {number}"
+            if not is_text(line):
+                yield location, BadRow(location, _NO_UTF8)
+                continue
+            try:
+                yield location, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield location, BadRow(location, f"not JSON ({error})")
+
+
+def json_file(path: Path, settings: PromptSettings, left_out: LeftOut) -> LocatedRows:
+    """Rows of a JSON file: a list of objects, a single one, or one in each line."""
+    with _text(path) as file:
+        text = file.read()
+    if not is_text(text):
+        raise ValueError(f"{path} is {_NO_UTF8}.")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        yield from json_lines(path, settings, left_out)  # JSONL under another name
+        return
+    for number, row in enumerate(values if isinstance(values, list) else [values]):
+        yield f"{path}, row {number}", row
+
+
+def csv_rows(path: Path, settings: PromptSettings, left_out: LeftOut) -> LocatedRows:
+    """Rows of a CSV file; a column that holds nothing but plain numbers holds numbers."""
+    # The csv module's own limit is 131,072 characters.
+    longest = csv.field_size_limit(2**31 - 1)
+    try:
+        separator, names = _csv_header(path, settings)
+        check_names(names, settings, left_out, str(path))
+        with _text(path, newline="") as file:
+            rows = list(islice(_csv_lines(path, file, separator, names), settings.limit))
+    finally:
+        csv.field_size_limit(longest)
+    good = [row for _, row in rows if isinstance(row, dict)]
+    for name in {name for row in good for name in row} - {settings.prompt_column, "messages"}:
+        if any(row[name] for row in good) and all(
+            not row[name] or _NUMBER.fullmatch(row[name].strip()) for row in good
+        ):
+            for row in good:
+                row[name] = json.loads(row[name]) if row[name] else None
+    yield from rows
+
+
+def _csv_header(path: Path, settings: PromptSettings) -> tuple[str, list[str]]:
+    """The separator under which the prompts have a column, and the columns' names."""
+    headers = {}
+    for separator in "\t" if path.suffix == ".tsv" else ",;\t":
+        with _text(path, newline="") as file:
+            names = next((names for names in csv.reader(file, delimiter=separator) if names), [])
+        headers[separator] = names = [name.strip() for name in names]
+        if settings.prompt_column in names or "messages" in names:
+            return separator, names
+    return max(headers.items(), key=lambda item: len(item[1]))
+
+
+def _csv_lines(path: Path, file: io.TextIOWrapper, separator: str, names: list[str]) -> LocatedRows:
+    reader = csv.reader(file, delimiter=separator, strict=True)
+    next((names for names in reader if names), None)
+    while True:
+        location = f"{path}, line {reader.line_num + 1}"
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield location, BadRow(location, f"a quotation mark has no partner ({error})")
+            continue
+        location = f"{path}, line {reader.line_num}"
+        if not fields:
+            continue
+        if not all(map(is_text, fields)):
+            yield location, BadRow(location, _NO_UTF8)
+        elif len(fields) > len(names):
+            reason = (
+                f"{len(fields)} fields under {len(names)} names: a text that holds {separator!r} needs quotation marks"
+            )
+            yield location, BadRow(location, reason)
+        else:
+            yield location, dict(zip(names, fields + [None] * (len(names) - len(fields)), strict=True))
