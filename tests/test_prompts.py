@@ -316,8 +316,10 @@ def test_arrow_values_that_python_has_not_are_left_out(tmp_path, recontrol_warni
     assert load_prompts(tmp_path / "p.parquet").rows == [{"prompt": "w5"}, {"prompt": "w6"}]
     assert sorted(recontrol_warnings)[0].startswith("The column 'when' is left out: it cannot be read")
     assert sorted(recontrol_warnings)[1] == "The column 'x' is left out: 2 columns have this name."
-    with pytest.raises(ValueError, match="has 2 columns 'x'"):
+    with pytest.raises(ValueError, match=r"p\.parquet has 2 columns 'x'"):
         load_prompts(tmp_path / "p.parquet", prompt_column="x")
+    with pytest.raises(ValueError, match="The table has 2 columns 'x'"):
+        load_prompts(twice, prompt_column="x")
 
 
 def test_a_column_named_prompt_does_not_stand_for_the_one_that_was_named(recontrol_warnings):
@@ -480,3 +482,5 @@ def test_a_named_column_takes_what_messages_takes(column):
 def test_prompts_that_were_put_together_have_a_fingerprint():
     first = Prompts([{"prompt": "w5"}], [0])
     assert first.fingerprint == load_prompts(["w5"]).fingerprint != Prompts([{"prompt": "w6"}], [0]).fingerprint
+    with pytest.raises(ValueError, match="Row 3 cannot be stored"):
+        Prompts([{"prompt": "w5", "when": datetime.date(2026, 1, 2)}], [3])

@@ -298,6 +298,17 @@ def test_examples(render):
     assert "and on" in parsed.text
 
 
+def test_messages_that_hold_more_than_a_text(render):
+    chat = [
+        {"role": "user", "content": [{"type": "text", "text": "Is it"}, {"type": "text", "text": "warm?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]},
+        {"role": "tool", "content": "21"},
+    ]
+    _, parsed = render(examples=[{"prompt": chat, "completion": "Yes.", "reward": 1.0, "predicted": 0.5}])
+    assert "Is it\nwarm?" in parsed.text and '{"tool_calls": [{"name": "weather"}]}' in parsed.text
+    assert "21" in parsed.texts and "None" not in parsed.texts
+
+
 def test_tokens_and_values_must_match(render):
     example = full_data()["examples"][0] | {"values": [1.0]}
     with pytest.raises(ValueError, match=r"`examples\[1\]` has 3 tokens and 1 values"):

@@ -71,6 +71,12 @@ def test_other_tables_and_missing_files_say_how_to_make_rollouts(tmp_path):
     pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="recontrol rollout"):
         load_rollouts(tmp_path / "other.parquet")
+    for odd in (b"no JSON", b"[3]"):
+        table = pa.table({"prompt": ["a"]}).replace_schema_metadata({b"hf_recontrol": odd})
+        pq.write_table(table, tmp_path / "other.parquet")
+        for read in (load_rollouts, scoring_of):
+            with pytest.raises(ValueError, match=r"other\.parquet does not hold rollouts"):
+                read(tmp_path / "other.parquet")
     with pytest.raises(OSError, match=r"absent\.parquet"):
         load_rollouts(tmp_path / "absent.parquet")
     (tmp_path / "folder").mkdir()

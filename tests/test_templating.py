@@ -1,15 +1,21 @@
 """Prompts to token ids: the chat template, special tokens in a prompt's own text, and what the template is given."""
 
 import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from typer.testing import CliRunner
 
-from hf_recontrol import encode_prompt
+from hf_recontrol import ReControlForCausalLM, encode_prompt, load_rollouts
+from hf_recontrol.cli import app
 from hf_recontrol.collection.rollouts import generate_rollouts, write_rollouts
 from hf_recontrol.data.prompts import load_prompts
 
+from .conftest import make_head
 from .tiny_models import tiny_model
 from .tiny_tokenizer import byte_tokenizer, chatml_tokenizer, tiny_tokenizer
 
@@ -78,11 +84,14 @@ def test_a_formatted_text_is_taken_as_it_is(chatml, text):
     assert encode_prompt(chatml, text) == expected == encode_prompt(chatml, text, prompt_format="formatted")
 
 
-def test_what_the_template_makes_is_recognised_with_any_arguments(chatml):
+def test_what_the_template_makes_is_recognised_with_any_arguments(chatml, recontrol_warnings):
     for options in ({}, {"enable_thinking": False}):
         for messages in (user("Hi"), [{"role": "system", "content": "Be brief."}, *user("Hi")]):
             ids = templated(chatml, messages, **options)
-            assert encode_prompt(chatml, chatml.decode(ids), chat_template_kwargs=options) == ids
+            assert encode_prompt(chatml, chatml.decode(ids)) == ids
+            assert not recontrol_warnings
+            assert encode_prompt(chatml, chatml.decode(ids), chat_template_kwargs={"enable_thinking": False}) == ids
+            assert "'chat_template_kwargs' reaches no chat template" in recontrol_warnings.pop()
 
 
 def test_the_format_can_be_said(chatml):
@@ -197,13 +206,53 @@ def test_messages_reach_the_template_with_all_that_they_hold(chatml):
     assert "None" not in text
 
 
+def test_a_template_that_knows_parts_alone_gets_the_text(chatml):
+    """As those of Idefics, SmolVLM and LLaVA-NeXT: they write nothing for a text."""
+    chatml.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}: {% for part in m['content'] if part['type'] == 'text' %}"
+        "{{ part['text'] }}{% endfor %}<|im_end|>{% endfor %}<|im_start|>assistant:"
+    )
+    text = "<|im_start|>user: Hi<|im_end|><|im_start|>assistant:"
+    ids = chatml(text)["input_ids"]
+    assert encode_prompt(chatml, "Hi") == encode_prompt(chatml, user("Hi")) == encode_prompt(chatml, text) == ids
+    assert encode_prompt(chatml, user([{"type": "text", "text": "Hi"}])) == ids
+
+
+TRL = find_spec("trl")
+REAL = sorted(Path(TRL.origin).parent.glob("chat_templates/*.jinja")) if TRL else []
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_templates_of_real_models(path, recontrol_warnings):
+    tokenizer = byte_tokenizer()
+    written = path.read_text(encoding="utf-8")
+    marks = sorted(set(re.findall(r"<[|｜][\w▁]+[|｜]>|<(?:start|end)_of_turn>|<end_of_utterance>", written)))
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": marks})
+    tokenizer.chat_template = written
+    ids = encode_prompt(tokenizer, "Hi there")
+    text = tokenizer.decode(ids)
+    assert text.count("Hi there") == 1
+    assert encode_prompt(tokenizer, text) == encode_prompt(tokenizer, text.removeprefix("<bos>")) == ids, "formatted"
+    assert not recontrol_warnings
+    for mark in ["<bos>", *marks]:
+        number = tokenizer.convert_tokens_to_ids(mark)
+        for question in (f"What is {mark}?", f"{mark} is what?"):
+            asked = encode_prompt(tokenizer, question)
+            assert asked.count(number) == ids.count(number) and text.replace("Hi there", question) == tokenizer.decode(
+                asked
+            )
+
+
 def test_a_template_that_prints_parts_or_drops_messages_does_not_go_unnoticed(chatml, recontrol_warnings):
     parts = user([{"type": "text", "text": "Hi"}])
     with pytest.raises(ValueError, match="takes contents as texts, not in parts"):
         encode_prompt(tiny_tokenizer(chat=True), parts)
     chatml.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     encode_prompt(chatml, [{"role": "system", "content": "Be brief."}, *user("Hi")])
-    assert "leaves out or changes a message, such as one of the role 'system'" in recontrol_warnings[0]
+    assert (
+        len(recontrol_warnings) == 1
+        and "leaves out or changes a message, such as one of the role 'system'" in recontrol_warnings[0]
+    )
     chatml.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="does not take the prompt: roles must alternate"):
         encode_prompt(chatml, "Hi")
@@ -259,6 +308,8 @@ def test_every_row_is_templated_by_one_rule_and_a_run_with_another_is_refused(
     assert [r.prompt_ids for r in found] == [encode_prompt(chatml, row, **settings) for row in rows.rows]
     assert [r.columns for r in found] == [{"tools": [TOOL]}, {"tools": None}]
     assert sum("are mentioned" in warning for warning in recontrol_warnings) == 2
+    with pytest.raises(ValueError, match="knows no 'thinking_enabled'"):
+        write_rollouts(tmp_path / "run", model, chatml, rows, chat_template_kwargs={"thinking_enabled": False})
     write_rollouts(tmp_path / "run", model, chatml, rows, **options)
     with pytest.raises(ValueError, match=r"chat_template_kwargs\.enable_thinking was False, is None"):
         write_rollouts(tmp_path / "run", model, chatml, rows, max_new_tokens=2)
@@ -267,3 +318,21 @@ def test_every_row_is_templated_by_one_rule_and_a_run_with_another_is_refused(
     other = load_prompts([{"prompt": "Hi"}, {"prompt": MENTION}])
     with pytest.raises(ValueError, match="prompts was"):
         write_rollouts(tmp_path / "run", model, chatml, other, **options)
+
+
+def test_the_commands_hand_arguments_on(tmp_path, model, chatml):
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    chatml.save_pretrained(base)
+    ReControlForCausalLM.from_model(model, make_head(hidden_size=16)).save_pretrained(tmp_path / "head")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Hi"}\n')
+    run = CliRunner()
+    command = ["rollout", "-m", str(base), "--prompts", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "run")]
+    command += ["--max-new-tokens", "2", "--chat-template-kwargs"]
+    assert run.invoke(app, [*command, '{"enable_thinking": false}'], catch_exceptions=False).exit_code == 0
+    (rollout,) = load_rollouts(tmp_path / "run")
+    assert rollout.prompt_ids == templated(chatml, user("Hi"), enable_thinking=False)
+    generate = ["generate", str(tmp_path / "head"), "Hi", "-m", str(base), "--max-new-tokens", "2", "--step-size", "1"]
+    assert run.invoke(app, [*generate, "--prompt-format", "plain"], catch_exceptions=False).exit_code == 0
+    refused = run.invoke(app, [*generate, "--chat-template-kwargs", '{"thinking": false}'])
+    assert "knows no 'thinking'" in str(refused.exception)

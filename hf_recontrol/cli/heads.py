@@ -45,6 +45,7 @@ def generate(
 
     from ..collection.rollouts import generate_rollouts
     from ..configuration import ControlConfig
+    from ..data.prompts import load_prompts
     from ..heads.resolution import resolve_head_and_base
     from ..pipelines.loading import load_base
 
@@ -68,8 +69,10 @@ def generate(
     controlled, tokenizer = load_base(base, settings, loaded, wanted)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": settings.seed}
     sampling |= {"prompt_format": settings.prompt_format, "chat_template_kwargs": settings.chat_template_kwargs}
-    answers = generate_rollouts(controlled, tokenizer, prompt, control=controlled.control, **sampling)
-    bases = generate_rollouts(controlled, tokenizer, prompt, **sampling) if compare else [None] * len(answers)
+    # A dialogue that was typed up to the middle of an answer is to be gone on with.
+    prompts = load_prompts(prompt, on_answers="keep")
+    answers = generate_rollouts(controlled, tokenizer, prompts, control=controlled.control, **sampling)
+    bases = generate_rollouts(controlled, tokenizer, prompts, **sampling) if compare else [None] * len(answers)
     for answer, base in zip(answers, bases, strict=True):
         if base is not None:
             used = f"{controlled.control.method}, step size {controlled.control.step_size:g}"

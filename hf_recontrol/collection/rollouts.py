@@ -46,21 +46,15 @@ logger = logging.get_logger(__name__)
 
 
 def _encode_all(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Prompts,
-    indices: Sequence[int],
-    settings: SamplingSettings,
-    max_new_tokens: int,
+    encoder: PromptEncoder, model: PreTrainedModel, prompts: Prompts, indices: Sequence[int], max_new_tokens: int
 ) -> tuple[dict[int, list[int]], list[BadRow]]:
     """(token ids of each prompt that the model can take, bad rows)."""
-    encoder = PromptEncoder(tokenizer, settings)
     encoded: dict[int, list[int]] = {}
     bad = []
     for i in indices:
         try:
             ids = encoder.encode(prompts.rows[i])
-            _check_ids(model, tokenizer, ids, max_new_tokens)
+            _check_ids(model, encoder.tokenizer, ids, max_new_tokens)
             # Stored with the response: what cannot be is known before there is one.
             json.dumps(prompts.rows[i])
         except (TypeError, ValueError) as error:
@@ -250,7 +244,8 @@ def generate_rollouts(
         prompts = load_prompts(prompts)
     config = sampling_config(model, tokenizer, settings)
     sampler = _Sampler(model, tokenizer, config, _checked_control(model, control))
-    encoded, bad = _encode_all(model, tokenizer, prompts, range(len(prompts)), settings, config.max_new_tokens)
+    encoder = PromptEncoder(tokenizer, settings)
+    encoded, bad = _encode_all(encoder, model, prompts, range(len(prompts)), config.max_new_tokens)
     report_bad_rows(bad, "error", can_skip=False)
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(settings.num_samples)]
     with progress_bar("rollouts", len(rows), progress) as advance:
@@ -294,6 +289,7 @@ def write_rollouts(
     check_nameable(model)
     config = sampling_config(model, tokenizer, settings)
     sampler = _Sampler(model, tokenizer, config, _checked_control(model, control))
+    encoder = PromptEncoder(tokenizer, settings)
     kept_from = _kept_from(model, settings, config)
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(settings.num_samples)]
     known = {
@@ -317,7 +313,7 @@ def write_rollouts(
             return stage.counts()
         if kept_from is not None:
             make_folder(Path(folder) / KEPT_FOLDER)
-        bad = _write_parts(stage, sampler, prompts, rows, settings, kept_from, progress)
+        bad = _write_parts(stage, sampler, encoder, prompts, rows, settings, kept_from, progress)
         bad_rows = sum(stage.processes.gather(bad))
         more = {"bad_rows": len(prompts.bad_rows) + bad_rows, "dataset": prompts.dataset, "rewards": None}
         more["head_sources"] = {
@@ -340,6 +336,7 @@ def _kept_from(
 def _write_parts(
     stage: StageFolder,
     sampler: _Sampler,
+    encoder: PromptEncoder,
     prompts: Prompts,
     rows: Sequence[tuple[int, int]],
     settings: RolloutSettings,
@@ -352,7 +349,7 @@ def _write_parts(
     # The prompts of finished parts too, so that the count of bad rows does not depend on earlier stops.
     needed = sorted({i for part in parts.values() for i, _ in part})
     max_new_tokens = sampler.config.max_new_tokens
-    encoded, bad = _encode_all(sampler.model, sampler.tokenizer, prompts, needed, settings, max_new_tokens)
+    encoded, bad = _encode_all(encoder, sampler.model, prompts, needed, max_new_tokens)
     report_bad_rows(bad, settings.on_bad_rows)
     missing = stage.missing_parts()
     total = sum(len(part) for part in parts.values())

@@ -44,7 +44,7 @@ class Prompts:
 
     Args:
         rows (`list[dict[str, Any]]`):
-            Rows with `prompt` and further columns, in the source's order.
+            Rows with `prompt` and further columns of what JSON can hold, in the source's order.
         numbers (`list[int]`):
             Each row's number in the source, bad rows counted, so that leaving some out renumbers none.
         bad_rows (`list[BadRow]`):
@@ -342,5 +342,8 @@ def load_prompts(source: Any, settings: PromptSettings | None = None, **changes)
 def _fingerprint(rows: Iterable[dict[str, Any]], numbers: Iterable[int]) -> str:
     digest = hashlib.sha256()
     for row, number in zip(rows, numbers, strict=True):
-        digest.update(json.dumps([number, row], sort_keys=True).encode())
+        try:
+            digest.update(json.dumps([number, row], sort_keys=True).encode())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Row {number} cannot be stored ({error}): read rows with `load_prompts`.") from error
     return digest.hexdigest()

@@ -118,10 +118,10 @@ def save_rollouts(
     rows = []
     for rollout in rollouts:
         row = asdict(rollout) | {"columns": json.dumps(rollout.columns, ensure_ascii=False)}
-        if rollout.control is not None:
-            row["control"] = json.dumps(rollout.control)
         if kind == "json":
             row["prompt"] = json.dumps(rollout.prompt, ensure_ascii=False)
+        if rollout.control is not None:
+            row["control"] = json.dumps(rollout.control)
         if rollout.reward is not None and objectives == 1:
             row["reward"] = rollout.reward[0]
         rows.append(row)
@@ -144,11 +144,10 @@ def load_rollouts(path: str | os.PathLike) -> list[Rollout]:
         raise OSError(f"{path} is no file or folder: make rollouts with `recontrol rollout`.")
     pa = _parquet()
     try:
-        table = pa.parquet.read_table(path)
-        rows = table.to_pylist()
+        rows = pa.parquet.read_table(path).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
-    is_json = _schema_metadata(table.schema).get("prompt") == "json"
+    is_json = _metadata(path).get("prompt") == "json"
     rollouts = []
     for row in rows:
         try:
@@ -190,11 +189,10 @@ def _metadata(path: Path) -> dict[str, Any]:
         schema = pa.parquet.read_schema(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
-    return _schema_metadata(schema)
-
-
-def _schema_metadata(schema: Any) -> dict[str, Any]:
-    return json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+    try:
+        return dict(json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}")))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not hold rollouts ({error}): make them with `recontrol rollout`.") from error
 
 
 def rollout_parts(folder: str | os.PathLike) -> list[Path]:

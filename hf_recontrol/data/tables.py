@@ -44,7 +44,7 @@ def located_rows(source: Any, settings: PromptSettings, left_out: LeftOut) -> Lo
     if hasattr(source, "__arrow_c_stream__") and (hasattr(source, "columns") or hasattr(source, "schema")):
         with needs_extra("train", "Reading tables"):
             import pyarrow
-        return _arrow_rows(pyarrow.table(source).to_batches(), "row", settings, left_out)
+        return _arrow_rows(pyarrow.table(source).to_batches(), "", settings, left_out)
     if isinstance(source, Mapping):
         return _column_rows(source)
     if not _is_sequence(source):
@@ -110,11 +110,11 @@ def without_nulls(value: Any) -> Any:
 
 
 def _arrow_rows(batches: Iterable[Any], source: str, settings: PromptSettings, left_out: LeftOut) -> LocatedRows:
-    """Rows of Arrow's record batches."""
-    number = 0
+    """Rows of Arrow's record batches, which are from the file `source`, if it has a name."""
+    number, name_of_source, before = 0, source or "The table", f"{source}, row" if source else "row"
     for batch in batches:
         names = batch.schema.names
-        check_names(names, settings, left_out, source)
+        check_names(names, settings, left_out, name_of_source)
         columns = {}
         for name, column in zip(names, batch.columns, strict=True):
             if name in left_out:
@@ -124,12 +124,12 @@ def _arrow_rows(batches: Iterable[Any], source: str, settings: PromptSettings, l
             # Values outside of Python's range, keys of one name, time zones that are not known here: many kinds.
             except Exception as error:
                 if name in (settings.prompt_column, "messages"):
-                    raise ValueError(f"{source}: the column {name!r} cannot be read ({error}).") from error
+                    raise ValueError(f"{name_of_source}: the column {name!r} cannot be read ({error}).") from error
                 left_out.add(name, f"it cannot be read ({error})")
         decoded = [name for name in columns if "arrow.json" in str(batch.schema.field(name).type)]
         for i in range(batch.num_rows):
             row = {name: values[i] for name, values in columns.items()}
-            yield f"{source} {number}", _of_arrow(row, settings, decoded)
+            yield f"{before} {number}", _of_arrow(row, settings, decoded)
             number += 1
 
 
@@ -154,7 +154,7 @@ def _parquet_rows(path: Path, settings: PromptSettings, left_out: LeftOut) -> Lo
         import pyarrow
         from pyarrow.parquet import ParquetFile
     try:
-        yield from _arrow_rows(ParquetFile(path).iter_batches(), f"{path}, row", settings, left_out)
+        yield from _arrow_rows(ParquetFile(path).iter_batches(), str(path), settings, left_out)
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} is not a complete Parquet file ({error}).") from error
 

@@ -71,7 +71,13 @@ class PromptEncoder:
         self.tokenizer, self.settings = tokenizer, settings
         self.arguments = inspect.signature(tokenizer.apply_chat_template).parameters
         self._check_arguments(settings.chat_template_kwargs, must_be_known=True)
+        # Templates of models that also take images know parts, and write nothing for a text.
+        self._in_parts = False
         before_user, after_user = self._around(_USER, [{"role": "user", "content": _USER}])
+        if not before_user + after_user:
+            self._in_parts = True
+            before_user, after_user = self._around(_USER, [{"role": "user", "content": _USER}])
+            self._in_parts = bool(before_user + after_user)
         before_system, _ = self._around(
             _SYSTEM, [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
         )
@@ -106,7 +112,17 @@ class PromptEncoder:
 
     def _render(self, messages: list[dict], **options: Any) -> str:
         options = self.settings.chat_template_kwargs | options
+        messages = self._for_template(messages)
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+
+    def _for_template(self, messages: list[dict]) -> list[dict]:
+        """Messages as the template reads them: without nulls, for it asks whether a key is there, and in its parts."""
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        if self._in_parts:
+            for message in messages:
+                if isinstance(message.get("content"), str):
+                    message["content"] = [{"type": "text", "text": message["content"]}]
+        return messages
 
     def _check_arguments(self, arguments: Mapping[str, Any], must_be_known: bool) -> None:
         if not arguments:
@@ -159,7 +175,8 @@ class PromptEncoder:
         """
         prompt, options = row["prompt"], self._options(row)
         if isinstance(prompt, str) and (self.tokenizer.chat_template is None or self.is_formatted(prompt)):
-            for name in options:
+            given = {"chat_template_kwargs": {}} if self.settings.chat_template_kwargs else {}
+            for name in given | options:
                 self._note(_UNREACHED, name)
             ids = self._encode_text(prompt)
         else:
@@ -205,8 +222,6 @@ class PromptEncoder:
         if template is None:
             raise ValueError("The prompt is a list of chat messages, but the tokenizer has no chat template.")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        # Templates ask whether a key is there; a null is not.
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         arguments = options.pop("chat_template_kwargs", {})
         self._check_arguments(arguments, must_be_known=False)
         options |= self.settings.chat_template_kwargs | arguments
@@ -214,10 +229,9 @@ class PromptEncoder:
             self._note(_UNKNOWN, "tools")
         harmless = self._harmless(messages, options.get("tools"))
         try:
-            if not isinstance(prompt, str):
-                self._check_rendering(messages, options)
+            self._check_rendering(messages, options)
             encoded = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, **options, **harmless
+                self._for_template(messages), add_generation_prompt=True, return_dict=True, **options, **harmless
             )
         except Exception as error:  # templates are other people's programs
             raise ValueError(f"the chat template does not take the prompt: {error}") from error
@@ -243,7 +257,7 @@ class PromptEncoder:
         """Raise if a content in parts is printed as Python has it; note messages that are not there as they were."""
         rendered = self._render(messages, **options)
         for message in messages:
-            content = message.get("content", "")
+            content = message.get("content") or ""
             if isinstance(content, list) and str(content) in rendered:
                 raise ValueError("it takes contents as texts, not in parts")
             texts = [part["text"] for part in content] if isinstance(content, list) else [content]
