@@ -417,6 +417,20 @@ def test_containers_of_rows(make):
     assert load_prompts(make()).fingerprint == load_prompts(PAIRS).fingerprint
 
 
+def test_tables_of_other_libraries():
+    class Frame:
+        """What polars shows of a DataFrame."""
+
+        columns = tuple(COLUMNS)
+
+        def __arrow_c_stream__(self, requested_schema=None):
+            return pa.table(COLUMNS).__arrow_c_stream__(requested_schema)
+
+    assert load_prompts(Frame()).rows == PAIRS
+    with pytest.raises(TypeError, match="a pandas, Arrow or polars table"):
+        load_prompts(object())
+
+
 @pytest.mark.parametrize("make", [tuple, np.array, pd.Series, pa.array, pa.chunked_array, iter])
 def test_containers_of_texts(make):
     texts = [["w5", "w6"]] if make is pa.chunked_array else ["w5", "w6"]

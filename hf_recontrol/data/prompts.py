@@ -283,8 +283,8 @@ def load_prompts(source: Any, settings: PromptSettings | None = None, **changes)
     """
     Read prompts and check every row.
 
-    Whatever JSON can hold is kept, and times as ISO texts, durations as seconds, NaN as `None`. A column that cannot
-    be kept, such as images, is left out with a warning.
+    Whatever JSON can hold is kept, and times as ISO texts, durations as seconds, bytes as the UTF-8 that they are, NaN
+    as `None`. A column that cannot be kept, such as images, is left out with a warning.
 
     Args:
         source:
