@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import hashlib
 import importlib
 import inspect
 import math
 import sys
-import textwrap
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.code_fingerprints import UnknownStateError, code_fingerprint
 from ..data.processes import Processes
 from ..data.prompts import Prompt
 from ..utils.extras import needs_extra
@@ -29,6 +28,9 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 # What every reward function can have. Columns of these names are not handed over.
 _GIVEN = ("prompts", "completions", "completion_ids")
+
+# Of hashes of rewards after they were called: the hash before.
+_before_calls: dict[str, str] = {}
 
 
 class MissingColumnError(ValueError):
@@ -125,6 +127,7 @@ class ColumnReward:
 
     def __init__(self, column: str):
         self.column = self.__name__ = column
+        self.fingerprint = f"column {column}"
 
     def __call__(self, **columns) -> list:
         return columns[self.column]
@@ -299,21 +302,27 @@ def _listed(returned: Any) -> Any:
 
 def reward_fingerprint(function: RewardFunction) -> str:
     """
-    A hash that tells a reward from another of the same name: of a classifier's weights, else of the function's own
-    source (not of what it calls).
+    What tells a reward from another of the same name: its `fingerprint`, if it has such a text, else a hash of what
+    it does and holds, see [`code_fingerprint`].
+
+    Raises:
+        [`UnknownStateError`]: if that cannot be known.
     """
-    if isinstance(function, ClassifierReward):
-        return function.fingerprint
-    known = function.func if isinstance(function, partial) else function
-    code = getattr(inspect.unwrap(known), "__code__", None)
-    if code is not None and reward_name(known) == "<lambda>":
-        text = f"{code.co_code} {code.co_consts} {code.co_names}"  # its line holds other things too
-    else:
-        try:
-            text = textwrap.dedent(inspect.getsource(known if code is not None else type(known)))
-        except (OSError, TypeError):  # made in an interpreter, or not in Python
-            text = reward_name(function)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    given = getattr(function, "fingerprint", None)
+    if isinstance(given, str) and given:
+        return given
+    found = code_fingerprint(function)
+    return _before_calls.get(found, found)
+
+
+def note_calls(function: RewardFunction, fingerprint: str | None) -> None:
+    """Remember that a reward of this fingerprint is as it is now because we called it: it may count, or cache."""
+    try:
+        now = reward_fingerprint(function)
+    except UnknownStateError:
+        return
+    if fingerprint is not None and now != fingerprint:
+        _before_calls[now] = fingerprint
 
 
 def by_name(rewards: Sequence[RewardFunction]) -> dict[str, RewardFunction]:

@@ -102,7 +102,7 @@ def fit(
     processes = Processes()
     _check(rows, settings, processes)
     if not (output / "rollouts" / MANIFEST_NAME).exists():
-        try_rewards(list(rewards.values()), rows, settings.on_bad_rows)
+        try_rewards(rewards, rows, settings.on_bad_rows)
     if processes.index == 0:
         check_target(output / "report.html")
         make_folder(output)
