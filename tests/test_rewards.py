@@ -91,31 +91,9 @@ def bert(num_labels: int) -> BertForSequenceClassification:
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=16,
-        max_position_embeddings=12,
         num_labels=num_labels,
     )
     return BertForSequenceClassification(config).eval()
-
-
-def test_a_classifier_scores_batches_as_single_texts_and_cuts_long_ones(tmp_path):
-    tokenizer = tiny_tokenizer()
-    bert(1).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    reward = load_reward(str(tmp_path))
-    completions = ["w5", "w6 w7 w8", " ".join(f"w{i}" for i in range(10, 40))]
-    together = reward(["w9"] * 3, completions)
-    alone = [reward(["w9"], [text])[0] for text in completions]
-    assert together == pytest.approx(alone, abs=1e-6)
-    assert len(set(together)) == 3
-
-
-def test_a_classifier_of_several_labels_needs_one_by_name(tmp_path):
-    with pytest.raises(ValueError, match="`label` must be one of"):
-        ClassifierReward(bert(3), tiny_tokenizer())
-    model = bert(3)
-    scores = [ClassifierReward(model, tiny_tokenizer(), label=f"LABEL_{i}")(["w5"], ["w6"])[0] for i in range(3)]
-    expected = model(**tiny_tokenizer()(["w5"], ["w6"], return_tensors="pt")).logits[0]
-    assert scores == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_bools_numpy_and_one_element_tensors_are_numbers():

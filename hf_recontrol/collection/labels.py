@@ -23,15 +23,14 @@ from ..data.rollouts import Rollout, count_rollouts, load_rollouts, save_rollout
 from ..data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
 from ..settings import LabelSettings
 from ..utils.checks import check_choice
+from .classifiers import ClassifierReward
 from .rewards import (
     ColumnReward,
-    MissingColumnError,
     RewardFunction,
     by_name,
     call_reward,
     check_reward,
     note_calls,
-    reward_column,
     reward_fingerprint,
     reward_name,
 )
@@ -55,24 +54,35 @@ def finite_reward(value: Any) -> float | None:
         return None
 
 
-def check_columns(specs: Sequence[str], prompts: Prompts) -> None:
+def check_rows(rewards: dict[str, RewardFunction], prompts: Prompts, combine_rewards: str = "none") -> None:
     """
-    Check the columns that rewards name, before any response is sampled.
+    Check what is known of each row's reward before any response is sampled: that a column holds it, and that the chat
+    template of a classifier takes the chat.
 
     Raises:
-        `ValueError`: if there is no such column, or it holds something that is no finite number; names the rows.
+        `ValueError`: if not; names the rows.
     """
-    for column in (reward_column(spec, prompts.rows[0]) for spec in specs):
-        if column is None:
-            continue
-        if column not in prompts.rows[0]:
-            raise MissingColumnError(f"The data have no column {column!r}, they have {sorted(prompts.rows[0])}.")
-        bad = [
-            BadRow(f"prompt {number}", f"the column {column} holds {row[column]!r}, expected a finite number")
-            for number, row in zip(prompts.numbers, prompts.rows, strict=True)
-            if finite_reward(row[column]) is None
-        ]
-        report_bad_rows(bad, "error")
+    bad = []
+    for function in rewards.values():
+        for number, row in zip(prompts.numbers, prompts.rows, strict=True):
+            reason = _known_fault(function, row, combine_rewards)
+            if reason is not None:
+                bad.append(BadRow(f"prompt {number}", reason))
+    report_bad_rows(bad, "error")
+
+
+def _known_fault(function: RewardFunction, row: dict[str, Any], combine_rewards: str) -> str | None:
+    if isinstance(function, ColumnReward):
+        value = row[function.column]
+        is_routed = value is None and combine_rewards != "none"
+        if finite_reward(value) is None and not is_routed:
+            return f"the column {function.column} holds {value!r}, expected a finite number"
+    elif isinstance(function, ClassifierReward):
+        try:
+            function.encode(row["prompt"], _TRIED)
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 def try_rewards(rewards: dict[str, RewardFunction], prompts: Prompts, on_bad_rows: str) -> None:
@@ -171,11 +181,11 @@ def _called(
         name = reward_name(function)
         values = call_reward(function, list(prompts), list(completions), list(ids), columns)
         scores.append([finite_reward(value) for value in values])
-        bad |= {
-            row: BadRow(f"{source}, row {row}", f"the reward {name} returned {value!r}, expected a finite number")
-            for row, value in enumerate(values)
-            if value is not None and scores[-1][row] is None
-        }
+        for row, value in enumerate(values):
+            if value is not None and scores[-1][row] is None:
+                said = f"returned {value!r}, expected a finite number"
+                reason = f"the reward {name}: {value}" if isinstance(value, Exception) else f"the reward {name} {said}"
+                bad[row] = BadRow(f"{source}, row {row}", reason)
     return scores, dict(sorted(bad.items()))
 
 

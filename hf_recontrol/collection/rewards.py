@@ -7,6 +7,7 @@ import copy
 import importlib
 import inspect
 import math
+import os
 import sys
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -85,10 +86,10 @@ def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
             The columns that the data have.
 
     Raises:
-        `ValueError`, `OSError`: if there is no such thing.
+        `ValueError`, `OSError`: if there is no such thing, or it is a model but no whole classifier.
     """
-    if (column := reward_column(spec, columns)) is not None:
-        return ColumnReward(column)
+    if spec in columns or spec.startswith("column:"):
+        return ColumnReward(spec if spec in columns else spec.removeprefix("column:"))
     module_name, colon, function_name = spec.partition(":")
     if colon and all(part.isidentifier() for part in module_name.split(".")) and function_name.isidentifier():
         if "" not in sys.path:
@@ -103,7 +104,7 @@ def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
         if not callable(function):
             raise ValueError(f"The module {module_name!r} has no function {function_name!r}.")
         return function
-    name, _, label = spec.partition("#")
+    name, _, label = (spec, "", "") if os.path.isdir(spec) else spec.partition("#")
     try:
         reward = ClassifierReward.from_pretrained(name, label=label or None)
     except OSError as error:
@@ -113,13 +114,6 @@ def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
         ) from error
     reward.model.to(Processes().device)
     return reward
-
-
-def reward_column(spec: str, columns: Collection[str]) -> str | None:
-    """The column that a reward's description names, or `None` if it names something else."""
-    if spec in columns:
-        return spec
-    return spec.removeprefix("column:") if spec.startswith("column:") else None
 
 
 class ColumnReward:
