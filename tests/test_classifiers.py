@@ -185,6 +185,14 @@ def test_a_checkpoint_without_its_whole_head_is_refused(tmp_path):
         load_reward(whole)
 
 
+def test_an_adapter_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    saved(tmp_path / "adapter", peft.get_peft_model(llama(), config))
+    with pytest.raises(ValueError, match="is an adapter: merge it into its base"):
+        load_reward(str(tmp_path / "adapter"))
+
+
 def test_a_label_is_named_as_the_command_names_it(tmp_path):
     folder = saved(tmp_path / "m", llama(num_labels=3))
     with pytest.raises(ValueError, match=r"m has several labels, \['LABEL_0', .*\]: choose one, `.*m#LABEL`"):

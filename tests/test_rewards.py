@@ -229,6 +229,8 @@ def test_a_failing_reward_leaves_the_folder_to_go_on_from(folder):
 
 
 def test_a_folder_without_rollouts_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="No reward is given"):
+        label_rollouts(tmp_path, [])
     with pytest.raises(OSError, match=r"holds no manifest\.json"):
         label_rollouts(tmp_path, [length])
 

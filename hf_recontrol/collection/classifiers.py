@@ -95,11 +95,16 @@ class ClassifierReward:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         shared = {key: kwargs[key] for key in ("token", "revision", "cache_dir", "subfolder") if key in kwargs}
+        if _is_adapter(name_or_path):
+            raise ValueError(
+                f"{name_or_path} is an adapter: merge it into its base (PEFT's `merge_and_unload`), save that with "
+                "its tokenizer, and name that folder."
+            )
         try:
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 name_or_path, **kwargs | {"output_loading_info": True}
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise ValueError(f"{name_or_path} is no sequence classifier: {error}") from error
         if missing := sorted(found["missing_keys"]):
             raise ValueError(
@@ -187,6 +192,11 @@ class ClassifierReward:
                 "their beginning was left out."
             )
         return rewards
+
+
+def _is_adapter(folder: str | os.PathLike) -> bool:
+    names = ("adapter_config.json", "config.json")
+    return [os.path.isfile(os.path.join(folder, name)) for name in names] == [True, False]
 
 
 def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:

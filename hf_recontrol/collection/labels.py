@@ -105,7 +105,8 @@ def try_rewards(rewards: dict[str, RewardFunction], prompts: Prompts, on_bad_row
         if on_bad_rows == "error":
             report_bad_rows(list(bad.values()), on_bad_rows)
     except (RuntimeError, ValueError) as error:
-        raise type(error)(f"{error} (Each reward is tried before sampling, on the answer {_TRIED!r}.)") from error
+        said = f"{error} (Each reward is tried before sampling, on the answer {_TRIED!r}.)"
+        raise type(error)(said) from error.__cause__ or error
     finally:
         for function, fingerprint in zip(rewards.values(), fingerprints, strict=True):
             note_calls(function, fingerprint)
@@ -251,6 +252,8 @@ def label_rollouts(
     if not isinstance(rewards, dict):
         rewards = by_name(rewards)
     check_choice("combine_rewards", combine_rewards, LabelSettings.choices("combine_rewards"))
+    if not rewards:
+        raise ValueError("No reward is given, so there is nothing to score with.")
     folder, names = Path(folder), list(rewards)
     if combine_rewards != "none" and len(names) > 1:
         names = [f"{combine_rewards} of {', '.join(names)}"]

@@ -30,6 +30,8 @@ _OF_CLASSES = {"__dict__", "__weakref__", "__module__", "__doc__", "__qualname__
 _OF_CLASSES |= {"__annotations_cache__", "__firstlineno__", "__static_attributes__", "_abc_impl"}
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, bytearray, type(Ellipsis), type(NotImplemented))
 
+# What `functools.lru_cache` makes of a function.
+_CACHED = type(cache(lambda: None))
 # Modules whose objects are data.
 _OF_DATA = ("collections", "datetime", "decimal", "fractions", "numpy", "pandas", "pathlib", "re")
 
@@ -141,7 +143,7 @@ class _Digest:
 
     def _of_object(self, value: Any) -> bytes:
         """An object by its class and its state, as pickle would take them."""
-        if hasattr(value, "__wrapped__"):  # what `functools.lru_cache` makes
+        if isinstance(value, _CACHED):
             return _join("wrapper", self.of(value.__wrapped__))
         reduce = copyreg.dispatch_table.get(type(value))
         try:
@@ -187,11 +189,11 @@ class _Digest:
                 found.append(_join("absent", name.encode(), bytes(hasattr(builtins, name))))
                 continue
             value = function.__globals__[name]
-            if isinstance(value, (type, types.FunctionType)) or hasattr(value, "__wrapped__") or _is_data(value):
+            if isinstance(value, (type, types.FunctionType, _CACHED)) or _is_data(value):
                 try:
                     found.append(_join("global", name.encode(), self.of(value)))
                     continue
-                except UnknownStateError:
+                except Exception:  # of somebody's object: it counts by its type
                     pass
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             found.append(_join("global", name.encode(), kind.encode()))
@@ -206,7 +208,7 @@ class _Digest:
                 continue
             try:
                 parts.append(_join("attribute", name.encode(), self.of(value)))
-            except UnknownStateError:
+            except Exception:
                 parts.append(_join("attribute", name.encode()))
         return _join("class", *parts)
 

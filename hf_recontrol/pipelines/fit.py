@@ -96,7 +96,7 @@ def fit(
     if not isinstance(model, (str, os.PathLike)):
         check_nameable(model)
         _check_default(settings, LoadingSettings, "loading a base, this one is loaded: leave it out")
-    reward = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
+    reward = list(reward) if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
     rows = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
     rewards = _rewards(reward, rows, settings)
     processes = Processes()
