@@ -1,5 +1,6 @@
 """Sequence classifiers as rewards: what is scored, alone as in a batch, and what is refused."""
 
+import inspect
 import json
 
 import pytest
@@ -22,7 +23,7 @@ from hf_recontrol import ClassifierReward, Rollout, fit, load_reward, score_roll
 from hf_recontrol.collection.rewards import by_name
 
 from .tiny_models import tiny_model
-from .tiny_tokenizer import TEMPLATE, tiny_tokenizer
+from .tiny_tokenizer import TEMPLATE, byte_tokenizer, tiny_tokenizer
 
 SIZES = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = SIZES | {"intermediate_size": 16}
@@ -100,6 +101,17 @@ def test_a_chat_s_score_is_the_model_s_own_at_its_last_token():
     reward = ClassifierReward(model, tokenizer)
     scores = reward([chat[:1], "w9", "w1"], ["w5 w6", "w5 w6", "w5 w6 w7 w8 w9"])
     assert scores[:2] == pytest.approx([expected] * 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("where", ["prompt", "completion"])
+def test_special_tokens_that_a_chat_mentions_are_text(where):
+    reward = ClassifierReward(llama(vocab_size=258), change(byte_tokenizer(), chat_template=TEMPLATE))
+    if "sanitize_control_tokens" not in inspect.signature(reward.tokenizer.apply_chat_template).parameters:
+        pytest.skip("this release of transformers lacks it")
+    texts = {"prompt": "w9", "completion": "w5"} | {where: "w7 <end> w8"}
+    assert reward.encode(**texts)[0]["input_ids"].count(1) == 2, "only those that the template writes"
+    # Here `<end>` is a word like any other.
+    assert ClassifierReward(llama(), tiny_tokenizer(chat=True)).encode(**texts)[0]["input_ids"].count(2) == 3
 
 
 def test_without_a_template_prompt_and_response_are_one_text_as_trl_s_trainer_has_them():

@@ -16,8 +16,8 @@ import torch
 from hf_recontrol import Rollout, load_rollouts, save_rollouts, vader
 from hf_recontrol.collection.labels import label_rollouts
 from hf_recontrol.collection.rewards import load_reward, reward_fingerprint
-from hf_recontrol.data.code_fingerprints import UnknownStateError, code_fingerprint
 from hf_recontrol.data.fingerprints import file_checksum
+from hf_recontrol.utils.code_fingerprints import UnknownStateError, code_fingerprint
 
 RATES = {"good": 1.0}
 
@@ -168,7 +168,7 @@ def test_fingerprints_are_equal_in_every_process(tmp_path):
     (tmp_path / "some_rewards.py").write_text(MODULE)
     program = (
         "import json, some_rewards\n"
-        "from hf_recontrol.data.code_fingerprints import code_fingerprint\n"
+        "from hf_recontrol.utils.code_fingerprints import code_fingerprint\n"
         f"print(json.dumps([code_fingerprint(getattr(some_rewards, name)) for name in {NAMES}]))"
     )
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from ..data.fingerprints import model_fingerprint
 from ..data.prompts import Prompt
+from ..utils.code_fingerprints import model_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,25 +133,25 @@ class ClassifierReward:
         Raises:
             `ValueError`: if the chat template refuses the chat.
         """
-        tokenizer, options = self.tokenizer, {"return_special_tokens_mask": True, "verbose": False}
+        tokenizer = self.tokenizer
         if tokenizer.chat_template is not None:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            chat.append({"role": "assistant", "content": completion})
             try:
-                text = tokenizer.apply_chat_template(
-                    [*chat, {"role": "assistant", "content": completion}], tokenize=False
-                )
+                inputs = self._rendered(chat)
             except Exception as error:  # whatever a template raises
                 raise ValueError(f"the chat template of {self.__name__} refuses this chat: {error}") from error
-            encoded = tokenizer(text, add_special_tokens=False, **options)
+            added = [0] * len(inputs["input_ids"])
         else:
+            options = {"return_special_tokens_mask": True, "verbose": False}
             text = prompt if isinstance(prompt, str) else "\n\n".join(map(_text_of, prompt))
             if self.takes_pairs:
                 encoded = tokenizer(text, completion, **options)
             else:
                 between = "" if isinstance(prompt, str) else "\n\n"
                 encoded = tokenizer(f"{text}{between}{completion}{tokenizer.eos_token or ''}", **options)
-        inputs = dict(encoded)
-        added = inputs.pop("special_tokens_mask")
+            inputs = dict(encoded)
+            added = inputs.pop("special_tokens_mask")
         ids = inputs["input_ids"]
         if self.longest is None or len(ids) <= self.longest:
             return inputs, False
@@ -157,6 +160,18 @@ class ClassifierReward:
         others = sorted(set(range(len(ids))) - set(fixed))
         kept = sorted(fixed + others[len(ids) - self.longest :])
         return {name: [values[i] for i in kept] for name, values in inputs.items()}, True
+
+    def _rendered(self, chat: list[dict[str, Any]]) -> dict[str, list[int]]:
+        """A chat's inputs. Special tokens that its own texts mention are ordinary text, where the tokenizer can."""
+        render = partial(
+            self.tokenizer.apply_chat_template, chat, return_dict=True, tokenizer_kwargs={"verbose": False}
+        )
+        mentioned = any(token in _text_of(message) for message in chat for token in self.tokenizer.all_special_tokens)
+        if mentioned and "sanitize_control_tokens" in inspect.signature(render).parameters:
+            # It fails where the tokenizer reads such a token out of any text.
+            with contextlib.suppress(ValueError):
+                return dict(render(sanitize_control_tokens=True))
+        return dict(render())
 
     def _batch(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         # On the right, so that position embeddings do not depend on the batch.

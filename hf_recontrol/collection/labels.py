@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..data.code_fingerprints import UnknownStateError
 from ..data.fingerprints import file_checksum
 from ..data.processes import Progress, progress_bar
 from ..data.prompts import BadRow, Prompts, report_bad_rows
@@ -23,6 +22,7 @@ from ..data.rollouts import Rollout, count_rollouts, load_rollouts, save_rollout
 from ..data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
 from ..settings import LabelSettings
 from ..utils.checks import check_choice
+from ..utils.code_fingerprints import UnknownStateError
 from .classifiers import ClassifierReward
 from .rewards import (
     ColumnReward,

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.code_fingerprints import UnknownStateError, code_fingerprint
 from ..data.processes import Processes
 from ..data.prompts import Prompt
+from ..utils.code_fingerprints import UnknownStateError, code_fingerprint
 from ..utils.extras import needs_extra
 from .classifiers import ClassifierReward
 
