@@ -262,7 +262,16 @@ def test_fit_refuses_a_reward_before_it_samples(tmp_path, monkeypatch):
 
 
 NAMES = ["prompts", "completions", "completion_ids", "topic", "answer", "absent", "a"]
+MADE = ["function", "method", "object", "coroutine", "partial", "decorated"]
 KINDS = [inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY]
+
+
+def handed_on(function):
+    @wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
 
 
 @st.composite
@@ -286,7 +295,9 @@ def signatures(draw):
 
 
 @settings(max_examples=300, deadline=None)
-@given(signatures(), st.booleans(), st.sampled_from(["function", "method", "object", "coroutine", "partial"]))
+@given(
+    signatures(), st.booleans(), st.sampled_from(["function", "method", "object", "coroutine", "partial", "decorated"])
+)
 def test_no_signature_gets_another_meaning_than_its_names_say(signature, chat, kind):
     noted = {}
     source = "async def reward" if kind == "coroutine" else "def reward"
@@ -305,6 +316,8 @@ def test_no_signature_gets_another_meaning_than_its_names_say(signature, chat, k
         reward = type("Judge", (), {"__call__": reward})()
     elif kind == "partial":
         reward = partial(reward)
+    elif kind == "decorated":
+        reward = handed_on(reward)
     rollouts = rows("a", "bcd", prompt=CHAT if chat else "w5", topic="x", answer=None)
     texts = [[{"role": "assistant", "content": text}] if chat else text for text in ("a", "bcd")]
     there = {

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import inspect
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
 
-from ..data.fingerprints import model_fingerprint
 from ..data.prompts import Prompt
+from ..utils.code_fingerprints import model_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
+
+# Tokenizers without a limit say that they have one far above this.
+_NO_LIMIT = 10**9
 
 
 class ClassifierReward:
@@ -25,9 +36,13 @@ class ClassifierReward:
         label (`str`, *optional*):
             The label whose logit is the reward, by its name in `config.id2label`.
         batch_size (`int`, *optional*, defaults to 32):
-            Texts scored at once; one at a time if tokenizer or model have no padding token.
+            Texts scored at once; one at a time if the model's configuration has no padding token.
 
-    With a chat template prompt and response are scored as a chat; otherwise as a pair of texts.
+    What is scored: with a chat template, prompt and response as a chat. Without one, a pair of texts where the
+    tokenizer puts a separator between them (BERT and its kind); else prompt, response and the end token as one text,
+    which is what TRL's `RewardTrainer` trains on. A text that is longer than the model can read loses its beginning,
+    never its response's end; a warning counts those. In place of the number of a chat that the template refuses stands
+    the error that says why.
 
     Raises:
         `ValueError`: if the model has several labels and `label` is none of them.
@@ -42,66 +57,181 @@ class ClassifierReward:
         label: str | None = None,
         batch_size: int = 32,
     ):
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         labels = model.config.id2label
-        if label is None and len(labels) == 1:
-            self.index = 0
-        elif label in labels.values():
-            self.index = {name: index for index, name in labels.items()}[label]
-        else:
-            raise ValueError(f"`label` must be one of the classifier's {list(labels.values())}, got {label!r}.")
-        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-        if tokenizer.pad_token is None or model.config.pad_token_id is None:
-            self.batch_size = 1
-        self.__name__ = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        if label is None and len(labels) > 1:
+            raise ValueError(
+                f"{name} has several labels, {list(labels.values())}: choose one, `{name}#LABEL` (in Python `label=`)."
+            )
+        if label is not None and label not in labels.values():
+            raise ValueError(f"{name} has no label {label!r}, it has {list(labels.values())}.")
+        self.index = 0 if label is None else {value: index for index, value in labels.items()}[label]
+        self.__name__ = f"{name}#{label}" if len(labels) > 1 else name
+        self.model, self.tokenizer = model.eval(), tokenizer
+        # The model looks for its own padding token, whatever the tokenizer's is.
+        config = model.config.get_text_config()
+        self.pad_id = config.pad_token_id
+        can_pad = self.pad_id is not None and 0 <= self.pad_id < config.vocab_size
+        self.batch_size = batch_size if can_pad else 1
+        self.longest = _longest(model, tokenizer)
+        specials = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
+        self.takes_pairs = tokenizer.sep_token is not None and specials[1] > specials[0]
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, label: str | None = None, **kwargs) -> ClassifierReward:
-        """Load classifier and tokenizer from a folder or the Hub; `kwargs` as for the model's `from_pretrained`."""
+        """
+        Load classifier and tokenizer from a folder or the Hub.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`):
+                The folder or Hub name.
+            label (`str`, *optional*):
+                As for the class.
+            kwargs:
+                As for the model's `from_pretrained`.
+
+        Raises:
+            `ValueError`: if it is no sequence classifier, or its files lack some of the weights. `OSError`: if there
+            is no such model.
+        """
         # Seconds to import, which other rewards do not need.
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         shared = {key: kwargs[key] for key in ("token", "revision", "cache_dir", "subfolder") if key in kwargs}
-        model = AutoModelForSequenceClassification.from_pretrained(name_or_path, **kwargs)
+        if _is_adapter(name_or_path):
+            raise ValueError(
+                f"{name_or_path} is an adapter: merge it into its base (PEFT's `merge_and_unload`), save that with "
+                "its tokenizer, and name that folder."
+            )
+        try:
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                name_or_path, **kwargs | {"output_loading_info": True}
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{name_or_path} is no sequence classifier: {error}") from error
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"{name_or_path} is no sequence classifier, or not a whole one (its configuration says "
+                f"{model.config.architectures}): its files lack {', '.join(missing[:5])}"
+                f"{', ...' if len(missing) > 5 else ''}, which would be random."
+            )
         return cls(model, AutoTokenizer.from_pretrained(name_or_path, **shared), label=label)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the weights and of which label is taken."""
-        return f"{model_fingerprint(self.model)}/{self.index}"
+        """A hash of the weights, of which label is taken, and of the chat template."""
+        template = hashlib.sha256(repr(self.tokenizer.chat_template).encode()).hexdigest()[:8]
+        return f"{model_fingerprint(self.model)}/{self.index}/{template}"
 
-    def _encode(self, prompts: Sequence[Prompt], completions: Sequence[str]):
-        # RoBERTa's kind has two more positions than it has room for tokens; some tokenizers name no limit.
-        limits = [getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length]
-        longest = min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
-        options = {
-            "padding": self.batch_size > 1,
-            # On the right, so that position embeddings do not depend on the batch.
-            "padding_side": "right",
-            "truncation": longest is not None,
-            "max_length": longest,
-            "return_tensors": "pt",
+    def encode(self, prompt: Prompt, completion: str) -> tuple[dict[str, list[int]], bool]:
+        """
+        The model's inputs for one response.
+
+        Returns:
+            `tuple` of the inputs by name, and whether the beginning was left out.
+
+        Raises:
+            `ValueError`: if the chat template refuses the chat.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template is not None:
+            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            chat.append({"role": "assistant", "content": completion})
+            try:
+                inputs = self._rendered(chat)
+            except Exception as error:  # whatever a template raises
+                raise ValueError(f"the chat template of {self.__name__} refuses this chat: {error}") from error
+            added = [0] * len(inputs["input_ids"])
+        else:
+            options = {"return_special_tokens_mask": True, "verbose": False}
+            text = prompt if isinstance(prompt, str) else "\n\n".join(map(_text_of, prompt))
+            if self.takes_pairs:
+                encoded = tokenizer(text, completion, **options)
+            else:
+                between = "" if isinstance(prompt, str) else "\n\n"
+                encoded = tokenizer(f"{text}{between}{completion}{tokenizer.eos_token or ''}", **options)
+            inputs = dict(encoded)
+            added = inputs.pop("special_tokens_mask")
+        ids = inputs["input_ids"]
+        if self.longest is None or len(ids) <= self.longest:
+            return inputs, False
+        # What the tokenizer adds stays where it is.
+        fixed = [i for i, is_added in enumerate(added) if is_added or (i == 0 and ids[0] == tokenizer.bos_token_id)]
+        others = sorted(set(range(len(ids))) - set(fixed))
+        kept = sorted(fixed + others[len(ids) - self.longest :])
+        return {name: [values[i] for i in kept] for name, values in inputs.items()}, True
+
+    def _rendered(self, chat: list[dict[str, Any]]) -> dict[str, list[int]]:
+        """A chat's inputs. Special tokens that its own texts mention are ordinary text, where the tokenizer can."""
+        render = partial(
+            self.tokenizer.apply_chat_template, chat, return_dict=True, tokenizer_kwargs={"verbose": False}
+        )
+        mentioned = any(token in _text_of(message) for message in chat for token in self.tokenizer.all_special_tokens)
+        if mentioned and "sanitize_control_tokens" in inspect.signature(render).parameters:
+            # It fails where the tokenizer reads such a token out of any text.
+            with contextlib.suppress(ValueError):
+                return dict(render(sanitize_control_tokens=True))
+        return dict(render())
+
+    def _batch(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        # On the right, so that position embeddings do not depend on the batch.
+        return {
+            name: pad_sequence(
+                [torch.tensor(inputs[name]) for inputs in encoded],
+                batch_first=True,
+                padding_value=self.pad_id or 0 if name == "input_ids" else 0,
+            ).to(self.model.device)
+            for name in encoded[0]
         }
-        if self.tokenizer.chat_template is not None:
-            chats = [
-                [
-                    *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt),
-                    {"role": "assistant", "content": completion},
-                ]
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ]
-            return self.tokenizer.apply_chat_template(chats, return_dict=True, **options)
-        texts = [p if isinstance(p, str) else "\n\n".join(message["content"] for message in p) for p in prompts]
-        return self.tokenizer(texts, list(completions), **options)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **kwargs) -> list[float]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **kwargs) -> list[float | ValueError]:
+        rewards: list[Any] = [None] * len(prompts)
+        encoded, cut = {}, 0
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                encoded[i], was_cut = self.encode(prompt, completion)
+                cut += was_cut
+            except ValueError as error:
+                rewards[i] = error
         # By length, so that little is spent on padding.
-        order = sorted(range(len(prompts)), key=lambda i: len(completions[i]) + len(str(prompts[i])))
-        rewards = [0.0] * len(prompts)
+        order = sorted(encoded, key=lambda i: len(encoded[i]["input_ids"]))
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            inputs = self._encode([prompts[i] for i in chosen], [completions[i] for i in chosen])
-            logits = self.model(**inputs.to(self.model.device)).logits[:, self.index]
+            logits = self.model(**self._batch([encoded[i] for i in chosen])).logits[:, self.index]
             for i, value in zip(chosen, logits.float().tolist(), strict=True):
                 rewards[i] = value
+        if cut:
+            logger.warning(
+                f"{cut} of {len(prompts)} texts are longer than the {self.longest} tokens that {self.__name__} reads: "
+                "their beginning was left out."
+            )
         return rewards
+
+
+def _is_adapter(folder: str | os.PathLike) -> bool:
+    names = ("adapter_config.json", "config.json")
+    return [os.path.isfile(os.path.join(folder, name)) for name in names] == [True, False]
+
+
+def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many tokens a model can read, or `None` where nothing says so."""
+    limits = [tokenizer.model_max_length]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions > 0:
+        # RoBERTa and its kind count positions from behind the padding token's id.
+        first = [
+            module.padding_idx + 1
+            for name, module in model.named_modules()
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        ]
+        limits.append(positions - max(first, default=0))
+    return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    """The text of a chat message, whose content may also be a list of parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return content or ""

@@ -22,14 +22,15 @@ from ..data.rollouts import Rollout, count_rollouts, load_rollouts, save_rollout
 from ..data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
 from ..settings import LabelSettings
 from ..utils.checks import check_choice
+from ..utils.code_fingerprints import UnknownStateError
+from .classifiers import ClassifierReward
 from .rewards import (
     ColumnReward,
-    MissingColumnError,
     RewardFunction,
     by_name,
     call_reward,
     check_reward,
-    reward_column,
+    note_calls,
     reward_fingerprint,
     reward_name,
 )
@@ -53,44 +54,62 @@ def finite_reward(value: Any) -> float | None:
         return None
 
 
-def check_columns(specs: Sequence[str], prompts: Prompts) -> None:
+def check_rows(rewards: dict[str, RewardFunction], prompts: Prompts, combine_rewards: str = "none") -> None:
     """
-    Check the columns that rewards name, before any response is sampled.
+    Check what is known of each row's reward before any response is sampled: that a column holds it, and that the chat
+    template of a classifier takes the chat.
 
     Raises:
-        `ValueError`: if there is no such column, or it holds something that is no finite number; names the rows.
+        `ValueError`: if not; names the rows.
     """
-    for column in (reward_column(spec, prompts.rows[0]) for spec in specs):
-        if column is None:
-            continue
-        if column not in prompts.rows[0]:
-            raise MissingColumnError(f"The data have no column {column!r}, they have {sorted(prompts.rows[0])}.")
-        bad = [
-            BadRow(f"prompt {number}", f"the column {column} holds {row[column]!r}, expected a finite number")
-            for number, row in zip(prompts.numbers, prompts.rows, strict=True)
-            if finite_reward(row[column]) is None
-        ]
-        report_bad_rows(bad, "error")
+    bad = []
+    for function in rewards.values():
+        for number, row in zip(prompts.numbers, prompts.rows, strict=True):
+            reason = _known_fault(function, row, combine_rewards)
+            if reason is not None:
+                bad.append(BadRow(f"prompt {number}", reason))
+    report_bad_rows(bad, "error")
 
 
-def try_rewards(rewards: Sequence[RewardFunction], prompts: Prompts, on_bad_rows: str) -> None:
+def _known_fault(function: RewardFunction, row: dict[str, Any], combine_rewards: str) -> str | None:
+    if isinstance(function, ColumnReward):
+        value = row[function.column]
+        is_routed = value is None and combine_rewards != "none"
+        if finite_reward(value) is None and not is_routed:
+            return f"the column {function.column} holds {value!r}, expected a finite number"
+    elif isinstance(function, ClassifierReward):
+        try:
+            function.encode(row["prompt"], _TRIED)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def try_rewards(rewards: dict[str, RewardFunction], prompts: Prompts, on_bad_rows: str) -> None:
     """
     Call each reward function once, before any response is sampled, on a made-up answer to the first two prompts.
 
     Raises:
         `ValueError`, `RuntimeError`: as [`score_rollouts`].
     """
-    functions = [function for function in rewards if not isinstance(function, ColumnReward)]
+    rewards = {name: function for name, function in rewards.items() if not isinstance(function, ColumnReward)}
     tried = [
         Rollout(row["prompt"], _TRIED, [0], [0], True, columns={key: row[key] for key in row if key != "prompt"})
         for row in prompts.rows[:2]
     ]
+    fingerprints, unknown = _fingerprints(rewards)
+    if unknown:
+        logger.warning(unknown)
     try:
-        _, bad = _called(tried, functions, "the first prompts")
+        _, bad = _called(tried, list(rewards.values()), "the first prompts")
         if on_bad_rows == "error":
             report_bad_rows(list(bad.values()), on_bad_rows)
     except (RuntimeError, ValueError) as error:
-        raise type(error)(f"{error} (Each reward is tried before sampling, on the answer {_TRIED!r}.)") from error
+        said = f"{error} (Each reward is tried before sampling, on the answer {_TRIED!r}.)"
+        raise type(error)(said) from error.__cause__ or error
+    finally:
+        for function, fingerprint in zip(rewards.values(), fingerprints, strict=True):
+            note_calls(function, fingerprint)
 
 
 def score_rollouts(
@@ -163,11 +182,11 @@ def _called(
         name = reward_name(function)
         values = call_reward(function, list(prompts), list(completions), list(ids), columns)
         scores.append([finite_reward(value) for value in values])
-        bad |= {
-            row: BadRow(f"{source}, row {row}", f"the reward {name} returned {value!r}, expected a finite number")
-            for row, value in enumerate(values)
-            if value is not None and scores[-1][row] is None
-        }
+        for row, value in enumerate(values):
+            if value is not None and scores[-1][row] is None:
+                said = f"returned {value!r}, expected a finite number"
+                reason = f"the reward {name}: {value}" if isinstance(value, Exception) else f"the reward {name} {said}"
+                bad[row] = BadRow(f"{source}, row {row}", reason)
     return scores, dict(sorted(bad.items()))
 
 
@@ -227,16 +246,19 @@ def label_rollouts(
 
     Raises:
         `ValueError`: as [`score_rollouts`]; if the rollouts have other rewards already (also those of a function of
-        the same name whose source differs) and `again` is not set; if a file is damaged. `OSError`: as
+        the same name that does or holds something else) and `again` is not set; if a file is damaged. `OSError`: as
         [`read_manifest`].
     """
     if not isinstance(rewards, dict):
         rewards = by_name(rewards)
     check_choice("combine_rewards", combine_rewards, LabelSettings.choices("combine_rewards"))
+    if not rewards:
+        raise ValueError("No reward is given, so there is nothing to score with.")
     folder, names = Path(folder), list(rewards)
     if combine_rewards != "none" and len(names) > 1:
         names = [f"{combine_rewards} of {', '.join(names)}"]
-    wanted = {"rewards": names, "fingerprints": [reward_fingerprint(function) for function in rewards.values()]}
+    fingerprints, unknown = _fingerprints(rewards)
+    wanted = {"rewards": names, "fingerprints": fingerprints}
     known = read_manifest(folder, "rollouts", "recontrol rollout", complete=False)
     stage = StageFolder(folder, "rollouts", known["settings"], known["num_parts"], ".parquet")
     with stage:
@@ -245,8 +267,8 @@ def label_rollouts(
             raise ValueError(f"The rollouts in {folder} are not finished: run the same `recontrol rollout` again.")
         scoring = known.get("scoring", 0)
         found = {name: known.get(name) for name in wanted}
-        if scoring in scorings and found != wanted and not again:
-            raise ValueError(_other_rewards(folder, found, wanted))
+        if scoring in scorings and (found != wanted or unknown) and not again:
+            raise ValueError(_other_rewards(folder, found, wanted, unknown))
         finished = known["complete"] and known.get("rewards") is not None
         if finished and not again:
             return stage.counts()
@@ -259,7 +281,13 @@ def label_rollouts(
         if stage.processes.index == 0:
             stage.write_manifest(known | {"complete": False, "scoring": scoring} | wanted)
         stage.processes.wait()
-        _score_parts(stage, known, scorings, scoring, rewards, names, on_bad_rows, combine_rewards, progress)
+        if unknown and stage.processes.index == 0:
+            logger.warning(unknown)
+        try:
+            _score_parts(stage, known, scorings, scoring, rewards, names, on_bad_rows, combine_rewards, progress)
+        finally:
+            for function, fingerprint in zip(rewards.values(), fingerprints, strict=True):
+                note_calls(function, fingerprint)
         kept = {"bad_rows": known.get("bad_rows", 0)} | {key: known.get(key) for key in ("dataset", "head_sources")}
         counts = stage.finish(partial(_count_scored, names=names), kept | {"scoring": scoring} | wanted)
         scored = [(name, counts.get(f"scored {name}", 0)) for name in rewards]
@@ -303,12 +331,29 @@ def _score_parts(
             advance(len(rollouts))
 
 
-def _other_rewards(folder: Path, found: dict[str, list], wanted: dict[str, list]) -> str:
+def _fingerprints(rewards: dict[str, RewardFunction]) -> tuple[list[str | None], str]:
+    """(what tells each reward from others, `None` where that cannot be known; what to say of those, or nothing)."""
+    fingerprints, unknown = [], []
+    for name, function in rewards.items():
+        try:
+            fingerprints.append(reward_fingerprint(function))
+        except UnknownStateError as error:
+            fingerprints.append(None)
+            unknown.append(
+                f"Whether the reward {name} is still the same cannot be known later: it holds {error}. Give it a text "
+                f"of your own that changes when it does: `{name}.fingerprint = 'version 1'`."
+            )
+    return fingerprints, " ".join(unknown)
+
+
+def _other_rewards(folder: Path, found: dict[str, list], wanted: dict[str, list], unknown: str) -> str:
     remedy = "Name another folder, or replace the rewards: `recontrol label --again` (`again=True`)."
+    if found["rewards"] == wanted["rewards"] and unknown:
+        return f"The rollouts in {folder} were scored with {found['rewards']}. {unknown} {remedy}"
     if found["rewards"] == wanted["rewards"]:
         return (
-            f"The rollouts in {folder} were scored with {found['rewards']}, but its source or weights are others now. "
-            f"{remedy}"
+            f"The rollouts in {folder} were scored with {found['rewards']}, but its code (or Python's release), what "
+            f"it holds, or its weights are others now. {remedy}"
         )
     return (
         f"The rollouts in {folder} were scored with another reward (there {found['rewards']}, now "

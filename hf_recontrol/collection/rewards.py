@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import hashlib
 import importlib
 import inspect
 import math
+import os
 import sys
-import textwrap
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,6 +19,7 @@ import torch
 
 from ..data.processes import Processes
 from ..data.prompts import Prompt
+from ..utils.code_fingerprints import UnknownStateError, code_fingerprint
 from ..utils.extras import needs_extra
 from .classifiers import ClassifierReward
 
@@ -29,6 +29,9 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 # What every reward function can have. Columns of these names are not handed over.
 _GIVEN = ("prompts", "completions", "completion_ids")
+
+# Of hashes of rewards after they were called: the hash before.
+_before_calls: dict[str, str] = {}
 
 
 class MissingColumnError(ValueError):
@@ -83,10 +86,10 @@ def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
             The columns that the data have.
 
     Raises:
-        `ValueError`, `OSError`: if there is no such thing.
+        `ValueError`, `OSError`: if there is no such thing, or it is a model but no whole classifier.
     """
-    if (column := reward_column(spec, columns)) is not None:
-        return ColumnReward(column)
+    if spec in columns or spec.startswith("column:"):
+        return ColumnReward(spec if spec in columns else spec.removeprefix("column:"))
     module_name, colon, function_name = spec.partition(":")
     if colon and all(part.isidentifier() for part in module_name.split(".")) and function_name.isidentifier():
         if "" not in sys.path:
@@ -101,7 +104,7 @@ def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
         if not callable(function):
             raise ValueError(f"The module {module_name!r} has no function {function_name!r}.")
         return function
-    name, _, label = spec.partition("#")
+    name, _, label = (spec, "", "") if os.path.isdir(spec) else spec.partition("#")
     try:
         reward = ClassifierReward.from_pretrained(name, label=label or None)
     except OSError as error:
@@ -113,18 +116,12 @@ def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
     return reward
 
 
-def reward_column(spec: str, columns: Collection[str]) -> str | None:
-    """The column that a reward's description names, or `None` if it names something else."""
-    if spec in columns:
-        return spec
-    return spec.removeprefix("column:") if spec.startswith("column:") else None
-
-
 class ColumnReward:
     """A column of the data as a reward function."""
 
     def __init__(self, column: str):
         self.column = self.__name__ = column
+        self.fingerprint = f"column {column}"
 
     def __call__(self, **columns) -> list:
         return columns[self.column]
@@ -299,21 +296,27 @@ def _listed(returned: Any) -> Any:
 
 def reward_fingerprint(function: RewardFunction) -> str:
     """
-    A hash that tells a reward from another of the same name: of a classifier's weights, else of the function's own
-    source (not of what it calls).
+    What tells a reward from another of the same name: its `fingerprint`, if it has such a text, else a hash of what
+    it does and holds, see [`code_fingerprint`].
+
+    Raises:
+        [`UnknownStateError`]: if that cannot be known.
     """
-    if isinstance(function, ClassifierReward):
-        return function.fingerprint
-    known = function.func if isinstance(function, partial) else function
-    code = getattr(inspect.unwrap(known), "__code__", None)
-    if code is not None and reward_name(known) == "<lambda>":
-        text = f"{code.co_code} {code.co_consts} {code.co_names}"  # its line holds other things too
-    else:
-        try:
-            text = textwrap.dedent(inspect.getsource(known if code is not None else type(known)))
-        except (OSError, TypeError):  # made in an interpreter, or not in Python
-            text = reward_name(function)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    given = getattr(function, "fingerprint", None)
+    if isinstance(given, str) and given:
+        return given
+    found = code_fingerprint(function)
+    return _before_calls.get(found, found)
+
+
+def note_calls(function: RewardFunction, fingerprint: str | None) -> None:
+    """Remember that a reward of this fingerprint is as it is now because we called it: it may count, or cache."""
+    try:
+        now = reward_fingerprint(function)
+    except UnknownStateError:
+        return
+    if fingerprint is not None and now != fingerprint:
+        _before_calls[now] = fingerprint
 
 
 def by_name(rewards: Sequence[RewardFunction]) -> dict[str, RewardFunction]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..configuration import ControlConfig
 from ..heads.hub import portable_name
+from ..utils.code_fingerprints import model_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,22 +20,6 @@ if TYPE_CHECKING:
 NO_CONTROL = {"control": False, "heads": {}}
 # Of a head's configuration.
 _DECIDES_EDITS = ("activation", "hook_point", "layer", "reward_mean", "reward_std")
-# Values that are hashed of each tensor, evenly spread.
-_VALUES_A_TENSOR = 64
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """
-    A hash of the weights' names, shapes, dtypes and some values of each: tells another checkpoint in the same folder
-    from this one without reading all of it.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        if not tensor.is_meta:
-            values = tensor.detach().flatten()
-            digest.update(repr(values[:: max(1, len(values) // _VALUES_A_TENSOR)].float().cpu().tolist()).encode())
-    return digest.hexdigest()[:16]
 
 
 def model_settings(model: PreTrainedModel) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..collection.kept_states import remove_kept
-from ..collection.labels import check_columns, label_rollouts, try_rewards
+from ..collection.labels import check_rows, label_rollouts, try_rewards
 from ..collection.rewards import RewardFunction, by_name, check_reward, load_reward
 from ..collection.rollouts import write_rollouts
 from ..collection.states import write_states
@@ -96,13 +96,13 @@ def fit(
     if not isinstance(model, (str, os.PathLike)):
         check_nameable(model)
         _check_default(settings, LoadingSettings, "loading a base, this one is loaded: leave it out")
-    reward = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
+    reward = list(reward) if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
     rows = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
-    rewards = _rewards(reward, rows, settings.on_bad_rows)
+    rewards = _rewards(reward, rows, settings)
     processes = Processes()
     _check(rows, settings, processes)
     if not (output / "rollouts" / MANIFEST_NAME).exists():
-        try_rewards(list(rewards.values()), rows, settings.on_bad_rows)
+        try_rewards(rewards, rows, settings.on_bad_rows)
     if processes.index == 0:
         check_target(output / "report.html")
         make_folder(output)
@@ -200,15 +200,15 @@ def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
     return settings
 
 
-def _rewards(reward, prompts: Prompts, on_bad_rows: str) -> dict[str, RewardFunction]:
+def _rewards(reward, prompts: Prompts, settings: FitSettings) -> dict[str, RewardFunction]:
     if not reward or not all(isinstance(item, str) or callable(item) for item in reward):
         raise ValueError(f"`reward` must be functions or their names, got {reward!r}.")
     columns = set(prompts.rows[0]) - {"prompt"}
-    if on_bad_rows == "error":
-        check_columns([item for item in reward if isinstance(item, str)], prompts)
     functions = by_name([load_reward(item, columns) if isinstance(item, str) else item for item in reward])
     for function in functions.values():
         check_reward(function, columns)
+    if settings.on_bad_rows == "error":
+        check_rows(functions, prompts, settings.combine_rewards)
     return functions
 
 

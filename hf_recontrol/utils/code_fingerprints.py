@@ -1,0 +1,244 @@
+"""What a function does and holds, or which weights a model has, as a hash that is the same in every process."""
+
+from __future__ import annotations
+
+import builtins
+import copyreg
+import dis
+import enum
+import hashlib
+import inspect
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from functools import cache, cached_property, partial
+from typing import Any
+
+import torch
+
+_INSTALLED = tuple(
+    os.path.realpath(path) + os.sep
+    for path in {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+)
+_PACKAGE = __name__.partition(".")[0]
+# Made for a class by Python, not written by its author.
+_OF_CLASSES = {"__dict__", "__weakref__", "__module__", "__doc__", "__qualname__", "__annotations__", "__annotate__"}
+_OF_CLASSES |= {"__annotations_cache__", "__firstlineno__", "__static_attributes__", "_abc_impl"}
+_SCALARS = (type(None), bool, int, float, complex, str, bytes, bytearray, type(Ellipsis), type(NotImplemented))
+
+# Values that are hashed of each tensor of a model, evenly spread.
+_VALUES_A_TENSOR = 64
+# What `functools.lru_cache` makes of a function.
+_CACHED = type(cache(lambda: None))
+# Modules whose objects are data.
+_OF_DATA = ("collections", "datetime", "decimal", "fractions", "numpy", "pandas", "pathlib", "re")
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """
+    A hash of the weights' names, shapes, dtypes and some values of each: tells another checkpoint in the same folder
+    from this one without reading all of it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        if not tensor.is_meta:
+            values = tensor.detach().flatten()
+            digest.update(repr(values[:: max(1, len(values) // _VALUES_A_TENSOR)].float().cpu().tolist()).encode())
+    return digest.hexdigest()[:16]
+
+
+class UnknownStateError(ValueError):
+    """Something holds what cannot be compared between processes."""
+
+
+def code_fingerprint(function: Any) -> str:
+    """
+    A hash of what a function, or an object that is called as one, does and holds.
+
+    It covers the code, its constants, defaults, closure, partial arguments and the object's state, and what it uses
+    of modules of the user's own: functions, classes and data. What it reaches as `module.name`, and functions and
+    classes of installed packages, count by name alone. Comments, names of variables and positions in a file do not
+    count; another release of Python does.
+
+    Args:
+        function (`Callable`):
+            The function.
+
+    Raises:
+        [`UnknownStateError`]: if it holds something whose state cannot be read (a lock, a connection, an open file);
+        names that.
+    """
+    try:
+        return _Digest(function).of(function).hex()[:16]
+    except UnknownStateError:
+        raise
+    except Exception as error:  # of somebody's object
+        raise UnknownStateError(f"something that cannot be read ({type(error).__name__}: {error})") from error
+
+
+@cache
+def _is_written_here(module: str | None) -> bool:
+    """Whether a module is the user's: neither of Python, nor of an installed package, nor ours."""
+    if not module or module in sys.builtin_module_names or module.partition(".")[0] == _PACKAGE:
+        return False
+    path = getattr(sys.modules.get(module), "__file__", None)
+    return path is None or not os.path.realpath(path).startswith(_INSTALLED)
+
+
+def _join(kind: str, *parts: bytes) -> bytes:
+    return hashlib.sha256(kind.encode() + b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+
+
+class _Digest:
+    """Hashes of values, each of its kind and of the hashes of what it holds."""
+
+    def __init__(self, root: Any):
+        self.root = root
+        # Of what is being hashed (`None`: it holds itself) or was; the values are kept so that no id is used twice.
+        self.known: dict[int, tuple[Any, bytes | None]] = {}
+
+    def of(self, value: Any) -> bytes:
+        if type(value) in _SCALARS:
+            return _join(type(value).__name__, repr(value).encode("utf-8", "surrogatepass"))
+        if id(value) in self.known:
+            return self.known[id(value)][1] or _join("itself")
+        self.known[id(value)] = value, None
+        try:
+            found = self._of(value)
+        except BaseException:
+            del self.known[id(value)]
+            raise
+        self.known[id(value)] = value, found
+        return found
+
+    def _of(self, value: Any) -> bytes:
+        if isinstance(value, types.CodeType):
+            return self._of_code(value)
+        if isinstance(value, types.FunctionType):
+            return self._of_function(value)
+        if isinstance(value, types.MethodType):
+            return _join("method", self.of(value.__func__), self.of(value.__self__))
+        if isinstance(value, partial):
+            return _join("partial", *map(self.of, (value.func, value.args, value.keywords)))
+        if isinstance(value, type):
+            return self._of_class(value)
+        if isinstance(value, types.ModuleType):
+            return _join("module", value.__name__.encode())
+        if isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType)):
+            owner = value.__self__
+            owner = b"" if owner is None or isinstance(owner, types.ModuleType) else self.of(owner)
+            return _join("builtin", f"{value.__module__}.{value.__qualname__}".encode(), owner)
+        if isinstance(value, torch.nn.Module):
+            return _join("model", self.of(type(value)), model_fingerprint(value).encode())
+        if isinstance(value, torch.Tensor):
+            stored = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            return _join("tensor", f"{value.dtype} {tuple(value.shape)}".encode(), stored.numpy().tobytes())
+        return self._of_container(value)
+
+    def _of_container(self, value: Any) -> bytes:
+        if type(value) in (list, tuple):
+            return _join(type(value).__name__, *map(self.of, value))
+        if type(value) in (set, frozenset):
+            return _join(type(value).__name__, *sorted(map(self.of, value)))
+        if type(value) in (dict, types.MappingProxyType):
+            return _join("dict", *sorted(self.of(key) + self.of(item) for key, item in value.items()))
+        if isinstance(value, enum.Enum):
+            return _join("member", self.of(type(value)), value.name.encode())
+        if isinstance(value, (staticmethod, classmethod)):
+            return _join(type(value).__name__, self.of(value.__func__))
+        if isinstance(value, property):
+            return _join("property", *map(self.of, (value.fget, value.fset, value.fdel)))
+        if isinstance(value, cached_property):
+            return _join("cached_property", self.of(value.func))
+        return self._of_object(value)
+
+    def _of_object(self, value: Any) -> bytes:
+        """An object by its class and its state, as pickle would take them."""
+        if isinstance(value, _CACHED):
+            return _join("wrapper", self.of(value.__wrapped__))
+        reduce = copyreg.dispatch_table.get(type(value))
+        try:
+            reduced = value.__reduce_ex__(4) if reduce is None else reduce(value)
+        except Exception as error:
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise UnknownStateError(f"an object of {kind}, whose state cannot be compared ({error})") from error
+        if isinstance(reduced, str):
+            return _join("global", f"{type(value).__module__}.{reduced}".encode())
+        made_by, arguments, *rest = reduced
+        state = [list(part) if isinstance(part, Iterator) else part for part in rest]
+        return _join("object", self.of(type(value)), self.of(made_by), self.of(arguments), self.of(state))
+
+    def _of_function(self, function: types.FunctionType) -> bytes:
+        is_own = _is_written_here(function.__module__)
+        if not is_own and function is not self.root and function.__qualname__.isidentifier():
+            return _join("named", f"{function.__module__}.{function.__qualname__}".encode())
+        held = [function.__defaults__, function.__kwdefaults__, vars(function)]
+        cells = [self._of_cell(cell) for cell in function.__closure__ or ()]
+        used = self._used_globals(function) if is_own else []
+        return _join("function", self.of(function.__code__), *map(self.of, held), *cells, *used)
+
+    def _of_cell(self, cell: types.CellType) -> bytes:
+        try:
+            return self.of(cell.cell_contents)
+        except ValueError as error:
+            if isinstance(error, UnknownStateError):
+                raise
+            return _join("empty")
+
+    def _of_code(self, code: types.CodeType) -> bytes:
+        numbers = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+        # The names of arguments matter, since they are given by name.
+        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        # The functions and comprehensions in it are constants.
+        held = (numbers, arguments, code.co_consts, code.co_names, getattr(code, "co_exceptiontable", b""))
+        return _join("code", code.co_code, *map(self.of, held))
+
+    def _used_globals(self, function: types.FunctionType) -> list[bytes]:
+        found = []
+        for name in sorted(set(_global_names(function.__code__))):
+            if name not in function.__globals__:
+                found.append(_join("absent", name.encode(), bytes(hasattr(builtins, name))))
+                continue
+            value = function.__globals__[name]
+            if isinstance(value, (type, types.FunctionType, _CACHED)) or _is_data(value):
+                try:
+                    found.append(_join("global", name.encode(), self.of(value)))
+                    continue
+                except Exception:  # of somebody's object: it counts by its type
+                    pass
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            found.append(_join("global", name.encode(), kind.encode()))
+        return found
+
+    def _of_class(self, cls: type) -> bytes:
+        if not _is_written_here(cls.__module__):
+            return _join("class", f"{cls.__module__}.{cls.__qualname__}".encode())
+        parts = [cls.__qualname__.encode(), *map(self.of, cls.__bases__)]
+        for name, value in sorted(vars(cls).items()):
+            if name in _OF_CLASSES or (inspect.isdatadescriptor(value) and not isinstance(value, property)):
+                continue
+            try:
+                parts.append(_join("attribute", name.encode(), self.of(value)))
+            except Exception:
+                parts.append(_join("attribute", name.encode()))
+        return _join("class", *parts)
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _global_names(constant)
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a global value is data or the user's own object, not a client, a logger or the like of a package."""
+    if isinstance(value, (*_SCALARS, list, tuple, set, frozenset, dict, partial, torch.Tensor, torch.nn.Module)):
+        return True
+    module = type(value).__module__
+    return module.partition(".")[0] in _OF_DATA or _is_written_here(module)

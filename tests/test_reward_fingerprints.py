@@ -1,0 +1,246 @@
+"""What tells a reward from another of the same name: what it does and holds, equal in every process."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_recontrol import Rollout, load_rollouts, save_rollouts, vader
+from hf_recontrol.collection.labels import label_rollouts
+from hf_recontrol.collection.rewards import load_reward, reward_fingerprint
+from hf_recontrol.data.fingerprints import file_checksum
+from hf_recontrol.utils.code_fingerprints import UnknownStateError, code_fingerprint
+
+RATES = {"good": 1.0}
+
+
+def base(completions, k=1, **columns):
+    return [float(k) for _ in completions]
+
+
+def weighted(factor):
+    def reward(completions):
+        return [factor * RATES["good"] for _ in completions]
+
+    return reward
+
+
+class Judge:
+    """Called like a function."""
+
+    def __init__(self, threshold, words=()):
+        self.threshold, self.words = threshold, set(words)
+
+    def __call__(self, completions):
+        return [self._score(text) for text in completions]
+
+    def _score(self, text):
+        return self.threshold + len(self.words.intersection(text.split()))
+
+    def method(self, completions):
+        return self(completions)
+
+
+@dataclasses.dataclass
+class Settings:
+    rate: float
+    table: np.ndarray = None
+
+    def __call__(self, completions):
+        return [self.rate for _ in completions]
+
+
+@pytest.mark.parametrize(
+    ("make", "values"),
+    [
+        (lambda v: partial(base, k=v), (1, 5)),
+        (lambda v: partial(base, k=v), (1, True)),
+        (lambda v: partial(partial(base, k=2), extra=v), (1, 2)),
+        (weighted, (1.0, 2.0)),
+        (Judge, (1, 2)),
+        (lambda v: Judge(1, v).method, (["a", "b"], ["a", "c"])),
+        (lambda v: Settings(1.0, v), (np.zeros(3), np.ones(3))),
+        (lambda v: Settings(1.0, v), (torch.zeros(2), torch.zeros(2, dtype=torch.int32))),
+        (lambda v: lambda completions, k=v: [k], (1, 2)),
+        (lambda v: lambda completions, *, k=v: [k], ({"a": 1}, {"a": 2})),
+        (lambda v: eval(f"lambda completions: [{v} for _ in completions]"), (1, 2)),
+        (lambda v: eval(f"lambda completions: sum(x in {v} for x in completions)"), ({"a", "b"}, {"a", "c"})),
+        (lambda v: eval(f"lambda {v}: [1.0 for _ in completions]"), ("completions, topic", "completions, subject")),
+        (lambda v: lru_cache(weighted(v)), (1, 2)),
+        (lambda v: weighted(v), (str.lower, str.upper)),
+    ],
+)
+def test_rewards_that_do_or_hold_something_else_differ_and_equal_ones_do_not(make, values):
+    first, second = values
+    assert reward_fingerprint(make(first)) == reward_fingerprint(make(first))
+    assert reward_fingerprint(make(first)) != reward_fingerprint(make(second))
+
+
+def test_data_and_helpers_of_the_same_module_count(monkeypatch):
+    before = reward_fingerprint(weighted(1.0)), reward_fingerprint(Judge(1))
+    monkeypatch.setitem(RATES, "good", 2.0)
+    assert reward_fingerprint(weighted(1.0)) != before[0]
+    monkeypatch.setattr(Judge, "_score", lambda self, text: 0.0)
+    assert reward_fingerprint(Judge(1)) != before[1]
+
+
+def test_what_cannot_be_compared_is_named_but_not_where_it_is_only_a_global_of_the_module():
+    judge = Judge(1)
+    judge.lock = threading.Lock()
+    with pytest.raises(UnknownStateError, match=r"an object of _thread\.lock"):
+        code_fingerprint(judge)
+    space = {"__name__": "somebodys", "LOCK": threading.Lock()}
+    exec("def reward(completions):\n    with LOCK:\n        return [1.0 for _ in completions]", space)
+    assert code_fingerprint(space["reward"]) == code_fingerprint(space["reward"])
+
+
+def test_what_holds_itself_has_a_fingerprint():
+    def loop(completions, depth=0):
+        return loop(completions, depth + 1)
+
+    judge = Judge(1)
+    judge.me = [judge]
+    assert len({reward_fingerprint(loop), reward_fingerprint(judge), reward_fingerprint(Judge(1))}) == 3
+
+
+def test_a_text_of_the_author_s_own_stands_for_it():
+    judge = Judge(1)
+    judge.lock, judge.fingerprint = threading.Lock(), "version 1"
+    assert reward_fingerprint(judge) == "version 1"
+
+
+MODULE = """
+import dataclasses, enum, logging, pathlib, re, threading
+from functools import lru_cache, partial, wraps
+
+WORDS = {"alpha", "beta", "gamma", "delta"}
+PATTERN = re.compile("a+")
+LOCK = threading.Lock()
+log = logging.getLogger("x")
+
+class Level(enum.Enum):
+    LOW = 1
+    HIGH = 2
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    level: Level = Level.LOW
+    words: frozenset = frozenset(WORDS)
+    path: pathlib.Path = pathlib.Path("a")
+
+class Judge:
+    shared = Config()
+    def __init__(self, k): self.k, self.seen, self.raw = k, set(WORDS), object()
+    def __call__(self, completions): return [self.k for _ in completions if PATTERN.search("a")]
+
+def twice(function):
+    @wraps(function)
+    def wrapper(*args, **kwargs): return [2 * x for x in function(*args, **kwargs)]
+    return wrapper
+
+@lru_cache
+def helper(text):
+    return sum(word in {"x", "y", "zz"} for word in text.split())
+
+def plain(completions, config=Config()):
+    with LOCK:
+        log.info("called")
+        return [float(helper(text)) for text in completions]
+
+comprehended = lambda completions: [sum(w in WORDS for w in text.split()) for text in completions]
+nested = lambda completions: (lambda f: [f(x) for x in completions])(lambda x: {w: 1 for w in x} and 1.0)
+decorated = twice(plain)
+bound = Judge(3)
+part = partial(plain, config=Config(Level.HIGH))
+"""
+NAMES = ("plain", "comprehended", "nested", "decorated", "bound", "part")
+
+
+def test_fingerprints_are_equal_in_every_process(tmp_path):
+    (tmp_path / "some_rewards.py").write_text(MODULE)
+    program = (
+        "import json, some_rewards\n"
+        "from hf_recontrol.utils.code_fingerprints import code_fingerprint\n"
+        f"print(json.dumps([code_fingerprint(getattr(some_rewards, name)) for name in {NAMES}]))"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path},
+        )
+        for seed in ("1", "2")
+    ]
+    first, second = (json.loads(process.communicate()[0].splitlines()[-1]) for process in started)
+    assert first == second and len(set(first)) == len(NAMES)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A finished folder of rollouts, written by hand."""
+    path = tmp_path / "r" / "part-00000.parquet"
+    save_rollouts([Rollout("w5", f"w{i}", [5], [6], False) for i in range(4)], path)
+    manifest = {
+        "format_version": 1,
+        "kind": "rollouts",
+        "settings": {},
+        "num_parts": 1,
+        "complete": True,
+        "parts": {path.name: file_checksum(path)},
+        "rewards": None,
+        "counts": {},
+    }
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    return path.parent
+
+
+def test_scores_of_another_partial_are_not_kept(folder):
+    label_rollouts(folder, [partial(base, k=1)])
+    with pytest.raises(ValueError, match=r"scored with \['base'\], but its code .* what it holds.*--again"):
+        label_rollouts(folder, [partial(base, k=5)])
+    label_rollouts(folder, [partial(base, k=5)], again=True)
+    assert all(r.reward == [5.0] for r in load_rollouts(folder))
+
+
+def test_a_reward_that_counts_its_calls_is_still_the_same(folder):
+    class Counting(Judge):
+        def __call__(self, completions):
+            self.threshold += 1
+            return [1.0 + i for i in range(len(completions))]
+
+    judge = Counting(0)
+    counts = label_rollouts(folder, [judge])
+    assert judge.threshold == 1 and label_rollouts(folder, [judge]) == counts and judge.threshold == 1
+    judge.threshold = 7
+    with pytest.raises(ValueError, match="what it holds"):
+        label_rollouts(folder, [judge])
+
+
+def test_a_reward_that_cannot_be_known_is_scored_once_with_a_warning_and_then_asks_for_a_name(folder, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_recontrol.collection.labels.logger.warning", warnings.append)
+    judge = Judge(1)
+    judge.lock = threading.Lock()
+    label_rollouts(folder, [judge])
+    assert len(warnings) == 1 and "Judge.fingerprint = 'version 1'" in warnings[0]
+    with pytest.raises(ValueError, match=r"cannot be known later: it holds an object of _thread\.lock.*--again"):
+        label_rollouts(folder, [judge])
+    judge.fingerprint = "version 1"
+    label_rollouts(folder, [judge], again=True)
+    label_rollouts(folder, [judge])
+    assert len(warnings) == 1
+
+
+def test_a_column_and_our_own_rewards_have_one():
+    assert reward_fingerprint(load_reward("column:a")) != reward_fingerprint(load_reward("column:b"))
+    assert reward_fingerprint(vader) == reward_fingerprint(vader)
