@@ -57,7 +57,7 @@ class ControlledGenerationMixin:
             `ValueError`: if the head, the control and the generation mode do not go together.
             `FloatingPointError`: if a state is not finite, or control made it so.
         """
-        self._follow()
+        self._recontrol.follow(self)
         with self._recontrol.call(control, value_heads, generating=True):
             return super().generate(*args, **kwargs)
 
@@ -69,7 +69,7 @@ class ControlledGenerationMixin:
         **kwargs,
     ):
         """[`~transformers.GenerationMixin.generate_batch`] (continuous batching) under control."""
-        self._follow()
+        self._recontrol.follow(self)
         with self._recontrol.call(control, value_heads):
             return super().generate_batch(*args, **kwargs)
 
@@ -88,7 +88,7 @@ class ControlledGenerationMixin:
             `ValueError`: for step sizes or weights per row, and for a head on a layer other than the last.
         """
         hooks = self._recontrol
-        self._follow()
+        self._recontrol.follow(self)
         with hooks.call(control, value_heads):
             active, weights = hooks.settings.active_control(), hooks.settings.active_weights()
             if by_row := hooks.settings.by_row():
@@ -106,9 +106,6 @@ class ControlledGenerationMixin:
             function = getattr(type(manager), name).__get__(manager)
             setattr(manager, name, _with_settings(hooks, active, weights, function))
         return manager
-
-    def _follow(self) -> None:
-        self._recontrol.follow(self, next(iter(self.value_heads.values())).config)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         hooks = self._recontrol
