@@ -177,6 +177,7 @@ def test_a_copy_is_controlled_right_away(change, hook_point, clone):
     assert torch.equal(logits(other.unload(), ids), logits(base, ids))
 
 
+@pytest.mark.usefixtures("recontrol_warnings")  # with an adapter a head names no base
 @every_hook_point
 @pytest.mark.parametrize("change", ["resize", "set_output_embeddings", "another_layer", "add_adapter"])
 def test_a_trainer_s_checkpoint_and_a_saved_head_hold_what_is_there(change, hook_point, tmp_path):
