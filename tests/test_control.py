@@ -520,6 +520,12 @@ def replace_data(head):
     head.value_mlp.layers[0].weight.data = head.value_mlp.layers[0].weight.data + 0.3
 
 
+def edit_data(head):
+    """Past every version counter; no bias changes."""
+    for layer in head.value_mlp.layers:
+        layer.weight.data.mul_(1.5)
+
+
 def replace_a_layer(head):
     head.value_mlp.layers[0] = nn.Linear(head.config.hidden_size, 12)
 
@@ -553,6 +559,7 @@ CHANGES = {
     "foreach AdamW": take_an_optimizer_step(torch.optim.AdamW, foreach=True),
     "replaced weight": replace_a_weight,
     "replaced data": replace_data,
+    "data in place": edit_data,
     "replaced layer": replace_a_layer,
     "load_state_dict": load_weights,
     "load_state_dict assign": assign_weights,
@@ -578,6 +585,39 @@ def test_a_head_that_changed_is_noticed(name, dtype):
     # And noticed again.
     CHANGES["in place"](head)
     assert torch.equal(controller.edit(states, control, 0.5), Controller(head).edit(states, control, 0.5))
+
+
+def test_an_edit_through_data_is_noticed_for_the_advantage_too():
+    head, control = make_head(hook_point="lm_head", advantage_sizes=[8]), ControlConfig("advantage")
+    states, controller = torch.randn(3, 16), Controller(head)
+    before = controller.edit(states, control, 0.5)
+    head.advantage_mlp.layers[0].weight.data.mul_(1.5)
+    after = controller.edit(states, control, 0.5)
+    assert torch.equal(after, Controller(head).edit(states, control, 0.5)) and not torch.equal(after, before)
+
+
+def test_prepared_tensors_are_bounded_in_bytes_and_the_last_used_stay(monkeypatch):
+    controller, control = Controller(make_head()), ControlConfig(num_steps=5)
+    states = torch.randn(3, 16)
+    for number in range(4):
+        controller.add(str(number), make_head(seed=number))
+
+    def edit(name):
+        controller.edit(states, control, 0.5, {name: 1.0})
+        return [names for _, _, (names,), _ in controller._plans]
+
+    edit("0")
+    (_, plan), *_ = controller._plans.values()
+    tensors = [plan.gram, *(x for head in plan.heads for pair in [*head.layers, head.out] for x in pair)]
+    size = sum(x.numel() * x.element_size() for x in tensors)
+    assert size < plan.num_bytes < 1.2 * size + 400
+    monkeypatch.setattr(hf_recontrol.control.controller, "_MAX_BYTES", 3 * plan.num_bytes)
+    assert edit("1") == ["0", "1"]
+    assert edit("2") == ["0", "1", "2"]
+    assert edit("0") == ["1", "2", "0"], "used again"
+    assert edit("3") == ["2", "0", "3"], "the least recently used one goes"
+    monkeypatch.setattr(hf_recontrol.control.controller, "_MAX_BYTES", 1)
+    assert edit("1") == ["1"], "what is used is kept, whatever its size"
 
 
 def test_a_head_that_did_not_change_is_prepared_once(monkeypatch):

@@ -15,7 +15,7 @@ from ..configuration import ControlConfig
 from ..data.fingerprints import NO_CONTROL, control_settings, head_fingerprint
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
-from ..modeling.generation import check_causal, read_padding, with_positions
+from ..modeling.generation import check_causal, input_device, read_padding, with_positions
 
 
 def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, side: str, device) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ def teacher_forced(
         were drawn from.
     """
     # Padding on the right: under causal attention it changes nothing before it.
-    inputs = pad_batch([r.prompt_ids + r.completion_ids for r in rollouts], 0, "right", model.device)
+    inputs = pad_batch([r.prompt_ids + r.completion_ids for r in rollouts], 0, "right", input_device(model))
     first = 0
     if keep_logits and model._supports_logits_to_keep():
         first = min(len(r.prompt_ids) for r in rollouts) - 1

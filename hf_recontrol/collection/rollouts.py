@@ -26,6 +26,7 @@ from ..data.stage_folder import StageFolder
 from ..data.templating import PromptEncoder
 from ..heads.base_model import check_nameable, check_type
 from ..modeling.causal_lm import ReControlForCausalLM
+from ..modeling.generation import input_device
 from ..modeling.hook_points import HookPoint, lm_head_rows
 from ..settings import RolloutSettings, SamplingSettings
 from ..utils.files import make_folder
@@ -133,12 +134,13 @@ class _Sampler:
     ) -> list[tuple[str, list[int], bool]]:
         """Of each prompt of one batch: the response's text, its tokens, whether it ended by itself."""
         model, options = self.model, dict(self.options)
-        inputs = pad_batch(prompts, self.config.pad_token_id, "left", model.device)
+        device = input_device(model)
+        inputs = pad_batch(prompts, self.config.pad_token_id, "left", device)
         width = inputs["input_ids"].shape[1]
         if self.stop_strings:
             options["stopping_criteria"] = [StopStrings(self.tokenizer, self.stop_strings, width)]
         first = [] if keeper is None else [keeper]
-        last = [RowSampler(seeds, model.device)] if self.config.do_sample else []
+        last = [RowSampler(seeds, device)] if self.config.do_sample else []
         if first or last:
             options["custom_generate"] = draw_with(first=first, last=last)
         with nullcontext() if keeper is None else keeper.reading():

@@ -17,8 +17,10 @@ from .static import Static
 
 # Rows edited at once: bounds the memory of a long teacher-forced forward to a few arrays of this many rows.
 _MAX_ROWS = 4096
-# Mixtures whose tensors are kept: each has a Gram matrix of its own.
-_MAX_PLANS = 8
+# Bytes of prepared tensors that are kept, the last used ones first: each mixture has a Gram matrix of its own.
+_MAX_BYTES = 2**30
+# Of a matrix so many rows and columns are looked at, to notice that it has changed.
+_SAMPLED = 8
 DEFAULT_NAME = "default"
 
 METHODS: dict[str, ControlMethod] = {"ascent": Ascent(), "advantage": Advantage(), "static": Static()}
@@ -32,17 +34,23 @@ class _Snapshot:
 
     def __init__(self, tensors: list[torch.Tensor]):
         self.identities = [self._identity(tensor) for tensor in tensors]
-        # Fused optimizers do not count the version up, but they change the biases.
-        self.vectors = [tensor.detach().clone() for tensor in tensors if tensor.ndim == 1]
+        # Neither fused optimizers nor edits through `.data` count the version up.
+        self.values = [self._some_values(tensor).clone() for tensor in tensors]
 
     @staticmethod
     def _identity(tensor: torch.Tensor) -> tuple[int, int]:
         # A change in place gives another version, a replaced tensor has another address.
         return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
+    @staticmethod
+    def _some_values(tensor: torch.Tensor) -> torch.Tensor:
+        """A vector whole, of a matrix an evenly spread few: to read all of it at each token would take too long."""
+        steps = [max(1, size // _SAMPLED) for size in tensor.shape] if tensor.ndim > 1 else [1]
+        return tensor.detach()[tuple(slice(None, None, step) for step in steps)]
+
     def matches(self, tensors: list[torch.Tensor]) -> bool:
         return self.identities == [self._identity(tensor) for tensor in tensors] and all(
-            map(torch.equal, self.vectors, (tensor for tensor in tensors if tensor.ndim == 1))
+            map(torch.equal, self.values, map(self._some_values, tensors))
         )
 
 
@@ -80,7 +88,8 @@ class Controller:
 
     def __init__(self, head: nn.Module):
         self.heads = {DEFAULT_NAME: head}
-        # One plan for each device, dtype, set of heads and need of a Gram matrix, with what the heads were then.
+        # One plan for each device, dtype, set of heads and need of a Gram matrix, with what the heads were then; the
+        # last used one stands last.
         self._plans: dict[tuple[torch.device, torch.dtype, tuple[str, ...], bool], tuple[_Snapshot, Plan]] = {}
         # The plan used last, and what for: traced code can neither build nor look one up.
         self._last: tuple[tuple[str, ...], bool, Plan] | None = None
@@ -213,9 +222,17 @@ class Controller:
         if known is None or not known[0].matches(tensors):
             with torch.inference_mode(False):
                 plan = build_plan([self.heads[name] for name in names], device, dtype, with_gram)
-                known = self._plans[slot] = (_Snapshot(tensors), plan)
-            for oldest in list(self._plans)[:-_MAX_PLANS]:
-                self._plans.pop(oldest, None)
+                known = (_Snapshot(tensors), plan)
+            # Room for it, whatever its own size.
+            self._plans.pop(slot, None)
+            room = _MAX_BYTES - plan.num_bytes
+            for other, (_, kept) in reversed(list(self._plans.items())):
+                room -= kept.num_bytes
+                if room < 0:
+                    self._plans.pop(other, None)
+        if self._last is None or known[1] is not self._last[2]:
+            self._plans.pop(slot, None)
+            self._plans[slot] = known
         self._last = names, with_gram, known[1]
         return known[1]
 

@@ -72,6 +72,16 @@ class Plan:
         return all(head.is_one_relu or head.is_linear for head in self.heads)
 
     @property
+    def num_bytes(self) -> int:
+        """Memory of all tensors."""
+        tensors = [] if self.gram is None else [self.gram]
+        for head in self.heads:
+            pairs = [*head.layers, head.out, *([head.eigen] if head.eigen else []), *(head.advantage or [])]
+            vectors = [head.mean, head.scale, head.out_sum, *([] if head.static is None else [head.static])]
+            tensors += [*vectors, *(tensor for pair in pairs for tensor in pair)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
     def widths(self) -> list[int]:
         """Units of each head's first layer."""
         return [head.width for head in self.heads]

@@ -246,7 +246,7 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         Raises:
             `ValueError`: if a row is padded on a side where this model reads the padding although it is masked.
         """
-        self._follow()
+        self._recontrol.follow(self)
         head = self._one_head(value_head)
         if self.hook_point.layer is not None and self._supports_logits_to_keep():
             kwargs.setdefault("logits_to_keep", 1)
@@ -315,6 +315,10 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
     def __setattr__(self, name, value):
         # TRL's trainers give the model a `forward` that reads the LM head's weight past every hook on it.
         super().__setattr__(name, controlled_forward(value) if name == "forward" else value)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._recontrol.in_use = True
 
     def __reduce_ex__(self, protocol):
         # The dynamic class has no importable name, so the copy is rebuilt from the base's. Also what deepcopy uses.

@@ -16,6 +16,8 @@ from functools import wraps
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from .hook_points import find_lm_head, uses_its_weight
+
 if TYPE_CHECKING:
     from .causal_lm import ReControlForCausalLM
 
@@ -38,6 +40,13 @@ def controlled_forward(forward: Any) -> Any:
         hook_point = getattr(self, "hook_point", None)  # a base has none
         if not fused_lm_head or hook_point is None or hook_point.layer is not None:
             return fused(self, *args, fused_lm_head=fused_lm_head, **kwargs)
+        lm_head = find_lm_head(self)
+        if not uses_its_weight(lm_head):
+            raise ValueError(
+                f"TRL multiplies by the weight of the LM head, a {type(lm_head).__name__}, but the logits do not come "
+                "of that weight alone (an adapter on it, or it is quantised or offloaded): leave the LM head as it "
+                "is, and put adapters on other modules."
+            )
         with _edit_backbone_output(self):
             return fused(self, *args, fused_lm_head=True, **kwargs)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..configuration import ControlConfig
 from .call_settings import HeadWeights
+from .hook_points import in_eval
 from .hooks import ControlHooks
 
 # The probe for padding: rows of so many tokens, beside as much padding.
@@ -56,7 +57,7 @@ class ControlledGenerationMixin:
             `ValueError`: if the head, the control and the generation mode do not go together.
             `FloatingPointError`: if a state is not finite, or control made it so.
         """
-        self._follow()
+        self._recontrol.follow(self)
         with self._recontrol.call(control, value_heads, generating=True):
             return super().generate(*args, **kwargs)
 
@@ -68,7 +69,7 @@ class ControlledGenerationMixin:
         **kwargs,
     ):
         """[`~transformers.GenerationMixin.generate_batch`] (continuous batching) under control."""
-        self._follow()
+        self._recontrol.follow(self)
         with self._recontrol.call(control, value_heads):
             return super().generate_batch(*args, **kwargs)
 
@@ -87,7 +88,7 @@ class ControlledGenerationMixin:
             `ValueError`: for step sizes or weights per row, and for a head on a layer other than the last.
         """
         hooks = self._recontrol
-        self._follow()
+        self._recontrol.follow(self)
         with hooks.call(control, value_heads):
             active, weights = hooks.settings.active_control(), hooks.settings.active_weights()
             if by_row := hooks.settings.by_row():
@@ -105,9 +106,6 @@ class ControlledGenerationMixin:
             function = getattr(type(manager), name).__get__(manager)
             setattr(manager, name, _with_settings(hooks, active, weights, function))
         return manager
-
-    def _follow(self) -> None:
-        self._recontrol.follow(self, next(iter(self.value_heads.values())).config)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         hooks = self._recontrol
@@ -145,6 +143,15 @@ def _with_settings(
             return function(*args, **kwargs)
 
     return run
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model's inputs belong: also if its weights wait elsewhere, and come only as they are used."""
+    if model.device.type != "meta":
+        return model.device
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)  # accelerate's
+    devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook])]
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
 
 
 def with_positions(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +219,7 @@ def _probe(model: PreTrainedModel) -> frozenset[str]:
     """What changes what a model makes of a row: masked padding on the `"left"`, on the `"right"`, `"later tokens"`."""
     vocabulary = model.get_input_embeddings().num_embeddings
     numbers = torch.arange(_PROBE_ROWS)[:, None] + torch.arange(_PROBE_LENGTH)
-    rows = (1 + numbers % (vocabulary - 1)).to(model.device)
+    rows = (1 + numbers % (vocabulary - 1)).to(input_device(model))
     padding, present = torch.zeros_like(rows), torch.ones_like(rows)
 
     def distributions(own: slice, *pieces: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -220,20 +227,14 @@ def _probe(model: PreTrainedModel) -> frozenset[str]:
         inputs = with_positions(model, {"input_ids": ids, "attention_mask": masks})
         return torch.softmax(model(**inputs, use_cache=False).logits[:, own].float(), dim=-1)
 
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with model.disable_control() if isinstance(model, ControlledGenerationMixin) else nullcontext():
-            first, last = slice(_PROBE_LENGTH), slice(-_PROBE_LENGTH, None)
-            alone = distributions(first, (rows, present))
-            beside = {
-                "left": distributions(last, (padding, padding), (rows, present)),
-                "right": distributions(first, (rows, present), (padding, padding)),
-                "later tokens": distributions(first, (rows, present), (rows.flip(1), present)),
-            }
-    finally:
-        for module in training:
-            module.training = True
+    with in_eval(model), model.disable_control() if isinstance(model, ControlledGenerationMixin) else nullcontext():
+        first, last = slice(_PROBE_LENGTH), slice(-_PROBE_LENGTH, None)
+        alone = distributions(first, (rows, present))
+        beside = {
+            "left": distributions(last, (padding, padding), (rows, present)),
+            "right": distributions(first, (rows, present), (padding, padding)),
+            "later tokens": distributions(first, (rows, present), (rows.flip(1), present)),
+        }
     rounding = _ROUNDING if model.dtype in (torch.float32, torch.float64) else _COARSE_ROUNDING
     # The median: rounding may send a token of a mixture of experts another way.
     moved = {name: float(((found - alone).abs().sum(-1) / 2).median()) for name, found in beside.items()}

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+# Rounding, relative to the largest logit: in float32 (and float64), and in the shorter dtypes.
+_ROUNDING, _COARSE_ROUNDING = 1e-3, 5e-2
+# Features whose rows are made at once.
+_FEATURES_AT_ONCE = 256
 
 
 class NamesHookPoint(Protocol):
@@ -101,17 +109,102 @@ def find_lm_head(model: PreTrainedModel) -> nn.Module:
     return lm_head
 
 
+@contextmanager
+def in_eval(module: nn.Module) -> Iterator[None]:
+    """A module as it is used after training, inside the block: without dropout."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _is_plain(lm_head: nn.Module) -> bool:
+    """Whether what a module does is known without trying: a linear layer whose weight nothing wraps or has moved."""
+    return (
+        type(lm_head) is nn.Linear
+        and "forward" not in lm_head.__dict__
+        and type(lm_head.weight) is nn.Parameter
+        and lm_head.weight.is_floating_point()
+        and not lm_head.weight.is_meta
+    )
+
+
+def uses_its_weight(lm_head: nn.Module) -> bool:
+    """
+    Whether an LM head's logits are those of its `weight` and `bias`, bit for bit: not so with an adapter on it, or if
+    it is quantised or offloaded.
+    """
+    if _is_plain(lm_head):
+        return True
+    weight, bias = getattr(lm_head, "weight", None), getattr(lm_head, "bias", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.is_meta or weight.ndim != 2:
+        return False
+    probe = _random_states(1, weight.shape[1], weight)
+    try:
+        with torch.no_grad(), in_eval(lm_head):
+            return torch.equal(lm_head.forward(probe), nn.functional.linear(probe, weight, bias))
+    except (RuntimeError, TypeError, NotImplementedError):  # a weight of a shape or kind of its own
+        return False
+
+
+def _random_states(count: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    states = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
+    return states.to(like.device, like.dtype)
+
+
+@torch.no_grad()
+def check_linear(lm_head: nn.Module, width: int, like: torch.Tensor) -> None:
+    """
+    Raise `ValueError` if an LM head is no linear map of the state (and a constant).
+
+    Args:
+        width (`int`):
+            Of the state.
+        like (`torch.Tensor`):
+            Of the state's dtype, and on its device.
+    """
+    one, two = _random_states(2, width, like)
+    with in_eval(lm_head):
+        # `forward`, so that no hook on the module sees it.
+        first, second, both, none = lm_head.forward(torch.stack([one, two, one + two, 0 * one])).double().cpu()
+    tolerance = _ROUNDING if like.dtype in (torch.float32, torch.float64) else _COARSE_ROUNDING
+    if not (first + second - both - none).abs().max() <= tolerance * both.abs().max():
+        raise ValueError(
+            f"The LM head, a {type(lm_head).__name__}, is no linear map of the state, so the advantage part and the "
+            "logits processor have no meaning there: leave the directions out (`directions=False`), and use "
+            "`ReControlForCausalLM.from_model`."
+        )
+
+
+@torch.no_grad()
 def lm_head_rows(model: PreTrainedModel) -> torch.Tensor:
     """
-    The LM head's weight of shape `(vocabulary, hidden_size)`, whose rows the advantage part is trained on.
+    The matrix W of shape `(vocabulary, hidden_size)` by which the LM head maps a state to logits, on whose rows the
+    advantage part is trained. It is the head's own weight or, where the logits come of something else (an adapter too,
+    a quantised or an offloaded weight), what the head makes of each feature alone, as much memory again.
 
     Raises:
-        `ValueError`: if it is quantised.
+        `ValueError`: if the LM head is no linear map.
     """
-    weight = find_lm_head(model).weight
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"The LM head's weight is {weight.dtype}, so its rows cannot be read for the advantage part: load the "
-            "base with its LM head unquantised, or leave `advantage_sizes` out."
-        )
-    return weight
+    lm_head = find_lm_head(model)
+    if uses_its_weight(lm_head) and type(lm_head.weight) in (nn.Parameter, torch.Tensor):
+        return lm_head.weight.detach()
+    width = getattr(lm_head, "in_features", None) or model.config.get_text_config(decoder=True).hidden_size
+    like = torch.empty(0, dtype=model.dtype, device=_device_of(lm_head))
+    check_linear(lm_head, width, like)
+    features = torch.eye(width, dtype=like.dtype, device=like.device)
+    with in_eval(lm_head):
+        constant = lm_head.forward(torch.zeros_like(features[:1]))
+        rows = constant.new_empty(constant.shape[-1], width)
+        for columns in torch.arange(width).split(_FEATURES_AT_ONCE):
+            rows[:, columns] = (lm_head.forward(features[columns]) - constant).T
+    return rows
+
+
+def _device_of(lm_head: nn.Module) -> torch.device:
+    tensors = itertools.chain(lm_head.parameters(), lm_head.buffers())
+    # What is offloaded is moved, with its input, when it is called.
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))

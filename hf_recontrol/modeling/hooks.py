@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..configuration import ControlConfig
 from ..control.controller import Controller
 from .call_settings import CallSettings
-from .hook_points import HookPoint, NamesHookPoint
+from .hook_points import HookPoint
 
 
 def _keep(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -82,10 +83,15 @@ class ControlHooks:
         self.knows_logits_to_keep = model._supports_logits_to_keep()
         self._thread = threading.local()
         self._handles: list = []
+        # Where the hooked layer is in the model.
+        self._path = ""
+        # A copy of a hooked module alone drags a copy of these hooks along, which no model takes into use.
+        self.in_use = True
         self.register(model)
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_thread"}
+        kept = {key: value for key, value in self.__dict__.items() if key != "_thread"} if self.in_use else {}
+        return kept | {"in_use": False}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -107,16 +113,20 @@ class ControlHooks:
         try:
             handles.append(model.register_forward_pre_hook(self.begin_forward, with_kwargs=True))
             handles.append(model.register_forward_hook(self.end_forward, always_call=True))
-            # First, so that transformers' own recording of hidden states sees the edited one.
-            if self.hook_point.layer is None:
-                handles.append(self.hook_point.module.register_forward_pre_hook(self.edit_head_input, prepend=True))
-            else:
-                handles.append(self.hook_point.module.register_forward_hook(self.edit_layer_output, prepend=True))
+            handles.append(self._register_at_hook_point(model))
         except BaseException:
             for handle in handles:
                 handle.remove()
             raise
         self._handles = handles
+
+    def _register_at_hook_point(self, model: PreTrainedModel) -> RemovableHandle:
+        module = self.hook_point.module
+        # First, so that transformers' own recording of hidden states sees the edited one.
+        if self.hook_point.layer is None:
+            return module.register_forward_pre_hook(self.edit_head_input, prepend=True)
+        self._path = next(name for name, part in model.named_modules() if part is module)
+        return module.register_forward_hook(self.edit_layer_output, prepend=True)
 
     def remove(self) -> None:
         """Remove all hooks."""
@@ -128,22 +138,26 @@ class ControlHooks:
         """False while an early-exit draft runs the first layers only."""
         return getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None) == self.num_layers
 
-    def follow(self, model: PreTrainedModel, where: NamesHookPoint) -> None:
-        """
-        Move the hooks if the module they sat on has been replaced, as resizing embeddings or an adapter does.
+    def _is_in_place(self, model: PreTrainedModel) -> bool:
+        """Whether our hook is on the module that is at the hook point now; found without a search."""
+        if self.hook_point.layer is None:
+            module = model.get_output_embeddings()
+        else:
+            try:
+                module = model.get_submodule(self._path)
+            except AttributeError:
+                return False
+        hooks = {} if module is None else module._forward_pre_hooks | module._forward_hooks
+        # A copy of a module has hooks of the same number.
+        return getattr(hooks.get(self._handles[-1].id), "__self__", None) is self
 
-        Args:
-            where:
-                What names the hook point, see [`HookPoint.find`].
-        """
-        if self.hook_point.layer is not None and not self._has_all_layers(model):
+    def follow(self, model: PreTrainedModel) -> None:
+        """Move our hook if the module it sat on has been replaced, as resizing embeddings or an adapter does."""
+        if (self.hook_point.layer is not None and not self._has_all_layers(model)) or self._is_in_place(model):
             return
-        found = HookPoint.find(model, where)
-        hooks = found.module._forward_pre_hooks if found.layer is None else found.module._forward_hooks
-        self.settings.hook_point = found
-        if self._handles[-1].id not in hooks:
-            self.remove()
-            self.register(model)
+        self.settings.hook_point = HookPoint.find(model, next(iter(self.settings.controller.heads.values())).config)
+        self._handles.pop().remove()
+        self._handles.append(self._register_at_hook_point(model))
 
     @contextmanager
     def call(
@@ -220,6 +234,8 @@ class ControlHooks:
             logits_to_keep = 1  # what generate would have asked for
         self._thread.forward = _Forward(0 if logits_to_keep is None else logits_to_keep)
         control = self.settings.active_control()
+        if control is not None and not torch.compiler.is_compiling():
+            self.follow(model)
         if control is None or not control.plausibility:
             return None
         if kwargs.get("labels") is not None:
@@ -234,7 +250,7 @@ class ControlHooks:
 
     def edit_layer_output(self, layer: nn.Module, args: tuple, output: Any):
         """Post-hook of a decoder layer: edit the states whose logits are kept."""
-        control = self.settings.active_control()
+        control = self.settings.active_control() if self.in_use else None
         if control is None:
             return None
         hidden = output[0] if isinstance(output, (tuple, list)) else output
@@ -246,7 +262,7 @@ class ControlHooks:
 
     def edit_head_input(self, lm_head: nn.Module, args: tuple):
         """Pre-hook of the LM head: edit all states that reach it."""
-        control = self.settings.active_control()
+        control = self.settings.active_control() if self.in_use else None
         if control is None:
             return None
         return (self._with_base(args[0], self._edit(args[0], control), control), *args[1:])
@@ -260,8 +276,8 @@ class ControlHooks:
             return None
         if not forward.edited and self._has_all_layers(model):
             raise RuntimeError(
-                "Control did not reach its hook point: the module there has been replaced since the head was "
-                "attached. `generate` follows such a change; for other calls `unload()` the head and attach it again."
+                f"Control did not reach its hook point, {self.hook_point}: this forward passes by the module there, "
+                "as kernels do that read the LM head's weight instead of calling it. Turn them off."
             )
         if not forward.doubled:
             return None

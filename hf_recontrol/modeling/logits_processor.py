@@ -18,6 +18,8 @@ from ..control.controller import Controller
 from ..heads.value_head import ValueHead
 from .causal_lm import ReControlForCausalLM
 from .checks import matched_head
+from .generation import input_device
+from .hook_points import check_linear, find_lm_head
 
 # How large the logits of the second probe are made: beyond what any soft cap leaves alone.
 _PROBE = 200.0
@@ -42,7 +44,8 @@ class ReControlLogitsProcessor(LogitsProcessor):
 
     Raises:
         `TypeError`, `ValueError`: as [`ReControlForCausalLM.from_model`]; also if the head acts at another hook point,
-        or the model's logits are not a linear map of the state (a soft cap).
+        or the model's logits are not a linear map of the state (a soft cap). Calls raise `ValueError` once the model
+        has got another LM head, or an adapter on it.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class ReControlLogitsProcessor(LogitsProcessor):
                 f"A logits processor needs a head at the LM head's input, this one reads {head.config.hook_point!r}: "
                 "use `ReControlForCausalLM.from_model`."
             )
-        self._lm_head = hook_point.module
+        self._model, self._lm_head = model, hook_point.module
+        like = torch.empty(0, dtype=model.dtype, device=input_device(model))
+        check_linear(self._lm_head, hook_point.width, like)
         self._factor = _logit_factor(model, self._lm_head)
         self._controller = Controller(head)
         # Of each thread: the last state, the forwards since the last token, and the length then.
@@ -93,6 +98,11 @@ class ReControlLogitsProcessor(LogitsProcessor):
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         control = self.control
+        if find_lm_head(self._model) is not self._lm_head:
+            raise ValueError(
+                "The LM head has been replaced, as by an adapter or by resizing, since this processor was made: make "
+                "another one."
+            )
         hidden = self._state(input_ids)
         if control.is_identity:
             return scores
@@ -102,10 +112,9 @@ class ReControlLogitsProcessor(LogitsProcessor):
                 raise ValueError(f"`step_size` holds {len(control.step_size)} values for {len(scores)} rows.")
             step_size = torch.tensor(control.step_size)[:, None]
         edit = self._controller.edit(hidden, control, step_size, check_states=True) - hidden
-        # `forward`, so that no hook on the module sees it.
-        change = self._lm_head.forward(edit)
-        if getattr(self._lm_head, "bias", None) is not None:
-            change = change - self._lm_head.bias
+        # `forward`, so that no hook on the module sees it. Of the last row, zeros, it makes its constant.
+        change = self._lm_head.forward(torch.cat([edit, torch.zeros_like(edit[:1])]))
+        change = change[:-1] - change[-1:]
         edited = scores + self._factor * change.to(scores.device, scores.dtype)
         if control.plausibility:
             implausible = scores < scores.amax(-1, keepdim=True) + math.log(control.plausibility)
@@ -123,10 +132,12 @@ def _logit_factor(model: PreTrainedModel, lm_head: nn.Module) -> float:
     scale = 1.0
     for _ in range(2):
         with _probe(lm_head, scale) as outputs:
-            logits = model(input_ids=torch.ones(1, 1, dtype=torch.long, device=model.device), use_cache=False).logits
+            logits = model(
+                input_ids=torch.ones(1, 1, dtype=torch.long, device=input_device(model)), use_cache=False
+            ).logits
         logits, output = logits[0, -1].double().cpu(), outputs[0][0, -1].double().cpu()
         factors.append(float(logits @ output / output.square().sum().clamp(min=1e-30)))
-        tolerance = 1e-3 if lm_head.weight.dtype in (torch.float32, torch.float64) else 3e-2
+        tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
         if not (logits - factors[-1] * output).abs().max() <= tolerance * logits.abs().max():
             raise ValueError(
                 f"The logits of {type(model).__name__} are not a linear map of the state at its LM head (a soft "

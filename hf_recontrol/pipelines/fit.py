@@ -29,7 +29,7 @@ from ..heads.base_model import check_nameable
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..modeling.generation import check_causal
-from ..modeling.hook_points import HookPoint
+from ..modeling.hook_points import HookPoint, lm_head_rows
 from ..settings import FitSettings, LoadingSettings, PromptSettings
 from ..training.held_out import split_by_prompt
 from ..training.stage import FIGURES_NAME, train_head
@@ -185,6 +185,8 @@ def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
     """Settings whose head the base can have, checked before any response is sampled."""
     check_causal(base)
     directions = settings.with_directions
+    if directions:
+        lm_head_rows(base)
     settings = replace(
         settings, directions=directions, advantage_sizes=settings.advantage_sizes if directions else None
     )
