@@ -60,12 +60,14 @@ class _Mode(TorchDispatchMode):
 
 
 class _Factories(TorchFunctionMode):
-    """`torch.tensor` asks no dispatcher for a place."""
+    """`torch.tensor` and `new_tensor` ask no dispatcher for a place."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if function is torch.tensor and kwargs.get("device") is not None:
             return function(*args, **kwargs | {"device": "cpu"}).to(kwargs["device"])
+        if function is torch.Tensor.new_tensor and isinstance(args[0], _Tensor):
+            return args[0].here.new_tensor(*args[1:], **kwargs).to(AWAY)
         return function(*args, **kwargs)
 
 

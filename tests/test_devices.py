@@ -1,5 +1,6 @@
 """Devices that a CPU can only simulate: one without float64, and one process with several GPUs."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from hf_recontrol.collection.states import collect_states
 from hf_recontrol.data.processes import Processes, float64_device
 from hf_recontrol.evaluation.metrics import kl_divergence
 from hf_recontrol.training import trainer
-from hf_recontrol.training.advantage import AdvantageTrainer, _moments
+from hf_recontrol.training.advantage import AdvantageModel, AdvantageTrainer, _moments
 from hf_recontrol.training.held_out import split_by_prompt
 from hf_recontrol.training.value import measure_value_head, train_value_head
 
@@ -37,7 +38,13 @@ def test_the_simulated_device_has_no_float64():
 
 
 @pytest.mark.parametrize(
-    "control", [ASCENT, ControlConfig("advantage", 0.5), ControlConfig("advantage", (0.5, 0.0, 1.0), plausibility=0.1)]
+    "control",
+    [
+        ASCENT,
+        ControlConfig(step_size=0.01, num_steps=5, target=1.0),
+        ControlConfig("advantage", 0.5),
+        ControlConfig("advantage", (0.5, 0.0, 1.0), plausibility=0.1),
+    ],
 )
 def test_control_on_a_device_without_float64_gives_the_same_logits(control):
     model, ids = tiny_model("llama", torch.float32), torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
@@ -54,7 +61,9 @@ def test_control_on_a_device_without_float64_gives_the_same_logits(control):
 
     expected = everything(model, ids)
     assert not torch.allclose(expected[0], tiny_model("llama", torch.float32)(ids).logits)
+    head = copy.deepcopy(head)  # without what the first model prepared
     with device_without_float64() as away:
+        head.to(away)
         found = everything(tiny_model("llama", torch.float32).to(away), ids.to(away))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -93,7 +102,7 @@ def test_the_closed_form_and_all_figures_on_a_device_without_float64():
     def everything():
         fitted = SimpleNamespace(
             accelerator=SimpleNamespace(unwrap_model=lambda model: model),
-            model=SimpleNamespace(head=head),
+            model=AdvantageModel(head),
             held_out=parts[1],
             processes=Processes(),
             gae_lambda=0.0,
