@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
 PIP := $(BIN)/python $(INSTALL) .ci/constraints.txt
-PROMPTS ?= examples/prompts.jsonl
 OUTPUT ?= demo
 SEED ?= 0
 
 .PHONY: demo test test-slow test-wheel test-oldest fuzz package lint format docs heads clean
 
 demo: .venv/demo
-	$(BIN)/recontrol demo --prompts "$(PROMPTS)" --output "$(OUTPUT)" --seed $(SEED) $(if $(MODEL),--model "$(MODEL)")
+	$(BIN)/recontrol demo --output "$(OUTPUT)" --seed $(SEED) $(if $(PROMPTS),--prompts "$(PROMPTS)") \
+		$(if $(MODEL),--model "$(MODEL)")
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 -q -m "not slow" $(ARGS)

@@ -41,7 +41,7 @@ from hf_recontrol import (
     write_states,
 )
 
-PROMPTS = Path(__file__).parents[1] / "examples" / "prompts.jsonl"
+PROMPTS = Path(__file__).parents[1] / "hf_recontrol" / "pipelines" / "demo_prompts.jsonl"
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -3,13 +3,14 @@ From prompts and a reward to a head, in a few lines of Python.
 
     python examples/fit.py org/base run [number of prompts]
 
-The reward here is VADER's sentiment (`pip install '.[demo]'`); any function `f(completions, **columns) ->
-list[float]` does, and so does the name of a reward model. Run it again after a stop: it resumes where it stopped. Then
-open `run/report.html`. With all 480 prompts a model of 135 M parameters takes about ten minutes on 2 cores.
+The prompts are those of the demo. The reward is VADER's sentiment (`pip install '.[demo]'`); any function `f(completions,
+**columns) -> list[float]` does, and so does the name of a reward model. Run it again after a stop: it resumes where it
+stopped. Then open `run/report.html`. With all 480 prompts a model of 135 M parameters takes about ten minutes on 2
+cores.
 """
 
 import sys
-from pathlib import Path
+from importlib.resources import files
 
 from transformers import AutoTokenizer
 
@@ -18,9 +19,10 @@ from hf_recontrol import ReControlForCausalLM, fit, load_prompts, vader
 if len(sys.argv) < 3:
     sys.exit(__doc__)
 base, output, *limit = sys.argv[1:]
+prompts = files("hf_recontrol").joinpath("pipelines", "demo_prompts.jsonl")  # {"prompt": "Why is the sky ..."}, ...
 figures = fit(
     base,
-    prompts=load_prompts(Path(__file__).with_name("prompts.jsonl"), limit=int(limit[0]) if limit else None),
+    prompts=load_prompts(str(prompts), limit=int(limit[0]) if limit else None),
     reward=vader,
     output=output,
     max_new_tokens=48,

@@ -25,7 +25,13 @@ from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHe
 
 EXTRAS = ("accelerate", "datasets", "matplotlib", "pyarrow", "gguf", "vaderSentiment")
 TESTS = Path(__file__).resolve().parent
-SHIPPED = ("py.typed", "cli/stages.py", "custom_generate/generate.py", "custom_generate/requirements.txt")
+SHIPPED = (
+    "py.typed",
+    "cli/stages.py",
+    "custom_generate/generate.py",
+    "custom_generate/requirements.txt",
+    "pipelines/demo_prompts.jsonl",
+)
 
 
 def check_archives(dist: Path) -> None:

@@ -136,9 +136,10 @@ def test_errors_are_one_line_with_exit_code_1(arguments, words, tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["recontrol", *arguments])
     with pytest.raises(SystemExit) as raised:
         main()
-    error = capsys.readouterr().err.strip()
+    *_, error, hint = capsys.readouterr().err.strip().splitlines()
     assert raised.value.code == 1
-    assert error.splitlines()[-1].startswith("recontrol: ") and words in error
+    assert error.startswith("recontrol: ") and words in error
+    assert hint == "Rerun with --debug (or RECONTROL_DEBUG=1) for the traceback."
     assert not list(tmp_path.iterdir()), "nothing was made"
 
 
@@ -162,7 +163,8 @@ def test_an_error_of_the_reward_function_itself_shows_where(base, tmp_path):
     (tmp_path / "bad.py").write_text("def reward(prompts, completions, **columns):\n    return [1 / 0]\n")
     arguments = [COMMAND, "label", "r", "--reward", "bad:reward"]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "bad.py" in done.stderr and "ZeroDivisionError" in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "ZeroDivisionError: division by zero (" in done.stderr and "bad.py, line 2, in reward)" in done.stderr
 
 
 def test_the_step_size_of_one_method_is_not_taken_for_another(base, tmp_path):

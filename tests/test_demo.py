@@ -1,14 +1,17 @@
 """The demo's path on a tiny model, and what it says when something is missing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+import hf_recontrol
 from hf_recontrol import ReControlForCausalLM
 from hf_recontrol.collection.rewards import vader
+from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.pipelines import demo as demo_module
-from hf_recontrol.pipelines.demo import embedded_model, run_demo
+from hf_recontrol.pipelines.demo import DEMO_PROMPTS, embedded_model, run_demo
 
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
@@ -54,6 +57,19 @@ def test_a_demo_trains_compares_saves_and_is_reused(base, prompts, tmp_path, mon
     assert run_demo(str(base), prompts, output) == figures
     with pytest.raises(ValueError, match=r"made with other settings: .*seed was"):
         run_demo(str(base), prompts, output, seed=1)
+
+
+def test_the_demo_s_own_prompts_are_found_in_any_folder(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = load_prompts(DEMO_PROMPTS)
+    assert len(prompts) == len({row["prompt"] for row in prompts.rows}) == 480
+    asked = []
+    monkeypatch.setattr(demo_module, "load_prompts", lambda path: asked.append(path) or load_prompts(path, limit=1))
+    with pytest.raises(ValueError, match="holds 1 prompts"):
+        run_demo(str(base), None, tmp_path / "demo")
+    assert asked == [DEMO_PROMPTS]
+    shipped = (Path(__file__).parents[1] / "setup.cfg").read_text()
+    assert DEMO_PROMPTS.relative_to(Path(hf_recontrol.__file__).parent).as_posix() in shipped
 
 
 def test_too_few_prompts_are_an_error_before_anything_is_made(base, tmp_path):

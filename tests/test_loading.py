@@ -11,6 +11,7 @@ from hf_recontrol import FitSettings, LoadingSettings, ReControlForCausalLM, Val
 from hf_recontrol.cli.app import own_command
 from hf_recontrol.heads.base_model import load_base_model
 from hf_recontrol.pipelines.loading import load_base
+from hf_recontrol.pipelines.run_file import load_run, save_run
 
 from .hub_server import TOKEN
 from .tiny_models import tiny_head, tiny_model
@@ -217,6 +218,16 @@ def test_settings_about_loading_are_refused_for_a_model_that_is_loaded(tmp_path)
     for name, value in {"revision": "v1", "dtype": "bfloat16", "trust_remote_code": True}.items():
         with pytest.raises(ValueError, match=f"`{name}` is about loading a base, this one is loaded"):
             fit(model, PROMPTS, variety, tmp_path / "run", tokenizer=tiny_tokenizer(), **SMALL | {name: value})
+
+
+def test_a_run_of_a_loaded_model_is_repeated_at_its_commit(tmp_path):
+    model = tiny_model("llama", torch.float32)
+    model.config._name_or_path, model.config._commit_hash = "org/base", "0a1b2c"
+    save_run(tmp_path, model, PROMPTS, [variety], FitSettings(token=TOKEN), tokenizer=True)
+    written = load_run(tmp_path / "fit.yaml")
+    assert (written["model"], written["revision"]) == ("org/base", "0a1b2c")
+    text = (tmp_path / "fit.yaml").read_text()
+    assert TOKEN not in text and "give it again, or set HF_TOKEN" in text
 
 
 def test_lm_eval_takes_no_token_since_it_would_write_it_down(llama):

@@ -247,6 +247,21 @@ def test_a_base_in_a_subfolder_is_found_with_its_head(folders, input_ids):
     assert torch.equal(logits(model, input_ids), logits(expected, input_ids))
 
 
+def test_the_class_of_a_controlled_model_makes_and_loads_what_the_base_s_class_would(folders, input_ids):
+    """Trainers load a reference model by `type(model)`, and make models of its configuration."""
+    base, head = folders
+    model = ReControlForCausalLM.from_model(make_llama(seed=3), make_head(), STRONG)
+    loaded = type(model).from_pretrained(base, dtype=torch.float32)
+    assert type(loaded) is LlamaForCausalLM
+    assert torch.equal(logits(loaded, input_ids), logits(make_llama(), input_ids))
+    for made in (type(model)(model.config), type(model)(config=model.config), type(model)._from_config(model.config)):
+        assert type(made) is LlamaForCausalLM
+    # With a head it is loaded under control.
+    controlled = type(model).from_pretrained(base, value_head=head)
+    expected = ReControlForCausalLM.from_model(make_llama(), make_head(), STRONG)
+    assert torch.equal(logits(controlled, input_ids), logits(expected, input_ids))
+
+
 def test_from_model_takes_a_folder_and_from_pretrained_passes_keywords_on(folders):
     base, head = folders
     assert ReControlForCausalLM.from_model(make_llama(), str(head)).control == STRONG

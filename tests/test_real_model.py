@@ -1,7 +1,5 @@
 """The whole of it on a real model, SmolLM2-135M-Instruct. Slow: `make test-slow`."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,7 +11,7 @@ from hf_recontrol.collection.rollouts import generate_rollouts
 from hf_recontrol.collection.states import collect_states
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.evaluation.strength import match_kl
-from hf_recontrol.pipelines.demo import embedded_model
+from hf_recontrol.pipelines.demo import DEMO_PROMPTS, embedded_model
 from hf_recontrol.training.advantage import fit_advantage
 from hf_recontrol.training.value import train_value_head
 
@@ -95,7 +93,7 @@ def test_the_fast_ascent_is_the_autograd_ascent_on_real_states(controlled):
 
 def test_a_head_trained_here_raises_its_reward_on_prompts_that_it_has_not_seen(smollm2, recontrol_warnings):
     model, tokenizer = smollm2
-    prompts = load_prompts(Path(__file__).parents[1] / "examples" / "prompts.jsonl", limit=208).rows
+    prompts = load_prompts(DEMO_PROMPTS, limit=208).rows
     training, unseen = prompts[:192], prompts[192:]
     options = {"max_new_tokens": 24, "temperature": 0.9}
     rollouts = score_rollouts(generate_rollouts(model, tokenizer, training, **options), vader)

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
 from hf_recontrol.collection.rollouts import generate_rollouts, pad_batch, write_rollouts
-from hf_recontrol.collection.sampling import RowSampler, cut_response
+from hf_recontrol.collection.sampling import RowSampler, cut_response, response_seed
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.stage_folder import read_manifest
@@ -206,6 +206,57 @@ def test_processors_that_read_tokens_see_no_padding(model, tokenizer, settings):
     options = {"num_samples": 4, "generation_config": config}
     together = generate_rollouts(model, tokenizer, PROMPTS, batch_size=12, **options)
     assert together == generate_rollouts(model, tokenizer, PROMPTS, batch_size=1, **options)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 0},
+        {"encoder_no_repeat_ngram_size": 0},
+        {"repetition_penalty": 1.0},
+        {"encoder_repetition_penalty": 1.0},
+        {"min_length": 0},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_that_are_off_do_not_keep_prompts_of_unlike_lengths_apart(model, tokenizer, settings, monkeypatch):
+    sizes = []
+    generate = type(model).generate
+    monkeypatch.setattr(
+        type(model), "generate", lambda self, *a, **k: (sizes.append(len(k["input_ids"])), generate(self, *a, **k))[1]
+    )
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=8, **settings)
+    assert len(set(map(len, (prompt.split() for prompt in PROMPTS)))) > 1
+    together = generate_rollouts(model, tokenizer, PROMPTS, generation_config=config)
+    assert sizes == [len(PROMPTS)]
+    assert together == generate_rollouts(model, tokenizer, PROMPTS, batch_size=1, generation_config=config)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_a_row_s_seed_has_64_bits_on_every_device(device, monkeypatch):
+    """Of 32 bits, two of some ten thousand responses would share theirs and be drawn alike."""
+    seeds = []
+
+    class Generator:
+        def __init__(self, device):
+            assert torch.device(device).type != "cpu"
+
+        def manual_seed(self, seed):
+            seeds.append(seed)
+
+    monkeypatch.setattr(torch, "Generator", Generator)
+    rows = [response_seed(0, prompt, sample) for prompt in range(50) for sample in range(4)]
+    RowSampler(rows, torch.device(device))
+    assert len(set(seeds)) == 200 and all(0 <= seed < 2**64 for seed in seeds)
+    assert sum(seed >= 2**32 for seed in seeds) == 200
+
+
+def test_a_length_that_counts_the_prompt_is_no_length_of_a_response(model, tokenizer):
+    config = GenerationConfig(do_sample=True, max_length=12)
+    with pytest.raises(ValueError, match=r"`max_length` \(12\) of the generation config counts the prompt too"):
+        generate_rollouts(model, tokenizer, PROMPTS, generation_config=config)
+    rollouts = generate_rollouts(model, tokenizer, PROMPTS, generation_config=config, max_new_tokens=5)
+    assert max(len(rollout.completion_ids) for rollout in rollouts) <= 5
 
 
 def test_a_model_without_an_attention_mask_samples_each_row_as_if_alone(tokenizer):

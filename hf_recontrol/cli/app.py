@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,9 @@ from .._version import __version__
 
 # What typer makes of Ctrl-C.
 _INTERRUPTED = 130
+_DEBUG = "RECONTROL_DEBUG"
+# Errors whose text alone says what was wrong.
+_PLAIN = (OSError, ValueError, ImportError, FloatingPointError)
 
 app = typer.Typer(
     name="recontrol",
@@ -43,6 +47,10 @@ def _show_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help=f"Show tracebacks of errors. May stand anywhere; {_DEBUG}=1 does the same."),
     ] = False,
 ) -> None:
     pass
@@ -71,24 +79,42 @@ def is_main_process() -> bool:
     return Processes().index == 0
 
 
+def _wants_debug() -> bool:
+    """Whether tracebacks are asked for. `--debug` is taken off the command's words, wherever it stands."""
+    options = sys.argv[: sys.argv.index("--")] if "--" in sys.argv else sys.argv
+    if "--debug" in options:
+        sys.argv.remove("--debug")
+        return True
+    return os.environ.get(_DEBUG, "0") not in ("", "0")
+
+
+def _described(error: Exception) -> str:
+    """What an error says; of one in somebody else's function also where it was."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        frames = traceback.extract_tb(error.__cause__.__traceback__)[-1:]
+        return text + "".join(f" ({frame.filename}, line {frame.lineno}, in {frame.name})" for frame in frames)
+    return text if text and isinstance(error, _PLAIN) else f"{type(error).__name__}{text and f': {text}'}"
+
+
 def main() -> None:
-    """Entry point: errors that name what was wrong are shown without a traceback, with exit code 1."""
+    """Entry point: an error is told without a traceback, unless that is asked for, with exit code 1."""
     if int(os.environ.get("RANK", "0")) > 0:
         # The first process says it for all.
         logging.getLogger("hf_recontrol").setLevel(logging.ERROR)
+    with suppress(AttributeError):  # not what a console or a file gives
+        # An answer may hold what the encoding of a console lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    debug = _wants_debug()
     try:
         app()
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
             typer.echo("recontrol: interrupted. Run the same command again to resume.", err=True)
         raise
-    except RuntimeError as error:
-        if error.__cause__ is None:
+    except Exception as error:
+        if debug:
             raise
-        # Somebody else's function failed: where, and in which.
-        typer.echo("".join(traceback.format_exception(error.__cause__)), err=True, nl=False)
-        typer.echo(f"recontrol: {error}", err=True)
-        sys.exit(1)
-    except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        typer.echo(f"recontrol: {error}", err=True)
+        typer.echo(f"recontrol: {_described(error)}", err=True)
+        typer.echo(f"Rerun with --debug (or {_DEBUG}=1) for the traceback.", err=True)
         sys.exit(1)

@@ -189,7 +189,9 @@ def demo(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Chat model; default: SmolLM2-135M-Instruct, without a Hub.")
     ] = None,
-    prompts: PromptsOption = "examples/prompts.jsonl",
+    prompts: Annotated[
+        str | None, typer.Option(help="A file of prompts, as for `fit`; default: 480 that come with the demo.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything made.")] = Path("demo"),
 ) -> None:
     """From prompts to a head in one go: rollouts, VADER's sentiment as reward, training, and a comparison of the base,

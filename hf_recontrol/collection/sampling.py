@@ -26,18 +26,18 @@ DEFAULT_NEW_TOKENS = 128
 # Bytes beyond a stop string's own that are looked at: a token at its boundary may spell a few that belong elsewhere.
 _BOUNDARY = 8
 
-# Settings whose processors read a row's token ids or count them, the padding too.
-_READS_TOKENS = (
-    "bad_words_ids",
-    "encoder_no_repeat_ngram_size",
-    "encoder_repetition_penalty",
-    "exponential_decay_length_penalty",
-    "min_length",
-    "no_repeat_ngram_size",
-    "repetition_penalty",
-    "sequence_bias",
-    "watermarking_config",
-)
+# Settings whose processors read a row's token ids or count them, the padding too, and the values that turn them off.
+_READS_TOKENS = {
+    "bad_words_ids": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "exponential_decay_length_penalty": (),
+    "min_length": (0,),
+    "no_repeat_ngram_size": (0,),
+    "repetition_penalty": (1,),
+    "sequence_bias": (),
+    "watermarking_config": (),
+}
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -92,7 +92,7 @@ class RowSampler(LogitsProcessor):
             # numpy's are several times as fast on a CPU; elsewhere the noise is made where it is used.
             np.random.Generator(np.random.SFC64(seed))
             if self.on_cpu
-            else torch.Generator(device).manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+            else torch.Generator(device).manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
             for seed in seeds
         ]
 
@@ -225,6 +225,11 @@ def sampling_config(
         config.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         if not all(isinstance(stop, str) and stop for stop in config.stop_strings):
             raise ValueError(f"A stop string must be a text that is not empty, got {config.stop_strings}.")
+    if not (settings.max_new_tokens or config.max_new_tokens) and config.max_length is not None:
+        raise ValueError(
+            f"`max_length` ({config.max_length}) of the generation config counts the prompt too, so it says no length "
+            "of a response: set `max_new_tokens`."
+        )
     config.max_new_tokens = settings.max_new_tokens or config.max_new_tokens or DEFAULT_NEW_TOKENS
     if config.eos_token_id is None:
         config.eos_token_id = end_token_ids(model, tokenizer) or None
@@ -271,13 +276,13 @@ _TOP_K_WHERE_UNSET = 50
 def reshaped_by(generation_config: dict[str, Any]) -> list[str]:
     """Which settings of a generation config make its draws others than those of the model at a temperature."""
     settings = {"top_k": _TOP_K_WHERE_UNSET} | generation_config
-    leaves = dict.fromkeys(_READS_TOKENS, ()) | {"repetition_penalty": (1,), "min_length": (0,)} | _RESHAPES
+    leaves = _READS_TOKENS | _RESHAPES
     found = [f"{name}={settings[name]}" for name in leaves if settings.get(name) not in (None, *leaves[name])]
     return found if settings.get("do_sample") else ["do_sample=False"]
 
 
 def needs_equal_lengths(model: PreTrainedModel, config: GenerationConfig) -> bool:
     """Whether a row's sample would depend on its padding, so that only prompts of one length can share a batch."""
-    if any(getattr(config, name, None) is not None for name in _READS_TOKENS):
+    if any(getattr(config, name, None) not in (None, *off) for name, off in _READS_TOKENS.items()):
         return True
     return "left" in read_padding(model)

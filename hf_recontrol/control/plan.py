@@ -104,7 +104,7 @@ def build_plan(
         name, eigen = head.config.activation, None
         if not layers:
             # Not every device knows float64 and eigenvectors.
-            weight = head.value_mlp.layers[-1].weight.detach().double().cpu()
+            weight = head.value_mlp.layers[-1].weight.detach().cpu().double()
             eigen = tuple(map(convert, torch.linalg.eigh(weight @ weight.T)))
             layers, name = [out], "identity"
             out = (torch.eye(len(out[1]), device=device, dtype=dtype), torch.zeros_like(out[1]))

@@ -64,6 +64,15 @@ class Processes:
         return gather_object([value])
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where what must be computed in float64 is, of tensors on a device: there, or on the CPU if it has no float64."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return torch.device("cpu")
+    return device
+
+
 @contextmanager
 def progress_bar(
     description: str, total: int, progress: Progress | None = None, process_index: int = 0

@@ -61,6 +61,12 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
     guidance, use as a draft model, continuous batching.
     """
 
+    def __new__(cls, *args, **kwargs):
+        # `type(model)(config)` and what transformers makes by it: a new base has no head.
+        if (args or kwargs) and issubclass(cls, PreTrainedModel):
+            return _base_class(cls)(*args, **kwargs)
+        return super().__new__(cls)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -94,10 +100,19 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
                 [`~transformers.AutoModelForImageTextToText.from_pretrained`]): `dtype`, `device_map`, `token`,
                 `quantization_config`, `cache_dir`, `local_files_only`, `trust_remote_code`, ...
 
+        Called on the class of a controlled model, without a head, it loads what the base's own class would: a plain
+        base.
+
+        Called on the class of a controlled model, and without a head, it loads what the base's own class would: a base
+        without control.
+
         Raises:
             `OSError`: if files cannot be loaded, or an adapter is named as the base. `ValueError`, `TypeError`: if the
             head and the base do not fit, or the base's files lack weights.
         """
+        if issubclass(cls, PreTrainedModel) and value_head is None and control is None:
+            place = {"subfolder": subfolder} | ({} if revision is None else {"revision": revision})
+            return _base_class(cls).from_pretrained(pretrained_model_name_or_path, *model_args, **place, **kwargs)
         head, base, revision, subfolder = resolve_head_and_base(
             pretrained_model_name_or_path,
             value_head,

@@ -228,6 +228,13 @@ class ControlHooks:
 
     def begin_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Pre-hook of the model: note which positions' logits are kept."""
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "A controlled model cannot run in `nn.DataParallel` (what Trainer takes for one process with several "
+                "GPUs): its copies run in threads of their own, which `disable_control()` and settings of a call do "
+                "not reach. Start one process for each GPU (`accelerate launch`, `torchrun`), or show one GPU alone "
+                "(CUDA_VISIBLE_DEVICES=0)."
+            )
         logits_to_keep = kwargs.get("logits_to_keep", 0)
         call = self.settings.current
         if not self.hook_point.is_last and not self.knows_logits_to_keep and call is not None and call.generating:

@@ -135,7 +135,8 @@ def _logit_factor(model: PreTrainedModel, lm_head: nn.Module) -> float:
             logits = model(
                 input_ids=torch.ones(1, 1, dtype=torch.long, device=input_device(model)), use_cache=False
             ).logits
-        logits, output = logits[0, -1].double().cpu(), outputs[0][0, -1].double().cpu()
+        # The CPU first: not every device knows float64.
+        logits, output = logits[0, -1].cpu().double(), outputs[0][0, -1].cpu().double()
         factors.append(float(logits @ output / output.square().sum().clamp(min=1e-30)))
         tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
         if not (logits - factors[-1] * output).abs().max() <= tolerance * logits.abs().max():

@@ -30,6 +30,7 @@ from .fit import fit
 from .loading import load_base
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
 
 
 def cache_folder() -> Path:
@@ -88,7 +89,9 @@ class DemoSizes:
     batch_size: int = 16
 
 
-def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.PathLike, *, seed: int = 0) -> dict:
+def run_demo(
+    model: str | None, prompts: str | os.PathLike | None, output: str | os.PathLike, *, seed: int = 0
+) -> dict:
     """
     Train a head with all parts on VADER's sentiment with [`fit`], and compare the base and the controls that `fit`
     tried on unseen prompts, at the step sizes that it found for them, of the same KL to the base. A second run resumes
@@ -97,8 +100,10 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
     Args:
         model (`str`, *optional*):
             A chat model; the embedded one by default (see [`embedded_model`]).
-        prompts, output (`str` or `os.PathLike`):
-            A file of prompts, and a folder for everything made.
+        prompts (`str` or `os.PathLike`, *optional*):
+            A file of prompts; the demo's own by default.
+        output (`str` or `os.PathLike`):
+            A folder for everything made.
         seed (`int`, *optional*, defaults to 0):
             Of the split, the sampling and the training.
 
@@ -111,6 +116,7 @@ def run_demo(model: str | None, prompts: str | os.PathLike, output: str | os.Pat
     """
     vader([], [])
     output, settings = Path(output), DemoSizes()
+    prompts = DEMO_PROMPTS if prompts is None else prompts
     rows = load_prompts(prompts).rows
     if len(rows) < 4 * settings.num_unseen_prompts:
         raise ValueError(f"{prompts} holds {len(rows)} prompts, the demo needs {4 * settings.num_unseen_prompts}.")

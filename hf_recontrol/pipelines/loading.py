@@ -80,7 +80,7 @@ def load_as_sampled(
             f"The rollouts in {rollouts} were sampled under {shown_control(control)}, and nobody wrote down where "
             "that head is: name it (`--head`)."
         )
-    heads = [ValueHead.from_pretrained(**place) for place in places]
+    heads = [ValueHead.from_pretrained(**place, token=settings.token) for place in places]
     if value_head is not None and not control["control"]:
         raise ValueError(f"The rollouts in {rollouts} were sampled under no control: leave the head out.")
     weights_as_sampled(

@@ -82,6 +82,7 @@ def save_run(
         notes.append(f"`model` was a loaded model ({dtype}): this is its name, without changes made in memory.")
         if getattr(model, "active_control", None) is not None:
             notes.append("It was under the control of a head, which this file cannot hold: it is for the base alone.")
+        settings = replace(settings, revision=getattr(model.config, "_commit_hash", None))
         model = model.config._name_or_path
     if settings.token is not None:
         notes.append("A token of the Hub was given, which no file holds: give it again, or set HF_TOKEN.")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..data.processes import Processes, Progress
+from ..data.processes import Processes, Progress, float64_device
 from ..data.states import States, StateStore
 from ..heads.value_head import ValueHead
 from ..settings import AdvantageSettings
@@ -93,8 +93,9 @@ class AdvantageTrainer(EpisodeTrainer):
         sums = torch.zeros(6, dtype=torch.float64)
         for _, batch in self.held_out.batches(64, self.processes):
             batch = {name: value.to(device) for name, value in batch.items()}
-            target = advantage_targets(head, batch, self.gae_lambda, self.discount).double().cpu()
-            advantage = (batch["directions"] * model(batch["hidden"])).sum(-1).double().cpu()
+            # The CPU first: not every device knows float64.
+            target = advantage_targets(head, batch, self.gae_lambda, self.discount).cpu().double()
+            advantage = (batch["directions"] * model(batch["hidden"])).sum(-1).cpu().double()
             products = (advantage, target, advantage.square(), target.square(), advantage * target)
             sums += torch.stack([torch.tensor(float(len(target))).double(), *(x.sum() for x in products)])
         count, a, t, aa, tt, at = torch.stack(self.processes.gather(sums)).sum(0).tolist()
@@ -111,14 +112,18 @@ def _moments(
     """`XᵀX / n`, `Xᵀy / n` and n, streamed, over all processes: X the directions, y the targets."""
     device = next(head.parameters()).device
     width = episodes.store.hidden_size
-    square = torch.zeros(width, width, dtype=torch.float64, device=device)
-    product = torch.zeros(width, dtype=torch.float64, device=device)
+    exact = {"dtype": torch.float64, "device": float64_device(device)}
+    square, product = torch.zeros(width, width, **exact), torch.zeros(width, **exact)
     count = 0.0
     for _, batch in episodes.batches(64, processes):
         batch = {name: value.to(device) for name, value in batch.items()}
-        x = batch["directions"].double()
+        # The device first: not every one knows float64.
+        x, y = (
+            values.to(square.device).double()
+            for values in (batch["directions"], advantage_targets(head, batch, gae_lambda, discount))
+        )
         square.addmm_(x.T, x)
-        product += x.T @ advantage_targets(head, batch, gae_lambda, discount).double()
+        product += x.T @ y
         count += len(x)
     gathered = processes.gather((square.cpu(), product.cpu(), count))
     count = sum(part[2] for part in gathered)

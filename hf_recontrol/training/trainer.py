@@ -234,7 +234,7 @@ def training_options(
 
 def _training_arguments(options: dict[str, Any], metric: str, processes: Processes) -> TrainingArguments:
     """What transformers' Trainer is told, with `options` over our defaults, in this process."""
-    return TrainingArguments(
+    arguments = TrainingArguments(
         **{
             "eval_strategy": "epoch",
             "save_strategy": "epoch",
@@ -257,6 +257,9 @@ def _training_arguments(options: dict[str, Any], metric: str, processes: Process
         }
         | options
     )
+    # One process trains on one device. With several, Trainer would take a batch for each (DataParallel).
+    arguments._n_gpu = 1
+    return arguments
 
 
 # Arguments of TrainingArguments that settings of ours stand for, or that decide where a part's checkpoints lie.
