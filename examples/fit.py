@@ -3,10 +3,10 @@ From prompts and a reward to a head, in a few lines of Python.
 
     python examples/fit.py org/base run [number of prompts]
 
-The prompts are those of the demo. The reward is VADER's sentiment (`pip install '.[demo]'`); any function `f(completions,
-**columns) -> list[float]` does, and so does the name of a reward model. Run it again after a stop: it resumes where it
-stopped. Then open `run/report.html`. With all 480 prompts a model of 135 M parameters takes about ten minutes on 2
-cores.
+The prompts are those of the demo. The reward is VADER's sentiment (`pip install '.[demo]'`); any function
+`f(completions, **columns) -> list[float]` does, and so does the name of a reward model. Run it again after a stop: it
+resumes where it stopped. Then open `run/report.html`. With all 480 prompts a model of 135 M parameters takes about ten
+minutes on 2 cores.
 """
 
 import sys
