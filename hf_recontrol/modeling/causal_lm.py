@@ -103,9 +103,6 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         Called on the class of a controlled model, without a head, it loads what the base's own class would: a plain
         base.
 
-        Called on the class of a controlled model, and without a head, it loads what the base's own class would: a base
-        without control.
-
         Raises:
             `OSError`: if files cannot be loaded, or an adapter is named as the base. `ValueError`, `TypeError`: if the
             head and the base do not fit, or the base's files lack weights.

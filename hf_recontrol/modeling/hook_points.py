@@ -168,8 +168,8 @@ def check_linear(lm_head: nn.Module, width: int, like: torch.Tensor) -> None:
     """
     one, two = _random_states(2, width, like)
     with in_eval(lm_head):
-        # `forward`, so that no hook on the module sees it.
-        first, second, both, none = lm_head.forward(torch.stack([one, two, one + two, 0 * one])).double().cpu()
+        # `forward`, so that no hook on the module sees it. The CPU first: not every device knows float64.
+        first, second, both, none = lm_head.forward(torch.stack([one, two, one + two, 0 * one])).cpu().double()
     tolerance = _ROUNDING if like.dtype in (torch.float32, torch.float64) else _COARSE_ROUNDING
     if not (first + second - both - none).abs().max() <= tolerance * both.abs().max():
         raise ValueError(
