@@ -123,7 +123,7 @@ def test_a_model_that_sees_later_tokens_is_refused(family, tmp_path, monkeypatch
         fit(
             model,
             [f"w{i}" for i in range(3, 43)],
-            lambda prompts, completions: [0.0],
+            lambda prompts, completions, **columns: [float(len(text)) for text in completions],
             "unused",
             tokenizer=tiny_tokenizer(),
         )
