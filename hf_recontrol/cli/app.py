@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import traceback
 from contextlib import suppress
@@ -16,6 +17,8 @@ import typer
 
 from .._version import __version__
 
+# Columns in which each option's name, type and text find room.
+_WIDE = 120
 # What typer makes of Ctrl-C.
 _INTERRUPTED = 130
 _DEBUG = "RECONTROL_DEBUG"
@@ -26,7 +29,8 @@ app = typer.Typer(
     name="recontrol",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="markdown",
+    # In a narrow terminal rich cuts the names of options off.
+    rich_markup_mode="markdown" if shutil.get_terminal_size().columns >= _WIDE else None,
     pretty_exceptions_enable=False,
     help="""Align a language model while it generates.
 
