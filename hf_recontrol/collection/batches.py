@@ -88,7 +88,13 @@ def forward_batches(
     )
     prompts = [len(rollout.prompt_ids) for rollout in rollouts]
     lengths = [prompt + len(rollout.completion_ids) for prompt, rollout in zip(prompts, rollouts, strict=True)]
-    reads_padding = len(set(lengths)) > 1 and "right" in read_padding(model)
+    if edits_reach_on and not model._supports_logits_to_keep():
+        raise ValueError(
+            f"{type(model).__name__} takes no `logits_to_keep`, so a forward of a whole response would also edit its "
+            f"prompt, which generation does not, and later layers would see that (the head is on layer "
+            f"{model.hook_point.layer}): use a head on the last layer, or at the LM head."
+        )
+    reads_padding = len(set(lengths)) > 1 and "right" in read_padding(model, max(lengths))
     apart = [
         (prompt if edits_reach_on else 0, length if reads_padding else 0)
         for prompt, length in zip(prompts, lengths, strict=True)
@@ -159,13 +165,18 @@ def weights_as_sampled(control: dict[str, Any], heads: Mapping[str, nn.Module]) 
     Raises:
         `ValueError`: if one is missing.
     """
-    present = {head_fingerprint(head): name for name, head in heads.items()}
-    if missing := [mark for _, mark in control["heads"].values() if mark not in present]:
-        raise ValueError(
-            f"The rollouts were sampled under {shown_control(control)}. No head here has the fingerprint "
-            f"{missing[0]}, only {', '.join(f'{name!r} has {mark}' for mark, name in present.items())}."
-        )
-    return {present[mark]: weight for weight, mark in control["heads"].values()}
+    present = {name: head_fingerprint(head) for name, head in heads.items()}
+    weights: dict[str, float] = {}
+    for weight, mark in control["heads"].values():
+        # Equal heads may act under several names.
+        name = next((name for name in present if present[name] == mark and name not in weights), None)
+        if name is None:
+            raise ValueError(
+                f"The rollouts were sampled under {shown_control(control)}. No head here has the fingerprint "
+                f"{mark}, only {', '.join(f'{name!r} has {other}' for name, other in present.items())}."
+            )
+        weights[name] = weight
+    return weights
 
 
 def check_in_force(model: ReControlForCausalLM, rollouts: Sequence[Rollout]) -> None:
@@ -174,7 +185,7 @@ def check_in_force(model: ReControlForCausalLM, rollouts: Sequence[Rollout]) -> 
     with any.
     """
     sampled, now = control_of(rollouts), control_settings(model, model.active_control or False)
-    by_mark = [{mark: weight for weight, mark in control["heads"].values()} for control in (sampled, now)]
+    by_mark = [sorted((mark, weight) for weight, mark in control["heads"].values()) for control in (sampled, now)]
     if sampled["control"] and (sampled["control"] != now["control"] or by_mark[0] != by_mark[1]):
         raise ValueError(
             f"The rollouts were sampled under {shown_control(sampled)}, in force is {shown_control(now)}: set that "

@@ -27,7 +27,8 @@ from ..data.templating import PromptEncoder
 from ..heads.base_model import check_nameable, check_type
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.generation import input_device
-from ..modeling.hook_points import HookPoint, lm_head_rows
+from ..modeling.hook_points import HookPoint, in_eval, lm_head_rows
+from ..modeling.hooks import follow
 from ..settings import RolloutSettings, SamplingSettings
 from ..utils.files import make_folder
 from .batches import batches, pad_batch
@@ -143,7 +144,8 @@ class _Sampler:
         last = [RowSampler(seeds, device)] if self.config.do_sample else []
         if first or last:
             options["custom_generate"] = draw_with(first=first, last=last)
-        with nullcontext() if keeper is None else keeper.reading():
+        follow(model)
+        with in_eval(model), nullcontext() if keeper is None else keeper.reading():
             output = model.generate(**inputs, generation_config=self.config, **options)
         rows = output[:, width:].tolist()
         return [cut_response(self.tokenizer, ids, self.end_ids, self.stop_strings) for ids in rows]

@@ -21,8 +21,8 @@ from ..data.rollouts import Rollout, count_rollouts, load_rollouts, rollout_part
 from ..data.stage_folder import StageFolder, read_manifest
 from ..data.states import States, StateWriter
 from ..heads.base_model import check_nameable
-from ..modeling.hook_points import HookPoint, lm_head_rows
-from ..modeling.hooks import read_states
+from ..modeling.hook_points import HookPoint, in_eval, lm_head_rows
+from ..modeling.hooks import follow, read_states
 from ..settings import HookPointSettings, StatesSettings
 from ..utils.files import atomic_path
 from .batches import as_sampled, control_of, forward_batches, teacher_forced
@@ -86,7 +86,8 @@ class _Reader:
     @torch.no_grad()
     def read(self, rollouts: Sequence[Rollout]) -> ReadStates:
         """The states of each rollout, in the order of [`forward_batches`]."""
-        with as_sampled(self.model, self.control):
+        follow(self.model)
+        with as_sampled(self.model, self.control), in_eval(self.model):
             together, edits_reach_on = forward_batches(self.model, rollouts, self.batch_size)
             for batch in together:
                 chosen = [rollouts[i] for i in batch]

@@ -39,9 +39,14 @@ class Static(ControlMethod):
         return not head.static_vector.any()
 
     def check_module(self, head: nn.Module) -> None:
-        """Raise `TypeError` if it has no tensor `static_vector`."""
-        if not isinstance(getattr(head, "static_vector", None), torch.Tensor):
+        """Raise `TypeError` if it has no tensor `static_vector`, `ValueError` if that is of another shape."""
+        vector, expected = getattr(head, "static_vector", None), (head.config.hidden_size,)
+        if not isinstance(vector, torch.Tensor):
             raise TypeError(f"{type(head).__name__} has no tensor `static_vector`, which `method='static'` adds.")
+        if vector.shape != expected:
+            raise ValueError(
+                f"`static_vector` of {type(head).__name__} has the shape {tuple(vector.shape)}, expected {expected}."
+            )
 
     def edit(self, heads, rows, weights, alpha, control, plan, eager) -> torch.Tensor:
         """By [`static_edit`]."""

@@ -84,6 +84,9 @@ def check(config, tensors, settings):
         raise ValueError("This head has no advantage part: use method='ascent'.")
     if settings["method"] == "static" and "static_vector" not in tensors:
         raise ValueError("This head has no static vector: use method='ascent'.")
+    for name in ("state_mean", "state_scale", "static_vector"):
+        if name in tensors and tensors[name].shape != (config["hidden_size"],):
+            raise ValueError(f"`{name}` has the shape {tuple(tensors[name].shape)}, config.json says otherwise.")
     if bad := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
         raise ValueError(f"The head's tensors {bad} hold NaN or infinite values.")
 
@@ -100,6 +103,11 @@ def mlp(tensors, part, activation, x):
 def edit(hidden, config, tensors, settings):
     """u of h + u: `step_size * b`, `step_size * g(h)`, or `num_steps` of gradient ascent on V (or on -½‖V - target‖²),
     in the head's scaled coordinates."""
+    if hidden.shape[-1] != config["hidden_size"]:
+        raise ValueError(
+            f"The head reads states of width {config['hidden_size']}, this model has {hidden.shape[-1]}: it was made "
+            f"for another base ({config.get('base_model_name_or_path')})."
+        )
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     tensors = {name: tensor.to(hidden.device, dtype) for name, tensor in tensors.items()}
     alpha, scale = settings["step_size"], tensors["state_scale"]

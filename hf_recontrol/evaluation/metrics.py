@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..collection.batches import check_in_force, forward_batches, teacher_forced
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
+from ..modeling.hook_points import in_eval
 
 # NLTK's `wordpunct_tokenize`: runs of letters and digits, and runs of punctuation.
 _WORDS = re.compile(r"\w+|[^\w\s]+")
@@ -82,9 +83,10 @@ def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, b
     batches, _ = forward_batches(model, used, batch_size)
     for batch in logging.tqdm(batches, desc="KL", leave=False, disable=None):
         inputs, parts = teacher_forced(model, [used[i] for i in batch], keep_logits=True)
-        controlled = model(**inputs).logits
-        with model.disable_control():
-            base = model(**inputs).logits
+        with in_eval(model):
+            controlled = model(**inputs).logits
+            with model.disable_control():
+                base = model(**inputs).logits
         for row, part in enumerate(parts):
             temperature = used[batch[row]].temperature or 1.0
             log_policy = torch.log_softmax(controlled[row, part].float() / temperature, dim=-1)

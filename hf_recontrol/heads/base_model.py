@@ -105,7 +105,7 @@ def has_acting_adapter(model: nn.Module) -> bool:
     return any(
         # PEFT's layers; of transformers' models it is a method.
         isinstance(getattr(module, "disable_adapters", None), bool)
-        and (module.merged or (module.active_adapters and not module.disable_adapters))
+        and (getattr(module, "merged", False) or (module.active_adapters and not module.disable_adapters))
         for module in model.modules()
     )
 

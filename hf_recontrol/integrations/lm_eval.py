@@ -111,7 +111,13 @@ class ReControlLM(HFLM):
             "plausibility": plausibility,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        self._head, self._control = head, replace(head.config.control or ControlConfig(), **given)
+        recommended = head.config.control or ControlConfig()
+        if method is not None and step_size is None and method != recommended.method:
+            raise ValueError(
+                f"This head recommends no step size for {method!r}: name one, `step_size` (that of another method is "
+                "in other units)."
+            )
+        self._head, self._control = head, replace(recommended, **given)
         head.config.check_control(self._control)
         check_base(pretrained, revision=revision, subfolder=subfolder)
         super().__init__(pretrained, revision=revision or "main", subfolder=subfolder, **kwargs)

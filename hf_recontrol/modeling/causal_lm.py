@@ -24,7 +24,7 @@ from .call_settings import HeadWeights
 from .checks import head_config, matched_head
 from .fused_lm_head import controlled_forward, original_forward
 from .generation import ControlledGenerationMixin, check_padding, with_positions
-from .hook_points import HookPoint
+from .hook_points import HookPoint, in_eval
 from .hooks import ControlHooks, read_states
 from .mixture import ValueHeadMixtureMixin
 
@@ -243,8 +243,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         **kwargs,
     ) -> torch.Tensor:
         """
-        V at every position of the base's (uncontrolled) states, in the reward's own units. A padded row has the values
-        of the row alone: positions come from the mask, as in `generate`.
+        V at every position of the base's (uncontrolled) states, in the reward's own units, without dropout. A padded
+        row has the values of the row alone: positions come from the mask, as in `generate`.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`), attention_mask (*optional*, same shape), kwargs:
@@ -264,7 +264,7 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
             kwargs.setdefault("logits_to_keep", 1)
         check_padding(self, attention_mask)
         inputs = with_positions(self, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
-        with self.disable_control(), read_states(self.hook_point) as states:
+        with self.disable_control(), in_eval(self), read_states(self.hook_point) as states:
             self(**inputs)
         parameter = next(head.parameters(), states[0])
         values = head(states[0].to(parameter.device, parameter.dtype))

@@ -163,7 +163,7 @@ def with_positions(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, 
     mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
     tokens = inputs.get("inputs_embeds") if tokens is None else tokens
     if (
-        "position_ids" in inputs
+        inputs.get("position_ids") is not None
         or tokens is None
         or not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2))
         or "position_ids" not in inspect.signature(model.forward).parameters
@@ -175,13 +175,28 @@ def with_positions(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, 
     return {**inputs, "position_ids": position_ids[..., -tokens.shape[1] :]}
 
 
-def read_padding(model: PreTrainedModel) -> frozenset[str]:
+def read_padding(model: PreTrainedModel, length: int | None = None) -> frozenset[str]:
     """
     On which sides, `"left"` and `"right"`, padding changes what a model makes of a row, although it is masked: as in
     models that know no attention mask, recurrent ones that keep reading, or positions that count the padding. Found
-    once for each model, by small forwards of rows alone and padded.
+    once for each model, by small forwards of rows alone and padded. Rotary positions that are rescaled for long texts
+    are so for all rows of a batch: `length` is that of the longest, by default beyond every limit.
     """
+    limit = _rescales_beyond(model)
+    if limit is not None and (length is None or length > limit):
+        return frozenset({"left", "right"})
     return _seen_beside_rows(model) & {"left", "right"}
+
+
+def _rescales_beyond(model: PreTrainedModel) -> int | None:
+    """From which length on rotary positions depend on the longest row of a batch."""
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # Some models have parameters for each type of layer.
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    found = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    limits = [kind.get("original_max_position_embeddings") or config.max_position_embeddings for kind in found]
+    return min(limits, default=None)
 
 
 def check_padding(model: PreTrainedModel, attention_mask: torch.Tensor | None) -> None:
@@ -190,7 +205,7 @@ def check_padding(model: PreTrainedModel, attention_mask: torch.Tensor | None) -
         return
     present = attention_mask.bool()
     padded = {"left": ~present[:, 0], "right": ~present[:, -1]}
-    for side in sorted(read_padding(model)):
+    for side in sorted(read_padding(model, attention_mask.shape[1])):
         if rows := padded[side].nonzero()[:, 0].tolist():
             raise ValueError(
                 f"Row {rows[0]} is padded on the {side}, and {type(model).__name__} reads padding there although it "

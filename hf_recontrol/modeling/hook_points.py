@@ -113,7 +113,8 @@ def find_lm_head(model: PreTrainedModel) -> nn.Module:
 def in_eval(module: nn.Module) -> Iterator[None]:
     """A module as it is used after training, inside the block: without dropout."""
     training = [part for part in module.modules() if part.training]
-    module.eval()
+    for part in training:
+        part.training = False
     try:
         yield
     finally:

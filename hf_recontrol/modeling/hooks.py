@@ -122,6 +122,10 @@ class ControlHooks:
 
     def _register_at_hook_point(self, model: PreTrainedModel) -> RemovableHandle:
         module = self.hook_point.module
+        # What quantises a module may carry our hook over to the new one.
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[number]
         # First, so that transformers' own recording of hidden states sees the edited one.
         if self.hook_point.layer is None:
             return module.register_forward_pre_hook(self.edit_head_input, prepend=True)
@@ -303,6 +307,13 @@ class ControlHooks:
             *earlier, last = output.hidden_states
             output.hidden_states = (*earlier, last.chunk(2)[1])
         return output
+
+
+def follow(model: nn.Module) -> None:
+    """Put the hooks of a controlled model in their place, which other hooks are to come before."""
+    hooks = getattr(model, "_recontrol", None)
+    if hooks is not None:
+        hooks.follow(model)
 
 
 @contextmanager
