@@ -10,6 +10,7 @@ from hf_recontrol import (
     ControlConfig,
     ReControlForCausalLM,
     SamplingSettings,
+    Trial,
     ValueHead,
     fit,
     generate_rollouts,
@@ -17,6 +18,7 @@ from hf_recontrol import (
     paired_interval,
     recommend_control,
 )
+from hf_recontrol.evaluation.recommendation import _simplest_of_the_best
 
 from .conftest import make_head
 from .tiny_models import tiny_model
@@ -127,9 +129,39 @@ def test_several_rewards_count_in_standard_deviations():
     assert found.control.method == "ascent" and len(found.trials[0].reward) == 2
 
 
+def test_of_equal_controls_one_that_is_clearly_better_than_the_base_is_recommended():
+    def of(method, gain):
+        return Trial(ControlConfig(method, 1.0), 0.1, [0.0], gain)
+
+    level = {number: 1.0 + number % 2 for number in range(20)}
+    worse = {number: value - 1 for number, value in level.items()}
+    unclear, clear = (0.1, -0.1, 0.3), (0.1, 0.05, 0.15)
+    for trials, expected in (
+        ([(of("static", unclear), level), (of("ascent", clear), level)], "ascent"),
+        ([(of("static", clear), level), (of("ascent", clear), level)], "static"),
+        ([(of("static", unclear), level), (of("ascent", unclear), level)], "static"),
+        ([(of("static", clear), worse), (of("ascent", unclear), level)], "ascent"),
+    ):
+        assert _simplest_of_the_best(trials).method == expected
+
+
+@pytest.mark.usefixtures("recontrol_warnings")
+def test_controls_are_compared_on_prompts_that_all_have_rewards_for():
+    """A reward that scores the static edit's responses only where they hold the word must not favour it."""
+    model = controlled(-1, None, 1)
+
+    def sometimes(completions, **columns):
+        return [count or None for count in count_word(None, completions)]
+
+    found = recommend_control(model, tiny_tokenizer(), PROMPTS, sometimes, SAMPLING, target_kl=0.3)
+    assert {trial.control.method for trial in found.trials[1:]} <= {"static", "ascent"}
+    for trial in found.trials[1:]:
+        assert trial.reward[0] >= 1
+
+
 @pytest.mark.usefixtures("recontrol_warnings")
 def test_what_cannot_be_compared_is_an_error():
-    with pytest.raises(ValueError, match="No control moves the policy by 1000 nats"):
+    with pytest.raises(ValueError, match="No control could be compared at 1000 nats"):
         recommend_control(controlled(1, None, 1), tiny_tokenizer(), PROMPTS, count_word, SAMPLING, target_kl=1000.0)
     with pytest.raises(ValueError, match="No prompts"):
         recommend_control(controlled(1, None, 1), tiny_tokenizer(), [], count_word, SAMPLING)

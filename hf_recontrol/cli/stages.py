@@ -38,6 +38,8 @@ def fit(
 
     Example: `recontrol fit -m org/base --prompts prompts.jsonl --reward my_module:my_reward -o run --num-samples 2`
     """
+    from ..configuration import ValueHeadConfig
+    from ..heads.hub import CONFIG_NAME
     from ..pipelines.fit import fit as run_fit
 
     given = {"model": model, "prompts": prompts, "reward": reward, "output": output}
@@ -50,11 +52,15 @@ def fit(
     if is_main_process():
         _print_figures(figures)
         output = Path(inputs["output"])
+        control = ValueHeadConfig.from_json_file(output / "head" / CONFIG_NAME).control
+        if control is not None:
+            typer.echo(f"The head recommends {control.method!r} at step size {control.step_size:g}.")
         typer.echo(f"The head is in {output / 'head'}, the report in {output / 'report.html'}.")
 
 
 def _print_figures(figures: dict) -> None:
-    print_json({name: value for name, value in figures.items() if isinstance(value, (int, float))})
+    numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
+    print_json(numbers | {f"error of {name}": value for name, value in (figures.get("baselines") or {}).items()})
 
 
 @settings_class("Options")
@@ -194,8 +200,8 @@ def demo(
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything made.")] = Path("demo"),
 ) -> None:
-    """From prompts to a head in one go: rollouts, VADER's sentiment as reward, training, and a comparison of the base,
-    the paper's ascent and the advantage control on unseen prompts. A second run reuses what exists.
+    """From prompts to a head in one go: rollouts, VADER's sentiment as reward, training, and a comparison of the base and
+    its controls on unseen prompts. A second run reuses what exists.
     """
     from ..pipelines.demo import run_demo
 

@@ -115,8 +115,8 @@ def recommend_control(
     """
     The control that a head should recommend: of the static edit, the advantage edit and the ascent, as far as it has
     them, each at the step size that moves the policy by `target_kl`, the one whose responses earn the most. Where the
-    paired 95 % interval of the difference to the best holds 0, a simpler one is preferred: the static edit to the
-    advantage edit, that to the ascent.
+    paired 95 % interval of the difference to the best holds 0, a simpler one is preferred (the static edit to the
+    advantage edit, that to the ascent), if it too is clearly better than the base or none is.
 
     Each control answers the same prompts with the same noise, 64 responses in all, until the KL on its own responses
     is within 10 % of `target_kl`: 2 rounds of sampling as a rule, 6 at most. The base answers them once. So the cost
@@ -140,7 +140,8 @@ def recommend_control(
             Called with (done, total) instead of showing a bar.
 
     Raises:
-        `ValueError`: if no control reaches `target_kl`, or no response gets a reward.
+        `ValueError`: if no control reaches `target_kl`, or no response gets a reward. `RuntimeError`: if a reward
+        fails.
     """
     head = model.value_head
     rewards = [rewards] if callable(rewards) else list(rewards)
@@ -168,14 +169,13 @@ def recommend_control(
         for start in starts:
             try:
                 control, kl, drawn = _at_kl(model, base, start, target_kl, draw)
-            except ValueError as error:
-                logger.warning(f"method={start.method!r} is no candidate: {error}")
-            else:
                 scored = scores(drawn)
                 found.append((_trial(head, control, kl, scored, base), _by_prompt(head, scored)))
+            except ValueError as error:
+                logger.warning(f"method={start.method!r} is no candidate: {error}")
             advance(1)
     if not found:
-        raise ValueError(f"No control moves the policy by {target_kl:g} nats a token.")
+        raise ValueError(f"No control could be compared at {target_kl:g} nats a token.")
     chosen = _simplest_of_the_best(found)
     return Recommendation(
         chosen, [Trial(None, 0.0, _means(base)), *(trial for trial, _ in found)], len(prompts), len(base)
@@ -234,7 +234,9 @@ def _by_prompt(head: ValueHead, rollouts: Sequence[Rollout]) -> dict[int, float]
 def _differences(a: dict[int, float], b: dict[int, float]) -> list[float]:
     shared = sorted(a.keys() & b.keys())
     if not shared:
-        raise ValueError("No prompt has a response with a reward under both controls, so they cannot be compared.")
+        raise ValueError(
+            "No prompt has a response with a reward under both controls, so nothing can be compared."
+        )
     return [a[number] - b[number] for number in shared]
 
 
@@ -250,5 +252,10 @@ def _trial(head: ValueHead, control: ControlConfig, kl: float, scored: list[Roll
 
 def _simplest_of_the_best(found: Sequence[tuple[Trial, dict[int, float]]]) -> ControlConfig:
     """Of controls and their rewards by prompt, the simplest first."""
-    _, best = max(found, key=lambda item: sum(item[1].values()) / len(item[1]))
-    return next(trial.control for trial, rewards in found if paired_interval(_differences(best, rewards))[0] <= 0)
+    # Rewards may leave responses without a score: only prompts that all have are compared.
+    shared = set.intersection(*(set(rewards) for _, rewards in found))
+    if not shared:
+        raise ValueError("No prompt has a response with a reward under every control, so they cannot be compared.")
+    _, best = max(found, key=lambda item: sum(item[1][number] for number in shared))
+    level = [trial for trial, rewards in found if paired_interval(_differences(best, rewards))[0] <= 0]
+    return next((trial for trial in level if trial.gain[1] > 0), level[0]).control

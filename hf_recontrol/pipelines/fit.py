@@ -255,17 +255,18 @@ def _recommend(
             combine_rewards=settings.combine_rewards,
             progress=(lambda done, total: None) if quiet else None,
         )
-    except ValueError as error:
+    # A reward may also fail on responses that only control makes.
+    except (RuntimeError, ValueError) as error:
         logger.warning(f"The head recommends no control: {error}")
         return
     finally:
         controlled.unload()
-    best = next(trial for trial in found.trials if trial.control == found.control)
-    if best.gain[1] <= 0:
+    chosen = next(trial for trial in found.trials if trial.control == found.control)
+    if chosen.gain[1] <= 0:
         logger.warning(
-            f"On {found.prompts} held-out prompts no control is clearly better than the base. The recommended one "
-            f"({found.control.method}) earns {best.gain[0]:+.2f} standard deviations [{best.gain[1]:.2f}, "
-            f"{best.gain[2]:.2f}]: try more prompts, or a larger `target_kl`."
+            f"On {found.prompts} held-out prompts the recommended control ({found.control.method}) is not clearly "
+            f"better than the base: {chosen.gain[0]:+.2f} standard deviations of the reward [{chosen.gain[1]:.2f}, "
+            f"{chosen.gain[2]:.2f}]. More prompts would tell."
         )
     recommended = found.to_dict() | {"target_kl": settings.target_kl, "replaces": present}
     write_json(output / "head" / FIGURES_NAME, training | {"recommended": recommended})
