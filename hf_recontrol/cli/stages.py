@@ -60,7 +60,7 @@ def fit(
 
 def _print_figures(figures: dict) -> None:
     numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
-    print_json(numbers | {f"error of {name}": value for name, value in (figures.get("baselines") or {}).items()})
+    print_json(numbers | {f"baselines.{name}": value for name, value in (figures.get("baselines") or {}).items()})
 
 
 @settings_class("Options")
@@ -200,8 +200,8 @@ def demo(
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything made.")] = Path("demo"),
 ) -> None:
-    """From prompts to a head in one go: rollouts, VADER's sentiment as reward, training, and a comparison of the base and
-    its controls on unseen prompts. A second run reuses what exists.
+    """From prompts to a head in one go: rollouts, VADER's sentiment as reward, training, and a comparison of the base
+    and its controls on unseen prompts. A second run reuses what exists.
     """
     from ..pipelines.demo import run_demo
 
