@@ -77,6 +77,8 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
     options = ("--head-sizes", "16,8", "--advantage-sizes", "8", "--num-epochs", 3, "--lr-scheduler-type", "cosine")
     figures = json.loads(run("train", "states", "-o", "head", *options, cwd=tmp_path).stdout)
     assert set(figures) == {
+        "baselines.constant",
+        "baselines.prompt_mean",
         "value_error",
         "value_error_last",
         "held_out_episodes",

@@ -234,9 +234,7 @@ def _by_prompt(head: ValueHead, rollouts: Sequence[Rollout]) -> dict[int, float]
 def _differences(a: dict[int, float], b: dict[int, float]) -> list[float]:
     shared = sorted(a.keys() & b.keys())
     if not shared:
-        raise ValueError(
-            "No prompt has a response with a reward under both controls, so nothing can be compared."
-        )
+        raise ValueError("No prompt has a response with a reward under both controls, so nothing can be compared.")
     return [a[number] - b[number] for number in shared]
 
 
