@@ -279,7 +279,7 @@ def test_csv(tmp_path, recontrol_warnings, table, separator, encoding, end):
     writer.writerows(rows)
     (tmp_path / "p.csv").write_bytes(text.getvalue().encode(encoding))
     found = load(tmp_path / "p.csv", column, on_bad_rows="skip", on_answers="keep")
-    good = [row for row in rows if row[column].strip()]
+    good = [row for row in rows if row[column].strip() and column != "messages"]
     if isinstance(found, str):
         assert not good
         return

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,10 @@ _NAMED = 5
 # How deep values may be nested, and how many bits a number may have: what every reader of JSON takes.
 _DEEPEST = 100
 _MOST_BITS = 10_000
+# A text that is a list of objects with a role, as JSON or as Python prints it.
+_CHAT_AS_TEXT = re.compile(
+    r"""\s*(array\()?\[\s*\{.*['"]role['"]\s*:.*\}\s*\]\s*(,\s*dtype=object\)\s*)?""", re.DOTALL
+)
 
 
 @dataclass
@@ -209,6 +214,24 @@ def _wrong_in_messages(messages: list) -> str | None:
     return None
 
 
+def _chat_of_text(text: str) -> str | list:
+    """
+    The chat that a text holds as JSON, as in the columns of a CSV file; other texts as they are.
+
+    Raises:
+        `ValueError`: if it holds one that is not JSON.
+    """
+    if not _CHAT_AS_TEXT.fullmatch(text):
+        return text
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(
+            "the prompt is a list of chat messages as Python prints it, or as damaged JSON: write it with `json.dumps`"
+        ) from None
+    return values if all(isinstance(value, dict) and "role" in value for value in values) else text
+
+
 def _answer_start(text: str) -> int | None:
     """Where the answer begins that a dialogue written as text ends with, as in HH-RLHF."""
     start = text.rfind("\n\nAssistant:")
@@ -224,6 +247,11 @@ def _check_prompt(prompt: Any, is_conversation: bool, on_answers: str) -> tuple[
         prompt = _kept(prompt)
     except _CannotKeepError as error:
         return None, f"the prompt cannot be used: {error}"
+    if isinstance(prompt, str):
+        try:
+            prompt = _chat_of_text(prompt)
+        except ValueError as error:
+            return None, str(error)
     if not isinstance(prompt, (str, list)):
         return None, f"the prompt is {type(prompt).__name__}, expected a text or a list of chat messages"
     if isinstance(prompt, list):
@@ -267,6 +295,11 @@ def _check_row(
     prompt, wrong = _check_prompt(columns.pop(source), source != "prompt", settings.on_answers)
     if prompt is None:
         return None, wrong
+    if isinstance(prompt, str) and source != settings.prompt_column:
+        return None, (
+            "the column 'messages' holds a text that is no list of chat messages: if these texts are the prompts, "
+            "`prompt_column='messages'` (`--prompt-column messages`) takes them"
+        )
     if "prompt" in columns:
         left_out.add("prompt", f"the prompts, which {source!r} holds, take its name")
     kept = {"prompt": prompt}

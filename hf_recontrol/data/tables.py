@@ -200,8 +200,10 @@ def _dataset_rows(source: Any, name: str, settings: PromptSettings, left_out: Le
         if settings.split not in source:
             raise ValueError(f"{name} has no split {settings.split!r}, it has {sorted(source)}.")
         source = source[settings.split]
-    source = source.with_format(None)
-    features = source.features or {}
+    # Of formats, a transform of the user's own alone says what the rows hold, and features do not describe its rows.
+    is_custom = (getattr(source, "format", None) or {}).get("type") == "custom"
+    source = source if is_custom else source.with_format(None)
+    features = {} if is_custom else source.features or {}
     media = {
         column: type(kind).__name__ for column, feature in features.items() for kind in islice(_media(feature), 1)
     }
