@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 import hf_recontrol
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
 from hf_recontrol.cli import app, main
+from hf_recontrol.collection.rollouts import write_rollouts
+from hf_recontrol.data.prompts import load_prompts
 
 from .conftest import make_head
 from .fresh import RECONTROL, run_fresh
@@ -104,6 +106,15 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
     ids = tiny_tokenizer()("w10 w11", return_tensors="pt")
     output = model.generate(**ids, control=ControlConfig("advantage", 1000.0), max_new_tokens=8, do_sample=False)
     assert tiny_tokenizer().decode(output[0, 2:], skip_special_tokens=True) == controlled_text
+
+
+def test_label_finds_a_column_where_the_first_part_holds_no_rows(tmp_path, monkeypatch, recontrol_warnings):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama", dtype=torch.float32)
+    prompts = load_prompts([{"prompt": text, "topic": 1 + i} for i, text in enumerate(["w5 " * 100_000, "w6", "w7"])])
+    write_rollouts("r", model, tiny_tokenizer(), prompts, max_new_tokens=2, part_size=1, on_bad_rows="skip")
+    done = CliRunner().invoke(app, ["label", "r", "--reward", "topic"])
+    assert "2 responses, mean reward 2.500" in done.output, done.output
 
 
 @pytest.mark.parametrize("command", ["demo", "fit", "rollout", "label", "states", "train", "generate", "info"])

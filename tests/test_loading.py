@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlamaForSequen
 
 from hf_recontrol import FitSettings, LoadingSettings, ReControlForCausalLM, ValueHead, fit, generate_rollouts
 from hf_recontrol.cli.app import own_command
+from hf_recontrol.collection.rewards import load_reward
 from hf_recontrol.heads.base_model import load_base_model
 from hf_recontrol.pipelines.loading import load_base
 from hf_recontrol.pipelines.run_file import load_run, save_run
@@ -223,11 +224,20 @@ def test_settings_about_loading_are_refused_for_a_model_that_is_loaded(tmp_path)
 def test_a_run_of_a_loaded_model_is_repeated_at_its_commit(tmp_path):
     model = tiny_model("llama", torch.float32)
     model.config._name_or_path, model.config._commit_hash = "org/base", "0a1b2c"
-    save_run(tmp_path, model, PROMPTS, [variety], FitSettings(token=TOKEN), tokenizer=True)
+    save_run(tmp_path, model, PROMPTS, [variety], [variety], FitSettings(token=TOKEN), tokenizer=True)
     written = load_run(tmp_path / "fit.yaml")
     assert (written["model"], written["revision"]) == ("org/base", "0a1b2c")
     text = (tmp_path / "fit.yaml").read_text()
     assert TOKEN not in text and "give it again, or set HF_TOKEN" in text
+
+
+def test_a_column_reward_is_written_as_one_also_where_a_folder_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "score").mkdir()
+    for given in ("score", "column:score"):
+        column = load_reward(given, {"score"})
+        save_run(tmp_path, "org/base", PROMPTS, [given, variety], [column, variety], FitSettings(), tokenizer=False)
+        assert load_run(tmp_path / "fit.yaml")["reward"][0] == "column:score"
 
 
 def test_lm_eval_takes_no_token_since_it_would_write_it_down(llama):

@@ -169,7 +169,7 @@ def test_changed_settings_are_refused_and_change_nothing(uninterrupted):
     before = digest(uninterrupted / "run")
     for arguments, difference in [
         ([*rollout_arguments("run"), "--seed", "1"], "seed was 0, is 1"),
-        (["label", "run/rollouts", "--reward", "topic"], "another reward"),
+        (["label", "run/rollouts", "--reward", "topic"], "label run/rollouts --reward ... --again"),
         ([*states_arguments("run"), "--every", "2"], "every was 1, is 2"),
         ([*train_arguments("run"), "--td-lambda", "0.5"], "training.td_lambda was 0.95, is 0.5"),
     ]:

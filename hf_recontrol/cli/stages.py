@@ -114,8 +114,8 @@ def label(
     from ..data.stage_folder import read_manifest
 
     read_manifest(rollouts, "rollouts", "recontrol rollout", complete=False)
-    first = next(iter(sorted(rollouts.glob("part-*.parquet"))), None)
-    columns = {name for row in (load_rollouts(first) if first else [])[:1] for name in row.columns}
+    parts = sorted(rollouts.glob("part-*.parquet"))
+    columns = next((set(row.columns) for part in parts for row in load_rollouts(part)), ())
     counts = label_rollouts(
         rollouts,
         by_name([load_reward(spec, columns) for spec in reward]),

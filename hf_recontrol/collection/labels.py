@@ -347,7 +347,11 @@ def _fingerprints(rewards: dict[str, RewardFunction]) -> tuple[list[str | None],
 
 
 def _other_rewards(folder: Path, found: dict[str, list], wanted: dict[str, list], unknown: str) -> str:
-    remedy = "Name another folder, or replace the rewards: `recontrol label --again` (`again=True`)."
+    remedy = (
+        f"Name another folder, or replace the rewards: `recontrol label {folder} --reward ... --again` "
+        "(`again=True`). What was made of the old ones must go too: in a folder of `recontrol fit` remove `states` "
+        "and `head`, then run the same `fit` with the new rewards."
+    )
     if found["rewards"] == wanted["rewards"] and unknown:
         return f"The rollouts in {folder} were scored with {found['rewards']}. {unknown} {remedy}"
     if found["rewards"] == wanted["rewards"]:

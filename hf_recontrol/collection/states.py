@@ -225,7 +225,7 @@ def write_states(
     manifest = read_manifest(rollouts, "rollouts", "recontrol rollout")
     if manifest["rewards"] is None:
         raise ValueError(f"The rollouts in {rollouts} have no rewards: score them first (`recontrol label`).")
-    _check_rewards(parts, manifest["rewards"])
+    _check_rewards(rollouts, parts, manifest["rewards"])
     reader = _Reader(model, settings, {name: manifest["settings"][name] for name in NO_CONTROL})
     _warn_of_mismatch(reader, manifest["settings"])
     known = _stage_settings(reader, manifest, settings)
@@ -348,7 +348,7 @@ def int8_error(counts: dict[str, float]) -> float:
     return (counts.get("int8_squared_error", 0) / counts["states"]) ** 0.5
 
 
-def _check_rewards(parts: Sequence[Path], names: Sequence[str]) -> None:
+def _check_rewards(rollouts: str | os.PathLike, parts: Sequence[Path], names: Sequence[str]) -> None:
     """Raise if a reward is the same everywhere, before anything is read for it."""
     known: list[set[float]] = [set() for _ in names]
     for path in parts:
@@ -360,7 +360,9 @@ def _check_rewards(parts: Sequence[Path], names: Sequence[str]) -> None:
     for name, values in zip(names, known, strict=True):
         if len(values) == 1:
             raise ValueError(
-                f"All rewards of {name} are equal ({values.pop()}), so there is nothing to learn from it."
+                f"All rewards of {name} are equal ({values.pop()}), so there is nothing to learn from it. Score with "
+                f"others, or leave this one out: `recontrol label {rollouts} --reward ... --again`, and then the same "
+                "command with these rewards, if it takes any."
             )
 
 

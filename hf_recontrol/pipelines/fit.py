@@ -112,13 +112,13 @@ def fit(
         given, settings = settings, _for_base(base, settings)
         # Of a run that is refused later nothing is written, of one that is killed what it was to be.
         if processes.index == 0 and not (output / "rollouts" / MANIFEST_NAME).exists():
-            save_run(output, model, prompts, reward, given, tokenizer_given)
+            save_run(output, model, prompts, reward, list(rewards.values()), given, tokenizer_given)
         figures = _run_stages(output, base, tokenizer, rows, rewards, settings, processes, quiet, command)
         if processes.index == 0:
             with without_heads(base):
                 _recommend(output, base, tokenizer, rows, rewards, settings, quiet)
             write_run_report(output, tokenizer, figures, settings)
-            save_run(output, model, prompts, reward, given, tokenizer_given)
+            save_run(output, model, prompts, reward, list(rewards.values()), given, tokenizer_given)
         processes.wait()
     return figures
 

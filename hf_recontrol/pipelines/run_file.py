@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from ..collection.rewards import ColumnReward
 from ..settings import FitSettings, LoadingSettings
 from ..utils.files import atomic_path
 from ..utils.setting_fields import Settings
@@ -31,9 +32,14 @@ def _name(source: Any) -> str | None:
     return os.path.abspath(source) if os.path.exists(source) else os.fspath(source)
 
 
-def _names_of_rewards(rewards: Sequence[str | Callable]) -> list[str] | None:
+def _names_of_rewards(rewards: Sequence[str | Callable], functions: Sequence[Callable]) -> list[str] | None:
     """Rewards as the command takes them, or `None` if one has no name that another process could import."""
-    names = [_name(reward) if isinstance(reward, str) else _importable(reward) for reward in rewards]
+    names = []
+    for reward, function in zip(rewards, functions, strict=True):
+        if isinstance(function, ColumnReward):
+            names.append(f"column:{function.column}")
+        else:
+            names.append(_name(reward) if isinstance(reward, str) else _importable(reward))
     return None if None in names else names
 
 
@@ -60,7 +66,13 @@ def _plain(value: Any) -> Any:
 
 
 def save_run(
-    output: Path, model: Any, prompts: Any, rewards: Sequence[str | Callable], settings: FitSettings, tokenizer: bool
+    output: Path,
+    model: Any,
+    prompts: Any,
+    rewards: Sequence[str | Callable],
+    functions: Sequence[Callable],
+    settings: FitSettings,
+    tokenizer: bool,
 ) -> None:
     """
     Write `fit.yaml` into a run's folder. What was given in Python and has no name is left out, and comments say what
@@ -71,6 +83,8 @@ def save_run(
             The run's folder.
         model, prompts, rewards, settings:
             As [`fit`] was given them.
+        functions (sequence of callables):
+            What the rewards stand for.
         tokenizer (`bool`):
             Whether it was given a tokenizer of its own.
     """
@@ -102,7 +116,7 @@ def save_run(
     named = {
         "model": _name(model),
         "prompts": _name(prompts),
-        "reward": _names_of_rewards(rewards),
+        "reward": _names_of_rewards(rewards, functions),
         "output": str(output.absolute()),
     }
     notes += [f"`{name}` was given in Python and has no name here: add it." for name in named if named[name] is None]

@@ -190,7 +190,10 @@ def new_head(
     rewards = store.rewards[rewarded].double()
     mean, std = rewards.mean(0), rewards.std(0, correction=0)
     if (rewards == rewards[0]).all(0).any():
-        raise ValueError("All rewards are equal, so there is nothing to learn: check the reward function.")
+        raise ValueError(
+            "All rewards are equal in the training part, so there is nothing to learn. Score with others (`recontrol "
+            "label ROLLOUTS --reward ... --again`) and read the states anew, or take more prompts."
+        )
     one = config.num_objectives == 1
     config = replace(
         config,
