@@ -345,12 +345,40 @@ def test_separators_encodings_and_numbers_of_csv(tmp_path, text, encoding):
     assert load_prompts(tmp_path / "p.csv").rows == [{"prompt": "w5", "score": 1}, {"prompt": "w6", "score": 2.5}]
 
 
-def test_only_columns_of_plain_numbers_are_numbers(tmp_path):
+def test_only_columns_of_plain_numbers_are_numbers(tmp_path, recontrol_warnings):
     (tmp_path / "p.tsv").write_text("prompt\tid\tmixed\tgap\n123\t007\t1\t1\n4\t008\tx\t\n")
     assert load_prompts(tmp_path / "p.tsv").rows == [
         {"prompt": "123", "id": "007", "mixed": "1", "gap": 1},
         {"prompt": "4", "id": "008", "mixed": "x", "gap": None},
     ]
+    assert [
+        warning for warning in recontrol_warnings if "'mixed'" in warning and "'x'" in warning and "line 3" in warning
+    ]
+    assert len(recontrol_warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("separator", "texts", "values"),
+    [
+        (",", ["1", "+1", ".5", "1e3", "nan", "", " 2. ", "-3"], [1, 1, 0.5, 1000.0, None, None, 2.0, -3]),
+        (";", ["1,5", "-,5", "2", "NaN"], [1.5, -0.5, 2, None]),
+        (";", ["1.5", "2"], [1.5, 2]),
+        (",", ["007", "008"], ["007", "008"]),
+        (",", ["nan", "nan"], ["nan", "nan"]),
+    ],
+)
+def test_numbers_of_csv(tmp_path, separator, texts, values):
+    (tmp_path / "p.csv").write_text(f"prompt{separator}x\n" + "".join(f"w5{separator}{text}\n" for text in texts))
+    assert [row["x"] for row in load_prompts(tmp_path / "p.csv").rows] == values
+
+
+@pytest.mark.parametrize(
+    "texts", [["1.234", "1,5"], ["1", "007"], ["1", "1e999"], ["1", "inf"], ["1", "1_0"], ["1", "9" * 5000]]
+)
+def test_numbers_and_other_texts_of_csv_stay_texts_with_a_warning(tmp_path, recontrol_warnings, texts):
+    (tmp_path / "p.csv").write_text("prompt;x\n" + "".join(f"w5;{text}\n" for text in texts))
+    assert [row["x"] for row in load_prompts(tmp_path / "p.csv").rows] == texts
+    assert len(recontrol_warnings) == 1 and "The column 'x'" in recontrol_warnings[0]
 
 
 def test_long_csv_fields(tmp_path):

@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -16,7 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..settings import PromptSettings
+
+logger = logging.get_logger(__name__)
 
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -26,7 +31,9 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _NO_UTF8 = "not UTF-8 text: save the file in UTF-8"
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?", re.ASCII)
+# What Python takes for a number, but for leading zeros, which are those of codes.
+_NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_NO_NUMBER = re.compile(r"([-+]?nan)?", re.IGNORECASE)
 
 # The location of each row, and the row, or a `BadRow`.
 LocatedRows = Iterator[tuple[str, Any]]
@@ -110,7 +117,7 @@ def json_file(path: Path, settings: PromptSettings, left_out: LeftOut) -> Locate
 
 
 def csv_rows(path: Path, settings: PromptSettings, left_out: LeftOut) -> LocatedRows:
-    """Rows of a CSV file; a column that holds nothing but plain numbers holds numbers."""
+    """Rows of a CSV file; a column that holds nothing but numbers holds numbers."""
     # The csv module's own limit is 131,072 characters.
     longest = csv.field_size_limit(2**31 - 1)
     try:
@@ -120,14 +127,43 @@ def csv_rows(path: Path, settings: PromptSettings, left_out: LeftOut) -> Located
             rows = list(islice(_csv_lines(path, file, separator, names), settings.limit))
     finally:
         csv.field_size_limit(longest)
-    good = [row for _, row in rows if isinstance(row, dict)]
-    for name in {name for row in good for name in row} - {settings.prompt_column, "messages"}:
-        if any(row[name] for row in good) and all(
-            not row[name] or _NUMBER.fullmatch(row[name].strip()) for row in good
-        ):
-            for row in good:
-                row[name] = json.loads(row[name]) if row[name] else None
+    good = [(location, row) for location, row in rows if isinstance(row, dict)]
+    for name in sorted({name for _, row in good for name in row} - {settings.prompt_column, "messages"}):
+        _read_numbers(good, name, has_decimal_commas=separator == ";")
     yield from rows
+
+
+def _read_numbers(rows: list[tuple[str, dict[str, Any]]], name: str, has_decimal_commas: bool) -> None:
+    """Make numbers of a column's texts, if all are; warn of a column in which only some are."""
+    texts = [(row[name] or "").strip() for _, row in rows]
+    has_decimal_commas = has_decimal_commas and any("," in text for text in texts)
+    values = [_number(text, has_decimal_commas) for text in texts]
+    odd = [i for i, text in enumerate(texts) if values[i] is None and not _NO_NUMBER.fullmatch(text)]
+    if all(value is None for value in values):
+        return
+    if odd:
+        logger.warning(
+            f"The column {name!r} holds numbers, but also other texts: it is read as texts. The first is "
+            f"{texts[odd[0]][:40]!r} ({rows[odd[0]][0]})."
+        )
+        return
+    for (_, row), value in zip(rows, values, strict=True):
+        row[name] = value
+
+
+def _number(text: str, has_decimal_commas: bool) -> int | float | None:
+    """The finite number that a text says, else `None`. With decimal commas a point would be one of thousands."""
+    if has_decimal_commas:
+        text = "" if "." in text else text.replace(",", ".", 1)
+    found = _NUMBER.fullmatch(text)
+    if found is None:
+        return None
+    is_whole = not any(sign in text for sign in ".eE")
+    try:
+        value = int(text) if is_whole else float(text)
+    except ValueError:  # more digits than Python reads
+        return None
+    return value if is_whole or math.isfinite(value) else None
 
 
 def _csv_header(path: Path, settings: PromptSettings) -> tuple[str, list[str]]:
