@@ -47,3 +47,70 @@ def test_a_transform_of_a_data_set_is_applied():
         load_prompts(broken)
     for kind in ("numpy", "torch", "pandas", None):
         assert load_prompts(data.with_format(kind), prompt_column="q").rows[1]["prompt"] == "w6"
+
+
+FRAME = pd.DataFrame({"prompt": ["w5", "w6"], "score": [1, 2]})
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (lambda: [("w5", 1), ("w6", 2)], "row 0: it is a tuple .*give rows as dicts, or texts"),
+        (lambda: zip(["w5"], [1], strict=True), "row 0: it is a tuple"),
+        (FRAME.itertuples, r"row 0: it is a tuple \(Pandas\).*a DataFrame itself"),
+        (FRAME.iterrows, "row 0: it is a tuple"),
+        (lambda: CHAT, r"it has \['content', 'role'\].*`\[chat\]`"),
+        (lambda: FRAME.set_index("prompt"), r"'prompt' is the DataFrame's index: `frame\.reset_index\(\)`"),
+        (
+            lambda: {"prompt": FRAME["prompt"], "score": FRAME["score"][::-1]},
+            "'prompt' and 'score' have different indexes",
+        ),
+    ],
+)
+def test_what_is_not_rows_is_named_as_what_it_is(source, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_prompts(source())
+
+
+def test_what_only_looks_like_it_is_read():
+    expected = [{"prompt": "w5", "score": 1}, {"prompt": "w6", "score": 2}]
+    assert load_prompts({"prompt": FRAME["prompt"], "score": FRAME["score"]}).rows == expected
+    assert load_prompts({"prompt": FRAME["prompt"][::-1], "score": [2, 1]}).rows == expected[::-1]
+    assert load_prompts(FRAME.set_index("score")).rows == [{"prompt": "w5"}, {"prompt": "w6"}]
+    assert load_prompts([tuple(CHAT)]).rows == [{"prompt": CHAT}]
+
+
+@pytest.mark.parametrize("prompts", [["w5", "w6"], [CHAT, CHAT[1:]]])
+def test_json_files_hold_what_lists_hold(tmp_path, prompts):
+    (tmp_path / "p.json").write_text(json.dumps(prompts))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    for name in ("p.json", "p.jsonl"):
+        assert load_prompts(tmp_path / name).rows == load_prompts(prompts).rows
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize(("name", "text"), [("p.csv", "prompt,x\nw5,1\n"), ("p.jsonl", '{"prompt": "w5"}\n')])
+def test_an_encoding_that_no_mark_names(tmp_path, name, text, encoding):
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match="without a byte order mark: save the file in UTF-8"):
+        load_prompts(tmp_path / name)
+
+
+def test_a_damaged_line_of_names_is_named(tmp_path):
+    (tmp_path / "p.csv").write_text('prompt,"x"y\nw5,1\n')
+    with pytest.raises(ValueError, match=r"p\.csv, line 1: a quotation mark"):
+        load_prompts(tmp_path / "p.csv", on_bad_rows="skip")
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ('prompt, x\n"w5", "a, b"\n', [("w5", "a, b")]),
+        ('x, "prompt"\n1, "w5"\n', [("w5", 1)]),
+        ('prompt,x\n w5," ""a"" b"\n', [(" w5", ' "a" b')]),
+        ('prompt,x\n w5, "a" b\n', [(" w5", ' "a" b')]),
+    ],
+)
+def test_blanks_before_quotation_marks(tmp_path, text, rows):
+    (tmp_path / "p.csv").write_text(text)
+    assert [(row["prompt"], row["x"]) for row in load_prompts(tmp_path / "p.csv").rows] == rows

@@ -106,7 +106,7 @@ def test_our_own_names_are_only_columns():
 BAD = [
     (b"not json\n", "not JSON"),
     (b'{"prompt": "\xff"}\n', "not UTF-8"),
-    (b'["a"]\n', "not an object"),
+    (b'["a"]\n', "no list of messages"),
     (b'{"prompt": 3}\n', "is int"),
     (b'{"prompt": "  "}\n', "empty"),
     (b'{"prompt": null}\n', "is NoneType"),

@@ -323,7 +323,7 @@ def load_prompts(source: Any, settings: PromptSettings | None = None, **changes)
         source:
             A file (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`), a folder or Hub name that
             [`~datasets.load_dataset`] takes, a data set, a table of pandas, Arrow or polars, a dict of columns, or a
-            sequence of texts, lists of chat messages or rows.
+            sequence of texts, lists of chat messages or rows. JSON files hold the same.
         settings ([`PromptSettings`], *optional*), changes:
             How to read them; single settings as keywords.
 
@@ -357,11 +357,12 @@ def load_prompts(source: Any, settings: PromptSettings | None = None, **changes)
     if count == 0:
         raise ValueError(f"No prompts: {name} holds no rows.")
     if not rows and found and column not in found and not (column == "prompt" and "messages" in found):
-        hint = " `--prompt-column chosen --on-answers cut` takes the prompts of such pairs."
-        raise ValueError(
-            f"{name} has no column {column!r}, it has {sorted(found)}: name the column."
-            f"{hint if {'chosen', 'rejected'} <= found else ''}"
-        )
+        hint = ""
+        if {"chosen", "rejected"} <= found:
+            hint = " `--prompt-column chosen --on-answers cut` takes the prompts of such pairs."
+        elif {"role", "content"} <= found:
+            hint = " If these are the messages of one chat, give a list of chats: `[chat]`."
+        raise ValueError(f"{name} has no column {column!r}, it has {sorted(found)}: name the column.{hint}")
     report_bad_rows(bad, settings.on_bad_rows if rows else "error", can_skip=bool(rows))
     for left, reason in left_out.items():
         logger.warning(f"The column {left!r} is left out: {reason}.")

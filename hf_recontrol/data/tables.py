@@ -12,7 +12,7 @@ from typing import Any
 
 from ..settings import PromptSettings
 from ..utils.extras import needs_extra
-from .text_files import LeftOut, LocatedRows, check_names, csv_rows, json_file, json_lines
+from .text_files import BadRow, LeftOut, LocatedRows, check_names, csv_rows, json_file, json_lines
 
 # Columns of chats, in which a null of Arrow is a key that only other rows have.
 CHAT_COLUMNS = ("messages", "tools", "chat_template_kwargs")
@@ -49,7 +49,18 @@ def located_rows(source: Any, settings: PromptSettings, left_out: LeftOut) -> Lo
         return _column_rows(source)
     if not _is_sequence(source):
         raise TypeError(f"Prompts must be {_TAKEN}; got {type(source).__name__}{_remedy(source)}.")
-    return ((f"row {i}", row if isinstance(row, Mapping) else {"prompt": row}) for i, row in enumerate(source))
+    return ((f"row {i}", _row(row, f"row {i}")) for i, row in enumerate(source))
+
+
+def _row(value: Any, location: str) -> Any:
+    """A row of what a sequence holds: a row already, or a prompt."""
+    if isinstance(value, tuple) and not all(isinstance(item, Mapping) for item in value):
+        reason = (
+            f"it is a tuple ({type(value).__name__}), whose columns have no names: give rows as dicts, or texts, or a "
+            "DataFrame itself"
+        )
+        return BadRow(location, reason)
+    return value if isinstance(value, Mapping) else {"prompt": value}
 
 
 def _is_sequence(source: Any) -> bool:
@@ -81,6 +92,14 @@ def _column_rows(columns: Mapping) -> LocatedRows:
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"The columns of a dict must be of one length, got {lengths}.")
+    indexes = {name: values.index for name, values in columns.items() if hasattr(values, "iloc")}
+    first = next(iter(indexes), None)
+    for name, index in indexes.items():
+        if not index.equals(indexes[first]):
+            raise ValueError(
+                f"The Series {first!r} and {name!r} have different indexes: pair them with "
+                "`pandas.DataFrame(columns)`, or give lists."
+            )
     for number, values in enumerate(zip(*columns.values(), strict=True)):
         yield f"row {number}", dict(zip(columns, values, strict=True))
 
@@ -89,6 +108,10 @@ def _frame_rows(frame: Any, settings: PromptSettings, left_out: LeftOut) -> Loca
     """Rows of a pandas DataFrame."""
     names = [str(name) for name in frame.columns]
     check_names(names, settings, left_out, "The DataFrame")
+    if settings.prompt_column not in names and settings.prompt_column in frame.index.names:
+        raise ValueError(
+            f"{settings.prompt_column!r} is the DataFrame's index: `frame.reset_index()` makes a column of it."
+        )
     for number, values in enumerate(frame.itertuples(index=False, name=None)):
         yield f"row {number}", _of_arrow(dict(zip(names, values, strict=True)), settings)
 

@@ -79,6 +79,8 @@ def _text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
         try:
             start = file.read(4)
             file.seek(0)
+            if start[0::2] == b"\0\0" or start[1::2] == b"\0\0":
+                raise ValueError(f"{path} is UTF-16 or UTF-32 without a byte order mark: save the file in UTF-8.")
             encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
             yield io.TextIOWrapper(file, encoding, errors="surrogateescape", newline=newline)
         except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -86,7 +88,7 @@ def _text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
 
 
 def json_lines(path: Path, settings: PromptSettings, left_out: LeftOut) -> LocatedRows:
-    """Rows of a file with one JSON object in each line."""
+    """Rows of a file with one JSON value in each line: an object, a text or a list of chat messages."""
     with _text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -96,13 +98,13 @@ def json_lines(path: Path, settings: PromptSettings, left_out: LeftOut) -> Locat
                 yield location, BadRow(location, _NO_UTF8)
                 continue
             try:
-                yield location, json.loads(line)
+                yield location, _row(json.loads(line))
             except (ValueError, RecursionError) as error:
                 yield location, BadRow(location, f"not JSON ({error})")
 
 
 def json_file(path: Path, settings: PromptSettings, left_out: LeftOut) -> LocatedRows:
-    """Rows of a JSON file: a list of objects, a single one, or one in each line."""
+    """Rows of a JSON file: a list of objects, texts or chats, a single one, or one in each line."""
     with _text(path) as file:
         text = file.read()
     if not is_text(text):
@@ -113,7 +115,12 @@ def json_file(path: Path, settings: PromptSettings, left_out: LeftOut) -> Locate
         yield from json_lines(path, settings, left_out)  # JSONL under another name
         return
     for number, row in enumerate(values if isinstance(values, list) else [values]):
-        yield f"{path}, row {number}", row
+        yield f"{path}, row {number}", _row(row)
+
+
+def _row(value: Any) -> Any:
+    """A row of what JSON holds: a row already, or a prompt."""
+    return {"prompt": value} if isinstance(value, (str, list)) else value
 
 
 def csv_rows(path: Path, settings: PromptSettings, left_out: LeftOut) -> LocatedRows:
@@ -123,14 +130,31 @@ def csv_rows(path: Path, settings: PromptSettings, left_out: LeftOut) -> Located
     try:
         separator, names = _csv_header(path, settings)
         check_names(names, settings, left_out, str(path))
-        with _text(path, newline="") as file:
-            rows = list(islice(_csv_lines(path, file, separator, names), settings.limit))
+        rows = _csv_table(path, separator, names, settings.limit)
     finally:
         csv.field_size_limit(longest)
     good = [(location, row) for location, row in rows if isinstance(row, dict)]
     for name in sorted({name for _, row in good for name in row} - {settings.prompt_column, "messages"}):
         _read_numbers(good, name, has_decimal_commas=separator == ";")
     yield from rows
+
+
+def _csv_table(path: Path, separator: str, names: list[str], limit: int | None) -> list[tuple[str, Any]]:
+    """Rows with their locations. Blanks before quotation marks are left out if the file is whole without them."""
+    with _text(path, newline="") as file:
+        rows = list(islice(_csv_lines(path, file, separator, names), limit))
+    is_damaged = any(isinstance(row, BadRow) for _, row in rows)
+    fields = (value or "" for _, row in rows if isinstance(row, dict) for value in row.values())
+    if not is_damaged and not any(field.startswith(" ") and field.lstrip(" ").startswith('"') for field in fields):
+        return rows
+    with _text(path, newline="") as file:
+        found = list(islice(_csv_lines(path, file, separator, names, skipinitialspace=True), limit))
+    is_whole = all(isinstance(row, dict) for _, row in found)
+    return found if is_whole and (is_damaged or _without_blanks(found) != _without_blanks(rows)) else rows
+
+
+def _without_blanks(rows: list[tuple[str, Any]]) -> list[list[str]]:
+    return [[(value or "").lstrip(" ") for value in row.values()] for _, row in rows]
 
 
 def _read_numbers(rows: list[tuple[str, dict[str, Any]]], name: str, has_decimal_commas: bool) -> None:
@@ -171,16 +195,20 @@ def _csv_header(path: Path, settings: PromptSettings) -> tuple[str, list[str]]:
     headers = {}
     for separator in "\t" if path.suffix == ".tsv" else ",;\t":
         with _text(path, newline="") as file:
-            names = next((names for names in csv.reader(file, delimiter=separator) if names), [])
+            names = next(
+                (names for names in csv.reader(file, delimiter=separator, skipinitialspace=True) if names), []
+            )
         headers[separator] = names = [name.strip() for name in names]
         if settings.prompt_column in names or "messages" in names:
             return separator, names
     return max(headers.items(), key=lambda item: len(item[1]))
 
 
-def _csv_lines(path: Path, file: io.TextIOWrapper, separator: str, names: list[str]) -> LocatedRows:
-    reader = csv.reader(file, delimiter=separator, strict=True)
-    next((names for names in reader if names), None)
+def _csv_lines(
+    path: Path, file: io.TextIOWrapper, separator: str, names: list[str], skipinitialspace: bool = False
+) -> LocatedRows:
+    reader = csv.reader(file, delimiter=separator, strict=True, skipinitialspace=skipinitialspace)
+    has_names = False
     while True:
         location = f"{path}, line {reader.line_num + 1}"
         try:
@@ -189,9 +217,14 @@ def _csv_lines(path: Path, file: io.TextIOWrapper, separator: str, names: list[s
             return
         except csv.Error as error:
             yield location, BadRow(location, f"a quotation mark has no partner ({error})")
+            if not has_names:
+                return
             continue
         location = f"{path}, line {reader.line_num}"
         if not fields:
+            continue
+        if not has_names:
+            has_names = True
             continue
         if not all(map(is_text, fields)):
             yield location, BadRow(location, _NO_UTF8)
