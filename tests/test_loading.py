@@ -238,6 +238,9 @@ def test_a_column_reward_is_written_as_one_also_where_a_folder_has_its_name(tmp_
         column = load_reward(given, {"score"})
         save_run(tmp_path, "org/base", PROMPTS, [given, variety], [column, variety], FitSettings(), tokenizer=False)
         assert load_run(tmp_path / "fit.yaml")["reward"][0] == "column:score"
+    for given, written in [("score#GOOD", f"{tmp_path / 'score'}#GOOD"), ("org/judge#GOOD", "org/judge#GOOD")]:
+        save_run(tmp_path, "org/base", PROMPTS, [given], [variety], FitSettings(), tokenizer=False)
+        assert load_run(tmp_path / "fit.yaml")["reward"] == [written]
 
 
 def test_lm_eval_takes_no_token_since_it_would_write_it_down(llama):

@@ -39,8 +39,17 @@ def _names_of_rewards(rewards: Sequence[str | Callable], functions: Sequence[Cal
         if isinstance(function, ColumnReward):
             names.append(f"column:{function.column}")
         else:
-            names.append(_name(reward) if isinstance(reward, str) else _importable(reward))
+            names.append(_name_of_reward(reward) if isinstance(reward, str) else _importable(reward))
     return None if None in names else names
+
+
+def _name_of_reward(reward: str) -> str | None:
+    """A reward's name, in which a folder may stand before `#LABEL`."""
+    if os.path.exists(reward):
+        return _name(reward)
+    folder, hash_sign, label = reward.partition("#")
+    name = _name(folder)
+    return name and f"{name}{hash_sign}{label}"
 
 
 def _importable(function: Callable) -> str | None:
