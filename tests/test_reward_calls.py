@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_recontrol import Rollout, fit, score_rollouts, text_reward, vader
-from hf_recontrol.collection.rewards import by_name, load_reward, reward_name
+from hf_recontrol.collection.rewards import by_name, call_reward, load_reward, reward_name
 
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
@@ -340,3 +340,25 @@ def test_no_signature_gets_another_meaning_than_its_names_say(signature, chat, k
     assert noted.get("others", ()) == ()
     if takes_all:
         assert noted["rest"] == {n: value for n, value in there.items() if n not in named}
+
+
+def test_a_column_that_is_called_as_a_methods_own_argument_is_left_out():
+    class Scorer:
+        def __call__(self, completions, **columns):
+            return [float("self" not in columns and "topic" in columns)] * len(completions)
+
+        def score(this, completions, **columns):
+            return [float("this" not in columns)] * len(completions)
+
+    values = {"self": ["a"], "this": ["b"], "topic": ["c"]}
+    for function in (Scorer(), Scorer().score):
+        assert call_reward(function, ["p"], ["c"], [[1]], values) == [1.0]
+
+
+def test_a_bound_method_is_marked_where_it_is_written():
+    class Scorer:
+        def score(self, completions):
+            return [1.0] * len(completions)
+
+    with pytest.raises(TypeError, match="`text_reward` cannot mark score"):
+        text_reward(Scorer().score)

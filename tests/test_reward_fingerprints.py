@@ -244,3 +244,63 @@ def test_a_reward_that_cannot_be_known_is_scored_once_with_a_warning_and_then_as
 def test_a_column_and_our_own_rewards_have_one():
     assert reward_fingerprint(load_reward("column:a")) != reward_fingerprint(load_reward("column:b"))
     assert reward_fingerprint(vader) == reward_fingerprint(vader)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "SimpleNamespace(k={})",
+        "Namespace(k={})",
+        "range({})",
+        "MappingProxyType({{1: {}}})",
+        "Random({})",
+        "itemgetter({})",
+        "{{1: {}}}.get",
+        "Template('{}')",
+    ],
+)
+def test_objects_of_the_module_count_with_what_they_hold(made):
+    def of(number):
+        space = {"__name__": "somebodys"}
+        exec(
+            "from argparse import Namespace\nfrom operator import itemgetter\nfrom random import Random\n"
+            "from string import Template\nfrom types import MappingProxyType, SimpleNamespace\n"
+            f"THING = {made.format(number)}\ndef reward(completions):\n    return [THING for _ in completions]",
+            space,
+        )
+        return code_fingerprint(space["reward"])
+
+    assert of(1) == of(1) != of(5)
+
+
+def test_what_cannot_be_compared_in_a_global_is_named():
+    space = {"__name__": "somebodys", "HELD": {"lock": threading.Lock()}}
+    exec("def reward(completions):\n    return [HELD for _ in completions]", space)
+    with pytest.raises(UnknownStateError, match="the global 'HELD'"):
+        code_fingerprint(space["reward"])
+
+
+@pytest.mark.parametrize("imported", ["import own_helper\n", "", "from own_helper import k\n"])
+def test_modules_of_the_users_own_count_with_their_files(imported, tmp_path, monkeypatch):
+    call = "own_helper.k(c)" if imported == "import own_helper\n" else "k(c)"
+    inside = "" if imported else "    from own_helper import k\n"
+    (tmp_path / "my_reward.py").write_text(
+        f"{imported}def reward(completions):\n{inside}    return [{call} for c in completions]\n"
+    )
+    program = (
+        "from hf_recontrol.utils.code_fingerprints import code_fingerprint\n"
+        "import my_reward\nprint(code_fingerprint(my_reward.reward))"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    found = []
+    for body in ("return 1.0", "return 1.0", "return 2.0"):
+        (tmp_path / "own_helper.py").write_text(f"def k(text):\n    {body}\n")
+        done = subprocess.run(
+            [sys.executable, "-B", "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        found.append(done.stdout.splitlines()[-1])
+    assert found[0] == found[1] != found[2]

@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 import sys
+import types
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -54,8 +55,16 @@ def text_reward(function: RewardFunction) -> RewardFunction:
     def brevity(completions, **columns):
         return [-float(len(text)) for text in completions]
     ```
+
+    Raises:
+        `TypeError`: if it cannot be marked, such as a bound method.
     """
-    function.text_completions = True
+    try:
+        function.text_completions = True
+    except AttributeError:
+        raise TypeError(
+            f"`text_reward` cannot mark {reward_name(function)}: put it above the function's `def`."
+        ) from None
     return function
 
 
@@ -173,7 +182,7 @@ def _wanted(function: RewardFunction, available: Collection[str]) -> tuple[list[
     by_position = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
     by_keyword = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        by_keyword = sorted(set(available) - {p.name for p in by_position})
+        by_keyword = sorted(set(available) - {p.name for p in by_position} - _hidden(function))
     else:
         by_keyword = [given for given in by_keyword if given in available]
         if not by_keyword and not any(p.name in available for p in by_position):
@@ -184,6 +193,15 @@ def _wanted(function: RewardFunction, available: Collection[str]) -> tuple[list[
             f"too: rename one of them. {remedy}"
         )
     return by_position, by_keyword
+
+
+def _hidden(function: RewardFunction) -> set[str]:
+    """The name of the argument that a method gets by itself: a column of that name cannot be given."""
+    if isinstance(function, (types.FunctionType, partial)):
+        return set()
+    method = function if isinstance(function, types.MethodType) else type(function).__call__
+    code = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__code__", None)
+    return set() if code is None else set(code.co_varnames[: code.co_argcount][:1])
 
 
 def _others(available: Collection[str]) -> list[str]:

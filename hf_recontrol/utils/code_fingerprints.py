@@ -7,13 +7,16 @@ import copyreg
 import dis
 import enum
 import hashlib
+import importlib.util
 import inspect
+import logging
 import os
 import sys
 import sysconfig
 import types
 from collections.abc import Iterator
 from functools import cache, cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +33,10 @@ _SCALARS = (type(None), bool, int, float, complex, str, bytes, bytearray, type(E
 
 # Values that are hashed of each tensor of a model, evenly spread.
 _VALUES_A_TENSOR = 64
+# Modules whose objects order threads, and hold nothing that a score could depend on.
+_OF_THREADS = ("_thread", "threading", "asyncio.locks")
 # What `functools.lru_cache` makes of a function.
 _CACHED = type(cache(lambda: None))
-# Modules whose objects are data.
-_OF_DATA = ("collections", "datetime", "decimal", "fractions", "numpy", "pandas", "pathlib", "re")
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -59,9 +62,9 @@ def code_fingerprint(function: Any) -> str:
     A hash of what a function, or an object that is called as one, does and holds.
 
     It covers the code, its constants, defaults, closure, partial arguments and the object's state, and what it uses
-    of modules of the user's own: functions, classes and data. What it reaches as `module.name`, and functions and
-    classes of installed packages, count by name alone. Comments, names of variables and positions in a file do not
-    count; another release of Python does.
+    of modules of the user's own: functions, classes, data and objects. Modules of the user's own that it imports count
+    by their files; what it reaches in installed packages counts by name alone. Comments, names of variables and
+    positions in a file do not count; another release of Python does.
 
     Args:
         function (`Callable`):
@@ -86,6 +89,18 @@ def _is_written_here(module: str | None) -> bool:
         return False
     path = getattr(sys.modules.get(module), "__file__", None)
     return path is None or not os.path.realpath(path).startswith(_INSTALLED)
+
+
+@cache
+def _own_source(module: str) -> bytes:
+    """The file of a module of the user's own; of others nothing."""
+    try:
+        origin = getattr(importlib.util.find_spec(module), "origin", None)
+    except (ImportError, ValueError):  # it is made in memory, or not there
+        return b""
+    if not origin or not os.path.isfile(origin) or os.path.realpath(origin).startswith(_INSTALLED):
+        return b""
+    return b"" if module.partition(".")[0] == _PACKAGE else Path(origin).read_bytes()
 
 
 def _join(kind: str, *parts: bytes) -> bytes:
@@ -125,8 +140,9 @@ class _Digest:
             return _join("partial", *map(self.of, (value.func, value.args, value.keywords)))
         if isinstance(value, type):
             return self._of_class(value)
-        if isinstance(value, types.ModuleType):
-            return _join("module", value.__name__.encode())
+        if isinstance(value, (types.ModuleType, logging.Logger)):
+            name = value.__name__ if isinstance(value, types.ModuleType) else value.name
+            return _join(type(value).__name__, name.encode(), _own_source(name))
         if isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType)):
             owner = value.__self__
             owner = b"" if owner is None or isinstance(owner, types.ModuleType) else self.of(owner)
@@ -197,20 +213,19 @@ class _Digest:
         return _join("code", code.co_code, *map(self.of, held))
 
     def _used_globals(self, function: types.FunctionType) -> list[bytes]:
-        found = []
+        found = [_own_source(name) for name in sorted(set(_imported_names(function.__code__)))]
         for name in sorted(set(_global_names(function.__code__))):
             if name not in function.__globals__:
                 found.append(_join("absent", name.encode(), bytes(hasattr(builtins, name))))
                 continue
             value = function.__globals__[name]
-            if isinstance(value, (type, types.FunctionType, _CACHED)) or _is_data(value):
-                try:
-                    found.append(_join("global", name.encode(), self.of(value)))
-                    continue
-                except Exception:  # of somebody's object: it counts by its type
-                    pass
-            kind = f"{type(value).__module__}.{type(value).__qualname__}"
-            found.append(_join("global", name.encode(), kind.encode()))
+            if type(value).__module__ in _OF_THREADS:
+                found.append(_join("global", name.encode(), type(value).__qualname__.encode()))
+                continue
+            try:
+                found.append(_join("global", name.encode(), self.of(value)))
+            except Exception as error:  # of somebody's object
+                raise UnknownStateError(f"the global {name!r} ({error})") from error
         return found
 
     def _of_class(self, cls: type) -> bytes:
@@ -222,9 +237,18 @@ class _Digest:
                 continue
             try:
                 parts.append(_join("attribute", name.encode(), self.of(value)))
-            except Exception:
-                parts.append(_join("attribute", name.encode()))
+            except Exception as error:
+                raise UnknownStateError(f"{cls.__qualname__}.{name} ({error})") from error
         return _join("class", *parts)
+
+
+def _imported_names(code: types.CodeType) -> Iterator[str]:
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME" and instruction.argval:
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _imported_names(constant)
 
 
 def _global_names(code: types.CodeType) -> Iterator[str]:
@@ -234,11 +258,3 @@ def _global_names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _global_names(constant)
-
-
-def _is_data(value: Any) -> bool:
-    """Whether a global value is data or the user's own object, not a client, a logger or the like of a package."""
-    if isinstance(value, (*_SCALARS, list, tuple, set, frozenset, dict, partial, torch.Tensor, torch.nn.Module)):
-        return True
-    module = type(value).__module__
-    return module.partition(".")[0] in _OF_DATA or _is_written_here(module)
