@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    FNetConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -17,6 +20,7 @@ from transformers import (
     LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLNetConfig,
 )
 
 from hf_recontrol import ClassifierReward, Rollout, fit, load_reward, score_rollouts
@@ -232,3 +236,35 @@ def test_a_chat_that_the_template_refuses_is_named_and_can_be_skipped(tmp_path, 
     with pytest.raises(ValueError, match=r"prompt 40: the chat template of .* refuses this chat: no system turns"):
         fit(model, chats, reward, tmp_path / "run", tokenizer=tiny_tokenizer(chat=True), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["xlnet", "fnet"])
+def test_models_that_read_padding_score_one_text_at_a_time(family):
+    small = {"vocab_size": 97, "num_labels": 1, "pad_token_id": 0}
+    if family == "xlnet":
+        config = XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=32, initializer_range=0.5, **small)
+    else:
+        config = FNetConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            intermediate_size=32,
+            initializer_range=0.5,
+            tpu_short_seq_length=8,
+            **small,
+        )
+    torch.manual_seed(0)
+    reward = ClassifierReward(AutoModelForSequenceClassification.from_config(config).eval(), tiny_tokenizer())
+    answers = ["w5", "w6 w7 w8 w9 w10", "w11 w12"]
+    together = reward(["w5"] * 3, answers)
+    assert together == pytest.approx([reward(["w5"], [answer])[0] for answer in answers], abs=1e-6)
+    assert len(set(together)) == 3
+
+
+def test_another_tokenizer_is_another_reward():
+    config = AutoConfig.for_model("gpt2", vocab_size=97, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=0)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    one, other = (
+        ClassifierReward(model, tokenizer) for tokenizer in (tiny_tokenizer(), tiny_tokenizer(more_words=("zz",)))
+    )
+    assert one.fingerprint == ClassifierReward(model, tiny_tokenizer()).fingerprint != other.fingerprint

@@ -15,7 +15,7 @@ import torch
 
 from hf_recontrol import Rollout, load_rollouts, save_rollouts, vader
 from hf_recontrol.collection.labels import label_rollouts
-from hf_recontrol.collection.rewards import load_reward, reward_fingerprint
+from hf_recontrol.collection.rewards import load_reward, note_calls, reward_fingerprint
 from hf_recontrol.data.fingerprints import file_checksum
 from hf_recontrol.utils.code_fingerprints import UnknownStateError, code_fingerprint
 
@@ -304,3 +304,14 @@ def test_modules_of_the_users_own_count_with_their_files(imported, tmp_path, mon
         )
         found.append(done.stdout.splitlines()[-1])
     assert found[0] == found[1] != found[2]
+
+
+def test_what_one_reward_has_become_is_not_another():
+    one = Judge(1)
+    before = reward_fingerprint(one)
+    one.limit = 2
+    note_calls(one, before)
+    assert reward_fingerprint(one) == before
+    other = Judge(1)
+    other.limit = 2
+    assert reward_fingerprint(other) != before

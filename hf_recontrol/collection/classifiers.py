@@ -25,6 +25,9 @@ logger = logging.get_logger(__name__)
 # Tokenizers without a limit say that they have one far above this.
 _NO_LIMIT = 10**9
 
+# How much of a score rounding may be, in float32 (and float64), and in the shorter dtypes.
+_ROUNDING, _COARSE_ROUNDING = 1e-4, 5e-2
+
 
 class ClassifierReward:
     """
@@ -76,6 +79,8 @@ class ClassifierReward:
         self.longest = _longest(model, tokenizer)
         specials = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
         self.takes_pairs = tokenizer.sep_token is not None and specials[1] > specials[0]
+        if self.batch_size > 1 and self._reads_padding():
+            self.batch_size = 1
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, label: str | None = None, **kwargs) -> ClassifierReward:
@@ -119,9 +124,23 @@ class ClassifierReward:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the weights, of which label is taken, and of the chat template."""
-        template = hashlib.sha256(repr(self.tokenizer.chat_template).encode()).hexdigest()[:8]
-        return f"{model_fingerprint(self.model)}/{self.index}/{template}"
+        """A hash of the weights, of which label is taken, and of the tokenizer with its chat template."""
+        tokenizer = self.tokenizer
+        held = [tokenizer.chat_template, sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map]
+        text = repr([*held, self.longest, self.pad_id])
+        return f"{model_fingerprint(self.model)}/{self.index}/{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    @torch.no_grad()
+    def _reads_padding(self) -> bool:
+        """Whether a score depends on the padding beside a text, as in XLNet and FNet; found by scoring two texts."""
+        try:
+            texts = [self.encode("Hello.", "Good. " * count)[0] for count in (1, 6)]
+            alone = torch.cat([self.model(**self._batch([text])).logits.float() for text in texts])
+            together = self.model(**self._batch(texts)).logits.float()
+        except Exception:  # what cannot be scored is told where rewards are tried
+            return False
+        rounding = _ROUNDING if self.model.dtype in (torch.float32, torch.float64) else _COARSE_ROUNDING
+        return not (alone - together).abs().max() <= rounding * (1 + alone.abs().max())
 
     def encode(self, prompt: Prompt, completion: str) -> tuple[dict[str, list[int]], bool]:
         """

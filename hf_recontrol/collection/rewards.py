@@ -31,8 +31,8 @@ RewardFunction = Callable[..., Sequence[float | None]]
 # What every reward function can have. Columns of these names are not handed over.
 _GIVEN = ("prompts", "completions", "completion_ids")
 
-# Of hashes of rewards after they were called: the hash before.
-_before_calls: dict[str, str] = {}
+# Of rewards (by id, and kept, so that no id is used twice) and their hashes after they were called: the hash before.
+_before_calls: dict[tuple[int, str], tuple[RewardFunction, str]] = {}
 
 
 class MissingColumnError(ValueError):
@@ -324,7 +324,7 @@ def reward_fingerprint(function: RewardFunction) -> str:
     if isinstance(given, str) and given:
         return given
     found = code_fingerprint(function)
-    return _before_calls.get(found, found)
+    return _before_calls.get((id(function), found), (function, found))[1]
 
 
 def note_calls(function: RewardFunction, fingerprint: str | None) -> None:
@@ -334,7 +334,7 @@ def note_calls(function: RewardFunction, fingerprint: str | None) -> None:
     except UnknownStateError:
         return
     if fingerprint is not None and now != fingerprint:
-        _before_calls[now] = fingerprint
+        _before_calls[id(function), now] = function, fingerprint
 
 
 def by_name(rewards: Sequence[RewardFunction]) -> dict[str, RewardFunction]:
