@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +322,31 @@ class ValueHeadConfig:
         count = len(control.target) if isinstance(control.target, tuple) else 1
         if control.target is not None and count != self.num_objectives:
             raise ValueError(f"`target` holds {count} values, this head has {self.num_objectives} objectives.")
+
+    def changed_control(self, changes: dict[str, Any], default: ControlConfig | None = None) -> ControlConfig:
+        """
+        The recommended control with some settings changed.
+
+        Args:
+            changes (`dict`):
+                Settings of a [`ControlConfig`] by name.
+            default ([`ControlConfig`], *optional*):
+                What stands for a recommendation if there is none. Without it another method needs its step size.
+
+        Raises:
+            `ValueError`: as [`ValueHeadConfig.check_control`]; if the method is another one and its step size is not
+            named.
+        """
+        recommended, method = self.control or default, changes.get("method")
+        changed = replace(recommended or ControlConfig(), **changes)
+        self.check_control(changed)
+        is_other = method is not None and (recommended is None or recommended.method != method)
+        if is_other and "step_size" not in changes:
+            raise ValueError(
+                f"This head recommends no step size for {method!r}: name one, `step_size` (`--step-size`). That of "
+                "another method is in other units."
+            )
+        return changed
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable `dict`, the inverse of [`ValueHeadConfig.from_dict`]."""

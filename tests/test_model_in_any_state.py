@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_recontrol import (
     ControlConfig,
@@ -21,6 +20,7 @@ from hf_recontrol.collection.labels import label_rollouts
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.states import StateStore
 
+from .conftest import make_llama
 from .tiny_models import left_pad, prompts, tiny_head, tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
@@ -100,18 +100,7 @@ def test_a_hook_that_is_carried_over_to_a_quantised_module_acts_once():
 
 
 def test_dropout_is_off_whatever_mode_the_model_is_in():
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        attention_dropout=0.5,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(config).eval()
+    base = make_llama(attention_dropout=0.5, eos_token_id=2, vocab_size=97)
     model = ReControlForCausalLM.from_model(base, tiny_head(base, "lm_head"), STATIC)
 
     def everything():
@@ -159,19 +148,8 @@ def test_rotary_positions_that_depend_on_the_batch_share_none(rope_type):
     parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0}
     if rope_type == "longrope":
         parameters |= {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 16}
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=2,
-        max_position_embeddings=16 if rope_type == "dynamic" else 64,
-        rope_parameters=parameters,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(config).eval()
+    limit = 16 if rope_type == "dynamic" else 64
+    base = make_llama(max_position_embeddings=limit, rope_parameters=parameters, eos_token_id=2, vocab_size=97)
     model = ReControlForCausalLM.from_model(base, tiny_head(base, "lm_head"), STATIC)
     short, long = prompts(1, 10)[0], prompts(1, 30, seed=2)[0]
     rollout = sampled(model, False)[0]

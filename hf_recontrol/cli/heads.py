@@ -44,7 +44,6 @@ def generate(
     from dataclasses import replace
 
     from ..collection.rollouts import generate_rollouts
-    from ..configuration import ControlConfig
     from ..data.prompts import load_prompts
     from ..heads.resolution import resolve_head_and_base
     from ..pipelines.loading import load_base
@@ -56,13 +55,7 @@ def generate(
     names = [head] if model is None else [model, head]
     loaded, base, revision, _ = resolve_head_and_base(*names, token=settings.token)
     recommended = loaded.config.control
-    wanted = replace(recommended or ControlConfig(), **changes)
-    loaded.config.check_control(wanted)
-    if method is not None and step_size is None and (recommended is None or recommended.method != method):
-        raise ValueError(
-            f"This head recommends no step size for {method!r}: name one, `--step-size` (that of another method is in "
-            "other units)."
-        )
+    wanted = loaded.config.changed_control(changes)
     if recommended is None and step_size is None:
         typer.echo(f"This head recommends no control, so this is {wanted}: try `--step-size`.", err=True)
     settings = replace(settings, revision=settings.revision or revision)

@@ -110,12 +110,11 @@ def label(
     """
     from ..collection.labels import label_rollouts
     from ..collection.rewards import by_name, load_reward
-    from ..data.rollouts import load_rollouts
+    from ..data.rollouts import columns_of
     from ..data.stage_folder import read_manifest
 
     read_manifest(rollouts, "rollouts", "recontrol rollout", complete=False)
-    parts = sorted(rollouts.glob("part-*.parquet"))
-    columns = next((set(row.columns) for part in parts for row in load_rollouts(part)), ())
+    columns = columns_of(sorted(rollouts.glob("part-*.parquet")))
     counts = label_rollouts(
         rollouts,
         by_name([load_reward(spec, columns) for spec in reward]),

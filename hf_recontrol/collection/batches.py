@@ -109,18 +109,23 @@ def control_of(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     Raises:
         `ValueError`: if there are several.
     """
-    found = sorted({json.dumps(rollout.control or NO_CONTROL, sort_keys=True) for rollout in rollouts})
-    if len(found) > 1:
+    found = {json.dumps(rollout.control or NO_CONTROL, sort_keys=True) for rollout in rollouts}
+    controls = [json.loads(text) for text in sorted(found)]
+    if len(controls) > 1:
         raise ValueError(
-            f"These rollouts were sampled under {len(found)} controls ({'; '.join(map(shown_control, found))}): use "
-            "those of each apart."
+            f"These rollouts were sampled under {len(controls)} controls ({'; '.join(map(shown_control, controls))}): "
+            "use those of each apart."
         )
-    return json.loads(found[0]) if found else dict(NO_CONTROL)
+    return controls[0] if controls else dict(NO_CONTROL)
 
 
-def shown_control(control: dict[str, Any] | str) -> str:
-    """A control of [`control_settings`], or its JSON, for messages."""
-    control = json.loads(control) if isinstance(control, str) else control
+def recorded_control(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The control that a folder of rollouts was sampled under, as [`control_of`] tells it, of its manifest."""
+    return {name: manifest["settings"][name] for name in NO_CONTROL}
+
+
+def shown_control(control: dict[str, Any]) -> str:
+    """A control of [`control_of`], for messages."""
     if not control["control"]:
         return "no control"
     settings = ControlConfig.from_dict(control["control"])
@@ -184,9 +189,12 @@ def check_in_force(model: ReControlForCausalLM, rollouts: Sequence[Rollout]) -> 
     Raise `ValueError` if rollouts were sampled under another control than that in force. Those of the base alone go
     with any.
     """
-    sampled, now = control_of(rollouts), control_settings(model, model.active_control or False)
+    sampled = control_of(rollouts)
+    if not sampled["control"]:
+        return
+    now = control_settings(model, model.active_control or False)
     by_mark = [sorted((mark, weight) for weight, mark in control["heads"].values()) for control in (sampled, now)]
-    if sampled["control"] and (sampled["control"] != now["control"] or by_mark[0] != by_mark[1]):
+    if sampled["control"] != now["control"] or by_mark[0] != by_mark[1]:
         raise ValueError(
             f"The rollouts were sampled under {shown_control(sampled)}, in force is {shown_control(now)}: set that "
             "one with `model.use_control(...)`."

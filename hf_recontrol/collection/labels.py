@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from numbers import Real
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from ..data.fingerprints import file_checksum
 from ..data.processes import Progress, progress_bar
 from ..data.prompts import BadRow, Prompts, report_bad_rows
-from ..data.rollouts import Rollout, count_rollouts, load_rollouts, save_rollouts, scored_by, scoring_of
+from ..data.rollouts import Rollout, columns_of, count_rollouts, load_rollouts, save_rollouts, scored_by, scoring_of
 from ..data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
 from ..settings import LabelSettings
 from ..utils.checks import check_choice
@@ -101,12 +102,20 @@ def try_rewards(rewards: dict[str, RewardFunction], prompts: Prompts, on_bad_row
     if unknown:
         logger.warning(unknown)
     try:
-        _, bad = _called(tried, list(rewards.values()), "the first prompts")
+        with _noting_calls(rewards, fingerprints):
+            _, bad = _called(tried, list(rewards.values()), "the first prompts")
         if on_bad_rows == "error":
             report_bad_rows(list(bad.values()), on_bad_rows)
     except (RuntimeError, ValueError) as error:
         said = f"{error} (Each reward is tried before sampling, on the answer {_TRIED!r}.)"
         raise type(error)(said) from error.__cause__ or error
+
+
+@contextmanager
+def _noting_calls(rewards: dict[str, RewardFunction], fingerprints: Sequence[str | None]) -> Iterator[None]:
+    """Around calls of rewards that had these fingerprints before, see [`note_calls`]."""
+    try:
+        yield
     finally:
         for function, fingerprint in zip(rewards.values(), fingerprints, strict=True):
             note_calls(function, fingerprint)
@@ -272,7 +281,7 @@ def label_rollouts(
         finished = known["complete"] and known.get("rewards") is not None
         if finished and not again:
             return stage.counts()
-        columns = next((set(r.columns) for i in range(stage.num_parts) for r in load_rollouts(stage.part_path(i))), ())
+        columns = columns_of(map(stage.part_path, range(stage.num_parts)))
         for function in rewards.values():
             check_reward(function, columns)
         if found != wanted or finished:
@@ -283,11 +292,8 @@ def label_rollouts(
         stage.processes.wait()
         if unknown and stage.processes.index == 0:
             logger.warning(unknown)
-        try:
+        with _noting_calls(rewards, fingerprints):
             _score_parts(stage, known, scorings, scoring, rewards, names, on_bad_rows, combine_rewards, progress)
-        finally:
-            for function, fingerprint in zip(rewards.values(), fingerprints, strict=True):
-                note_calls(function, fingerprint)
         kept = {"bad_rows": known.get("bad_rows", 0)} | {key: known.get(key) for key in ("dataset", "head_sources")}
         counts = stage.finish(partial(_count_scored, names=names), kept | {"scoring": scoring} | wanted)
         scored = [(name, counts.get(f"scored {name}", 0)) for name in rewards]

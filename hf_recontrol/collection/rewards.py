@@ -138,9 +138,15 @@ class ColumnReward:
 
 def reward_name(function: RewardFunction) -> str:
     """What a reward is called in messages, files and reports: by its function's own name, however it was given."""
-    while isinstance(function, partial) and not hasattr(function, "__name__"):
-        function = function.func
+    function = _with_attribute(function, "__name__")
     return getattr(function, "__name__", type(function).__name__)
+
+
+def _with_attribute(function: RewardFunction, name: str) -> RewardFunction:
+    """The function itself, or of partial ones what they are of, until it has an attribute."""
+    while isinstance(function, partial) and not hasattr(function, name):
+        function = function.func
+    return function
 
 
 def check_reward(function: RewardFunction, columns: Collection[str]) -> None:
@@ -231,9 +237,7 @@ def _bound(function: RewardFunction) -> set[str]:
 
 
 def _takes_texts(function: RewardFunction) -> bool:
-    while isinstance(function, partial) and not hasattr(function, "text_completions"):
-        function = function.func
-    return getattr(function, "text_completions", False)
+    return getattr(_with_attribute(function, "text_completions"), "text_completions", False)
 
 
 def call_reward(

@@ -38,6 +38,8 @@ from .sampling import (
     StopStrings,
     cut_response,
     draw_with,
+    few_embeddings,
+    listed_ids,
     needs_equal_lengths,
     response_seed,
     sampling_config,
@@ -72,11 +74,8 @@ def _check_ids(
 ) -> None:
     size = vocabulary_size(model)
     if max(ids) >= size:
-        raise ValueError(
-            f"the token {tokenizer.convert_ids_to_tokens(max(ids))!r} has the id {max(ids)}, the model has embeddings "
-            f"for {size} tokens: take the tokenizer that belongs to it, or resize it "
-            "(`model.resize_token_embeddings(len(tokenizer))`)"
-        )
+        known = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(f"the token {known!r} has the id {max(ids)}, {few_embeddings(size)}")
     room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if room is not None and len(ids) + max_new_tokens > room:
         raise ValueError(
@@ -125,8 +124,7 @@ class _Sampler:
         # What is told of the control, and of each response that is not the base's alone.
         self.control = control_settings(model, control)
         self.sampled_under = None if self.control == NO_CONTROL else self.control
-        end = config.eos_token_id
-        self.end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
+        self.end_ids = listed_ids(config.eos_token_id)
         self.temperature = (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0
         self.needs_equal_lengths = needs_equal_lengths(model, config)
 

@@ -45,7 +45,20 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     end = model.generation_config.eos_token_id
     if end is None or end == []:
         end = tokenizer.eos_token_id
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
+    return listed_ids(end)
+
+
+def listed_ids(ids: int | Sequence[int] | None) -> list[int]:
+    """The tokens of a setting such as `eos_token_id`, which may name one, several or none."""
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def few_embeddings(size: int) -> str:
+    """What to say of a token that is beyond a model's embeddings."""
+    return (
+        f"the model has embeddings for {size} tokens: take the tokenizer that belongs to it, or resize it "
+        "(`model.resize_token_embeddings(len(tokenizer))`)"
+    )
 
 
 def response_seed(seed: int, prompt_number: int, sample: int) -> list[int]:
@@ -184,16 +197,13 @@ def cut_response(
 def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> None:
     """Raise if the model has no embedding of the token to pad with, or can never draw a token that is to end it."""
     size = vocabulary_size(model)
-    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
+    ends = listed_ids(config.eos_token_id)
     # An end that the tokenizer does not know either is a default of the architecture.
     odd = [("eos_token_id", token) for token in ends if size <= token < len(tokenizer)]
     odd += [("pad_token_id", config.pad_token_id)] if not 0 <= config.pad_token_id < size else []
     for name, token in odd:
-        raise ValueError(
-            f"`{name}` is {token} ({tokenizer.convert_ids_to_tokens(token)!r}), the model has embeddings for {size} "
-            "tokens: take the tokenizer that belongs to it, or resize it "
-            "(`model.resize_token_embeddings(len(tokenizer))`)."
-        )
+        known = tokenizer.convert_ids_to_tokens(token)
+        raise ValueError(f"`{name}` is {token} ({known!r}), {few_embeddings(size)}.")
 
 
 def sampling_config(

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data.fingerprints import NO_CONTROL, hook_point_settings, model_settings, stable_number
+from ..data.fingerprints import hook_point_settings, model_settings, stable_number
 from ..data.processes import Progress, progress_bar
 from ..data.rollouts import Rollout, count_rollouts, load_rollouts, rollout_parts
 from ..data.stage_folder import StageFolder, read_manifest
@@ -25,7 +25,7 @@ from ..modeling.hook_points import HookPoint, in_eval, lm_head_rows
 from ..modeling.hooks import follow, read_states
 from ..settings import HookPointSettings, StatesSettings
 from ..utils.files import atomic_path
-from .batches import as_sampled, control_of, forward_batches, teacher_forced
+from .batches import as_sampled, control_of, forward_batches, recorded_control, teacher_forced
 from .directions import directions, mean_rows
 from .kept_states import KEPT_FOLDER, KeptStates, has_kept, kept_settings
 from .sampling import reshaped_by
@@ -226,7 +226,7 @@ def write_states(
     if manifest["rewards"] is None:
         raise ValueError(f"The rollouts in {rollouts} have no rewards: score them first (`recontrol label`).")
     _check_rewards(rollouts, parts, manifest["rewards"])
-    reader = _Reader(model, settings, {name: manifest["settings"][name] for name in NO_CONTROL})
+    reader = _Reader(model, settings, recorded_control(manifest))
     _warn_of_mismatch(reader, manifest["settings"])
     known = _stage_settings(reader, manifest, settings)
     kept = _usable_kept(reader, Path(rollouts), manifest["settings"])

@@ -72,6 +72,11 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def take(self, indices: Iterable[int]) -> Prompts:
+        """Some of the prompts, by their places in `rows`; each keeps its number."""
+        indices = list(indices)
+        return Prompts([self.rows[i] for i in indices], [self.numbers[i] for i in indices])
+
 
 def report_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str, can_skip: bool = True) -> None:
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,11 @@ def load_rollouts(path: str | os.PathLike) -> list[Rollout]:
                 f"{path} does not hold rollouts ({error}): make them with `recontrol rollout`."
             ) from error
     return rollouts
+
+
+def columns_of(parts: Iterable[Path]) -> set[str]:
+    """The columns beside the prompt that rollouts in Parquet files have, of the first file that holds any."""
+    return next((set(rollout.columns) for part in parts for rollout in load_rollouts(part)), set())
 
 
 def count_rollouts(path: Path) -> int:

@@ -17,7 +17,7 @@ from ..collection.rollouts import generate_rollouts
 from ..collection.sampling import sampling_config
 from ..configuration import ControlConfig
 from ..data.processes import Progress, progress_bar
-from ..data.prompts import Prompts
+from ..data.prompts import Prompts, load_prompts
 from ..data.rollouts import Rollout
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
@@ -164,13 +164,17 @@ def recommend_control(
     starts = candidates(head)
     with progress_bar("control", len(starts) + 1, progress) as advance:
         base = scores(draw(False))
+        base_rewards = _by_prompt(head, base)
         advance(1)
         found: list[tuple[Trial, dict[int, float]]] = []
         for start in starts:
             try:
                 control, kl, drawn = _at_kl(model, base, start, target_kl, draw)
                 scored = scores(drawn)
-                found.append((_trial(head, control, kl, scored, base), _by_prompt(head, scored)))
+                by_prompt = _by_prompt(head, scored)
+                gains = _differences(by_prompt, base_rewards)
+                gain = (sum(gains) / len(gains), *paired_interval(gains))
+                found.append((Trial(control, kl, _means(scored), gain), by_prompt))
             except ValueError as error:
                 logger.warning(f"method={start.method!r} is no candidate: {error}")
             advance(1)
@@ -184,12 +188,11 @@ def recommend_control(
 
 def _few(model, tokenizer, prompts, sampling: SamplingSettings):
     """Prompts to answer, and how often."""
-    if isinstance(prompts, Prompts):
-        prompts = Prompts(prompts.rows[:NUM_RESPONSES], prompts.numbers[:NUM_RESPONSES])
-    else:
-        prompts = list(prompts)[:NUM_RESPONSES]
     if not len(prompts):
         raise ValueError("No prompts to compare controls on.")
+    if not isinstance(prompts, Prompts):
+        prompts = load_prompts(list(prompts)[:NUM_RESPONSES])
+    prompts = prompts.take(range(len(prompts))[:NUM_RESPONSES])
     drawn = sampling_config(model, tokenizer, SamplingSettings.of(sampling, {"num_samples": 1})).do_sample
     return SamplingSettings.of(sampling, {"num_samples": -(-NUM_RESPONSES // len(prompts)) if drawn else 1}), prompts
 
@@ -241,11 +244,6 @@ def _differences(a: dict[int, float], b: dict[int, float]) -> list[float]:
 def _means(rollouts: Sequence[Rollout]) -> list[float]:
     scored = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     return [sum(values) / len(values) for values in zip(*scored, strict=True)]
-
-
-def _trial(head: ValueHead, control: ControlConfig, kl: float, scored: list[Rollout], base: list[Rollout]) -> Trial:
-    gains = _differences(_by_prompt(head, scored), _by_prompt(head, base))
-    return Trial(control, kl, _means(scored), (sum(gains) / len(gains), *paired_interval(gains)))
 
 
 def _simplest_of_the_best(found: Sequence[tuple[Trial, dict[int, float]]]) -> ControlConfig:

@@ -18,7 +18,7 @@ lm_eval.simple_evaluate("recontrol", model_args={"pretrained": "user/head", "ste
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from ..configuration import ControlConfig
@@ -111,14 +111,7 @@ class ReControlLM(HFLM):
             "plausibility": plausibility,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        recommended = head.config.control or ControlConfig()
-        if method is not None and step_size is None and method != recommended.method:
-            raise ValueError(
-                f"This head recommends no step size for {method!r}: name one, `step_size` (that of another method is "
-                "in other units)."
-            )
-        self._head, self._control = head, replace(recommended, **given)
-        head.config.check_control(self._control)
+        self._head, self._control = head, head.config.changed_control(given, default=ControlConfig())
         check_base(pretrained, revision=revision, subfolder=subfolder)
         super().__init__(pretrained, revision=revision or "main", subfolder=subfolder, **kwargs)
 

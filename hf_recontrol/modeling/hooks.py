@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -122,15 +122,19 @@ class ControlHooks:
 
     def _register_at_hook_point(self, model: PreTrainedModel) -> RemovableHandle:
         module = self.hook_point.module
+        hooks = self._hooks_of(module)
         # What quantises a module may carry our hook over to the new one.
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                del hooks[number]
+        for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+            del hooks[number]
         # First, so that transformers' own recording of hidden states sees the edited one.
         if self.hook_point.layer is None:
             return module.register_forward_pre_hook(self.edit_head_input, prepend=True)
         self._path = next(name for name, part in model.named_modules() if part is module)
         return module.register_forward_hook(self.edit_layer_output, prepend=True)
+
+    def _hooks_of(self, module: nn.Module) -> dict[int, Callable]:
+        """The hooks of a module among which ours is, if it is at the hook point."""
+        return module._forward_pre_hooks if self.hook_point.layer is None else module._forward_hooks
 
     def remove(self) -> None:
         """Remove all hooks."""
@@ -151,9 +155,9 @@ class ControlHooks:
                 module = model.get_submodule(self._path)
             except AttributeError:
                 return False
-        hooks = {} if module is None else module._forward_pre_hooks | module._forward_hooks
+        hook = None if module is None else self._hooks_of(module).get(self._handles[-1].id)
         # A copy of a module has hooks of the same number.
-        return getattr(hooks.get(self._handles[-1].id), "__self__", None) is self
+        return getattr(hook, "__self__", None) is self
 
     def follow(self, model: PreTrainedModel) -> None:
         """Move our hook if the module it sat on has been replaced, as resizing embeddings or an adapter does."""

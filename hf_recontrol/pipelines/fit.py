@@ -285,4 +285,4 @@ def _held_out(output: Path, prompts: Prompts, settings: FitSettings) -> Prompts:
         if number in wanted:
             wanted.remove(number)
             chosen.append(index)
-    return Prompts([prompts.rows[i] for i in chosen], [prompts.numbers[i] for i in chosen])
+    return prompts.take(chosen)

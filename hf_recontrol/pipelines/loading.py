@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..collection.batches import shown_control, weights_as_sampled
+from ..collection.batches import recorded_control, shown_control, weights_as_sampled
 from ..configuration import ControlConfig
-from ..data.fingerprints import NO_CONTROL
 from ..data.processes import Processes
 from ..data.stage_folder import read_manifest
 from ..heads.base_model import check_base, load_base_model
@@ -69,7 +68,7 @@ def load_as_sampled(
         `ValueError`: before the base is loaded, if a head is not the one that acted, or nobody knows where that is.
     """
     manifest = read_manifest(rollouts, "rollouts", "recontrol rollout")
-    control = {name: manifest["settings"][name] for name in NO_CONTROL}
+    control = recorded_control(manifest)
     if value_head is None:
         known = manifest.get("head_sources") or {}
         places = [known.get(name) for name in control["heads"]]
