@@ -351,7 +351,7 @@ def test_a_column_that_is_called_as_a_methods_own_argument_is_left_out():
             return [float("this" not in columns)] * len(completions)
 
     values = {"self": ["a"], "this": ["b"], "topic": ["c"]}
-    for function in (Scorer(), Scorer().score):
+    for function in (Scorer(), Scorer().score, partial(Scorer()), partial(Scorer().score)):
         assert call_reward(function, ["p"], ["c"], [[1]], values) == [1.0]
 
 

@@ -287,22 +287,10 @@ def test_modules_of_the_users_own_count_with_their_files(imported, tmp_path, mon
     (tmp_path / "my_reward.py").write_text(
         f"{imported}def reward(completions):\n{inside}    return [{call} for c in completions]\n"
     )
-    program = (
-        "from hf_recontrol.utils.code_fingerprints import code_fingerprint\n"
-        "import my_reward\nprint(code_fingerprint(my_reward.reward))"
-    )
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
     found = []
     for body in ("return 1.0", "return 1.0", "return 2.0"):
         (tmp_path / "own_helper.py").write_text(f"def k(text):\n    {body}\n")
-        done = subprocess.run(
-            [sys.executable, "-B", "-c", program],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"PYTHONPATH": path},
-        )
-        found.append(done.stdout.splitlines()[-1])
+        found.append(fingerprint_in_a_process(tmp_path))
     assert found[0] == found[1] != found[2]
 
 
@@ -315,3 +303,82 @@ def test_what_one_reward_has_become_is_not_another():
     other = Judge(1)
     other.limit = 2
     assert reward_fingerprint(other) != before
+
+
+@pytest.mark.parametrize(
+    ("imported", "call", "changed"),
+    [
+        ("import own_helper", "own_helper.k(c)", "own_second.py"),
+        ("import own_package.sub", "own_package.sub.k(c)", "own_package/sub.py"),
+        ("from own_package import sub", "sub.k(c)", "own_package/second.py"),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_the_users_own_modules_import_counts(imported, call, changed, inside, tmp_path):
+    texts = {
+        "own_helper.py": "from own_second import k\n",
+        "own_second.py": "def k(text):\n    return 1.0\n",
+        "own_package/__init__.py": "",
+        "own_package/sub.py": "from .second import k\n",
+        "own_package/second.py": "def k(text):\n    return 1.0\n",
+        "my_reward.py": f"{'' if inside else imported}\ndef reward(completions):\n    {imported if inside else ''}\n"
+        f"    return [{call} for c in completions]\n",
+    }
+    (tmp_path / "own_package").mkdir()
+    found = []
+    for more in ("", "", "# other\n"):
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text + (more if name == changed else ""))
+        found.append(fingerprint_in_a_process(tmp_path))
+    assert found[0] == found[1] != found[2]
+
+
+def fingerprint_in_a_process(folder):
+    program = (
+        "from hf_recontrol.utils.code_fingerprints import code_fingerprint\n"
+        "import my_reward\nprint(code_fingerprint(my_reward.reward))"
+    )
+    path = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    return done.stdout.splitlines()[-1]
+
+
+def test_a_logger_of_the_module_does_not_make_its_comments_count(tmp_path):
+    text = (
+        "import logging\nlog = logging.getLogger(__name__)\n"
+        "def reward(completions):\n    log.info('x')\n    return [1.0]\n"
+    )
+    found = []
+    for more in ("", "# other\n"):
+        (tmp_path / "my_reward.py").write_text(text + more)
+        found.append(fingerprint_in_a_process(tmp_path))
+    assert found[0] == found[1]
+
+
+def test_a_descriptor_of_the_user_s_own_counts_with_what_it_holds():
+    class Weight:
+        def __init__(self, value):
+            self.value = value
+
+        def __get__(self, owner, cls=None):
+            return self.value
+
+        def __set__(self, owner, value):
+            raise AttributeError
+
+    def of(value):
+        class Scorer:
+            weight = Weight(value)
+
+            def __call__(self, completions):
+                return [self.weight for _ in completions]
+
+        return code_fingerprint(Scorer())
+
+    assert of(1) == of(1) != of(5)

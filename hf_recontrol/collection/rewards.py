@@ -203,7 +203,9 @@ def _wanted(function: RewardFunction, available: Collection[str]) -> tuple[list[
 
 def _hidden(function: RewardFunction) -> set[str]:
     """The name of the argument that a method gets by itself: a column of that name cannot be given."""
-    if isinstance(function, (types.FunctionType, partial)):
+    while isinstance(function, partial):
+        function = function.func
+    if isinstance(function, types.FunctionType):
         return set()
     method = function if isinstance(function, types.MethodType) else type(function).__call__
     code = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__code__", None)

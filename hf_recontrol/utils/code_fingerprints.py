@@ -8,13 +8,12 @@ import dis
 import enum
 import hashlib
 import importlib.util
-import inspect
 import logging
 import os
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -62,9 +61,9 @@ def code_fingerprint(function: Any) -> str:
     A hash of what a function, or an object that is called as one, does and holds.
 
     It covers the code, its constants, defaults, closure, partial arguments and the object's state, and what it uses
-    of modules of the user's own: functions, classes, data and objects. Modules of the user's own that it imports count
-    by their files; what it reaches in installed packages counts by name alone. Comments, names of variables and
-    positions in a file do not count; another release of Python does.
+    of modules of the user's own: functions, classes, data and objects. Modules of the user's own that it imports, and
+    that these import, count by their files; what it reaches in installed packages counts by name alone. Comments,
+    names of variables and positions in a file do not count, but in those files; another release of Python does.
 
     Args:
         function (`Callable`):
@@ -92,15 +91,48 @@ def _is_written_here(module: str | None) -> bool:
 
 
 @cache
-def _own_source(module: str) -> bytes:
-    """The file of a module of the user's own; of others nothing."""
+def _own_file(module: str) -> str | None:
+    """The file of a module, if it is the user's."""
     try:
         origin = getattr(importlib.util.find_spec(module), "origin", None)
-    except (ImportError, ValueError):  # it is made in memory, or not there
-        return b""
+    except (ImportError, ValueError, AttributeError):  # it is made in memory, no package, or not there
+        return None
     if not origin or not os.path.isfile(origin) or os.path.realpath(origin).startswith(_INSTALLED):
-        return b""
-    return b"" if module.partition(".")[0] == _PACKAGE else Path(origin).read_bytes()
+        return None
+    return None if module.partition(".")[0] == _PACKAGE else origin
+
+
+def _add_sources(module: str, names: Iterable[str], found: dict[str, bytes]) -> None:
+    """
+    Add the file of a module of the user's own, and of those that it imports.
+
+    Args:
+        names (iterable of `str`):
+            What is asked of the module: each may be a submodule.
+        found (`dict[str, bytes]`):
+            Gets the files by module.
+    """
+    file = _own_file(module)
+    if file is None:
+        return
+    for name in names:
+        _add_sources(f"{module}.{name}", (), found)
+    if module in found:
+        return
+    found[module] = Path(file).read_bytes()
+    if file.endswith(".py"):
+        package = module if os.path.basename(file) == "__init__.py" else module.rpartition(".")[0]
+        _add_imported(compile(found[module], file, "exec"), package, found)
+
+
+def _add_imported(code: types.CodeType, package: str, found: dict[str, bytes]) -> None:
+    """Add what code of a package imports, see [`_add_sources`]."""
+    names = set(_names(code))
+    for name in sorted(set(_imported_names(code))):
+        # A name may be one of the package's: the code says so in another place.
+        for module in (name, f"{package}.{name}".rstrip(".")):
+            if module:
+                _add_sources(module, sorted(names), found)
 
 
 def _join(kind: str, *parts: bytes) -> bytes:
@@ -140,9 +172,10 @@ class _Digest:
             return _join("partial", *map(self.of, (value.func, value.args, value.keywords)))
         if isinstance(value, type):
             return self._of_class(value)
-        if isinstance(value, (types.ModuleType, logging.Logger)):
-            name = value.__name__ if isinstance(value, types.ModuleType) else value.name
-            return _join(type(value).__name__, name.encode(), _own_source(name))
+        if isinstance(value, types.ModuleType):
+            return _join("module", value.__name__.encode())
+        if isinstance(value, logging.Logger):
+            return _join("logger", value.name.encode())
         if isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType)):
             owner = value.__self__
             owner = b"" if owner is None or isinstance(owner, types.ModuleType) else self.of(owner)
@@ -213,7 +246,13 @@ class _Digest:
         return _join("code", code.co_code, *map(self.of, held))
 
     def _used_globals(self, function: types.FunctionType) -> list[bytes]:
-        found = [_own_source(name) for name in sorted(set(_imported_names(function.__code__)))]
+        sources: dict[str, bytes] = {}
+        _add_imported(function.__code__, function.__globals__.get("__package__") or "", sources)
+        names = sorted(set(_names(function.__code__)))
+        for name in set(_global_names(function.__code__)) & function.__globals__.keys():
+            if isinstance(function.__globals__[name], types.ModuleType):
+                _add_sources(function.__globals__[name].__name__, names, sources)
+        found = [_join("source", name.encode(), sources[name]) for name in sorted(sources)]
         for name in sorted(set(_global_names(function.__code__))):
             if name not in function.__globals__:
                 found.append(_join("absent", name.encode(), bytes(hasattr(builtins, name))))
@@ -233,7 +272,7 @@ class _Digest:
             return _join("class", f"{cls.__module__}.{cls.__qualname__}".encode())
         parts = [cls.__qualname__.encode(), *map(self.of, cls.__bases__)]
         for name, value in sorted(vars(cls).items()):
-            if name in _OF_CLASSES or (inspect.isdatadescriptor(value) and not isinstance(value, property)):
+            if name in _OF_CLASSES or isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType)):
                 continue
             try:
                 parts.append(_join("attribute", name.encode(), self.of(value)))
@@ -242,19 +281,29 @@ class _Digest:
         return _join("class", *parts)
 
 
-def _imported_names(code: types.CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "IMPORT_NAME" and instruction.argval:
-            yield instruction.argval
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A code and those of the functions and comprehensions in it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _imported_names(constant)
+            yield from _codes(constant)
+
+
+def _argument_names(code: types.CodeType, *operations: str) -> Iterator[str]:
+    for part in _codes(code):
+        for instruction in dis.get_instructions(part):
+            if instruction.opname in operations:
+                yield instruction.argval
+
+
+def _imported_names(code: types.CodeType) -> Iterator[str]:
+    return _argument_names(code, "IMPORT_NAME")
 
 
 def _global_names(code: types.CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _global_names(constant)
+    return _argument_names(code, "LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    for part in _codes(code):
+        yield from part.co_names
