@@ -187,6 +187,18 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
 
 @cache
 def _pristine(family: str, dtype: torch.dtype, seed: int, overrides: tuple) -> PreTrainedModel:
+    # Some weights stay as transformers draws them, which must not depend on the tests that ran before.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _from_config(family, dtype, overrides)
+    _randomise(model, seed)
+    model.generation_config.eos_token_id = None
+    model.generation_config.bos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def _from_config(family: str, dtype: torch.dtype, overrides: tuple) -> PreTrainedModel:
     model_type, kwargs, _ = FAMILIES[family]
     kwargs = {**kwargs, **dict(overrides)}
     if family == "llava":
@@ -202,20 +214,14 @@ def _pristine(family: str, dtype: torch.dtype, seed: int, overrides: tuple) -> P
             "projection_dim": 8,
         }
         config = AutoConfig.for_model("llava", text_config=text, vision_config=vision, image_token_index=96)
-        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
-    else:
-        attn_implementation = kwargs.pop("attn_implementation", None)
-        experts_implementation = kwargs.pop("experts_implementation", None)
-        config = AutoConfig.for_model(model_type, **kwargs)
-        if experts_implementation is not None:
-            config._experts_implementation = experts_implementation
-        options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    _randomise(model, seed)
-    model.generation_config.eos_token_id = None
-    model.generation_config.bos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model.eval()
+        return LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+    attn_implementation = kwargs.pop("attn_implementation", None)
+    experts_implementation = kwargs.pop("experts_implementation", None)
+    config = AutoConfig.for_model(model_type, **kwargs)
+    if experts_implementation is not None:
+        config._experts_implementation = experts_implementation
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides) -> PreTrainedModel:
