@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .data.rollouts import Rollout, load_rollouts, save_rollouts
     from .data.states import States, StateStore
     from .data.templating import encode_prompt
-    from .evaluation.metrics import diversity, kl_divergence, paired_interval
+    from .evaluation.intervals import paired_interval
+    from .evaluation.metrics import diversity, kl_divergence
     from .evaluation.recommendation import Recommendation, Trial, recommend_control
     from .evaluation.report import write_report
     from .evaluation.strength import kl_sample, match_kl
@@ -68,7 +69,8 @@ _MODULES = {
     "data.rollouts": ("Rollout", "load_rollouts", "save_rollouts"),
     "data.states": ("StateStore", "States"),
     "data.templating": ("encode_prompt",),
-    "evaluation.metrics": ("diversity", "kl_divergence", "paired_interval"),
+    "evaluation.intervals": ("paired_interval",),
+    "evaluation.metrics": ("diversity", "kl_divergence"),
     "evaluation.recommendation": ("Recommendation", "Trial", "recommend_control"),
     "evaluation.report": ("write_report",),
     "evaluation.strength": ("kl_sample", "match_kl"),

@@ -71,7 +71,7 @@ def test_a_step_size_is_found_from_either_side(method, start):
 
 def test_a_kl_out_of_reach_is_an_error_and_leaves_the_control_as_it_was():
     model = controlled(step_size=0.5)
-    with pytest.raises(ValueError, match="No step size was found"):
+    with pytest.raises(ValueError, match="No strength was found"):
         match_kl(model, some_rollouts(), ControlConfig(step_size=1.0, num_steps=1), 1e3)
     with pytest.raises(ValueError, match="above 0"):
         match_kl(model, some_rollouts(), ControlConfig(), 0.0)

@@ -1,6 +1,6 @@
 """The command `recontrol`."""
 
-from . import heads, stages  # the commands
+from . import evaluation, heads, stages  # the commands
 from .app import app, main
 
-__all__ = ["app", "heads", "main", "stages"]
+__all__ = ["app", "evaluation", "heads", "main", "stages"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from functools import wraps
 from pathlib import Path
@@ -31,8 +31,11 @@ def _option(cls: type[Settings], item: Field) -> inspect.Parameter:
     if kind in (Any, dict):
         shown, metavar = str, "JSON" if kind is dict else "TEXT"
     elif typing.get_origin(kind) is tuple:
-        is_text = typing.get_args(kind)[0] is str
-        shown, metavar = (list[str], "TEXT ...") if is_text else (str, "INT,INT,...")
+        shown, metavar = {
+            str: (list[str], "TEXT ..."),
+            int: (str, "INT,INT,..."),
+            float: (str, "FLOAT,FLOAT,..."),
+        }[typing.get_args(kind)[0]]
     elif optional and kind in (int, float):
         shown, metavar = str, "INTEGER|none" if kind is int else "FLOAT|none"
     option = typer.Option(
@@ -63,23 +66,25 @@ def _parsed(cls: type[Settings], item: Field, value: Any) -> Any:
             return json.loads(value)
         except ValueError as error:
             raise typer.BadParameter(f"expected a JSON object ({error})", param_hint=option) from None
-    if typing.get_origin(kind) is tuple and typing.get_args(kind)[0] is int:
+    if typing.get_origin(kind) is tuple and typing.get_args(kind)[0] in (int, float):
+        item_type = typing.get_args(kind)[0]
+        expected = "widths such as 512 or 512,512" if item_type is int else "numbers such as 0.1 or 0.05,0.1"
         try:
-            return [int(width) for width in value.split(",") if width.strip()]
+            return [item_type(number) for number in value.split(",") if number.strip()]
         except ValueError:
-            raise typer.BadParameter(
-                f"expected widths such as 512 or 512,512, got {value!r}", param_hint=option
-            ) from None
+            raise typer.BadParameter(f"expected {expected}, got {value!r}", param_hint=option) from None
     if item.metadata.get("escapes"):
         return [text.encode("latin-1", "backslashreplace").decode("unicode_escape") for text in value]
     return value
 
 
-def with_settings(cls: type[Settings], from_file: bool = True) -> Callable[[Callable], Callable]:
+def with_settings(
+    cls: type[Settings], from_file: bool = True, inputs: Mapping[str, str] | None = None
+) -> Callable[[Callable], Callable]:
     """
     Decorates a command: gives it an option for each setting of `cls` and, unless `from_file` is false, `--config`, and
     hands its function the `settings` that come of them; options override the file. A function that also takes `inputs`
-    is handed what the file holds beside settings.
+    is handed what the file holds beside settings: `inputs`, see [`load_run`].
     """
 
     def decorate(function: Callable) -> Callable:
@@ -100,7 +105,7 @@ def with_settings(cls: type[Settings], from_file: bool = True) -> Callable[[Call
             if config is not None:
                 from ..pipelines.run_file import load_run
 
-                source, loaded = f"{config} and the options", load_run(config, cls)
+                source, loaded = f"{config} and the options", load_run(config, cls, inputs)
             settings = cls.from_dict({name: loaded[name] for name in items if name in loaded} | given, source)
             arguments = {p.name: values[p.name] for p in own}
             if "inputs" in declared:

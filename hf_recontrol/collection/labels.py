@@ -151,7 +151,7 @@ def score_rollouts(
     check_choice("combine_rewards", combine_rewards, LabelSettings.choices("combine_rewards"))
     if not rollouts or not rewards:
         raise ValueError(f"Nothing to score: {len(rollouts)} rollouts, {len(rewards)} reward functions.")
-    scored, counts = _scored(rollouts, rewards, on_bad_rows, combine_rewards, source)
+    scored, counts = scored_rollouts(rollouts, rewards, on_bad_rows, combine_rewards, source)
     names = [reward_name(function) for function in rewards]
     unscored = sum(rollout.reward is None for rollout in scored)
     left_out = _unscored(list(zip(names, counts, strict=True)), unscored, len(scored), combine_rewards)
@@ -160,7 +160,7 @@ def score_rollouts(
     return scored
 
 
-def _scored(
+def scored_rollouts(
     rollouts: Sequence[Rollout],
     rewards: Sequence[RewardFunction],
     on_bad_rows: str,
@@ -332,7 +332,9 @@ def _score_parts(
                 raise ValueError(f"{path} was changed or damaged: it is not what its {MANIFEST_NAME} names.")
             rollouts = load_rollouts(path)
             if scorings[index] != scoring and rollouts:
-                scored, counts = _scored(rollouts, list(rewards.values()), on_bad_rows, combine_rewards, path.name)
+                scored, counts = scored_rollouts(
+                    rollouts, list(rewards.values()), on_bad_rows, combine_rewards, path.name
+                )
                 save_rollouts(scored, path, names, scoring, dict(zip(rewards, counts, strict=True)))
             advance(len(rollouts))
 

@@ -49,7 +49,7 @@ from .sampling import (
 logger = logging.get_logger(__name__)
 
 
-def _encode_all(
+def encode_all(
     encoder: PromptEncoder, model: PreTrainedModel, prompts: Prompts, indices: Sequence[int], max_new_tokens: int
 ) -> tuple[dict[int, list[int]], list[BadRow]]:
     """(token ids of each prompt that the model can take, bad rows)."""
@@ -247,7 +247,7 @@ def generate_rollouts(
     config = sampling_config(model, tokenizer, settings)
     sampler = _Sampler(model, tokenizer, config, _checked_control(model, control))
     encoder = PromptEncoder(tokenizer, settings)
-    encoded, bad = _encode_all(encoder, model, prompts, range(len(prompts)), config.max_new_tokens)
+    encoded, bad = encode_all(encoder, model, prompts, range(len(prompts)), config.max_new_tokens)
     report_bad_rows(bad, "error", can_skip=False)
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(settings.num_samples)]
     with progress_bar("rollouts", len(rows), progress) as advance:
@@ -351,7 +351,7 @@ def _write_parts(
     # The prompts of finished parts too, so that the count of bad rows does not depend on earlier stops.
     needed = sorted({i for part in parts.values() for i, _ in part})
     max_new_tokens = sampler.config.max_new_tokens
-    encoded, bad = _encode_all(encoder, sampler.model, prompts, needed, max_new_tokens)
+    encoded, bad = encode_all(encoder, sampler.model, prompts, needed, max_new_tokens)
     report_bad_rows(bad, settings.on_bad_rows)
     missing = stage.missing_parts()
     total = sum(len(part) for part in parts.values())

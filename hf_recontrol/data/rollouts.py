@@ -16,6 +16,8 @@ from .prompts import Prompt
 from .stage_folder import MANIFEST_NAME, read_manifest
 
 _METADATA_KEY = b"hf_recontrol"
+# What was measured of each response stands in columns of its own, behind those of [`Rollout`].
+_MEASURED = "measured."
 
 
 @dataclass
@@ -81,6 +83,7 @@ def save_rollouts(
     rewards: Sequence[str] | None = None,
     scoring: int | None = None,
     scored: dict[str, int] | None = None,
+    measured: dict[str, Sequence[float | None]] | None = None,
 ) -> None:
     """
     Write rollouts as a Parquet file with the columns of [`Rollout`]: `prompt` is a text, a list of messages, or JSON
@@ -91,8 +94,11 @@ def save_rollouts(
         rewards (sequence of `str`, *optional*), scoring (`int`, *optional*), scored (`dict[str, int]`, *optional*):
             Names of the rewards, which scoring of the folder they are from, and how many rollouts each function
             scored; kept in the file's metadata.
+        measured (`dict[str, sequence]`, *optional*):
+            Numbers of each rollout, by name, see [`load_measured`].
     """
     pa = _parquet()
+    measured = {f"{_MEASURED}{name}": list(values) for name, values in (measured or {}).items()}
     kind = _kind_of_prompts(rollouts)
     keys = sorted({key for r in rollouts if kind == "messages" for message in r.prompt for key in message})
     objectives = max((len(r.reward) for r in rollouts if r.reward is not None), default=1)
@@ -110,14 +116,16 @@ def save_rollouts(
             "prompt_number": pa.int64(),
             "sample": pa.int32(),
             "control": pa.string(),
+            **dict.fromkeys(measured, pa.float64()),
         },
         metadata={
             _METADATA_KEY: json.dumps({"rewards": rewards, "scoring": scoring, "scored": scored, "prompt": kind})
         },
     )
     rows = []
-    for rollout in rollouts:
+    for number, rollout in enumerate(rollouts):
         row = asdict(rollout) | {"columns": json.dumps(rollout.columns, ensure_ascii=False)}
+        row |= {name: values[number] for name, values in measured.items()}
         if kind == "json":
             row["prompt"] = json.dumps(rollout.prompt, ensure_ascii=False)
         if rollout.control is not None:
@@ -150,6 +158,7 @@ def load_rollouts(path: str | os.PathLike) -> list[Rollout]:
     is_json = _metadata(path).get("prompt") == "json"
     rollouts = []
     for row in rows:
+        row = {name: value for name, value in row.items() if not name.startswith(_MEASURED)}
         try:
             if is_json:
                 row["prompt"] = json.loads(row["prompt"])
@@ -166,6 +175,13 @@ def load_rollouts(path: str | os.PathLike) -> list[Rollout]:
                 f"{path} does not hold rollouts ({error}): make them with `recontrol rollout`."
             ) from error
     return rollouts
+
+
+def load_measured(path: Path) -> dict[str, list[float | None]]:
+    """What was measured of each rollout of a Parquet file, by name."""
+    table = _parquet().parquet.read_table(path)
+    names = [name for name in table.column_names if name.startswith(_MEASURED)]
+    return {name.removeprefix(_MEASURED): table[name].to_pylist() for name in names}
 
 
 def columns_of(parts: Iterable[Path]) -> set[str]:

@@ -22,7 +22,8 @@ from ..data.rollouts import Rollout
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import SamplingSettings
-from .metrics import kl_divergence, paired_interval
+from .intervals import paired_interval
+from .metrics import kl_divergence
 from .strength import find_step_size, kl_sample, match_kl
 
 logger = logging.get_logger(__name__)

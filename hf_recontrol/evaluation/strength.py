@@ -73,33 +73,65 @@ def find_step_size(
     tolerance: float = 0.1,
     max_measurements: int = 20,
 ) -> ControlConfig:
-    """[`match_kl`] with the KL that `kl_at` measures, which may also draw what it is measured on."""
-    if not target > 0:
-        raise ValueError(f"`target` must be above 0, got {target!r}.")
+    """[`find_strength`] for a control's step size."""
     if control.is_identity or control.per_row:
         raise ValueError(f"`control` must start from one step size above 0, got {control}.")
-    low, high = -math.inf, math.inf  # logarithms of step sizes on either side of the target
-    log_step, slope, before = math.log(control.step_size), _EXPECTED_SLOPE, None
+    found = find_strength(
+        lambda step_size: kl_at(replace(control, step_size=step_size)),
+        control.step_size,
+        target,
+        tolerance,
+        max_measurements,
+    )
+    return replace(control, step_size=found)
+
+
+def find_strength(
+    kl_at: Callable[[float], float], start: float, target: float, tolerance: float = 0.1, max_measurements: int = 20
+) -> float:
+    """
+    The strength at which a policy is `target` nats a token from the base.
+
+    The KL grows about with the square of the strength, so its logarithm is searched by interpolation in the logarithm
+    of the strength, and by bisection where that does not help.
+
+    Args:
+        kl_at (`Callable[[float], float]`):
+            Measures the KL at a strength; it may also draw what it is measured on.
+        start (`float`):
+            Where the search begins.
+        tolerance (`float`, *optional*, defaults to 0.1):
+            How far the KL may be off, relative to `target`.
+        max_measurements (`int`, *optional*, defaults to 20):
+            Strengths tried at most.
+
+    Raises:
+        `ValueError`: if `target` is not above 0, or no strength is found that reaches it.
+    """
+    if not target > 0:
+        raise ValueError(f"`target` must be above 0, got {target!r}.")
+    low, high = -math.inf, math.inf  # logarithms of strengths on either side of the target
+    log_strength, slope, before = math.log(start), _EXPECTED_SLOPE, None
     for _ in range(max_measurements):
-        candidate = replace(control, step_size=float(f"{math.exp(log_step):.3g}"))
+        candidate = float(f"{math.exp(log_strength):.3g}")
         try:
             kl = kl_at(candidate)
         except FloatingPointError:  # beyond the range of the states' dtype
             kl = _KL_OUT_OF_RANGE
         if abs(kl / target - 1) <= tolerance:
             return candidate
-        low, high = (log_step, high) if kl < target else (low, log_step)
+        low, high = (log_strength, high) if kl < target else (low, log_strength)
         log_kl = math.log(max(kl, 1 / _KL_OUT_OF_RANGE))
-        if before is not None and log_step != before[0]:
-            slope = (log_kl - before[1]) / (log_step - before[0])
-        before = log_step, log_kl
+        if before is not None and log_strength != before[0]:
+            slope = (log_kl - before[1]) / (log_strength - before[0])
+        before = log_strength, log_kl
         move = math.copysign(_LARGEST_MOVE, target - kl)
         if slope > _SMALLEST_SLOPE:
             move = (math.log(target) - log_kl) / slope
-        log_step += max(-_LARGEST_MOVE, min(_LARGEST_MOVE, move))
-        if not low < log_step < high:
-            log_step = (low + high) / 2
+        log_strength += max(-_LARGEST_MOVE, min(_LARGEST_MOVE, move))
+        if not low < log_strength < high:
+            log_strength = (low + high) / 2
     raise ValueError(
-        f"No step size was found that moves the policy by {target:g} nats a token: {math.exp(before[0]):.3g} moves it "
+        f"No strength was found that moves the policy by {target:g} nats a token: {math.exp(before[0]):.3g} moves it "
         f"by {math.exp(before[1]):.3g}."
     )

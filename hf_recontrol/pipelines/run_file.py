@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from ..collection.rewards import ColumnReward
 from ..settings import FitSettings, LoadingSettings
 from ..utils.files import atomic_path
 from ..utils.setting_fields import Settings
+from ..utils.yaml_files import read_yaml
 
 RUN_NAME = "fit.yaml"
 _PACKAGE = __name__.partition(".")[0]
 # What a run works on, beside its settings.
-RUN_INPUTS = ("model", "prompts", "reward", "output")
+RUN_INPUTS = {"model": "text", "prompts": "text", "reward": "texts", "output": "text"}
 
 
 def _name(source: Any) -> str | None:
@@ -138,63 +138,38 @@ def save_run(
         temporary.write_text("\n".join(lines) + "\n" + text, encoding="utf-8")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with the numbers of its version 1.2 (1e-4 is one, 010 is ten, 1:30 is none) and no name twice."""
-
-    def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.YAMLError(f"{twice[0]!r} stands in it twice")
-        return super().construct_mapping(node, deep)
-
-    def construct_number(self, node):
-        text = self.construct_scalar(node)
-        return int(text) if re.fullmatch(r"[-+]?[0-9]+", text) else float(text.replace(".inf", "inf"))
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float", "timestamp")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "!number", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.inf$"), list("-+.0123456789")
-)
-_Loader.add_constructor("!number", _Loader.construct_number)
-
-
-def load_run(path: str | os.PathLike, cls: type[Settings] = FitSettings) -> dict[str, Any]:
+def load_run(
+    path: str | os.PathLike, cls: type[Settings] = FitSettings, inputs: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """
-    What a YAML file of a run holds: settings, and `model`, `prompts`, `reward` and `output`.
+    What a YAML file of a run holds: settings, and what the run works on.
 
     Args:
         path (`str` or `os.PathLike`):
             The file.
         cls (`type`, *optional*, defaults to [`FitSettings`]):
-            Whose settings it may hold, beside those of [`FitSettings`].
+            Whose settings it may hold. Where `inputs` are not given, those of [`FitSettings`] too.
+        inputs (`dict[str, str]`, *optional*, defaults to those of [`fit`]):
+            What it may hold beside settings, and of each what it must be: `"text"`, `"texts"` (one or a list) or
+            `"any"`.
 
     Raises:
         `OSError`: if there is no such file. `ValueError`: if it is no YAML, or holds something else; names the file.
     """
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path} is no YAML file ({error}).") from error
-    values = {} if values is None else values
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ValueError(f"{path} must hold settings, one `name: value` on each line.")
-    for name in RUN_INPUTS:
+    owners = [cls] if inputs is not None else [cls, FitSettings]
+    inputs = RUN_INPUTS if inputs is None else inputs
+    values = read_yaml(path)
+    for name, kind in inputs.items():
         value = values.get(name, "")
-        items = value if name == "reward" and isinstance(value, list) else [value]
-        if not items or not all(isinstance(item, str) for item in items):
-            kinds = "a text or a list of texts" if name == "reward" else "a text"
-            raise ValueError(f"{path}: `{name}` must be {kinds}, got {value!r}.")
-    settings = {name: value for name, value in values.items() if name not in RUN_INPUTS}
-    for owner in (cls, FitSettings):
+        items = value if kind == "texts" and isinstance(value, list) else [value]
+        if kind != "any" and (not items or not all(isinstance(item, str) for item in items)):
+            expected = "a text or a list of texts" if kind == "texts" else "a text"
+            raise ValueError(f"{path}: `{name}` must be {expected}, got {value!r}.")
+    settings = {name: value for name, value in values.items() if name not in inputs}
+    for owner in owners:
         known = {item.name for item in fields(owner)}
         owner.from_dict({name: value for name, value in settings.items() if name in known}, str(path))
         settings = {name: value for name, value in settings.items() if name not in known}
     # What is left is nobody's: say so.
-    FitSettings.from_dict(settings, str(path))
+    owners[-1].from_dict(settings, str(path))
     return values

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from .checks import check_choice, check_int, check_number
 
 _WORDS = {bool: "True or False", str: "a text", dict: "a dict"}
-_LISTED = {str: "texts", int: "integers"}
+_LISTED = {str: "texts", int: "integers", float: "numbers"}
 SettingsType = TypeVar("SettingsType", bound="Settings")
 
 
@@ -186,7 +186,7 @@ def _checked(item: Field, annotation: Any, value: Any) -> Any:
         check_choice(name, value, typing.get_args(kind))
         return value
     if typing.get_origin(kind) is tuple:
-        return _checked_tuple(name, typing.get_args(kind)[0], value, bounds.get("low", -math.inf))
+        return _checked_tuple(name, typing.get_args(kind)[0], value, bounds)
     if kind is int:
         check_int(name, value, bounds.get("low", -math.inf), bounds.get("high", math.inf))
         return value
@@ -198,13 +198,18 @@ def _checked(item: Field, annotation: Any, value: Any) -> Any:
     return value
 
 
-def _checked_tuple(name: str, item_type: type, value: Any, low: float) -> tuple:
+def _checked_tuple(name: str, item_type: type, value: Any, bounds: Mapping[str, Any]) -> tuple:
     values = (value,) if isinstance(value, item_type) else value
+    if item_type is float and isinstance(value, int):
+        values = (value,)
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"`{name}` must be a list of {_LISTED[item_type]}, got {value!r}.")
+    if item_type is float:
+        limits = {key: bounds[key] for key in ("low", "high", "above") if key in bounds}
+        return tuple(check_number(f"{name}[...]", _number_of_text(float, each), **limits) for each in values)
     for each in values:
         if item_type is int:
-            check_int(f"{name}[...]", each, low)
+            check_int(f"{name}[...]", each, bounds.get("low", -math.inf))
         elif not isinstance(each, item_type):
             raise TypeError(f"`{name}` must be a list of texts, got {value!r}.")
         elif not each:

@@ -12,7 +12,7 @@ import json
 import os
 from typing import Any, Literal
 
-from .utils.setting_fields import Settings, setting, settings_class
+from ..utils.setting_fields import Settings, setting, settings_class
 
 
 @settings_class("Base model")

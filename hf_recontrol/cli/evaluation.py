@@ -1,0 +1,71 @@
+"""What a head is worth: `recontrol compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..settings import COMPARE_INPUTS, CompareSettings
+from .app import app, is_main_process
+from .options import with_settings
+
+
+@app.command()
+@with_settings(CompareSettings, inputs=COMPARE_INPUTS)
+def compare(
+    settings: CompareSettings,
+    inputs: dict,
+    base: Annotated[
+        str | None, typer.Option("--base", "-m", help="Base model: a folder or a Hub name; default: the head's.")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="The value head: a folder or a Hub name.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Unseen prompts, as for `fit`.")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="A reward that no head was trained on, named as rewards are.")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Prompts to find strengths on; default: some of --prompts are set aside.")
+    ] = None,
+    rollouts: Annotated[
+        str | None, typer.Option(help="Folder of scored rollouts, for controls that learn from them.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for everything made.")] = None,
+) -> None:
+    """What a control is worth, against the base, prompting, best-of-n and everything else named in the file of
+    `--config`: one table, with intervals and KL to the base. The same command again resumes a comparison that was
+    stopped.
+
+    Example: `recontrol compare --head run/head --prompts unseen.jsonl --reward hf_recontrol:vader -o comparison`
+    """
+    from ..pipelines.compare import TABLE_NAME
+    from ..pipelines.compare import compare as run_compare
+
+    given = {
+        "base": base,
+        "head": head,
+        "prompts": prompts,
+        "rewards": reward,
+        "judge": judge,
+        "held_out": held_out,
+        "rollouts": rollouts,
+        "output": output,
+    }
+    inputs = inputs | {name: value for name, value in given.items() if value}
+    options = {"prompts": "--prompts", "rewards": "--reward", "output": "--output"}
+    if missing := [option for name, option in options.items() if name not in inputs]:
+        raise typer.BadParameter(
+            f"missing; give {', '.join(missing)} here or in the file of --config", param_hint=missing[0]
+        )
+    if "base" not in inputs and "head" not in inputs:
+        raise typer.BadParameter("missing; name a base model, or a head that names its own", param_hint="--head")
+    inputs.setdefault("base", None)
+    run_compare(**inputs, settings=settings)
+    if is_main_process():
+        folder = Path(inputs["output"])
+        typer.echo((folder / TABLE_NAME).read_text(encoding="utf-8"))
+        typer.echo(f"Answers, figures and plots are in {folder}.")

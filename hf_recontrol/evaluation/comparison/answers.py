@@ -1,0 +1,192 @@
+"""Every row's answers: drawn part by part into folders, in turn, so that a busy machine is slow for all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...collection.sampling import sampling_config
+from ...data.fingerprints import model_settings
+from ...data.processes import Progress, progress_bar
+from ...data.prompts import Prompts
+from ...data.rollouts import Rollout, load_measured, load_rollouts, save_rollouts
+from ...data.stage_folder import StageFolder
+from ...data.templating import PromptEncoder
+from ...settings import CompareSettings
+from ..instructions import with_instruction
+from ..likelihoods import Likelihood, likelihoods
+from ..rivals.plain import BestOfN, best_of_n_kl
+from ..rivals.rival import Answer, Bench, answers_of
+from .entries import Row
+
+ANSWERS_FOLDER = "answers"
+
+
+def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
+    """Everything that a row's answers depend on, as JSON."""
+    config = sampling_config(bench.model, bench.tokenizer, bench.sampling)
+    drawn = {key: value for key, value in config.to_diff_dict().items() if key[0] != "_"}
+    drawn.pop("transformers_version", None)
+    return {
+        **model_settings(bench.model),
+        "prompts": prompts.fingerprint,
+        "prompt_format": bench.sampling.prompt_format,
+        "chat_template_kwargs": bench.sampling.chat_template_kwargs,
+        "generation_config": drawn,
+        "num_samples": bench.sampling.num_samples,
+        "seed": bench.sampling.seed,
+        "kind": row.entry.kind,
+        "settings": row.entry.settings,
+        "depends_on": row.rival.depends_on(),
+        "strength": row.strength,
+        "instruction": row.entry.instruction,
+        "instruction_role": row.entry.instruction_role if row.entry.instruction else None,
+    }
+
+
+class Drawer:
+    """
+    Draws answers of rows to prompts, and measures how far each row's policy is from the base.
+
+    Args:
+        bench ([`Bench`]):
+            What all rows work with.
+    """
+
+    def __init__(self, bench: Bench):
+        self.bench = bench
+        self.encoder = PromptEncoder(bench.tokenizer, bench.sampling)
+
+    def asked(self, row: Row, prompts: Prompts) -> Prompts:
+        """The prompts as a row asks them."""
+        entry = row.entry
+        if entry.instruction is None:
+            return prompts
+        return with_instruction(prompts, entry.instruction, entry.instruction_role, self.encoder)
+
+    def draw(self, row: Row, prompts: Prompts) -> tuple[list[Answer], list[Likelihood], float]:
+        """A row's answers to prompts, how likely each is, and the seconds that drawing one took."""
+        bench, asked = row.rival.bench, self.asked(row, prompts)
+        begin = time.perf_counter()
+        returned = row.rival.answer(asked, row.strength)
+        seconds = time.perf_counter() - begin
+        answers = answers_of(bench, asked, returned, row.entry.name)
+        asked_ids = None
+        if row.entry.instruction is not None:
+            asked_ids = [answer.rollout.prompt_ids for answer in answers]
+            answers = [self._as_asked_by_the_user(answer, prompts) for answer in answers]
+        found = likelihoods(
+            bench.model,
+            [answer.rollout for answer in answers],
+            row.rival.policy(row.strength),
+            asked=asked_ids,
+            batch_size=bench.sampling.batch_size,
+        )
+        return answers, found, seconds / max(1, len(answers))
+
+    def likelihoods_on(self, row: Row, rollouts: Sequence[Rollout], prompts: Prompts) -> list[Likelihood]:
+        """How likely others' responses to these prompts are under a row's policy: no responses are drawn."""
+        asked = None
+        if row.entry.instruction is not None:
+            encoded = {
+                number: self.encoder.encode(prompt)
+                for number, prompt in zip(prompts.numbers, self.asked(row, prompts).rows, strict=True)
+            }
+            asked = [encoded[rollout.prompt_number] for rollout in rollouts]
+        policy = row.rival.policy(row.strength)
+        return likelihoods(self.bench.model, rollouts, policy, asked=asked, batch_size=self.bench.sampling.batch_size)
+
+    def _as_asked_by_the_user(self, answer: Answer, prompts: Prompts) -> Answer:
+        place = prompts.numbers.index(answer.rollout.prompt_number)
+        prompt = prompts.rows[place]
+        rollout = replace(answer.rollout, prompt=prompt["prompt"], prompt_ids=self.encoder.encode(prompt))
+        return replace(answer, rollout=rollout)
+
+
+def kl_of(row: Row, answer: Answer, likelihood: Likelihood) -> float | None:
+    """Nats of a whole response from the base."""
+    if isinstance(row.rival, BestOfN):
+        # With an instruction what is chosen from is not the base's own: its responses' log-ratios come on top.
+        pool = likelihood.log_ratio if row.entry.instruction is not None else 0.0
+        return best_of_n_kl(row.rival.pool) + pool
+    return likelihood.kl if answer.kl is None else sum(answer.kl)
+
+
+def draw_answers(
+    folder: Path,
+    rows: Sequence[Row],
+    bench: Bench,
+    prompts: Prompts,
+    settings: CompareSettings,
+    progress: Progress | None = None,
+) -> list[StageFolder]:
+    """
+    Draw all rows' answers that are not there yet; part by part, each row in turn. Under `accelerate launch` the
+    processes share the parts.
+
+    Args:
+        folder (`Path`):
+            Each row gets a folder of its own in it, by all that its answers depend on.
+
+    Returns:
+        `list[StageFolder]`, of each row: its finished folder.
+
+    Raises:
+        As [`generate_rollouts`] and [`StageFolder`].
+    """
+    size = settings.part_size
+    num_parts = -(-len(prompts) // size)
+    drawer = Drawer(bench)
+    with ExitStack() as stack:
+        stages = []
+        for row in rows:
+            known = row_settings(row, bench, prompts) | {"part_size": size}
+            path = folder / ANSWERS_FOLDER / row.folder_name(known)
+            stages.append(stack.enter_context(StageFolder(path, "answers", known, num_parts, ".parquet")))
+        missing = [set(stage.missing_parts()) for stage in stages]
+        for row, parts in zip(rows, missing, strict=True):
+            if parts:
+                row.rival.prepare()
+        total = sum(len(stage.own_parts()) for stage in stages)
+        with progress_bar("answers", total, progress, stages[0].processes.index) as advance:
+            advance(total - sum(map(len, missing)))
+            for part in stages[0].own_parts():
+                some = prompts.take(range(len(prompts))[part * size : (part + 1) * size])
+                for row, stage, parts in zip(rows, stages, missing, strict=True):
+                    if part in parts:
+                        _write_part(drawer, row, some, stage.part_path(part))
+                        advance(1)
+        for stage in stages:
+            if not stage.is_counted():
+                stage.finish(_count_part)
+    return stages
+
+
+def _write_part(drawer: Drawer, row: Row, prompts: Prompts, path: Path) -> None:
+    answers, found, seconds = drawer.draw(row, prompts)
+    measured = {
+        "seconds": [seconds] * len(answers),
+        "kl": [kl_of(row, answer, likelihood) for answer, likelihood in zip(answers, found, strict=True)],
+        "base": [likelihood.base for likelihood in found],
+    }
+    save_rollouts([answer.rollout for answer in answers], path, measured=measured)
+
+
+def _count_part(path: Path) -> dict[str, float]:
+    rollouts = load_rollouts(path)
+    return {"answers": len(rollouts), "tokens": sum(len(rollout.completion_ids) for rollout in rollouts)}
+
+
+def load_answers(stage: StageFolder) -> tuple[list[Rollout], dict[str, list[float | None]]]:
+    """A row's answers, and what was measured of each while it was drawn."""
+    rollouts: list[Rollout] = []
+    measured: dict[str, list[float | None]] = {}
+    for path in map(stage.part_path, range(stage.num_parts)):
+        rollouts += load_rollouts(path)
+        for name, values in load_measured(path).items():
+            measured.setdefault(name, []).extend(values)
+    return rollouts, measured

@@ -1,0 +1,143 @@
+"""Strengths of equal KL: found for each control on held-out prompts, on its own responses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...data.processes import Processes, Progress, progress_bar
+from ...data.prompts import Prompts
+from ...data.rollouts import Rollout
+from ...utils.files import read_json, write_json
+from ..intervals import ratio_interval
+from ..rivals.rival import Bench
+from ..strength import find_strength
+from .answers import Drawer, row_settings
+from .entries import Row
+
+STRENGTHS_NAME = "strengths.json"
+# How near the KL must be, relative to what is wanted, and how often a control is sampled until it is.
+_TOLERANCE = 0.1
+_MAX_SAMPLINGS = 10
+
+
+@dataclass(frozen=True)
+class Match:
+    """
+    A strength that was found for a KL.
+
+    Attributes:
+        strength (`float`):
+            The strength.
+        kl, low, high (`float`):
+            Nats a token that it reached on held-out prompts, and the 95 % interval over these.
+    """
+
+    strength: float
+    kl: float
+    low: float
+    high: float
+
+
+def with_strengths(
+    folder: Path, rows: Sequence[Row], bench: Bench, held_out: Prompts, progress: Progress | None = None
+) -> tuple[list[Row], dict[str, dict[str, Any]]]:
+    """
+    Rows with the strengths that they lack: at each the policy is the row's `target_kl` nats a token from the base, on
+    its own responses to held-out prompts. The first process finds them; what was found before is read.
+
+    Args:
+        folder (`Path`):
+            Keeps what is found, in `strengths.json`.
+        held_out ([`Prompts`]):
+            None of those that are compared on.
+
+    Returns:
+        The rows, and what was found: for each of these rows, by its label and KL, the [`Match`] as a `dict`.
+
+    Raises:
+        `ValueError`: if a control cannot reach a KL, or its KL cannot be measured; names it.
+    """
+    wanted = [row for row in rows if row.strength is None and row.target_kl is not None]
+    processes = Processes()
+    error: Exception | None = None
+    found: dict[str, dict[str, Any]] = {}
+    if processes.index == 0:
+        try:
+            found = _found(folder, wanted, bench, held_out, progress)
+        except Exception as caught:  # every process must hear of it, or the others would wait for ever
+            error = caught
+    [(found, error), *_] = processes.gather((found, error))
+    if error is not None:
+        raise error
+    matches = iter([found[_key(row, bench, held_out)] for row in wanted])
+    filled, shown = [], {}
+    for row in rows:
+        if row in wanted:
+            match = next(matches)
+            shown[f"{row.entry.name} at KL {row.target_kl:g}"] = match
+            row = replace(row, strength=match["strength"])
+        filled.append(row)
+    return filled, shown
+
+
+def _key(row: Row, bench: Bench, held_out: Prompts) -> str:
+    return json.dumps(row_settings(row, bench, held_out) | {"kl": row.target_kl}, sort_keys=True)
+
+
+def _found(
+    folder: Path, wanted: Sequence[Row], bench: Bench, held_out: Prompts, progress: Progress | None
+) -> dict[str, dict[str, Any]]:
+    path = folder / STRENGTHS_NAME
+    known = read_json(path) if path.is_file() else {}
+    drawer = Drawer(bench)
+    of_base: list[Rollout] = []
+    with progress_bar("strengths", len(wanted), progress) as advance:
+        for row in wanted:
+            key = _key(row, bench, held_out)
+            if key not in known:
+                row.rival.prepare()
+                of_base = of_base or bench.draw(held_out)
+                known[key] = vars(_match(drawer, row, held_out, of_base))
+                write_json(path, known)
+            advance(1)
+    return known
+
+
+def _match(drawer: Drawer, row: Row, held_out: Prompts, of_base: Sequence[Rollout]) -> Match:
+    last: dict[float, tuple[list[float], list[float]]] = {}
+
+    def kl_on_its_own(strength: float) -> float:
+        answers, found, _ = drawer.draw(replace(row, strength=strength), held_out)
+        kls = [
+            likelihood.kl if answer.kl is None else sum(answer.kl)
+            for answer, likelihood in zip(answers, found, strict=True)
+        ]
+        if None in kls:
+            raise ValueError("its KL to the base is not known (it has no `policy`): give it `strengths`")
+        sums: dict[int, list[float]] = {}
+        for answer, kl in zip(answers, kls, strict=True):
+            of_prompt = sums.setdefault(answer.rollout.prompt_number, [0.0, 0.0])
+            of_prompt[0] += kl
+            of_prompt[1] += len(answer.rollout.completion_ids)
+        nats, tokens = (list(column) for column in zip(*sums.values(), strict=True))
+        last[strength] = nats, tokens
+        return sum(nats) / max(1.0, sum(tokens))
+
+    def kl_on_the_base_s(strength: float) -> float:
+        found = drawer.likelihoods_on(replace(row, strength=strength), of_base, held_out)
+        return sum(each.kl for each in found) / max(1, sum(len(rollout.completion_ids) for rollout in of_base))
+
+    try:
+        start = row.rival.start
+        if row.rival.policy(start) is not None:
+            # On responses of the base it costs next to nothing to come near.
+            start = find_strength(kl_on_the_base_s, start, row.target_kl, _TOLERANCE)
+        strength = find_strength(kl_on_its_own, start, row.target_kl, _TOLERANCE, _MAX_SAMPLINGS)
+    except ValueError as error:
+        raise ValueError(f"The control {row.entry.name!r} at {row.target_kl:g} nats a token: {error}") from error
+    nats, tokens = last[strength]
+    return Match(strength, sum(nats) / sum(tokens), *ratio_interval(nats, tokens))

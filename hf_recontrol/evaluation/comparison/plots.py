@@ -1,0 +1,80 @@
+"""A comparison's plots: what reward costs, in nats, in diversity, in time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...utils.extras import needs_extra
+from ...utils.files import atomic_path
+from .figures import Figure
+
+# Of each plot its file, the metric along x, and what stands there.
+PLOTS = {
+    "frontier.svg": ("kl_per_response", "KL to the base, nats an answer"),
+    "diversity.svg": ("diversity", "diversity"),
+    "time.svg": ("seconds", "seconds an answer"),
+}
+
+
+def write_plots(folder: Path, figures: Sequence[Figure], pools: Sequence[str], metric: str = "reward") -> list[Path]:
+    """
+    Draw reward against what it costs, one file for each of [`PLOTS`]: a point with its 95 % interval for each control
+    and strength, a line through the strengths of one, and the best of n as a curve.
+
+    Args:
+        folder (`Path`):
+            Where the files go.
+        pools (sequence of `str`):
+            Names of the controls that are a best of n.
+
+    Returns:
+        `list[Path]`: the files.
+    """
+    with needs_extra("compare", "Plots"):
+        import matplotlib
+        from matplotlib.figure import Figure as Canvas
+    found = {(f.control, f.strength, f.metric): f for f in figures}
+    controls = list(dict.fromkeys(f.control for f in figures))
+    paths = []
+    for name, (along, label) in PLOTS.items():
+        with matplotlib.rc_context({"svg.hashsalt": "hf_recontrol", "svg.fonttype": "none"}):
+            canvas = Canvas(figsize=(7, 4.5), layout="constrained")
+            axes = canvas.subplots()
+            for control in controls:
+                points = _points(found, control, along, metric)
+                if not points:
+                    continue
+                x, y = [p.value for p, _ in points], [q.value for _, q in points]
+                if control in pools:
+                    axes.plot(x, y, "--", color="grey", label=f"{control} (n up to {len(points)})")
+                    continue
+                errors = [
+                    [max(0.0, q.value - q.low) for _, q in points],
+                    [max(0.0, q.high - q.value) for _, q in points],
+                ]
+                finite = all(e < float("inf") for side in errors for e in side)
+                axes.errorbar(x, y, errors if finite else None, marker="o", capsize=3, label=control)
+            axes.set_xlabel(label)
+            axes.set_ylabel(metric)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+            # No time in it: the same figures make the same file.
+            buffer = io.BytesIO()
+            canvas.savefig(buffer, format="svg", metadata={"Date": None})
+        with atomic_path(folder / name) as temporary:
+            temporary.write_bytes(buffer.getvalue())
+        paths.append(folder / name)
+    return paths
+
+
+def _points(
+    found: dict[tuple[str, float | None, str], Figure], control: str, along: str, metric: str
+) -> list[tuple[Figure, Figure]]:
+    """(where along x, how high) of a control's strengths, the weakest first."""
+    strengths = [s for own, s, what in found if own == control and what == metric and (own, s, along) in found]
+    return [
+        (found[control, s, along], found[control, s, metric])
+        for s in sorted(strengths, key=lambda s: -1.0 if s is None else s)
+    ]

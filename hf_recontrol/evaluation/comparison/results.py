@@ -1,0 +1,109 @@
+"""What a comparison leaves in its folder: all answers (Parquet) and all figures (CSV, JSON)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ...data.rollouts import Rollout
+from ...utils.extras import needs_extra
+from ...utils.files import atomic_path
+from .figures import Figure
+
+ANSWERS_NAME = "answers.parquet"
+FIGURES_NAME = "figures.csv"
+FIGURES_JSON_NAME = "figures.json"
+
+
+def wins(own: Sequence[float | None], other: Sequence[float | None]) -> tuple[list[float | None], list[float | None]]:
+    """Of answers and what each is held against, by their scores: (1 above it, 0.5 a tie, 0 below it; 1 a tie)."""
+    pairs = list(zip(own, other, strict=True))
+    known = [None not in pair for pair in pairs]
+    won = [(0.5 if a == b else float(a > b)) if both else None for (a, b), both in zip(pairs, known, strict=True)]
+    return won, [None if each is None else float(each == 0.5) for each in won]
+
+
+def matched_references(rollouts: Sequence[Rollout], references: Sequence[Rollout]) -> list[int]:
+    """Of each answer the place of the reference's answer to the same prompt: its same sample, if there is one."""
+    by_prompt: dict[int, list[int]] = {}
+    for place, rollout in enumerate(references):
+        by_prompt.setdefault(rollout.prompt_number, []).append(place)
+    return [
+        by_prompt[rollout.prompt_number][rollout.sample % len(by_prompt[rollout.prompt_number])]
+        for rollout in rollouts
+    ]
+
+
+def write_answers(
+    path: Path, rows: Sequence[tuple[str, float | None, Sequence[Rollout], dict[str, Sequence[float | None]]]]
+) -> None:
+    """
+    All answers as one Parquet file: a line for each, `control`, `strength`, `prompt` (a text, or a chat as JSON),
+    `prompt_number`, `sample`, `completion`, `prompt_ids`, `completion_ids`, `finished`, and all numbers measured.
+
+    Args:
+        rows (sequence of tuples):
+            Of each row of the comparison: control, strength, answers, and what was measured of each by name.
+    """
+    with needs_extra("compare", "Writing answers"):
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    names = dict.fromkeys(name for *_, measured in rows for name in measured)
+    ids = pa.list_(pa.int32())
+    schema = pa.schema(
+        {
+            "control": pa.string(),
+            "strength": pa.float64(),
+            "prompt": pa.string(),
+            "prompt_number": pa.int64(),
+            "sample": pa.int32(),
+            "completion": pa.string(),
+            "prompt_ids": ids,
+            "completion_ids": ids,
+            "finished": pa.bool_(),
+            **dict.fromkeys(names, pa.float64()),
+        }
+    )
+    with atomic_path(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        for control, strength, rollouts, measured in rows:
+            lines = [
+                {
+                    "control": control,
+                    "strength": strength,
+                    "prompt": r.prompt if isinstance(r.prompt, str) else json.dumps(r.prompt, ensure_ascii=False),
+                    "prompt_number": r.prompt_number,
+                    "sample": r.sample,
+                    "completion": r.completion,
+                    "prompt_ids": r.prompt_ids,
+                    "completion_ids": r.completion_ids,
+                    "finished": r.finished,
+                    **{name: measured[name][place] for name in names if name in measured},
+                }
+                for place, r in enumerate(rollouts)
+            ]
+            writer.write_table(pa.Table.from_pylist(lines, schema))
+
+
+def write_figures(folder: Path, figures: Sequence[Figure], about: dict[str, Any]) -> None:
+    """
+    All figures as `figures.csv`, a line each, and with what they are of as `figures.json`. Ends of intervals that are
+    not finite are left empty (`null`).
+    """
+    names = [item.name for item in fields(Figure)]
+    lines = [{name: _finite(value) for name, value in asdict(figure).items()} for figure in figures]
+    with atomic_path(folder / FIGURES_NAME) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(lines)
+    with atomic_path(folder / FIGURES_JSON_NAME) as temporary:
+        text = json.dumps(about | {"figures": lines}, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,178 @@
+"""What answers are worth: each scorer's numbers of every answer, kept beside the answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.utils import logging
+
+from ...collection.labels import scored_rollouts
+from ...collection.rewards import RewardFunction, note_calls, reward_fingerprint
+from ...data.processes import Progress, progress_bar
+from ...data.rollouts import Rollout, load_rollouts
+from ...data.stage_folder import StageFolder
+from ...utils.code_fingerprints import UnknownStateError
+from ...utils.extras import needs_extra
+from ...utils.files import read_json, write_json
+
+logger = logging.get_logger(__name__)
+
+# Of answers, and the reference's answers to the same prompts, by name one number for each answer.
+Scores = dict[str, list[float | None]]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """
+    Something that gives every answer one or several numbers.
+
+    Args:
+        name (`str`):
+            Of the folder that the numbers are kept in.
+        depends_on (`dict`):
+            Everything that the numbers depend on beside the answers, as JSON; `None` where nobody can know: then they
+            are made anew by each run.
+        score (`Callable`):
+            `f(rollouts, references)`: the numbers of each answer, by name.
+        uses_references (`bool`, *optional*, defaults to `False`):
+            Whether the numbers depend on the reference's answers too.
+    """
+
+    name: str
+    depends_on: dict[str, Any] | None
+    score: Callable[[list[Rollout], list[Rollout]], Scores]
+    uses_references: bool = False
+
+
+def reward_scorer(
+    name: str, rewards: dict[str, RewardFunction], on_bad_rows: str, combine_rewards: str = "none"
+) -> Scorer:
+    """
+    Rewards as a scorer. A response that a reward does not score has no number.
+
+    Args:
+        name (`str`):
+            Of the scorer.
+        rewards (`dict[str, RewardFunction]`):
+            By the names of their numbers. Combined they are one number, of the scorer's name.
+    """
+    fingerprints: dict[str, str] | None = {}
+    for label, function in rewards.items():
+        try:
+            fingerprints[label] = reward_fingerprint(function)
+        except UnknownStateError as error:
+            logger.warning(
+                f"The reward {label} is scored anew by each run: whether it is still the same cannot be known, since "
+                f"it holds {error}. Give it a text of your own that changes when it does: `{label}.fingerprint = "
+                "'version 1'`."
+            )
+            fingerprints = None
+            break
+
+    def score(rollouts: list[Rollout], references: list[Rollout]) -> Scores:
+        def scored(functions: list[RewardFunction], combine: str) -> list[float | None]:
+            found, _ = scored_rollouts(rollouts, functions, on_bad_rows, combine, "answers")
+            return [None if rollout.reward is None else rollout.reward[0] for rollout in found]
+
+        if combine_rewards != "none":
+            found = {name: scored(list(rewards.values()), combine_rewards)}
+        else:
+            found = {label: scored([function], "none") for label, function in rewards.items()}
+        for label, function in rewards.items():
+            note_calls(function, None if fingerprints is None else fingerprints[label])
+        return found
+
+    depends_on = None if fingerprints is None else {"rewards": fingerprints, "combine_rewards": combine_rewards}
+    return Scorer(name, depends_on, score)
+
+
+def coherence_scorer(model_name: str) -> Scorer:
+    """
+    The cosine of the embeddings of prompt and response, as in Kong et al. (2024), in [-1, 1]; of an empty response
+    none.
+
+    Args:
+        model_name (`str`):
+            A model of sentence-transformers: a folder or Hub name.
+
+    Raises:
+        `ImportError`: names the extra.
+    """
+    with needs_extra("compare", "Coherence"):
+        from sentence_transformers import SentenceTransformer
+    model = SentenceTransformer(model_name)
+
+    def score(rollouts: list[Rollout], references: list[Rollout]) -> Scores:
+        prompts = [_text(rollout.prompt) for rollout in rollouts]
+        texts = prompts + [rollout.completion for rollout in rollouts]
+        vectors = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+        cosines = (vectors[: len(prompts)] * vectors[len(prompts) :]).sum(-1).tolist()
+        values = [float(c) if r.completion.strip() else None for c, r in zip(cosines, rollouts, strict=True)]
+        return {"coherence": values}
+
+    return Scorer("coherence", {"embeddings": str(model_name)}, score)
+
+
+def _text(prompt: Any) -> str:
+    """A prompt as one text: of a chat its messages' contents."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = (message.get("content") or "" for message in prompt)
+    texts = (
+        content if isinstance(content, str) else "\n".join(part["text"] for part in content) for content in contents
+    )
+    return "\n\n".join(text for text in texts if text)
+
+
+def score_answers(
+    stages: Sequence[StageFolder],
+    reference: StageFolder,
+    scorers: Sequence[Scorer],
+    progress: Progress | None = None,
+) -> list[Scores]:
+    """
+    All numbers of all rows' answers. What was scored before is not scored again.
+
+    Args:
+        stages (sequence of [`StageFolder`]):
+            Of each row its finished answers.
+        reference ([`StageFolder`]):
+            Of the row that the others are held against.
+
+    Returns:
+        `list[Scores]`, of each row.
+    """
+    total = sum(len(stage.own_parts()) for stage in stages) * len(scorers)
+    with progress_bar("scores", total, progress, stages[0].processes.index) as advance:
+        found = []
+        for stage in stages:
+            scores: Scores = {}
+            for scorer in scorers:
+                scores |= _row_scores(stage, reference, scorer, advance)
+            found.append(scores)
+    return found
+
+
+def _row_scores(stage: StageFolder, reference: StageFolder, scorer: Scorer, advance: Callable[[int], None]) -> Scores:
+    known = {"scorer": scorer.name, "depends_on": scorer.depends_on}
+    if scorer.uses_references:
+        known["reference"] = reference.settings
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+    folder = StageFolder(stage.path / f"{scorer.name}-{digest}", "scores", known, stage.num_parts, ".json")
+    with folder:
+        for part in folder.own_parts() if scorer.depends_on is None else folder.missing_parts():
+            rollouts = load_rollouts(stage.part_path(part))
+            references = load_rollouts(reference.part_path(part)) if scorer.uses_references else []
+            write_json(folder.part_path(part), scorer.score(rollouts, references))
+        advance(len(folder.own_parts()))
+        if scorer.depends_on is None or not folder.is_counted():
+            folder.finish(lambda path: {})
+        scores: Scores = {}
+        for part in range(folder.num_parts):
+            for name, values in read_json(folder.part_path(part)).items():
+                scores.setdefault(name, []).extend(values)
+    return scores

@@ -1,0 +1,100 @@
+"""How likely responses are, and how far the policy that they are from is from the base: read by teacher forcing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from ..collection.batches import forward_batches, teacher_forced
+from ..data.rollouts import Rollout
+from ..modeling.causal_lm import ReControlForCausalLM
+from ..modeling.hook_points import in_eval
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """
+    Of one response, sums over its tokens in nats.
+
+    Attributes:
+        base (`float`):
+            `-log π0`, at temperature 1.
+        kl (`float`, *optional*):
+            `KL(π ‖ π0)`, at each token the exact expectation over the vocabulary at the temperature of the sampling (1
+            for a greedy response); `None` where the policy is not known.
+        log_ratio (`float`, *optional*):
+            `log π - log π0` of the tokens themselves, at that temperature.
+    """
+
+    base: float
+    kl: float | None = None
+    log_ratio: float | None = None
+
+
+def base_only(model: PreTrainedModel) -> AbstractContextManager:
+    """A context in which a model is its base."""
+    return model.disable_control() if isinstance(model, ReControlForCausalLM) else nullcontext()
+
+
+@torch.no_grad()
+def likelihoods(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    policy: AbstractContextManager | None = None,
+    *,
+    asked: Sequence[Sequence[int]] | None = None,
+    batch_size: int = 8,
+) -> list[Likelihood]:
+    """
+    How likely responses are under the base, and how far the policy is from it along them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The base, or the base with a head.
+        rollouts (sequence of [`Rollout`]):
+            The responses; `prompt_ids` is what the base is asked.
+        policy (context manager, *optional*):
+            In it a forward of `model` is the policy; it is entered once. `None`: only the base is read.
+        asked (sequence of lists of `int`, *optional*):
+            What the policy was asked, where that is not what the base is asked (an instruction).
+
+    Returns:
+        `list[Likelihood]`, in the order of `rollouts`; of an empty response all zeros.
+    """
+    seen = [replace(r, prompt_ids=list(ids)) for r, ids in zip(rollouts, asked, strict=True)] if asked else rollouts
+    known = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids]
+    found = [Likelihood(0.0, *((0.0, 0.0) if policy is not None else ()))] * len(rollouts)
+    with nullcontext() if policy is None else policy:
+        batches, _ = forward_batches(model, [seen[i] for i in known], batch_size)
+        for batch in batches:
+            rows = [known[i] for i in batch]
+            with in_eval(model):
+                if policy is not None:
+                    inputs, own_parts = teacher_forced(model, [seen[i] for i in rows], keep_logits=True)
+                    own = model(**inputs).logits
+                with base_only(model):
+                    inputs, parts = teacher_forced(model, [rollouts[i] for i in rows], keep_logits=True)
+                    base = model(**inputs).logits
+            for place, i in enumerate(rows):
+                own_logits = None if policy is None else own[place, own_parts[place]]
+                found[i] = _likelihood(rollouts[i], base[place, parts[place]], own_logits)
+    return found
+
+
+def _likelihood(rollout: Rollout, base: torch.Tensor, own: torch.Tensor | None) -> Likelihood:
+    """Of the logits, `(tokens, vocabulary)`, that a response's tokens were drawn from."""
+    tokens = torch.tensor(rollout.completion_ids, device=base.device)[:, None]
+    plain = -torch.log_softmax(base.float(), dim=-1).gather(-1, tokens).double().sum()
+    if own is None:
+        return Likelihood(float(plain))
+    temperature = rollout.temperature or 1.0
+    log_base = torch.log_softmax(base.float() / temperature, dim=-1)
+    log_policy = torch.log_softmax(own.float() / temperature, dim=-1)
+    # A masked token has policy 0 and adds nothing, where 0 * -inf would be NaN.
+    terms = (log_policy.exp() * (log_policy - log_base)).where(log_policy > -torch.inf, 0.0)
+    ratio = (log_policy.gather(-1, tokens) - log_base.gather(-1, tokens)).double().sum()
+    return Likelihood(float(plain), float(terms.sum(-1).double().sum()), float(ratio))

@@ -1,0 +1,58 @@
+"""The kinds of rivals by the names that a comparison's file gives them, and rivals of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from .rival import Bench, Rival
+
+# Of each kind its module and class: imported when it is used.
+KINDS = {
+    "base": ("plain", "Base"),
+    "prompting": ("plain", "Base"),
+    "best_of_n": ("plain", "BestOfN"),
+    "ascent": ("controls", "Ascent"),
+    "advantage": ("controls", "Advantage"),
+    "static_vector": ("controls", "StaticVector"),
+}
+
+
+def rival_class(kind: str) -> type[Rival]:
+    """
+    The class of a kind: one of [`KINDS`], or `module:Class`.
+
+    Raises:
+        `ValueError`: if there is none; names those there are.
+    """
+    if kind in KINDS:
+        module, name = KINDS[kind]
+        return getattr(importlib.import_module(f".{module}", __package__), name)
+    module, colon, name = kind.partition(":")
+    if not colon:
+        raise ValueError(
+            f"There is no control of the kind {kind!r}: it must be one of {', '.join(KINDS)}, or module:Class."
+        )
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The control {kind!r} cannot be imported: {error}.") from error
+    if not inspect.isclass(found) or not issubclass(found, Rival):
+        raise ValueError(f"{kind!r} is no class that derives from `hf_recontrol.Rival`.")
+    return found
+
+
+def make_rival(kind: str, bench: Bench, settings: dict[str, Any]) -> Rival:
+    """
+    A rival of a kind.
+
+    Raises:
+        `ValueError`: as [`rival_class`]; for settings that it does not have, or that cannot work.
+    """
+    cls = rival_class(kind)
+    try:
+        inspect.signature(cls).bind(bench, **settings)
+    except TypeError as error:
+        raise ValueError(f"The control {kind!r}: {error}.") from error
+    return cls(bench, **settings)

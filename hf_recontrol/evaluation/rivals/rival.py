@@ -1,0 +1,204 @@
+"""What a comparison compares: rivals, each one way of answering prompts, and what they all work with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...collection.rewards import RewardFunction
+from ...collection.rollouts import generate_rollouts
+from ...configuration import ControlConfig
+from ...data.prompts import Prompts
+from ...data.rollouts import Rollout
+from ...heads.value_head import ValueHead
+from ...modeling.causal_lm import ReControlForCausalLM
+from ...settings import SamplingSettings
+
+
+@dataclass
+class Answer:
+    """
+    One response of a rival.
+
+    Args:
+        rollout ([`Rollout`]):
+            The response: its prompt, text and token ids, and how it ended.
+        kl (`list[float]`, *optional*):
+            Nats to the base at each of the response's tokens, the exact expectation over the vocabulary, from a rival
+            that knows it. `None`: it is read by teacher forcing under [`Rival.policy`], if there is one.
+    """
+
+    rollout: Rollout
+    kl: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """
+    What all rivals of a comparison work with.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]), tokenizer:
+            The base; a [`ReControlForCausalLM`] if there is a head.
+        sampling ([`SamplingSettings`]):
+            How responses are drawn, the same for all.
+        rewards (`dict[str, RewardFunction]`):
+            What the head was trained on, by name.
+        folder (`Path`):
+            For what a rival makes of its own, such as a trained adapter: kept from one run to the next.
+        rollouts (`Path`, *optional*):
+            A folder of scored rollouts of the base, for rivals that learn from them.
+        combine_rewards (`str`, *optional*, defaults to `"none"`):
+            As for [`score_rollouts`].
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sampling: SamplingSettings
+    rewards: dict[str, RewardFunction]
+    folder: Path
+    rollouts: Path | None = None
+    combine_rewards: str = "none"
+
+    def head_for(self, kind: str) -> ValueHead:
+        """The value head; `ValueError` if there is none, which names the kind of rival that needs it."""
+        if not isinstance(self.model, ReControlForCausalLM):
+            raise ValueError(f"The control {kind!r} needs a value head: name it (`head`).")
+        return self.model.value_head
+
+    def draw(
+        self, prompts: Prompts, control: ControlConfig | bool = False, sampling: SamplingSettings | None = None
+    ) -> list[Rollout]:
+        """[`generate_rollouts`] with the comparison's settings, `num_samples` responses to each prompt."""
+        return generate_rollouts(
+            self.model,
+            self.tokenizer,
+            prompts,
+            self.sampling if sampling is None else sampling,
+            control=control,
+            progress=lambda done, total: None,
+        )
+
+
+class Rival(ABC):
+    """
+    One way of answering prompts. A rival of your own is a class like this, named by its import path,
+    `kind: my_module:MyRival`; what `compare.yaml` says beside `name` and `kind` comes as keywords.
+
+    Only [`Rival.answer`] must be written.
+
+    Attributes:
+        start (`float`, *optional*):
+            A strength from which the search for a given KL starts; `None`: it has no strength, so it is measured once.
+    """
+
+    start: float | None = None
+
+    def __init__(self, bench: Bench):
+        self.bench = bench
+
+    @abstractmethod
+    def answer(self, prompts: Prompts, strength: float | None) -> Sequence[Answer | Rollout | str]:
+        """
+        Answer prompts.
+
+        Args:
+            prompts ([`Prompts`]):
+                What to answer, with an instruction already in it, if the comparison asks for one.
+            strength (`float`, *optional*):
+                How strong; `None` for a rival without a strength.
+
+        Returns:
+            `bench.sampling.num_samples` answers to each prompt, which follow each other, in the order of `prompts`:
+            [`Answer`]s, [`Rollout`]s, or texts alone.
+        """
+
+    def prepare(self) -> None:
+        """What must be done once before it can answer, such as training: not timed. In each process."""
+        return None
+
+    def policy(self, strength: float | None) -> AbstractContextManager | None:
+        """
+        A context in which a forward of `bench.model` is the policy that answers were drawn from, so that their KL to
+        the base can be read by teacher forcing; `None`: it cannot be had that way.
+        """
+        return None
+
+    def depends_on(self) -> dict[str, Any]:
+        """What its answers depend on beside the base, the prompts, the sampling and its own settings, as JSON."""
+        return {}
+
+
+def answers_of(bench: Bench, prompts: Prompts, returned: Sequence[Any], name: str) -> list[Answer]:
+    """
+    What a rival returned, as [`Answer`]s.
+
+    Raises:
+        `TypeError`, `ValueError`: if it is something else, or of another length; names the rival.
+    """
+    count = bench.sampling.num_samples
+    wanted = len(prompts) * count
+    if isinstance(returned, str) or not isinstance(returned, Sequence) or len(returned) != wanted:
+        found = len(returned) if hasattr(returned, "__len__") and not isinstance(returned, str) else returned
+        raise ValueError(f"The control {name!r} returned {found!r}, expected a list of {wanted} answers.")
+    encoded: dict[int, list[int]] = {}
+    answers = []
+    for place, answer in enumerate(returned):
+        if isinstance(answer, str):
+            answer = _of_text(bench, prompts, place, answer, encoded)
+        if isinstance(answer, Rollout):
+            answer = Answer(answer)
+        if not isinstance(answer, Answer):
+            raise TypeError(
+                f"The control {name!r} returned a {type(answer).__name__} among its answers, expected Answer, Rollout "
+                "or a text."
+            )
+        if answer.kl is not None and len(answer.kl) != len(answer.rollout.completion_ids):
+            raise ValueError(f"The control {name!r} returned {len(answer.kl)} KLs for an answer of another length.")
+        answers.append(answer)
+    return answers
+
+
+def _of_text(bench: Bench, prompts: Prompts, place: int, text: str, encoded: dict[int, list[int]]) -> Rollout:
+    from ...data.templating import encode_prompt
+
+    row, sample = divmod(place, bench.sampling.num_samples)
+    if row not in encoded:
+        encoded[row] = encode_prompt(bench.tokenizer, prompts.rows[row], bench.sampling)
+    ids = bench.tokenizer(text, add_special_tokens=False)["input_ids"]
+    columns = {key: value for key, value in prompts.rows[row].items() if key != "prompt"}
+    return Rollout(
+        prompts.rows[row]["prompt"],
+        text,
+        encoded[row],
+        list(ids),
+        True,
+        columns=columns,
+        prompt_number=prompts.numbers[row],
+        sample=sample,
+    )
+
+
+def standardised(bench: Bench, reward: Sequence[float] | None) -> float | None:
+    """A response's rewards as one number: in standard deviations of the head's training, summed, where it has them."""
+    if reward is None:
+        return None
+    values = torch.tensor(reward, dtype=torch.float64)
+    if isinstance(bench.model, ReControlForCausalLM):
+        config = bench.model.value_head.config
+        mean, std = (torch.tensor(x, dtype=torch.float64) for x in (config.reward_mean, config.reward_std))
+        if mean.numel() in (1, len(values)):
+            values = (values - mean) / std
+    return float(values.sum())
+
+
+def with_samples(bench: Bench, num_samples: int) -> Bench:
+    """The bench with another number of answers to each prompt."""
+    return replace(bench, sampling=SamplingSettings.of(bench.sampling, {"num_samples": num_samples}))

@@ -1,0 +1,322 @@
+"""`recontrol compare`: what a control is worth, against everything else that a user could pick, in one folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..collection.rewards import RewardFunction, by_name, check_reward, load_reward
+from ..collection.rollouts import encode_all
+from ..collection.sampling import sampling_config
+from ..configuration import ControlConfig
+from ..data.processes import Processes
+from ..data.prompts import Prompts, load_prompts, report_bad_rows
+from ..data.rollouts import Rollout
+from ..data.stage_folder import StageFolder, lock_folder
+from ..data.templating import PromptEncoder
+from ..evaluation.comparison.answers import Drawer, draw_answers, load_answers
+from ..evaluation.comparison.entries import Row, default_controls, entries_of, rows_of
+from ..evaluation.comparison.figures import Figure, Sample, best_of, figures_of, sample_of
+from ..evaluation.comparison.matching import with_strengths
+from ..evaluation.comparison.plots import write_plots
+from ..evaluation.comparison.results import matched_references, wins, write_answers, write_figures
+from ..evaluation.comparison.scores import Scores, coherence_scorer, reward_scorer, score_answers
+from ..evaluation.comparison.table import table
+from ..evaluation.rivals.plain import BestOfN
+from ..evaluation.rivals.rival import Bench, standardised
+from ..heads.value_head import ValueHead
+from ..modeling.causal_lm import ReControlForCausalLM
+from ..settings import HELD_OUT_PROMPTS, CompareSettings
+from ..utils.files import atomic_path, check_target, make_folder
+from .loading import load_base
+
+logger = logging.get_logger(__name__)
+
+TABLE_NAME = "table.md"
+# The KL of the default controls, where no strength is named.
+_DEFAULT_KL = 0.1
+
+
+def compare(
+    base: str | os.PathLike | PreTrainedModel | None,
+    prompts: Any,
+    rewards: str | RewardFunction | Sequence[str | RewardFunction],
+    output: str | os.PathLike,
+    settings: CompareSettings | None = None,
+    *,
+    head: str | os.PathLike | None = None,
+    judge: str | RewardFunction | None = None,
+    controls: Sequence[Any] | None = None,
+    held_out: Any = None,
+    rollouts: str | os.PathLike | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quiet: bool = False,
+    **changes,
+) -> list[Figure]:
+    """
+    Compare controls of a base model with one another and with what else a user could pick: each answers the same
+    prompts, with the same sampling settings and the same noise. The same call again resumes one that was stopped, and
+    draws and scores only what has changed or come on top; under `accelerate launch` processes share the work.
+
+    The folder then holds `answers.parquet` (every answer with all its numbers), `figures.csv` and `figures.json`
+    (every [`Figure`]), `table.md`, `frontier.svg` (reward against nats an answer), `diversity.svg` and `time.svg`.
+
+    Args:
+        base (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*), tokenizer (*optional*):
+            The base: a folder or Hub name, or a loaded model (also a [`ReControlForCausalLM`]) with its tokenizer. By
+            default that which the head names.
+        prompts:
+            Unseen prompts: a file or whatever else [`load_prompts`] takes.
+        rewards (`str`, function, or sequence of these):
+            What the head was trained on: as for [`load_reward`], or functions.
+        output (`str` or `os.PathLike`):
+            The folder.
+        settings ([`CompareSettings`], *optional*), changes:
+            How they are compared; single settings as keywords.
+        head (`str` or `os.PathLike`, *optional*):
+            The value head, for the controls that need one.
+        judge (`str` or function, *optional*):
+            A reward that no head was trained on.
+        controls (sequence of `dict`, *optional*):
+            What is compared, see [docs/comparing.md](comparing.md). By default the base, prompting, best of 4, and
+            each method that the head has, at 0.1 nats a token if no strength is named.
+        held_out (*optional*):
+            Prompts to find strengths on, as `prompts`. By default some of `prompts` are set aside for it.
+        rollouts (`str` or `os.PathLike`, *optional*):
+            A folder of scored rollouts of the base, for controls that learn from them.
+        quiet (`bool`, *optional*, defaults to `False`):
+            Show no progress.
+
+    Returns:
+        `list[Figure]`: all figures.
+
+    Raises:
+        `ValueError`, `OSError`, `TypeError`, `ImportError`: for what cannot be compared; before any work where it can
+        be known.
+    """
+    settings = CompareSettings.of(settings, changes)
+    if controls is None and not settings.strengths and not settings.kl:
+        settings = replace(settings, kl=(_DEFAULT_KL,))
+    output = Path(output)
+    check_target(output / TABLE_NAME)
+    test, held = _prompts(prompts, held_out, settings)
+    functions = _rewards(rewards, test)
+    scorers = [reward_scorer("reward", functions, settings.on_bad_rows, settings.combine_rewards)]
+    if judge is not None:
+        scorers.append(reward_scorer("judge", {"judge": _judge(judge, functions, test)}, settings.on_bad_rows))
+    if settings.embeddings is not None:
+        scorers.append(coherence_scorer(settings.embeddings))
+    model, tokenizer = _loaded(base, head, tokenizer, settings)
+    bench = Bench(
+        model,
+        tokenizer,
+        settings,
+        functions,
+        output / "made",
+        None if rollouts is None else Path(rollouts),
+        settings.combine_rewards,
+    )
+    entries = entries_of(default_controls(bench) if controls is None else controls, settings)
+    rows = rows_of(entries, bench, settings)
+    test, held = (_usable(bench, rows, part, settings.on_bad_rows) for part in (test, held))
+    progress = (lambda done, total: None) if quiet else None
+    with _folder(output):
+        rows, matches = with_strengths(output, rows, bench, held, progress)
+        stages = draw_answers(output, rows, bench, test, settings, progress)
+        reference = next(i for i, row in enumerate(rows) if row.entry.name == settings.against)
+        scores = score_answers(stages, stages[reference], scorers, progress)
+        figures = _results(output, bench, rows, stages, scores, reference, test, matches, settings)
+    return figures
+
+
+class _folder:
+    """The output folder, locked by the first process."""
+
+    def __init__(self, path: Path):
+        self.path, self.processes, self._lock = path, Processes(), None
+
+    def __enter__(self) -> None:
+        if self.processes.index == 0:
+            make_folder(self.path)
+            self._lock = lock_folder(self.path)
+            self._lock.__enter__()
+        self.processes.wait()
+
+    def __exit__(self, *error) -> None:
+        if self._lock is not None:
+            self._lock.__exit__(*error)
+
+
+def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Prompts, Prompts]:
+    """(those that are compared on, those that strengths are found on: none if no strength is to be found)."""
+    test = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
+    if not settings.kl:
+        return test, test.take([])
+    if held_out is not None:
+        held = held_out if isinstance(held_out, Prompts) else load_prompts(held_out, settings)
+        seen = {repr(row["prompt"]) for row in test.rows}
+        if shared := [
+            number for number, row in zip(held.numbers, held.rows, strict=True) if repr(row["prompt"]) in seen
+        ]:
+            raise ValueError(
+                f"{len(shared)} held-out prompts are also compared on (the first is number {shared[0]}): strengths "
+                "must not be found on the prompts that they are measured on."
+            )
+    else:
+        if len(test) <= settings.num_held_out:
+            raise ValueError(
+                f"There are {len(test)} prompts, and {settings.num_held_out} are to be set aside to find strengths on "
+                "(`num_held_out`): give more prompts, or name others (`held_out`)."
+            )
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        held, test = (
+            test.take(sorted(order[: settings.num_held_out])),
+            test.take(sorted(order[settings.num_held_out :])),
+        )
+    if len(held) < HELD_OUT_PROMPTS:
+        logger.warning(
+            f"Strengths are found on {len(held)} held-out prompts: of fewer than {HELD_OUT_PROMPTS} the KL is not "
+            "well known."
+        )
+    return test, held
+
+
+def _rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
+    columns = {name for row in prompts.rows for name in row if name != "prompt"}
+    specs = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    functions = by_name([load_reward(spec, columns) if isinstance(spec, str) else spec for spec in specs])
+    if not functions:
+        raise ValueError("No reward is given, so there is nothing to compare by.")
+    for function in functions.values():
+        check_reward(function, columns)
+    return functions
+
+
+def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> RewardFunction:
+    [(_, function)] = _rewards([judge], prompts).items()
+    if any(function is reward for reward in rewards.values()):
+        raise ValueError("The judge is also one of the rewards: name one that no head was trained on.")
+    return function
+
+
+def _loaded(
+    base: Any, head: Any, tokenizer: PreTrainedTokenizerBase | None, settings: CompareSettings
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if isinstance(base, PreTrainedModel):
+        if tokenizer is None:
+            raise ValueError("A loaded model needs its tokenizer: give it (`tokenizer=`).")
+        if head is not None:
+            base = ReControlForCausalLM.from_model(base, head)
+        return base, tokenizer
+    loaded_head = None
+    if head is not None:
+        loaded_head = head if isinstance(head, ValueHead) else ValueHead.from_pretrained(head, token=settings.token)
+    if base is None:
+        base = loaded_head and loaded_head.config.base_model_name_or_path
+        if base is None:
+            raise ValueError("No base model is named, and no head that names one.")
+    # The head's own recommendation is what `ascent` and the others start from; a base alone recommends nothing.
+    control = None if loaded_head is None or loaded_head.config.control is not None else ControlConfig(num_steps=0)
+    model, own = load_base(base, settings, loaded_head, control)
+    return model, own if tokenizer is None else tokenizer
+
+
+def _usable(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: str) -> Prompts:
+    """The prompts that the model can take, with each instruction too."""
+    encoder = PromptEncoder(bench.tokenizer, bench.sampling)
+    drawer, most = Drawer(bench), sampling_config(bench.model, bench.tokenizer, bench.sampling).max_new_tokens
+    asked = {row.entry.instruction: drawer.asked(row, prompts) for row in rows} if len(prompts) else {}
+    usable = set(range(len(prompts)))
+    for variant in {None: prompts, **asked}.values():
+        encoded, bad = encode_all(encoder, bench.model, variant, sorted(usable), most)
+        report_bad_rows(bad, on_bad_rows)
+        usable &= set(encoded)
+    if len(prompts) and not usable:
+        raise ValueError("No prompt can be used.")
+    return prompts if len(usable) == len(prompts) else prompts.take(sorted(usable))
+
+
+def _results(
+    output: Path,
+    bench: Bench,
+    rows: Sequence[Row],
+    stages: Sequence[StageFolder],
+    scores: Sequence[Scores],
+    reference: int,
+    prompts: Prompts,
+    matches: dict[str, Any],
+    settings: CompareSettings,
+) -> list[Figure]:
+    """Figures from all answers and scores; the first process writes the files."""
+    loaded = [load_answers(stage) for stage in stages]
+    numbers = [_numbers(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
+    others, held_against = numbers[reference], loaded[reference][0]
+    judged_by = "judge" if "judge" in others else "reward"
+    for (rollouts, _), own in zip(loaded, numbers, strict=True):
+        places = matched_references(rollouts, held_against)
+        own["win_rate"], own["ties"] = wins(own[judged_by], [others[judged_by][place] for place in places])
+    places = {number: place for place, number in enumerate(prompts.numbers)}
+    drawn = [
+        sample_of(row.entry.name, row.strength, rollouts, own, places)
+        for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True)
+    ]
+    samples: list[Sample] = []
+    for row, sample in zip(rows, drawn, strict=True):
+        is_pool = isinstance(row.rival, BestOfN)
+        samples += [best_of(sample, n) for n in range(1, row.rival.pool + 1)] if is_pool else [sample]
+    figures = figures_of(samples, _against(samples, drawn[reference], rows[reference]), len(prompts))
+    if Processes().index == 0:
+        lines: list[tuple[str, float | None, list[Rollout], Scores]] = [
+            (row.entry.name, row.strength, rollouts, own)
+            for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True)
+        ]
+        write_answers(output / "answers.parquet", lines)
+        about = {
+            "prompts": len(prompts),
+            "against": settings.against,
+            "strengths": matches,
+            "controls": [vars(row.entry) | {"strength": row.strength} for row in rows],
+            "settings": settings.to_dict(),
+        }
+        write_figures(output, figures, about)
+        pools = list(dict.fromkeys(row.entry.name for row in rows if isinstance(row.rival, BestOfN)))
+        notes = [_matched(name, match) for name, match in matches.items()]
+        text = table(figures, settings.against, len(prompts), pools, notes)
+        with atomic_path(output / TABLE_NAME) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        write_plots(output, figures, pools)
+    Processes().wait()
+    return figures
+
+
+def _against(samples: Sequence[Sample], drawn: Sample, row: Row) -> Sample:
+    """The sample that differences are to: of a best of n that of its whole pool."""
+    if not isinstance(row.rival, BestOfN):
+        return drawn
+    return next(s for s in samples if s.control == row.entry.name and s.strength == row.rival.pool)
+
+
+def _numbers(bench: Bench, found: Scores) -> Scores:
+    """What was measured and scored of each answer, with `reward` as the one number that answers are ranked by."""
+    names = list(bench.rewards)
+    if "reward" in found and names != ["reward"]:
+        return found  # they were combined
+    values = [found.pop(name) for name in names]
+    if len(names) == 1:
+        return found | {"reward": values[0]}
+    both = [None if None in each else standardised(bench, each) for each in zip(*values, strict=True)]
+    return found | {f"reward {name}": own for name, own in zip(names, values, strict=True)} | {"reward": both}
+
+
+def _matched(name: str, match: dict[str, Any]) -> str:
+    return (
+        f"{name}: strength {match['strength']:g} reached {match['kl']:.3f} [{match['low']:.3f}, {match['high']:.3f}] "
+        "nats a token on held-out prompts."
+    )

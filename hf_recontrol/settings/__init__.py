@@ -1,0 +1,48 @@
+"""
+Settings of a run, one class for each stage or command: one name, one default and one text for Python, the command
+and YAML. Each class is read on its own, and those of several stages are made of them.
+"""
+
+from .comparison import COMPARE_INPUTS, HELD_OUT_PROMPTS, CompareSettings
+from .stages import (
+    AdvantageSettings,
+    BadRowSettings,
+    FitSettings,
+    ForwardSettings,
+    HeadSettings,
+    HookPointSettings,
+    LabelSettings,
+    LoadingSettings,
+    PromptSettings,
+    RolloutSettings,
+    SamplingSettings,
+    SeedSettings,
+    StatesSettings,
+    TemplateSettings,
+    TrainingSettings,
+    TrainSettings,
+    ValueSettings,
+)
+
+__all__ = [
+    "COMPARE_INPUTS",
+    "HELD_OUT_PROMPTS",
+    "AdvantageSettings",
+    "BadRowSettings",
+    "CompareSettings",
+    "FitSettings",
+    "ForwardSettings",
+    "HeadSettings",
+    "HookPointSettings",
+    "LabelSettings",
+    "LoadingSettings",
+    "PromptSettings",
+    "RolloutSettings",
+    "SamplingSettings",
+    "SeedSettings",
+    "StatesSettings",
+    "TemplateSettings",
+    "TrainSettings",
+    "TrainingSettings",
+    "ValueSettings",
+]
