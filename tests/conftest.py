@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import random
 import subprocess
 
 # Before huggingface_hub is imported, which reads it once. Tests with a server of their own run a fresh process.
@@ -12,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -187,6 +189,14 @@ def run(tmp_path):
         return out
 
     return run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What a test draws does not depend on the tests before it, which differ from one machine to the next."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_collection_finish():
