@@ -76,7 +76,8 @@ def test_the_fast_ascent_is_the_autograd_ascent_on_real_states(controlled):
     model, tokenizer = controlled
     head, control = model.value_head, model.control
     rollouts = score_rollouts(
-        generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=8), lambda prompts, texts, **_: [0.0] * len(texts)
+        generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=8),
+        lambda completions, **_: [0.0] * len(completions),
     )
     states = collect_states(model, rollouts, **at(head.config)).hidden.double()
     reference = ValueHead(head.config).double()
