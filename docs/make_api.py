@@ -39,9 +39,11 @@ SECTIONS = {
         "train_value_head",
         "fit_advantage",
     ],
+    "Comparison": ["compare", "Figure", "Rival", "Answer", "Bench"],
     "Rewards": ["load_reward", "ClassifierReward", "RewardFunction", "text_reward", "vader"],
     "Settings": [
         "FitSettings",
+        "CompareSettings",
         "LoadingSettings",
         "BadRowSettings",
         "PromptSettings",

@@ -20,21 +20,25 @@ if TYPE_CHECKING:
     from .data.rollouts import Rollout, load_rollouts, save_rollouts
     from .data.states import States, StateStore
     from .data.templating import encode_prompt
+    from .evaluation.comparison.figures import Figure
     from .evaluation.intervals import paired_interval
     from .evaluation.metrics import diversity, kl_divergence
     from .evaluation.recommendation import Recommendation, Trial, recommend_control
     from .evaluation.report import write_report
+    from .evaluation.rivals.rival import Answer, Bench, Rival
     from .evaluation.strength import kl_sample, match_kl
     from .heads.convert import convert_checkpoint
     from .heads.value_head import ValueHead
     from .modeling.causal_lm import ReControlForCausalLM
     from .modeling.hook_points import HookPoint
     from .modeling.logits_processor import ReControlLogitsProcessor
+    from .pipelines.compare import compare
     from .pipelines.demo import embedded_model
     from .pipelines.fit import fit
     from .settings import (
         AdvantageSettings,
         BadRowSettings,
+        CompareSettings,
         FitSettings,
         ForwardSettings,
         HeadSettings,
@@ -73,17 +77,21 @@ _MODULES = {
     "evaluation.metrics": ("diversity", "kl_divergence"),
     "evaluation.recommendation": ("Recommendation", "Trial", "recommend_control"),
     "evaluation.report": ("write_report",),
+    "evaluation.comparison.figures": ("Figure",),
+    "evaluation.rivals.rival": ("Answer", "Bench", "Rival"),
     "evaluation.strength": ("kl_sample", "match_kl"),
     "heads.convert": ("convert_checkpoint",),
     "heads.value_head": ("ValueHead",),
     "modeling.causal_lm": ("ReControlForCausalLM",),
     "modeling.hook_points": ("HookPoint",),
     "modeling.logits_processor": ("ReControlLogitsProcessor",),
+    "pipelines.compare": ("compare",),
     "pipelines.demo": ("embedded_model",),
     "pipelines.fit": ("fit",),
     "settings": (
         "AdvantageSettings",
         "BadRowSettings",
+        "CompareSettings",
         "FitSettings",
         "ForwardSettings",
         "HeadSettings",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def compare(
     rows = rows_of(entries, bench, settings)
     test, held = (_usable(bench, rows, part, settings.on_bad_rows) for part in (test, held))
     progress = (lambda done, total: None) if quiet else None
-    with _folder(output):
+    with _locked(output):
         rows, matches = with_strengths(output, rows, bench, held, progress)
         stages = draw_answers(output, rows, bench, test, settings, progress)
         reference = next(i for i, row in enumerate(rows) if row.entry.name == settings.against)
@@ -136,22 +137,15 @@ def compare(
     return figures
 
 
-class _folder:
-    """The output folder, locked by the first process."""
-
-    def __init__(self, path: Path):
-        self.path, self.processes, self._lock = path, Processes(), None
-
-    def __enter__(self) -> None:
-        if self.processes.index == 0:
-            make_folder(self.path)
-            self._lock = lock_folder(self.path)
-            self._lock.__enter__()
-        self.processes.wait()
-
-    def __exit__(self, *error) -> None:
-        if self._lock is not None:
-            self._lock.__exit__(*error)
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The output folder, made and locked by the first process."""
+    processes = Processes()
+    with ExitStack() as stack:
+        if processes.index == 0:
+            stack.enter_context(lock_folder(make_folder(folder)))
+        processes.wait()
+        yield
 
 
 def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Prompts, Prompts]:
