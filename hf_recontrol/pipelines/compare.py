@@ -27,7 +27,7 @@ from ..evaluation.comparison.entries import Row, default_controls, entries_of, r
 from ..evaluation.comparison.figures import Figure, Sample, best_of, figures_of, sample_of
 from ..evaluation.comparison.matching import with_strengths
 from ..evaluation.comparison.plots import write_plots
-from ..evaluation.comparison.results import matched_references, wins, write_answers, write_figures
+from ..evaluation.comparison.results import ANSWERS_NAME, matched_references, wins, write_answers, write_figures
 from ..evaluation.comparison.scores import Scores, coherence_scorer, reward_scorer, score_answers
 from ..evaluation.comparison.table import table
 from ..evaluation.rivals.plain import BestOfN
@@ -271,7 +271,7 @@ def _results(
             (row.entry.name, row.strength, rollouts, own)
             for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True)
         ]
-        write_answers(output / "answers.parquet", lines)
+        write_answers(output / ANSWERS_NAME, lines)
         about = {
             "prompts": len(prompts),
             "against": settings.against,

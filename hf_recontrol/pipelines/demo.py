@@ -1,31 +1,29 @@
-"""`recontrol demo`: from prompts to a head and a comparison of the base and its controls, in one command."""
+"""`recontrol demo`: from prompts to a head and a comparison with what else a user could pick, in one command."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..collection.rewards import vader
-from ..collection.rollouts import generate_rollouts
 from ..configuration import ControlConfig
 from ..data.prompts import load_prompts
-from ..data.rollouts import Rollout
-from ..evaluation.metrics import diversity, kl_divergence
-from ..heads.figures import FIGURES
-from ..modeling.causal_lm import ReControlForCausalLM
-from ..settings import FitSettings, LoadingSettings
-from ..training.stage import FIGURES_NAME
-from ..utils.files import read_json, write_json
+from ..evaluation.comparison.entries import KIND_OF_METHOD
+from ..evaluation.comparison.figures import Figure
+from ..evaluation.comparison.results import ANSWERS_NAME
+from ..settings import CompareSettings, FitSettings, LoadingSettings
+from ..training.stage import FIGURES_NAME as FIGURES_FILE
+from ..utils.files import read_json
+from .compare import TABLE_NAME, compare
 from .fit import fit
 from .loading import load_base
 
@@ -83,19 +81,21 @@ class DemoSizes:
     """The sizes of the demo."""
 
     num_training_prompts: int = 320
-    num_unseen_prompts: int = 32
+    num_unseen_prompts: int = 64
     max_new_tokens: int = 48
-    # Answers compared at once.
-    batch_size: int = 16
+    temperature: float = 0.9
+    # Responses of the base that the best is taken of.
+    best_of: int = 4
+    batch_size: int = 32
 
 
 def run_demo(
     model: str | None, prompts: str | os.PathLike | None, output: str | os.PathLike, *, seed: int = 0
-) -> dict:
+) -> list[Figure]:
     """
-    Train a head with all parts on VADER's sentiment with [`fit`], and compare the base and the controls that `fit`
-    tried on unseen prompts, at the step sizes that it found for them, of the same KL to the base. A second run resumes
-    where the first was stopped.
+    Train a head with all parts on VADER's sentiment with [`fit`], and [`compare`] on unseen prompts the base,
+    prompting, the best of 4, and the controls that `fit` tried, at the step sizes that it found for them, of the same
+    KL to the base. A second run resumes where the first was stopped.
 
     Args:
         model (`str`, *optional*):
@@ -108,112 +108,82 @@ def run_demo(
             Of the split, the sampling and the training.
 
     Returns:
-        `dict`: for each of `"base"`, `"static"`, `"advantage"` (unless g is the static vector) and `"ascent"` the
-        reward, diversity, KL and milliseconds a step of a whole batch.
+        `list[Figure]`: those of [`compare`].
 
     Raises:
         `OSError`, `ValueError`, `ImportError`: if something needed is missing; before any work.
     """
     vader([], [])
-    output, settings = Path(output), DemoSizes()
+    output, sizes = Path(output), DemoSizes()
     prompts = DEMO_PROMPTS if prompts is None else prompts
-    rows = load_prompts(prompts).rows
-    if len(rows) < 4 * settings.num_unseen_prompts:
-        raise ValueError(f"{prompts} holds {len(rows)} prompts, the demo needs {4 * settings.num_unseen_prompts}.")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    unseen = [rows[i] for i in order[: settings.num_unseen_prompts]]
-    training = [rows[i] for i in order[settings.num_unseen_prompts :][: settings.num_training_prompts]]
+    loaded = load_prompts(prompts)
+    if len(loaded) < 2 * sizes.num_unseen_prompts:
+        raise ValueError(f"{prompts} holds {len(loaded)} prompts, the demo needs {2 * sizes.num_unseen_prompts}.")
+    order = torch.randperm(len(loaded), generator=torch.Generator().manual_seed(seed)).tolist()
+    unseen = loaded.take(order[: sizes.num_unseen_prompts])
+    training = loaded.take(order[sizes.num_unseen_prompts :][: sizes.num_training_prompts])
 
     base, tokenizer = load_base(embedded_model() if model is None else model, LoadingSettings(dtype="float32"))
-    fit_settings = FitSettings(
-        max_new_tokens=settings.max_new_tokens, temperature=0.9, batch_size=32, part_size=64, seed=seed
-    )
+    shared = {
+        "max_new_tokens": sizes.max_new_tokens,
+        "temperature": sizes.temperature,
+        "batch_size": sizes.batch_size,
+        "seed": seed,
+    }
     figures = fit(
-        base, training, vader, output, fit_settings, tokenizer=tokenizer, command=f"recontrol demo --seed {seed}"
+        base,
+        training.rows,
+        vader,
+        output,
+        FitSettings(part_size=64, **shared),
+        tokenizer=tokenizer,
+        command=f"recontrol demo --seed {seed}",
     )
     numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
     shown = (f"{name} {value if isinstance(value, int) else f'{value:.2f}'}" for name, value in numbers.items())
     print(f"On held-out prompts: {', '.join(shown)}")
 
-    path = output / "results.json"
-    if not path.is_file():
-        controlled = ReControlForCausalLM.from_model(base, output / "head")
-        # All at the same KL, so that no step size is tuned on the reward.
-        tried = read_json(output / "head" / FIGURES_NAME).get("recommended", {}).get("trials", [])
-        found = [ControlConfig.from_dict(trial["control"]) for trial in tried if trial["control"] is not None]
-        controls = {"base": False} | {control.method: control for control in found}
-        results = _demo_compare(controlled, tokenizer, unseen, controls, settings)
-        write_json(path, results)
-    results = json.loads(path.read_text(encoding="utf-8"))
-    _print_results(results)
-    head = output / "head"
-    print(f"\nThe head is in {head}, the report on its training in {output / 'report.html'}. Load it with its base:\n")
+    comparison, head = output / "comparison", output / "head"
+    controls = [{"kind": "base"}, {"kind": "prompting"}, {"kind": "best_of_n", "n": sizes.best_of}, *_tried(head)]
+    found = compare(
+        base,
+        unseen,
+        vader,
+        comparison,
+        CompareSettings(part_size=sizes.batch_size, **shared),
+        head=head,
+        controls=controls,
+        tokenizer=tokenizer,
+    )
+    _show_answers(comparison / ANSWERS_NAME)
+    print((comparison / TABLE_NAME).read_text(encoding="utf-8"))
+    print(f"All answers, figures and plots are in {comparison}.")
+    print(f"The head is in {head}, the report on its training in {output / 'report.html'}. Load it with its base:\n")
     print(f'  model = ReControlForCausalLM.from_pretrained("{head}")')
-    return results["figures"]
+    return found
 
 
-def _demo_compare(controlled, tokenizer, prompts: list[dict], controls: dict, settings: DemoSizes) -> dict:
-    answers: dict[str, list[Rollout]] = {name: [] for name in controls}
-    seconds = dict.fromkeys(controls, 0.0)
-    steps = dict.fromkeys(controls, 0)
-    options = {"max_new_tokens": settings.max_new_tokens, "temperature": 0.0, "batch_size": settings.batch_size}
-    for start in range(0, len(prompts), settings.batch_size):
-        # In turn, so that a busy machine is slow for all alike.
-        for name, control in controls.items():
-            begin = time.perf_counter()
-            batch = generate_rollouts(
-                controlled, tokenizer, prompts[start : start + settings.batch_size], control=control, **options
-            )
-            seconds[name] += time.perf_counter() - begin
-            steps[name] += max(len(rollout.completion_ids) for rollout in batch)
-            answers[name] += batch
-    figures = {}
-    for name, control in controls.items():
-        texts = [rollout.completion for rollout in answers[name]]
-        kl = 0.0
-        if control is not False:
-            with controlled.use_control(control):
-                kl = kl_divergence(controlled, answers[name])
-        figures[name] = {
-            "reward": sum(vader([], texts)) / len(texts),
-            "diversity": diversity(texts),
-            "kl": kl,
-            "ms_per_step": 1e3 * seconds[name] / steps[name],
-        }
-    examples = [
-        {"prompt": rows[0].prompt} | {name: row.completion for name, row in zip(controls, rows, strict=True)}
-        for rows in zip(*answers.values(), strict=True)
-    ]
-    described = {name: control.to_dict() for name, control in controls.items() if control is not False}
-    return {"controls": described, "figures": figures, "examples": examples}
+def _tried(head: Path) -> list[dict[str, Any]]:
+    """The controls that [`fit`] tried, as a comparison takes them: all at one KL, so none is tuned on the reward."""
+    trials = read_json(head / FIGURES_FILE).get("recommended", {}).get("trials", [])
+    controls = [ControlConfig.from_dict(trial["control"]) for trial in trials if trial["control"] is not None]
+    return [{"kind": KIND_OF_METHOD[control.method], "strengths": [control.step_size]} for control in controls]
 
 
-def _print_results(results: dict) -> None:
+def _show_answers(path: Path, count: int = 3) -> None:
+    """The first answers of the base and of each control that edits states, side by side."""
+    import pyarrow.parquet as parquet
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    side_by_side = Table("prompt", *results["figures"], title="Unseen prompts, greedy", show_lines=True)
-    for example in results["examples"][:3]:
-        side_by_side.add_row(*(escape(str(example[name])) for name in ("prompt", *results["figures"])))
-    console.print(side_by_side)
-    table = Table(
-        "control",
-        "step size",
-        f"VADER {FIGURES['reward'].label}",
-        FIGURES["diversity"].label,
-        FIGURES["kl"].label,
-        "ms/step of 16",
-    )
-    for name, row in results["figures"].items():
-        step_size = f"{results['controls'][name]['step_size']:g}" if name in results["controls"] else "-"
-        table.add_row(
-            name,
-            step_size,
-            f"{row['reward']:.2f}",
-            f"{row['diversity']:.2f}",
-            f"{row['kl']:.2f}",
-            f"{row['ms_per_step']:.0f}",
-        )
-    console.print(table)
+    answers: dict[str, dict[str, str]] = {}
+    for row in parquet.read_table(path, columns=["control", "prompt", "sample", "completion"]).to_pylist():
+        if row["sample"] == 0 and row["control"] != "best_of_n":
+            answers.setdefault(row["prompt"], {})[row["control"]] = row["completion"]
+    shown = list(answers.items())[:count]
+    names = list(shown[0][1])
+    table = Table("prompt", *names, title="Unseen prompts", show_lines=True)
+    for prompt, own in shown:
+        table.add_row(escape(prompt), *(escape(own[name]) for name in names))
+    Console().print(table)

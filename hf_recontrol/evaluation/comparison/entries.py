@@ -18,7 +18,7 @@ from ..rivals.kinds import make_rival, rival_class
 from ..rivals.rival import Bench, Rival
 
 # The kinds of the head's own methods.
-_KIND_OF_METHOD = {"static": "static_vector", "advantage": "advantage", "ascent": "ascent"}
+KIND_OF_METHOD = {"static": "static_vector", "advantage": "advantage", "ascent": "ascent"}
 _COMMON = ("name", "kind", "instruction", "instruction_role", "strengths")
 
 
@@ -84,7 +84,7 @@ def default_controls(bench: Bench) -> list[dict[str, Any]]:
     controls = [{"kind": "base"}, {"kind": "prompting"}, {"kind": "best_of_n", "n": 4}]
     if isinstance(bench.model, ReControlForCausalLM):
         methods = [control.method for control in candidates(bench.model.value_head)]
-        controls += [{"kind": _KIND_OF_METHOD[method]} for method in methods]
+        controls += [{"kind": KIND_OF_METHOD[method]} for method in methods]
     return controls
 
 
