@@ -199,8 +199,8 @@ def demo(
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything made.")] = Path("demo"),
 ) -> None:
-    """From prompts to a head in one go: rollouts, VADER's sentiment as reward, training, and a comparison of its controls
-    with the base, prompting and the best of 4 on unseen prompts. A second run reuses what exists.
+    """From prompts to a head in one go: rollouts, VADER's sentiment as reward, training, and a comparison of its
+    controls with the base, prompting and the best of 4 on unseen prompts. A second run reuses what exists.
     """
     from ..pipelines.demo import run_demo
 
