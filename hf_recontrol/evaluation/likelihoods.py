@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -44,7 +44,7 @@ def base_only(model: PreTrainedModel) -> AbstractContextManager:
 def likelihoods(
     model: PreTrainedModel,
     rollouts: Sequence[Rollout],
-    policy: AbstractContextManager | None = None,
+    policy: Callable[[], AbstractContextManager] | None = None,
     *,
     asked: Sequence[Sequence[int]] | None = None,
     batch_size: int = 8,
@@ -57,8 +57,9 @@ def likelihoods(
             The base, or the base with a head.
         rollouts (sequence of [`Rollout`]):
             The responses; `prompt_ids` is what the base is asked.
-        policy (context manager, *optional*):
-            In it a forward of `model` is the policy; it is entered once. `None`: only the base is read.
+        policy (`Callable[[], AbstractContextManager]`, *optional*):
+            Makes a context in which a forward of `model` is the policy; outside of it the model (without its heads) is
+            the base. `None`: only the base is read.
         asked (sequence of lists of `int`, *optional*):
             What the policy was asked, where that is not what the base is asked (an instruction).
 
@@ -68,20 +69,21 @@ def likelihoods(
     seen = [replace(r, prompt_ids=list(ids)) for r, ids in zip(rollouts, asked, strict=True)] if asked else rollouts
     known = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids]
     found = [Likelihood(0.0, *((0.0, 0.0) if policy is not None else ()))] * len(rollouts)
-    with nullcontext() if policy is None else policy:
+    with nullcontext() if policy is None else policy():
         batches, _ = forward_batches(model, [seen[i] for i in known], batch_size)
-        for batch in batches:
-            rows = [known[i] for i in batch]
-            with in_eval(model):
-                if policy is not None:
+    for batch in batches:
+        rows = [known[i] for i in batch]
+        with in_eval(model):
+            if policy is not None:
+                with policy():
                     inputs, own_parts = teacher_forced(model, [seen[i] for i in rows], keep_logits=True)
                     own = model(**inputs).logits
-                with base_only(model):
-                    inputs, parts = teacher_forced(model, [rollouts[i] for i in rows], keep_logits=True)
-                    base = model(**inputs).logits
-            for place, i in enumerate(rows):
-                own_logits = None if policy is None else own[place, own_parts[place]]
-                found[i] = _likelihood(rollouts[i], base[place, parts[place]], own_logits)
+            with base_only(model):
+                inputs, parts = teacher_forced(model, [rollouts[i] for i in rows], keep_logits=True)
+                base = model(**inputs).logits
+        for place, i in enumerate(rows):
+            own_logits = None if policy is None else own[place, own_parts[place]]
+            found[i] = _likelihood(rollouts[i], base[place, parts[place]], own_logits)
     return found
 
 

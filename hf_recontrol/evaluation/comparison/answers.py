@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Drawer:
         found = likelihoods(
             bench.model,
             [answer.rollout for answer in answers],
-            row.rival.policy(row.strength),
+            _policy(row),
             asked=asked_ids,
             batch_size=bench.sampling.batch_size,
         )
@@ -97,14 +98,21 @@ class Drawer:
                 for number, prompt in zip(prompts.numbers, self.asked(row, prompts).rows, strict=True)
             }
             asked = [encoded[rollout.prompt_number] for rollout in rollouts]
-        policy = row.rival.policy(row.strength)
-        return likelihoods(self.bench.model, rollouts, policy, asked=asked, batch_size=self.bench.sampling.batch_size)
+        size = self.bench.sampling.batch_size
+        return likelihoods(self.bench.model, rollouts, _policy(row), asked=asked, batch_size=size)
 
     def _as_asked_by_the_user(self, answer: Answer, prompts: Prompts) -> Answer:
         place = prompts.numbers.index(answer.rollout.prompt_number)
         prompt = prompts.rows[place]
         rollout = replace(answer.rollout, prompt=prompt["prompt"], prompt_ids=self.encoder.encode(prompt))
-        return replace(answer, rollout=rollout)
+        # What a rival knows itself is how far it is from the base with the instruction.
+        return replace(answer, rollout=rollout, kl=None)
+
+
+def _policy(row: Row) -> Callable[[], AbstractContextManager] | None:
+    """Makes contexts in which the model is a row's policy, if there are any."""
+    make = partial(row.rival.policy, row.strength)
+    return None if make() is None else make
 
 
 def kl_of(row: Row, answer: Answer, likelihood: Likelihood) -> float | None:

@@ -16,6 +16,7 @@ KINDS = {
     "ascent": ("controls", "Ascent"),
     "advantage": ("controls", "Advantage"),
     "static_vector": ("controls", "StaticVector"),
+    "steering_vector": ("steering", "SteeringVector"),
 }
 
 
