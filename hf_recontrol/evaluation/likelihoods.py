@@ -21,8 +21,8 @@ class Likelihood:
     Of one response, sums over its tokens in nats.
 
     Attributes:
-        base (`float`):
-            `-log π0`, at temperature 1.
+        base (`float`, *optional*):
+            `-log π0`, at temperature 1; `None` where it was not read.
         kl (`float`, *optional*):
             `KL(π ‖ π0)`, at each token the exact expectation over the vocabulary at the temperature of the sampling (1
             for a greedy response); `None` where the policy is not known.
@@ -30,7 +30,7 @@ class Likelihood:
             `log π - log π0` of the tokens themselves, at that temperature.
     """
 
-    base: float
+    base: float | None = None
     kl: float | None = None
     log_ratio: float | None = None
 

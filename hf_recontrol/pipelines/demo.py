@@ -82,7 +82,7 @@ class DemoSizes:
 
     num_training_prompts: int = 320
     num_unseen_prompts: int = 64
-    max_new_tokens: int = 48
+    max_new_tokens: int = 32
     temperature: float = 0.9
     # Responses of the base that the best is taken of.
     best_of: int = 4
@@ -135,7 +135,7 @@ def run_demo(
         training.rows,
         vader,
         output,
-        FitSettings(part_size=64, **shared),
+        FitSettings(part_size=64, keep_states=True, **shared),
         tokenizer=tokenizer,
         command=f"recontrol demo --seed {seed}",
     )
@@ -150,7 +150,7 @@ def run_demo(
         unseen,
         vader,
         comparison,
-        CompareSettings(part_size=sizes.batch_size, **shared),
+        CompareSettings(part_size=sizes.batch_size, perplexity=False, **shared),
         head=head,
         controls=controls,
         tokenizer=tokenizer,

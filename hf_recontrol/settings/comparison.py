@@ -56,6 +56,9 @@ class CompareSettings(SamplingSettings, LabelSettings, PromptSettings, LoadingSe
         "paper's princeton-nlp/sup-simcse-bert-base-uncased.",
         default_text="coherence is not measured",
     )
+    perplexity: bool = setting(
+        True, "Measure perplexity under the base. It takes a forward of each answer, also where no KL needs one."
+    )
     part_size: int = setting(
         16, "Prompts that each control answers before the next one's turn: what a stop can cost.", low=1
     )

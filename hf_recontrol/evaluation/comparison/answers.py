@@ -56,10 +56,12 @@ class Drawer:
     Args:
         bench ([`Bench`]):
             What all rows work with.
+        perplexity (`bool`, *optional*, defaults to `False`):
+            Whether answers are also read under the base where their KL is known without.
     """
 
-    def __init__(self, bench: Bench):
-        self.bench = bench
+    def __init__(self, bench: Bench, perplexity: bool = False):
+        self.bench, self.perplexity = bench, perplexity
         self.encoder = PromptEncoder(bench.tokenizer, bench.sampling)
 
     def asked(self, row: Row, prompts: Prompts) -> Prompts:
@@ -80,14 +82,13 @@ class Drawer:
         if row.entry.instruction is not None:
             asked_ids = [answer.rollout.prompt_ids for answer in answers]
             answers = [self._as_asked_by_the_user(answer, prompts) for answer in answers]
-        found = likelihoods(
-            bench.model,
-            [answer.rollout for answer in answers],
-            _policy(row),
-            asked=asked_ids,
-            batch_size=bench.sampling.batch_size,
-        )
-        return answers, found, seconds / max(1, len(answers))
+        seconds /= max(1, len(answers))
+        policy = _policy(row) if any(answer.kl is None for answer in answers) else None
+        if policy is None and not self.perplexity:
+            return answers, [Likelihood()] * len(answers), seconds
+        rollouts = [answer.rollout for answer in answers]
+        size = bench.sampling.batch_size
+        return answers, likelihoods(bench.model, rollouts, policy, asked=asked_ids, batch_size=size), seconds
 
     def likelihoods_on(self, row: Row, rollouts: Sequence[Rollout], prompts: Prompts) -> list[Likelihood]:
         """How likely others' responses to these prompts are under a row's policy: no responses are drawn."""
@@ -148,11 +149,11 @@ def draw_answers(
     """
     size = settings.part_size
     num_parts = -(-len(prompts) // size)
-    drawer = Drawer(bench)
+    drawer = Drawer(bench, settings.perplexity)
     with ExitStack() as stack:
         stages = []
         for row in rows:
-            known = row_settings(row, bench, prompts) | {"part_size": size}
+            known = row_settings(row, bench, prompts) | {"part_size": size, "perplexity": settings.perplexity}
             path = folder / ANSWERS_FOLDER / row.folder_name(known)
             stages.append(stack.enter_context(StageFolder(path, "answers", known, num_parts, ".parquet")))
         missing = [set(stage.missing_parts()) for stage in stages]

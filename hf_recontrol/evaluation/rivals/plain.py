@@ -18,7 +18,7 @@ class Base(Rival):
     """The base as it is. With an instruction in the prompt it is prompting."""
 
     def answer(self, prompts: Prompts, strength: float | None) -> list[Answer]:
-        return [Answer(rollout) for rollout in self.bench.draw(prompts)]
+        return [Answer(rollout, kl=[0.0] * len(rollout.completion_ids)) for rollout in self.bench.draw(prompts)]
 
     def policy(self, strength: float | None) -> AbstractContextManager:
         model = self.bench.model
