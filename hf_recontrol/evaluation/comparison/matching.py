@@ -62,6 +62,8 @@ def with_strengths(
         `ValueError`: if a control cannot reach a KL, or its KL cannot be measured; names it.
     """
     wanted = [row for row in rows if row.strength is None and row.target_kl is not None]
+    if not wanted:
+        return list(rows), {}
     processes = Processes()
     error: Exception | None = None
     found: dict[str, dict[str, Any]] = {}
