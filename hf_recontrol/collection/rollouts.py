@@ -34,6 +34,7 @@ from ..utils.files import make_folder
 from .batches import batches, pad_batch
 from .kept_states import KEPT_FOLDER, StateKeeper, has_kept, kept_path, kept_settings, remove_kept
 from .sampling import (
+    Reweighing,
     RowSampler,
     StopStrings,
     cut_response,
@@ -103,6 +104,8 @@ class _Sampler:
             The base, or a controlled model, and the complete generation config.
         control ([`ControlConfig`] or `False`):
             What to sample under.
+        reweigh (`Callable`, *optional*):
+            Makes a batch's [`Reweighing`], of each row's prompt number and sample.
     """
 
     def __init__(
@@ -111,7 +114,9 @@ class _Sampler:
         tokenizer: PreTrainedTokenizerBase,
         config: GenerationConfig,
         control: ControlConfig | bool,
+        reweigh: Callable[[list[tuple[int, int]]], Reweighing] | None = None,
     ):
+        self.reweigh = reweigh
         # generate() fills what is unset from the model's own generation config, but rollouts are draws from the model
         # itself: no penalties, beams or processors that its authors recommend. A shallow copy leaves the model as it
         # is.
@@ -129,9 +134,9 @@ class _Sampler:
         self.needs_equal_lengths = needs_equal_lengths(model, config)
 
     def draw(
-        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], keeper: StateKeeper | None
+        self, prompts: Sequence[list[int]], seed: int, drawn: list[tuple[int, int]], keeper: StateKeeper | None
     ) -> list[tuple[str, list[int], bool]]:
-        """Of each prompt of one batch: the response's text, its tokens, whether it ended by itself."""
+        """Of each row, named in `drawn`: the response's text, its tokens, whether it ended by itself."""
         model, options = self.model, dict(self.options)
         device = input_device(model)
         inputs = pad_batch(prompts, self.config.pad_token_id, "left", device)
@@ -139,7 +144,9 @@ class _Sampler:
         if self.stop_strings:
             options["stopping_criteria"] = [StopStrings(self.tokenizer, self.stop_strings, width)]
         first = [] if keeper is None else [keeper]
-        last = [RowSampler(seeds, device)] if self.config.do_sample else []
+        last = [] if self.reweigh is None else [self.reweigh(drawn)]
+        if self.config.do_sample:
+            last.append(RowSampler([response_seed(seed, *each) for each in drawn], device))
         if first or last:
             options["custom_generate"] = draw_with(first=first, last=last)
         follow(model)
@@ -169,7 +176,8 @@ def _sample(
         keeper = None if keep is None else StateKeeper(keep.hook_point, keep.weight, sampler.temperature)
         responses = sampler.draw(
             [encoded[rows[k][0]] for k in batch],
-            [response_seed(settings.seed, prompts.numbers[rows[k][0]], rows[k][1]) for k in batch],
+            settings.seed,
+            [(prompts.numbers[rows[k][0]], rows[k][1]) for k in batch],
             keeper,
         )
         for k, (text, ids, finished) in zip(batch, responses, strict=True):
@@ -244,8 +252,21 @@ def generate_rollouts(
     check_type(model)
     if not isinstance(prompts, Prompts):
         prompts = load_prompts(prompts)
+    return draw_rollouts(model, tokenizer, prompts, settings, control, progress)
+
+
+def draw_rollouts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    settings: SamplingSettings,
+    control: ControlConfig | bool = False,
+    progress: Progress | None = None,
+    reweigh: Callable[[list[tuple[int, int]]], Reweighing] | None = None,
+) -> list[Rollout]:
+    """[`generate_rollouts`], from what `reweigh` makes of the model's distribution: called for each batch."""
     config = sampling_config(model, tokenizer, settings)
-    sampler = _Sampler(model, tokenizer, config, _checked_control(model, control))
+    sampler = _Sampler(model, tokenizer, config, _checked_control(model, control), reweigh)
     encoder = PromptEncoder(tokenizer, settings)
     encoded, bad = encode_all(encoder, model, prompts, range(len(prompts)), config.max_new_tokens)
     report_bad_rows(bad, "error", can_skip=False)

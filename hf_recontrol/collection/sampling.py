@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from abc import ABC
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,6 +128,17 @@ class RowSampler(LogitsProcessor):
         return scores.scatter(1, winners, torch.inf)
 
 
+class Reweighing(LogitsProcessor, ABC):
+    """
+    Gives the next tokens of one batch another distribution: called with the scores, of shape `(rows, vocabulary)`,
+    that tokens would be drawn from, temperature and all, it returns those that they are drawn from.
+    """
+
+    def begin(self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> None:
+        """Called before the batch's first forward, with the padded prompts and what the model is called with."""
+        return None
+
+
 def draw_with(
     *, first: Sequence[LogitsProcessor] = (), last: Sequence[LogitsProcessor] = ()
 ) -> Callable[..., torch.LongTensor]:
@@ -138,6 +150,9 @@ def draw_with(
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         generation_config.do_sample = False
+        for processor in last:
+            if isinstance(processor, Reweighing):
+                processor.begin(input_ids, model_kwargs)
         return model._sample(
             input_ids,
             logits_processor=LogitsProcessorList([*first, *logits_processor, *last]),

@@ -17,6 +17,8 @@ KINDS = {
     "advantage": ("controls", "Advantage"),
     "static_vector": ("controls", "StaticVector"),
     "steering_vector": ("steering", "SteeringVector"),
+    "cd_prefix": ("decoding", "PrefixDecoding"),
+    "cd": ("decoding", "RewardDecoding"),
 }
 
 
