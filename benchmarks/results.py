@@ -103,7 +103,7 @@ ALL = [
     {"kind": "steering_vector"},
     {"kind": "cd_prefix"},
     {"kind": "cd"},
-    {"kind": "lora_dpo", "strengths": [1.0]},
+    # LORA
     {"kind": "ascent", "name": "ascent + prompting", "instruction": CompareSettings().instruction},
     {"kind": "advantage", "name": "advantage + prompting", "instruction": CompareSettings().instruction},
 ]
