@@ -19,6 +19,7 @@ KINDS = {
     "steering_vector": ("steering", "SteeringVector"),
     "cd_prefix": ("decoding", "PrefixDecoding"),
     "cd": ("decoding", "RewardDecoding"),
+    "lora_dpo": ("lora", "DpoLora"),
 }
 
 
