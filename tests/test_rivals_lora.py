@@ -56,6 +56,10 @@ def logits_of(model, **kwargs):
         return model(input_ids=prompts(), **kwargs).logits
 
 
+def distance(one, other):
+    return (one.double() - other.double()).norm() / other.double().norm()
+
+
 def test_a_pair_is_the_best_and_the_worst_of_one_prompt_and_reaches_the_trainer_as_it_was_drawn(tmp_path):
     bench = bench_of(tiny_model("llama", torch.float32), tmp_path, num_samples=4, chat=True)
     rows = make_rival("lora_dpo", bench, {}).trainer(tmp_path / "trainer").train_dataset
@@ -195,3 +199,31 @@ def test_an_adapter_of_another_model_is_refused(trained):
     other = replace(bench, model=tiny_model("llama", torch.float32, num_hidden_layers=2))
     with pytest.raises(ValueError, match="another model"):
         make_rival("lora_dpo", other, {"adapter": str(folder)}).prepare()
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "error"),
+    [("gpt2", torch.float32, 1e-5), ("gemma2", torch.float64, 1e-6), ("llama", torch.bfloat16, None)],
+)
+def test_merged_equals_beside_the_weights_at_any_strength(family, dtype, error, trained, tmp_path):
+    model = tiny_model(family, dtype)
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5
+    )
+    torch.manual_seed(0)
+    peft.get_peft_model(copy.deepcopy(model), lora).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    plain, found = logits_of(model), {}
+    for merge in (True, False):
+        settings = {"adapter": str(tmp_path / "adapter"), "merge": merge}
+        rival = make_rival("lora_dpo", replace(trained[0], model=model), settings)
+        rival.prepare()
+        for strength in (0.1, 1.0):
+            with rival.policy(strength):
+                found[merge, strength] = logits_of(model)
+        assert torch.equal(logits_of(model), plain)
+    # In bfloat16 they differ as that dtype's rounding of the base alone does.
+    error = error or 4 * distance(plain, logits_of(copy.deepcopy(model).double()))
+    for strength in (0.1, 1.0):
+        assert distance(found[True, strength], found[False, strength]) < error
+    small, large = ((found[False, strength] - plain).norm() for strength in (0.1, 1.0))
+    assert 0 < small < large
