@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ...collection.sampling import sampling_config
 from ...data.fingerprints import model_settings
@@ -18,11 +23,14 @@ from ...data.rollouts import Rollout, load_measured, load_rollouts, save_rollout
 from ...data.stage_folder import StageFolder
 from ...data.templating import PromptEncoder
 from ...settings import CompareSettings
+from ...utils.code_fingerprints import UnknownStateError, code_fingerprint
 from ..instructions import with_instruction
 from ..likelihoods import Likelihood, likelihoods
 from ..rivals.plain import BestOfN, best_of_n_kl
-from ..rivals.rival import Answer, Bench, answers_of
+from ..rivals.rival import Answer, Bench, Rival, answers_of
 from .entries import Row
+
+logger = logging.get_logger(__name__)
 
 ANSWERS_FOLDER = "answers"
 
@@ -35,6 +43,8 @@ def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
     return {
         **model_settings(bench.model),
         "prompts": prompts.fingerprint,
+        "tokenizer": _tokenizer_fingerprint(bench.tokenizer),
+        "chat_template": hashlib.sha256(repr(bench.tokenizer.chat_template).encode()).hexdigest()[:16],
         "prompt_format": bench.sampling.prompt_format,
         "chat_template_kwargs": bench.sampling.chat_template_kwargs,
         "generation_config": drawn,
@@ -42,11 +52,35 @@ def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
         "seed": bench.sampling.seed,
         "kind": row.entry.kind,
         "settings": row.entry.settings,
+        "code": _class_fingerprint(type(row.rival)),
         "depends_on": row.rival.depends_on(),
         "strength": row.strength,
         "instruction": row.entry.instruction,
         "instruction_role": row.entry.instruction_role if row.entry.instruction else None,
     }
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells a tokenizer from others: its tokens, and what it puts around a text."""
+    told = [sorted(tokenizer.get_vocab().items()), tokenizer("a")["input_ids"]]
+    return hashlib.sha256(json.dumps(told).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+# Once in a process, before it answers: what a user's module counts while it works makes no other class of it.
+@cache
+def _class_fingerprint(cls: type[Rival]) -> str | None:
+    """What tells a user's own class from what it was before its code changed."""
+    if cls.__module__.partition(".")[0] == __package__.partition(".")[0]:
+        return None
+    try:
+        return code_fingerprint(cls)
+    except UnknownStateError as error:
+        logger.warning(
+            f"Whether the code of {cls.__name__} is still the same cannot be known later: it holds {error}. Let its "
+            "`depends_on` tell what its answers depend on."
+        )
+        return None
 
 
 class Drawer:
@@ -151,11 +185,14 @@ def draw_answers(
     num_parts = -(-len(prompts) // size)
     drawer = Drawer(bench, settings.perplexity)
     with ExitStack() as stack:
-        stages = []
+        stages: list[StageFolder] = []
+        opened: dict[Path, StageFolder] = {}
         for row in rows:
             known = row_settings(row, bench, prompts) | {"part_size": size, "perplexity": settings.perplexity}
             path = folder / ANSWERS_FOLDER / row.folder_name(known)
-            stages.append(stack.enter_context(StageFolder(path, "answers", known, num_parts, ".parquet")))
+            if path not in opened:  # rows that are the same under two names share their answers
+                opened[path] = stack.enter_context(StageFolder(path, "answers", known, num_parts, ".parquet"))
+            stages.append(opened[path])
         missing = [set(stage.missing_parts()) for stage in stages]
         for row, parts in zip(rows, missing, strict=True):
             if parts:
@@ -166,8 +203,9 @@ def draw_answers(
             for part in stages[0].own_parts():
                 some = prompts.take(range(len(prompts))[part * size : (part + 1) * size])
                 for row, stage, parts in zip(rows, stages, missing, strict=True):
-                    if part in parts:
+                    if part in parts and not stage.part_path(part).is_file():
                         _write_part(drawer, row, some, stage.part_path(part))
+                    if part in parts:
                         advance(1)
         for stage in stages:
             if not stage.is_counted():

@@ -58,7 +58,8 @@ def reward_scorer(
         name (`str`):
             Of the scorer.
         rewards (`dict[str, RewardFunction]`):
-            By the names of their numbers. Combined they are one number, of the scorer's name.
+            By name. One alone, and several that are combined, give one number of the scorer's name; others one number
+            each, `SCORER REWARD`, so that no reward's name can be taken for another number's.
     """
     fingerprints: dict[str, str] | None = {}
     for label, function in rewards.items():
@@ -78,10 +79,10 @@ def reward_scorer(
             found, _ = scored_rollouts(rollouts, functions, on_bad_rows, combine, "answers")
             return [None if rollout.reward is None else rollout.reward[0] for rollout in found]
 
-        if combine_rewards != "none":
+        if combine_rewards != "none" or len(rewards) == 1:
             found = {name: scored(list(rewards.values()), combine_rewards)}
         else:
-            found = {label: scored([function], "none") for label, function in rewards.items()}
+            found = {f"{name} {label}": scored([function], "none") for label, function in rewards.items()}
         for label, function in rewards.items():
             note_calls(function, None if fingerprints is None else fingerprints[label])
         return found
