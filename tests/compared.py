@@ -56,6 +56,8 @@ class Wrong(Rival):
         self.how = how
     def answer(self, prompts, strength):
         right = self.bench.draw(prompts)
+        if self.how == "raise":
+            raise KeyError("what it needs")
         return {"short": right[1:], "none": None, "one_none": [*right[:-1], None], "text": "text",
                 "reversed": right[::-1], "kl": [Answer(r, [0.1]) for r in right]}[self.how]
 '''

@@ -383,11 +383,12 @@ def test_texts_alone_are_answers(place):
         ("one_none", "'wrong' returned a NoneType among its answers"),
         ("text", "'wrong' returned 'text', expected"),
         ("reversed", "'wrong' returned as answer 0 one to another prompt"),
+        ("raise", "'wrong' failed: KeyError: 'what it needs'"),
         ("kl", "'wrong' returned 1 KLs for an answer of another length"),
     ],
 )
 def test_what_a_rival_must_not_return(place, how, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         run(controls=["base", {"name": "wrong", "kind": "mine:Wrong", "how": how}])
 
 
@@ -447,8 +448,20 @@ def test_a_template_without_a_systems_turn_takes_the_instruction_in_the_users(pl
     )
     with pytest.raises(ValueError, match="no system role"):
         run()
+    assert not os.path.exists("out")
     user = {"kind": "prompting", "instruction": "w50", "instruction_role": "user"}
     run(controls=["base", user])
+
+
+def test_a_template_that_leaves_the_instruction_out_is_told(place, recontrol_warnings):
+    path = place / "base" / "chat_template.jinja"
+    path.write_text(
+        path.read_text()
+        .replace("{{ message['role'] }}", "{% if message['role'] != 'system' %}{{ message['role'] }}")
+        .replace("<end> {% endfor %}", "<end> {% endif %}{% endfor %}")
+    )
+    run(controls=["base", "prompting"])
+    assert any("leaves out or changes a message" in said for said in recontrol_warnings)
 
 
 @pytest.mark.parametrize(

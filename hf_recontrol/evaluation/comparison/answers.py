@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from ...settings import CompareSettings
 from ...utils.code_fingerprints import UnknownStateError, code_fingerprint
 from ..instructions import with_instruction
 from ..likelihoods import Likelihood, likelihoods
+from ..rivals.kinds import is_own_class
 from ..rivals.plain import BestOfN, best_of_n_kl
 from ..rivals.rival import Answer, Bench, Rival, answers_of
 from .entries import Row
@@ -52,7 +53,7 @@ def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
         "seed": bench.sampling.seed,
         "kind": row.entry.kind,
         "settings": row.entry.settings,
-        "code": _class_fingerprint(type(row.rival)),
+        "code": _class_fingerprint(type(row.rival)) if is_own_class(row.entry.kind) else None,
         "depends_on": row.rival.depends_on(),
         "strength": row.strength,
         "instruction": row.entry.instruction,
@@ -71,8 +72,6 @@ def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 @cache
 def _class_fingerprint(cls: type[Rival]) -> str | None:
     """What tells a user's own class from what it was before its code changed."""
-    if cls.__module__.partition(".")[0] == __package__.partition(".")[0]:
-        return None
     try:
         return code_fingerprint(cls)
     except UnknownStateError as error:
@@ -109,7 +108,8 @@ class Drawer:
         """A row's answers to prompts, how likely each is, and the seconds that drawing one took."""
         bench, asked = row.rival.bench, self.asked(row, prompts)
         begin = time.perf_counter()
-        returned = row.rival.answer(asked, row.strength)
+        with _named(row):
+            returned = row.rival.answer(asked, row.strength)
         seconds = time.perf_counter() - begin
         answers = answers_of(bench, asked, returned, row.entry.name)
         asked_ids = None
@@ -148,6 +148,19 @@ def _policy(row: Row) -> Callable[[], AbstractContextManager] | None:
     """Makes contexts in which the model is a row's policy, if there are any."""
     make = partial(row.rival.policy, row.strength)
     return None if make() is None else make
+
+
+@contextmanager
+def _named(row: Row) -> Iterator[None]:
+    """Errors of answering say whose they are."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"The control {row.label!r}: {error}") from error
+    except Exception as error:
+        if not is_own_class(row.entry.kind):
+            raise
+        raise RuntimeError(f"The control {row.label!r} failed: {type(error).__name__}: {error}") from error
 
 
 def kl_of(row: Row, answer: Answer, likelihood: Likelihood) -> float | None:
@@ -197,6 +210,8 @@ def draw_answers(
         for row, parts in zip(rows, missing, strict=True):
             if parts:
                 row.rival.prepare()
+        if any(missing):
+            bench.draw(prompts.take([0]))  # or the first row would pay for what is made at the first use
         total = sum(len(stage.own_parts()) for stage in stages)
         with progress_bar("answers", total, progress, stages[0].processes.index) as advance:
             advance(total - sum(map(len, missing)))

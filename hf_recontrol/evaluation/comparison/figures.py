@@ -47,7 +47,7 @@ class Figure:
     difference_high: float | None = None
 
 
-# The metrics, and what they are. A mean is over prompts, of each the (for the best of n: weighted) mean of its answers.
+# The metrics. A mean is over prompts, of each the mean of its answers (of the best of n: the weighted mean).
 METRICS = {
     "reward": "Mean reward. Of several each has its own, `reward NAME`, and `reward` is their sum: in standard "
     "deviations of the head's training if it was trained on rewards of these names, else as they are.",

@@ -12,10 +12,10 @@ from transformers.utils import logging
 
 from ...collection.labels import scored_rollouts
 from ...collection.rewards import RewardFunction, note_calls, reward_fingerprint
-from ...data.processes import Progress, progress_bar
+from ...data.processes import Processes, Progress, progress_bar
 from ...data.rollouts import Rollout, load_rollouts
 from ...data.stage_folder import StageFolder
-from ...utils.code_fingerprints import UnknownStateError
+from ...utils.code_fingerprints import UnknownStateError, model_fingerprint
 from ...utils.extras import needs_extra
 from ...utils.files import read_json, write_json
 
@@ -105,7 +105,7 @@ def coherence_scorer(model_name: str) -> Scorer:
     """
     with needs_extra("compare", "Coherence"):
         from sentence_transformers import SentenceTransformer
-    model = SentenceTransformer(model_name)
+    model = SentenceTransformer(model_name, device=str(Processes().device))
 
     def score(rollouts: list[Rollout], references: list[Rollout]) -> Scores:
         prompts = [_text(rollout.prompt) for rollout in rollouts]
@@ -115,7 +115,7 @@ def coherence_scorer(model_name: str) -> Scorer:
         values = [float(c) if r.completion.strip() else None for c, r in zip(cosines, rollouts, strict=True)]
         return {"coherence": values}
 
-    return Scorer("coherence", {"embeddings": str(model_name)}, score)
+    return Scorer("coherence", {"embeddings": str(model_name), "fingerprint": model_fingerprint(model)}, score)
 
 
 def _text(prompt: Any) -> str:

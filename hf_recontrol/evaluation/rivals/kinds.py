@@ -22,6 +22,11 @@ KINDS = {
 }
 
 
+def is_own_class(kind: str) -> bool:
+    """Whether a kind is a class of the user's own."""
+    return kind not in KINDS
+
+
 def rival_class(kind: str) -> type[Rival]:
     """
     The class of a kind: one of [`KINDS`], or `module:Class`.
