@@ -256,12 +256,20 @@ def _usable(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: st
     drawer, most = Drawer(bench), sampling_config(bench.model, bench.tokenizer, bench.sampling).max_new_tokens
     if not len(prompts):
         return prompts
-    asked = {(row.entry.instruction, row.entry.instruction_role): drawer.asked(row, prompts) for row in rows}
-    usable = set(range(len(prompts)))
-    for variant in (prompts, *asked.values()):
-        encoded, bad = encode_all(encoder, bench.model, variant, sorted(usable), most)
+    usable, bad = encode_all(encoder, bench.model, prompts, range(len(prompts)), most)
+    report_bad_rows(bad, on_bad_rows)
+    instructed = {
+        (row.entry.instruction, row.entry.instruction_role): row for row in rows if row.entry.instruction is not None
+    }
+    for (_, role), row in instructed.items():
+        encoded, bad = encode_all(encoder, bench.model, drawer.asked(row, prompts), sorted(usable), most)
         report_bad_rows(bad, on_bad_rows)
-        usable &= set(encoded)
+        if encoded and all(ids == usable[i] for i, ids in encoded.items()):
+            raise ValueError(
+                f"The instruction of the control {row.entry.name!r} does not reach the model: its chat template "
+                f"leaves out the {role}'s turn. Give it an `instruction_role: user`."
+            )
+        usable = {i: usable[i] for i in encoded}
     if not usable:
         raise ValueError("No prompt can be used.")
     return prompts if len(usable) == len(prompts) else prompts.take(sorted(usable))
