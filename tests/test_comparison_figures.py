@@ -316,7 +316,7 @@ def test_likelihoods_are_what_position_by_position_gives(case, instructed):
     )
     drawn.append(rollout(3, completion="", ids=(), temperature=temperature))
     asked = [[40, 41, *r.prompt_ids] for r in drawn] if instructed else None
-    found = likelihoods(model, drawn, model.use_control(control), asked=asked, batch_size=3)
+    found = likelihoods(model, drawn, lambda: model.use_control(control), asked=asked, batch_size=3)
     for i, (one, each) in enumerate(zip(drawn, found, strict=True)):
         kl, base, ratio = naive(model, one, control, asked and asked[i])
         assert (each.kl, each.base) == pytest.approx((kl, base), rel=1e-4, abs=1e-5)
@@ -348,7 +348,7 @@ def test_the_mean_log_ratio_of_samples_is_the_kl():
         batch_size=200,
         progress=lambda *_: None,
     )
-    found = likelihoods(model, drawn, model.use_control(control), batch_size=200)
+    found = likelihoods(model, drawn, lambda: model.use_control(control), batch_size=200)
     ratios = np.array([f.log_ratio for f in found])
     mean = np.mean([f.kl for f in found])
     assert mean == pytest.approx(ratios.mean(), abs=4 * ratios.std() / 20)

@@ -212,7 +212,9 @@ def _said(prompt: Any) -> str:
 
 def _rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
     columns = {name for row in prompts.rows for name in row if name != "prompt"}
-    specs = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    specs = [rewards] if isinstance(rewards, str) or callable(rewards) else rewards
+    if not isinstance(specs, Sequence) or not all(isinstance(spec, str) or callable(spec) for spec in specs):
+        raise ValueError(f"Rewards and the judge must be functions or their names, got {rewards!r}.")
     functions = by_name([load_reward(spec, columns) if isinstance(spec, str) else spec for spec in specs])
     if not functions:
         raise ValueError("No reward is given, so there is nothing to compare by.")

@@ -105,7 +105,10 @@ def coherence_scorer(model_name: str) -> Scorer:
     """
     with needs_extra("compare", "Coherence"):
         from sentence_transformers import SentenceTransformer
-    model = SentenceTransformer(model_name, device=str(Processes().device))
+    try:
+        model = SentenceTransformer(model_name, device=str(Processes().device))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The model for coherence (`embeddings`: {model_name}) cannot be loaded: {error}") from error
 
     def score(rollouts: list[Rollout], references: list[Rollout]) -> Scores:
         prompts = [_text(rollout.prompt) for rollout in rollouts]

@@ -44,7 +44,7 @@ def rival_class(kind: str) -> type[Rival]:
         )
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"The control {kind!r} cannot be imported: {error}.") from error
     if not inspect.isclass(found) or not issubclass(found, Rival):
         raise ValueError(f"{kind!r} is no class that derives from `hf_recontrol.Rival`.")
