@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
+import torch
 import yaml
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, generate_rollouts
@@ -142,6 +144,24 @@ def test_best_of_n_is_chosen_by_the_reward_and_one_of_n_is_any(place):
     best = [max(line["reward"] for line in pool if line["prompt_number"] == n) for n in range(12)]
     assert figures["best_of_n", 3.0, "reward"].value == pytest.approx(sum(best) / 12)
     assert figures["best_of_n", 1.0, "reward"].value == pytest.approx(sum(line["reward"] for line in pool) / 36)
+
+
+def test_the_kl_of_the_best_of_n_under_an_instruction_is_that_of_both(place):
+    run(controls=["base", {"kind": "best_of_n", "n": 3, "instruction": "w50 w51", "instruction_role": "user"}])
+    model, tokenizer = load_base("base", CompareSettings())
+
+    def log_likelihood(text, line):
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + line["completion_ids"]])).logits[0, len(ids) - 1 : -1]
+        return float(torch.log_softmax(logits, -1).gather(-1, torch.tensor(line["completion_ids"])[:, None]).sum())
+
+    for line in of(lines_of(), "best_of_n")[:6]:
+        asked = log_likelihood(f"w50 w51 {line['prompt']}", line)
+        plain = log_likelihood(line["prompt"], line)
+        assert line["base"] == pytest.approx(-plain, abs=1e-3)
+        assert line["kl"] == pytest.approx(math.log(3) - 2 / 3 + asked - plain, abs=1e-3)
 
 
 def test_several_rewards_a_judge_and_columns_with_names_of_ours(place):
