@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..collection.labels import check_rows, try_rewards
 from ..collection.rewards import RewardFunction, by_name, check_reward, load_reward
 from ..collection.rollouts import encode_all
 from ..collection.sampling import sampling_config
@@ -23,11 +25,18 @@ from ..data.rollouts import Rollout
 from ..data.stage_folder import StageFolder, lock_folder
 from ..data.templating import PromptEncoder
 from ..evaluation.comparison.answers import Drawer, draw_answers, load_answers
-from ..evaluation.comparison.entries import Row, default_controls, entries_of, rows_of
+from ..evaluation.comparison.entries import Row, default_controls, entries_of, rows_of, without_twins
 from ..evaluation.comparison.figures import Figure, Sample, best_of, figures_of, sample_of
 from ..evaluation.comparison.matching import with_strengths
 from ..evaluation.comparison.plots import write_plots
-from ..evaluation.comparison.results import ANSWERS_NAME, matched_references, wins, write_answers, write_figures
+from ..evaluation.comparison.results import (
+    ANSWERS_NAME,
+    best_places,
+    matched_references,
+    wins,
+    write_answers,
+    write_figures,
+)
 from ..evaluation.comparison.scores import Scores, coherence_scorer, reward_scorer, score_answers
 from ..evaluation.comparison.table import table
 from ..evaluation.rivals.plain import BestOfN
@@ -109,6 +118,9 @@ def compare(
     check_target(output / TABLE_NAME)
     test, held = _prompts(prompts, held_out, settings)
     functions = _rewards(rewards, test)
+    if settings.on_bad_rows == "error":
+        check_rows(functions, test, settings.combine_rewards)
+    try_rewards(functions, test, settings.on_bad_rows)
     scorers = [reward_scorer("reward", functions, settings.on_bad_rows, settings.combine_rewards)]
     if judge is not None:
         scorers.append(reward_scorer("judge", {"judge": _judge(judge, functions, test)}, settings.on_bad_rows))
@@ -130,6 +142,7 @@ def compare(
     progress = (lambda done, total: None) if quiet else None
     with _locked(output):
         rows, matches = with_strengths(output, rows, bench, held, progress)
+        rows = without_twins(rows)
         stages = draw_answers(output, rows, bench, test, settings, progress)
         reference = next(i for i, row in enumerate(rows) if row.entry.name == settings.against)
         scores = score_answers(stages, stages[reference], scorers, progress)
@@ -155,9 +168,9 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
         return test, test.take([])
     if held_out is not None:
         held = held_out if isinstance(held_out, Prompts) else load_prompts(held_out, settings)
-        seen = {repr(row["prompt"]) for row in test.rows}
+        seen = {_said(row["prompt"]) for row in test.rows}
         if shared := [
-            number for number, row in zip(held.numbers, held.rows, strict=True) if repr(row["prompt"]) in seen
+            number for number, row in zip(held.numbers, held.rows, strict=True) if _said(row["prompt"]) in seen
         ]:
             raise ValueError(
                 f"{len(shared)} held-out prompts are also compared on (the first is number {shared[0]}): strengths "
@@ -170,10 +183,17 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
                 "(`num_held_out`): give more prompts, or name others (`held_out`)."
             )
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-        held, test = (
-            test.take(sorted(order[: settings.num_held_out])),
-            test.take(sorted(order[settings.num_held_out :])),
-        )
+        held = test.take(sorted(order[: settings.num_held_out]))
+        seen = {_said(row["prompt"]) for row in held.rows}
+        others = sorted(order[settings.num_held_out :])
+        unseen = [i for i in others if _said(test.rows[i]["prompt"]) not in seen]
+        if len(unseen) < len(others):
+            logger.warning(
+                f"{len(others) - len(unseen)} prompts stand among those set aside too, and are not compared on."
+            )
+        if not unseen:
+            raise ValueError("Every prompt is among those set aside: give more prompts, or name others (`held_out`).")
+        test = test.take(unseen)
     if len(held) < HELD_OUT_PROMPTS:
         logger.warning(
             f"Strengths are found on {len(held)} held-out prompts: of fewer than {HELD_OUT_PROMPTS} the KL is not "
@@ -182,9 +202,19 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
     return test, held
 
 
+def _said(prompt: Any) -> str:
+    """A prompt for comparison with others: a text is the chat of its one turn."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return json.dumps(
+        [{k: v.strip() if isinstance(v, str) else v for k, v in m.items()} for m in messages], sort_keys=True
+    )
+
+
 def _rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
     columns = {name for row in prompts.rows for name in row if name != "prompt"}
-    specs = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    specs = [rewards] if isinstance(rewards, str) or callable(rewards) else rewards
+    if not isinstance(specs, Sequence) or not all(isinstance(spec, str) or callable(spec) for spec in specs):
+        raise ValueError(f"Rewards and the judge must be functions or their names, got {rewards!r}.")
     functions = by_name([load_reward(spec, columns) if isinstance(spec, str) else spec for spec in specs])
     if not functions:
         raise ValueError("No reward is given, so there is nothing to compare by.")
@@ -226,13 +256,23 @@ def _usable(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: st
     """The prompts that the model can take, with each instruction too."""
     encoder = PromptEncoder(bench.tokenizer, bench.sampling)
     drawer, most = Drawer(bench), sampling_config(bench.model, bench.tokenizer, bench.sampling).max_new_tokens
-    asked = {row.entry.instruction: drawer.asked(row, prompts) for row in rows} if len(prompts) else {}
-    usable = set(range(len(prompts)))
-    for variant in {None: prompts, **asked}.values():
-        encoded, bad = encode_all(encoder, bench.model, variant, sorted(usable), most)
+    if not len(prompts):
+        return prompts
+    usable, bad = encode_all(encoder, bench.model, prompts, range(len(prompts)), most)
+    report_bad_rows(bad, on_bad_rows)
+    instructed = {
+        (row.entry.instruction, row.entry.instruction_role): row for row in rows if row.entry.instruction is not None
+    }
+    for (_, role), row in instructed.items():
+        encoded, bad = encode_all(encoder, bench.model, drawer.asked(row, prompts), sorted(usable), most)
         report_bad_rows(bad, on_bad_rows)
-        usable &= set(encoded)
-    if len(prompts) and not usable:
+        if encoded and all(ids == usable[i] for i, ids in encoded.items()):
+            raise ValueError(
+                f"The instruction of the control {row.entry.name!r} does not reach the model: its chat template "
+                f"leaves out the {role}'s turn. Give it an `instruction_role: user`."
+            )
+        usable = {i: usable[i] for i in encoded}
+    if not usable:
         raise ValueError("No prompt can be used.")
     return prompts if len(usable) == len(prompts) else prompts.take(sorted(usable))
 
@@ -251,10 +291,14 @@ def _results(
     """Figures from all answers and scores; the first process writes the files."""
     loaded = [load_answers(stage) for stage in stages]
     numbers = [_numbers(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
+    for name in dict.fromkeys(name for own in scores for name in own):
+        if all(value is None for own in scores for value in own[name]):
+            raise ValueError(f"No answer of any control has a number by {name!r}, so there is nothing to compare.")
     others, held_against = numbers[reference], loaded[reference][0]
     judged_by = "judge" if "judge" in others else "reward"
+    held_by = best_places(held_against, others["reward"]) if isinstance(rows[reference].rival, BestOfN) else None
     for (rollouts, _), own in zip(loaded, numbers, strict=True):
-        places = matched_references(rollouts, held_against)
+        places = matched_references(rollouts, held_against, held_by)
         own["win_rate"], own["ties"] = wins(own[judged_by], [others[judged_by][place] for place in places])
     places = {number: place for place, number in enumerate(prompts.numbers)}
     drawn = [
@@ -299,14 +343,10 @@ def _against(samples: Sequence[Sample], drawn: Sample, row: Row) -> Sample:
 
 def _numbers(bench: Bench, found: Scores) -> Scores:
     """What was measured and scored of each answer, with `reward` as the one number that answers are ranked by."""
-    names = list(bench.rewards)
-    if "reward" in found and names != ["reward"]:
-        return found  # they were combined
-    values = [found.pop(name) for name in names]
-    if len(names) == 1:
-        return found | {"reward": values[0]}
-    both = [None if None in each else standardised(bench, each) for each in zip(*values, strict=True)]
-    return found | {f"reward {name}": own for name, own in zip(names, values, strict=True)} | {"reward": both}
+    if "reward" in found:
+        return found
+    values = zip(*(found[f"reward {name}"] for name in bench.rewards), strict=True)
+    return found | {"reward": [None if None in each else standardised(bench, each) for each in values]}
 
 
 def _matched(name: str, match: dict[str, Any]) -> str:

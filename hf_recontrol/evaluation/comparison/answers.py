@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ...collection.sampling import sampling_config
 from ...data.fingerprints import model_settings
@@ -18,11 +23,15 @@ from ...data.rollouts import Rollout, load_measured, load_rollouts, save_rollout
 from ...data.stage_folder import StageFolder
 from ...data.templating import PromptEncoder
 from ...settings import CompareSettings
+from ...utils.code_fingerprints import UnknownStateError, code_fingerprint
 from ..instructions import with_instruction
 from ..likelihoods import Likelihood, likelihoods
+from ..rivals.kinds import is_own_class
 from ..rivals.plain import BestOfN, best_of_n_kl
-from ..rivals.rival import Answer, Bench, answers_of
+from ..rivals.rival import Answer, Bench, Rival, answers_of
 from .entries import Row
+
+logger = logging.get_logger(__name__)
 
 ANSWERS_FOLDER = "answers"
 
@@ -35,6 +44,8 @@ def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
     return {
         **model_settings(bench.model),
         "prompts": prompts.fingerprint,
+        "tokenizer": _tokenizer_fingerprint(bench.tokenizer),
+        "chat_template": hashlib.sha256(repr(bench.tokenizer.chat_template).encode()).hexdigest()[:16],
         "prompt_format": bench.sampling.prompt_format,
         "chat_template_kwargs": bench.sampling.chat_template_kwargs,
         "generation_config": drawn,
@@ -42,11 +53,33 @@ def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
         "seed": bench.sampling.seed,
         "kind": row.entry.kind,
         "settings": row.entry.settings,
+        "code": _class_fingerprint(type(row.rival)) if is_own_class(row.entry.kind) else None,
         "depends_on": row.rival.depends_on(),
         "strength": row.strength,
         "instruction": row.entry.instruction,
         "instruction_role": row.entry.instruction_role if row.entry.instruction else None,
     }
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells a tokenizer from others: its tokens, and what it puts around a text."""
+    told = [sorted(tokenizer.get_vocab().items()), tokenizer("a")["input_ids"]]
+    return hashlib.sha256(json.dumps(told).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+# Once in a process, before it answers: what a user's module counts while it works makes no other class of it.
+@cache
+def _class_fingerprint(cls: type[Rival]) -> str | None:
+    """What tells a user's own class from what it was before its code changed."""
+    try:
+        return code_fingerprint(cls)
+    except UnknownStateError as error:
+        logger.warning(
+            f"Whether the code of {cls.__name__} is still the same cannot be known later: it holds {error}. Let its "
+            "`depends_on` tell what its answers depend on."
+        )
+        return None
 
 
 class Drawer:
@@ -75,7 +108,8 @@ class Drawer:
         """A row's answers to prompts, how likely each is, and the seconds that drawing one took."""
         bench, asked = row.rival.bench, self.asked(row, prompts)
         begin = time.perf_counter()
-        returned = row.rival.answer(asked, row.strength)
+        with _named(row):
+            returned = row.rival.answer(asked, row.strength)
         seconds = time.perf_counter() - begin
         answers = answers_of(bench, asked, returned, row.entry.name)
         asked_ids = None
@@ -116,6 +150,19 @@ def _policy(row: Row) -> Callable[[], AbstractContextManager] | None:
     return None if make() is None else make
 
 
+@contextmanager
+def _named(row: Row) -> Iterator[None]:
+    """Errors of answering say whose they are."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"The control {row.label!r}: {error}") from error
+    except Exception as error:
+        if not is_own_class(row.entry.kind):
+            raise
+        raise RuntimeError(f"The control {row.label!r} failed: {type(error).__name__}: {error}") from error
+
+
 def kl_of(row: Row, answer: Answer, likelihood: Likelihood) -> float | None:
     """Nats of a whole response from the base."""
     if isinstance(row.rival, BestOfN):
@@ -151,23 +198,29 @@ def draw_answers(
     num_parts = -(-len(prompts) // size)
     drawer = Drawer(bench, settings.perplexity)
     with ExitStack() as stack:
-        stages = []
+        stages: list[StageFolder] = []
+        opened: dict[Path, StageFolder] = {}
         for row in rows:
             known = row_settings(row, bench, prompts) | {"part_size": size, "perplexity": settings.perplexity}
             path = folder / ANSWERS_FOLDER / row.folder_name(known)
-            stages.append(stack.enter_context(StageFolder(path, "answers", known, num_parts, ".parquet")))
+            if path not in opened:  # rows that are the same under two names share their answers
+                opened[path] = stack.enter_context(StageFolder(path, "answers", known, num_parts, ".parquet"))
+            stages.append(opened[path])
         missing = [set(stage.missing_parts()) for stage in stages]
         for row, parts in zip(rows, missing, strict=True):
             if parts:
                 row.rival.prepare()
+        if any(missing):
+            bench.draw(prompts.take([0]))  # or the first row would pay for what is made at the first use
         total = sum(len(stage.own_parts()) for stage in stages)
         with progress_bar("answers", total, progress, stages[0].processes.index) as advance:
             advance(total - sum(map(len, missing)))
             for part in stages[0].own_parts():
                 some = prompts.take(range(len(prompts))[part * size : (part + 1) * size])
                 for row, stage, parts in zip(rows, stages, missing, strict=True):
-                    if part in parts:
+                    if part in parts and not stage.part_path(part).is_file():
                         _write_part(drawer, row, some, stage.part_path(part))
+                    if part in parts:
                         advance(1)
         for stage in stages:
             if not stage.is_counted():

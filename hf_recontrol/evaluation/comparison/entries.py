@@ -73,10 +73,10 @@ class Row:
         return self.entry.name if self.strength is None else f"{self.entry.name} {self.strength:g}"
 
     def folder_name(self, depends_on: Mapping[str, Any]) -> str:
-        """A name for what belongs to this row, by all that it depends on."""
+        """A name for what belongs to this row, by all that it depends on: what the row is called is not among it."""
         text = json.dumps(depends_on, sort_keys=True)
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-        return f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.label)[:40]}-{digest}"
+        return f"{re.sub(r'[^A-Za-z0-9]+', '-', self.entry.kind)[:40]}-{digest}"
 
 
 def default_controls(bench: Bench) -> list[dict[str, Any]]:
@@ -119,8 +119,8 @@ def _entry(number: int, item: Any, settings: CompareSettings) -> Entry:
     if not isinstance(item, Mapping) or not isinstance(item.get("kind"), str):
         raise ValueError(f"`controls[{number}]` must be an object with a `kind`, got {item!r}.")
     name = item.get("name", item["kind"])
-    if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"`controls[{number}]`: `name` must be a text that is not empty, got {name!r}.")
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise ValueError(f"`controls[{number}]`: `name` must be a text on one line that is not empty, got {name!r}.")
     instruction = item.get("instruction", settings.instruction if item["kind"] == "prompting" else None)
     role = item.get("instruction_role", "system")
     if instruction is not None and not (isinstance(instruction, str) and instruction.strip()):
@@ -132,6 +132,10 @@ def _entry(number: int, item: Any, settings: CompareSettings) -> Entry:
         raise ValueError(f"The control {name!r}: `strengths` must be a list of numbers, got {strengths!r}.")
     strengths = tuple(check_number(f"controls[{number}].strengths", each, above=0) for each in strengths)
     rest = {key: value for key, value in item.items() if key not in _COMMON}
+    try:
+        json.dumps(rest)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The control {name!r}: its settings must be what JSON can hold ({error}).") from error
     return Entry(name, item["kind"], instruction, role, strengths, rest)
 
 
@@ -141,7 +145,8 @@ def rows_of(entries: Sequence[Entry], bench: Bench, settings: CompareSettings) -
     `target_kl` and no strength.
 
     Raises:
-        `ValueError`: if a control cannot be made, or has strengths and cannot be scaled; names it.
+        `ValueError`: if a control cannot be made, or has strengths and cannot be scaled; names it. If the control that
+            differences are to is more than one row.
     """
     rows = []
     for entry in entries:
@@ -170,4 +175,15 @@ def rows_of(entries: Sequence[Entry], bench: Bench, settings: CompareSettings) -
                     "strengths that are found."
                 )
             rows.append(Row(entry, rival, own))
+    rows = without_twins(rows)
+    if (several := sum(row.entry.name == settings.against for row in rows)) > 1:
+        raise ValueError(
+            f"`against` names {settings.against!r}, which has {several} strengths: give it one (`strengths` of that "
+            "control), so that it is clear what differences are to."
+        )
     return rows
+
+
+def without_twins(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each control once at each strength."""
+    return list({(row.entry.name, row.strength, row.strength is None and row.target_kl): row for row in rows}.values())

@@ -47,26 +47,29 @@ class Figure:
     difference_high: float | None = None
 
 
-# The metrics that every comparison has, and what they are. Rewards and the judge's come on top.
+# The metrics. A mean is over prompts, of each the mean of its answers (of the best of n: the weighted mean).
 METRICS = {
-    "reward": "Mean reward. Of several rewards each has its own, `reward NAME`, and `reward` is their sum in standard "
-    "deviations of the head's training.",
-    "reward_worst_tenth": "Mean of the tenth of all answers with the lowest reward.",
+    "reward": "Mean reward. Of several each has its own, `reward NAME`, and `reward` is their sum: in standard "
+    "deviations of the head's training if it was trained on rewards of these names, else as they are.",
+    "reward_worst_tenth": "Mean reward of the tenth of all answers with the lowest.",
     "judge": "Mean score by the judge, which no head was trained on.",
-    "win_rate": "Share of answers that the judge (without one: the reward) puts above those of the row compared "
-    "against, to the same prompt; a tie counts half.",
-    "ties": "Share of answers that tie with those of the row compared against.",
-    "diversity": "See `diversity`, in [0, 1]; mean over answers.",
-    "repetition": "Share of word 4-grams that stood in the answer before; mean over answers.",
-    "coherence": "Cosine of prompt and answer embeddings; mean over answers.",
-    "perplexity": "`exp` of the mean `-log π0` of all answers' tokens: under the base, at temperature 1.",
+    "win_rate": "Share of answers that the judge (without one: the reward) puts above the answer compared against, to "
+    "the same prompt and with the same noise; a tie counts half. In [0, 1].",
+    "ties": "Share of answers that tie with the one compared against.",
+    "diversity": "`Π (1 - rep_n)` over n = 2, 3, 4 in each answer's own words (Kong et al. 2024), see `diversity`; in "
+    "[0, 1].",
+    "repetition": "Share of an answer's word 4-grams that stood in it before (seq-rep-4 of Welleck et al. 2020).",
+    "coherence": "Cosine of the embeddings of prompt and answer (Kong et al. 2024); empty answers are left out.",
+    "perplexity": "`exp` of the mean `-log π0` of all answers' tokens: under the base, at temperature 1, as the user "
+    "asked (without an instruction).",
     "kl_per_token": "Nats to the base for each token: all answers' nats over all their tokens.",
-    "kl_per_response": "Nats to the base for each answer: the sum over its tokens; mean over answers. Of the best of "
-    "n: `log n - (n - 1) / n`.",
+    "kl_per_response": "Nats to the base for each answer: the sum over its tokens of the exact `KL(π ‖ π0)` over the "
+    "vocabulary, on the control's own answers. Both at the temperature of the sampling (1 for greedy answers), before "
+    "top-p and the like. Of the best of n: `log n - (n - 1) / n`.",
     "length": "Tokens of an answer, with the one that ended it.",
-    "finished": "Share of answers that ended by themselves.",
-    "truncated": "Share of answers that were cut at the limit.",
-    "seconds": "Wall-clock seconds for an answer: its batch's over its answers. Of the best of n: for all n.",
+    "finished": "Share of answers that ended by themselves, by an end token or a stop string.",
+    "truncated": "Share of answers that were cut at the limit of new tokens.",
+    "seconds": "Wall-clock seconds for an answer: those of a part over its answers. Of the best of n: for all n.",
     "tokens_per_second": "Tokens of the answers over the seconds for them.",
 }
 
@@ -135,11 +138,11 @@ def best_of(pool: Sample, n: int) -> Sample:
 
 def _ratio(numerator: str, denominator: str | None) -> Callable:
     """
-    A statistic of sums over prompts: numerators over denominators, or without one a mean over prompts of each
-    prompt's weighted mean.
+    Of each prompt the weighted mean of its answers' numerators, that of their denominators (without one: 1), and
+    whether it has an answer with both: a figure is the sum of the former over the sum of the latter.
     """
 
-    def sums(sample: Sample, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def sums(sample: Sample, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         values = sample.values[numerator]
         below = np.ones_like(values) if denominator is None else sample.values[denominator]
         weights = np.where(np.isnan(values) | np.isnan(below), 0.0, sample.weights)
@@ -149,7 +152,7 @@ def _ratio(numerator: str, denominator: str | None) -> Callable:
                 np.bincount(sample.prompts, weights * np.nan_to_num(x), count) / total for x in (values, below)
             )
         present = total > 0
-        return np.where(present, top, 0.0), np.where(present, bottom, 0.0)
+        return np.where(present, top, 0.0), np.where(present, bottom, 0.0), present
 
     return sums
 
@@ -181,7 +184,7 @@ def figures_of(samples: Sequence[Sample], against: Sample, count: int) -> list[F
         names = [name for name in sample.values if name not in _NO_METRICS] + ["kl_per_token", "kl_per_response"]
         for metric in dict.fromkeys([*names, "perplexity", "tokens_per_second"]):
             numerator, denominator = _RATIOS.get(metric, (metric, None))
-            if np.isnan(sample.values[numerator]).all():
+            if not (_has(sample, numerator).any()):
                 continue
             own = _ratio(numerator, denominator)(sample, count)
             other = None if sample is against else _ratio(numerator, denominator)(against, count)
@@ -197,33 +200,36 @@ def figures_of(samples: Sequence[Sample], against: Sample, count: int) -> list[F
 def _figure(
     sample: Sample,
     metric: str,
-    own: tuple[np.ndarray, np.ndarray],
-    other: tuple[np.ndarray, np.ndarray] | None,
+    own: tuple[np.ndarray, np.ndarray, np.ndarray],
+    other: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
     transform: Callable | None,
 ) -> Figure | None:
-    def statistic(sums: tuple[np.ndarray, np.ndarray], chosen: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore", divide="ignore"):
+    def statistic(sums: Sequence[np.ndarray], chosen: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             value = (chosen @ sums[0]) / (chosen @ sums[1])
             return value if transform is None else transform(value)
 
     times = resamples(len(own[0]))
-    present = own[1] > 0
-    if not present.any():
-        return None
+    present = own[2]
     value = float(statistic(own, np.ones(len(present))))
+    if not math.isfinite(value):
+        return None
     low, high = _interval(statistic(own, times), int(present.sum()))
     difference: tuple[float, ...] = ()
     if other is not None:
-        shared = present & (other[1] > 0)
-        if shared.any():
-            pair = [tuple(np.where(shared, x, 0.0) for x in sums) for sums in (own, other)]
-            ones = np.ones(len(shared))
-            change = statistic(pair[0], times) - statistic(pair[1], times)
-            difference = (
-                float(statistic(pair[0], ones) - statistic(pair[1], ones)),
-                *_interval(change, int(shared.sum())),
-            )
+        shared = present & other[2]
+        pair = [tuple(np.where(shared, x, 0.0) for x in sums[:2]) for sums in (own, other)]
+        ones = np.ones(len(shared))
+        change = float(statistic(pair[0], ones) - statistic(pair[1], ones))
+        if math.isfinite(change):
+            changes = statistic(pair[0], times) - statistic(pair[1], times)
+            difference = (change, *_interval(changes, int(shared.sum())))
     return Figure(sample.control, sample.strength, metric, value, low, high, int(present.sum()), *difference)
+
+
+def _has(sample: Sample, name: str) -> np.ndarray:
+    """Which answers count and have a number."""
+    return ~np.isnan(sample.values[name]) & (sample.weights > 0)
 
 
 def _interval(values: np.ndarray, prompts: int) -> tuple[float, float]:
@@ -236,7 +242,7 @@ def _worst_tenth(sample: Sample, against: Sample, name: str, count: int) -> Figu
 
     def lowest(of: Sample, chosen: np.ndarray) -> np.ndarray:
         values = of.values[name]
-        known = np.flatnonzero(~np.isnan(values) & (of.weights > 0))
+        known = np.flatnonzero(_has(of, name))
         order = known[np.argsort(values[known], kind="stable")]
         weights = chosen[:, of.prompts[order]] * of.weights[order]
         before = np.cumsum(weights, axis=1) - weights
@@ -245,14 +251,16 @@ def _worst_tenth(sample: Sample, against: Sample, name: str, count: int) -> Figu
         with np.errstate(invalid="ignore"):
             return (used @ values[order]) / used.sum(1)
 
-    known = ~np.isnan(sample.values[name])
-    prompts = len(np.unique(sample.prompts[known]))
+    present, others = (np.bincount(of.prompts, _has(of, name), count) > 0 for of in (sample, against))
+    prompts = int(present.sum())
     if not prompts:
         return None
-    ones = np.ones((1, count))
-    value, (low, high) = float(lowest(sample, ones)[0]), _interval(lowest(sample, times), prompts)
+    value = float(lowest(sample, np.ones((1, count)))[0])
+    low, high = _interval(lowest(sample, times), prompts)
     difference: tuple[float, ...] = ()
-    if sample is not against and name in against.values:
-        change = lowest(sample, times) - lowest(against, times)
-        difference = (value - float(lowest(against, ones)[0]), *_interval(change, prompts))
+    shared = present & others
+    if sample is not against and shared.any():
+        change = lowest(sample, shared[None].astype(float)) - lowest(against, shared[None].astype(float))
+        changes = lowest(sample, times * shared) - lowest(against, times * shared)
+        difference = (float(change[0]), *_interval(changes, int(shared.sum())))
     return Figure(sample.control, sample.strength, f"{name}_worst_tenth", value, low, high, prompts, *difference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,26 +48,37 @@ def write_plots(folder: Path, figures: Sequence[Figure], pools: Sequence[str], m
                 if not points:
                     continue
                 x, y = [p.value for p, _ in points], [q.value for _, q in points]
+                shown = _shown(control)
                 if control in pools:
-                    axes.plot(x, y, "--", color="grey", label=f"{control} (n up to {len(points)})")
+                    axes.plot(x, y, "--", color="grey", label=f"{shown} (n up to {len(points)})")
                     continue
                 errors = [
                     [max(0.0, q.value - q.low) for _, q in points],
                     [max(0.0, q.high - q.value) for _, q in points],
                 ]
                 finite = all(e < float("inf") for side in errors for e in side)
-                axes.errorbar(x, y, errors if finite else None, marker="o", capsize=3, label=control)
+                axes.errorbar(x, y, errors if finite else None, marker="o", capsize=3, label=shown)
             axes.set_xlabel(label)
             axes.set_ylabel(metric)
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
             # No time in it: the same figures make the same file.
             buffer = io.BytesIO()
-            canvas.savefig(buffer, format="svg", metadata={"Date": None})
+            with warnings.catch_warnings():
+                # Letters are drawn by who shows the file, with fonts of their own.
+                warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+                canvas.savefig(buffer, format="svg", metadata={"Date": None})
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(buffer.getvalue())
         paths.append(folder / name)
     return paths
+
+
+def _shown(control: str) -> str:
+    """A control's name for a legend: not too long, no formula, not hidden as those are that begin with _."""
+    name = control if len(control) <= 40 else f"{control[:39]}…"
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
 
 
 def _points(

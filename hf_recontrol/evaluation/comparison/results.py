@@ -28,11 +28,29 @@ def wins(own: Sequence[float | None], other: Sequence[float | None]) -> tuple[li
     return won, [None if each is None else float(each == 0.5) for each in won]
 
 
-def matched_references(rollouts: Sequence[Rollout], references: Sequence[Rollout]) -> list[int]:
-    """Of each answer the place of the reference's answer to the same prompt: its same sample, if there is one."""
+def best_places(rollouts: Sequence[Rollout], rewards: Sequence[float | None]) -> list[int]:
+    """Of each prompt the place of its answer with the highest reward, the first one of several."""
+    best: dict[int, int] = {}
+    ranked = [-math.inf if reward is None else reward for reward in rewards]
+    for place, rollout in enumerate(rollouts):
+        if ranked[place] > ranked[best.setdefault(rollout.prompt_number, place)]:
+            best[rollout.prompt_number] = place
+    return list(best.values())
+
+
+def matched_references(
+    rollouts: Sequence[Rollout], references: Sequence[Rollout], among: Sequence[int] | None = None
+) -> list[int]:
+    """
+    Of each answer the place of the reference's answer to the same prompt: its same sample, if there is one.
+
+    Args:
+        among (sequence of `int`, *optional*):
+            The reference's answers that count; by default all.
+    """
     by_prompt: dict[int, list[int]] = {}
-    for place, rollout in enumerate(references):
-        by_prompt.setdefault(rollout.prompt_number, []).append(place)
+    for place in range(len(references)) if among is None else among:
+        by_prompt.setdefault(references[place].prompt_number, []).append(place)
     return [
         by_prompt[rollout.prompt_number][rollout.sample % len(by_prompt[rollout.prompt_number])]
         for rollout in rollouts

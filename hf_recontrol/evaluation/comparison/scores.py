@@ -12,10 +12,10 @@ from transformers.utils import logging
 
 from ...collection.labels import scored_rollouts
 from ...collection.rewards import RewardFunction, note_calls, reward_fingerprint
-from ...data.processes import Progress, progress_bar
+from ...data.processes import Processes, Progress, progress_bar
 from ...data.rollouts import Rollout, load_rollouts
 from ...data.stage_folder import StageFolder
-from ...utils.code_fingerprints import UnknownStateError
+from ...utils.code_fingerprints import UnknownStateError, model_fingerprint
 from ...utils.extras import needs_extra
 from ...utils.files import read_json, write_json
 
@@ -58,7 +58,8 @@ def reward_scorer(
         name (`str`):
             Of the scorer.
         rewards (`dict[str, RewardFunction]`):
-            By the names of their numbers. Combined they are one number, of the scorer's name.
+            By name. One alone, and several that are combined, give one number of the scorer's name; others one number
+            each, `SCORER REWARD`, so that no reward's name can be taken for another number's.
     """
     fingerprints: dict[str, str] | None = {}
     for label, function in rewards.items():
@@ -78,10 +79,10 @@ def reward_scorer(
             found, _ = scored_rollouts(rollouts, functions, on_bad_rows, combine, "answers")
             return [None if rollout.reward is None else rollout.reward[0] for rollout in found]
 
-        if combine_rewards != "none":
+        if combine_rewards != "none" or len(rewards) == 1:
             found = {name: scored(list(rewards.values()), combine_rewards)}
         else:
-            found = {label: scored([function], "none") for label, function in rewards.items()}
+            found = {f"{name} {label}": scored([function], "none") for label, function in rewards.items()}
         for label, function in rewards.items():
             note_calls(function, None if fingerprints is None else fingerprints[label])
         return found
@@ -104,7 +105,10 @@ def coherence_scorer(model_name: str) -> Scorer:
     """
     with needs_extra("compare", "Coherence"):
         from sentence_transformers import SentenceTransformer
-    model = SentenceTransformer(model_name)
+    try:
+        model = SentenceTransformer(model_name, device=str(Processes().device))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The model for coherence (`embeddings`: {model_name}) cannot be loaded: {error}") from error
 
     def score(rollouts: list[Rollout], references: list[Rollout]) -> Scores:
         prompts = [_text(rollout.prompt) for rollout in rollouts]
@@ -114,7 +118,7 @@ def coherence_scorer(model_name: str) -> Scorer:
         values = [float(c) if r.completion.strip() else None for c, r in zip(cosines, rollouts, strict=True)]
         return {"coherence": values}
 
-    return Scorer("coherence", {"embeddings": str(model_name)}, score)
+    return Scorer("coherence", {"embeddings": str(model_name), "fingerprint": model_fingerprint(model)}, score)
 
 
 def _text(prompt: Any) -> str:

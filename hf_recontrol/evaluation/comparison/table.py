@@ -102,7 +102,10 @@ def _wide(rows: dict, rewards: Sequence[str]) -> list[str]:
         if name in found
         and found[name].difference is not None
         and found[name].difference_low <= 0 <= found[name].difference_high
+        and found[name].difference_low < found[name].difference_high
     ]
     if not open_ones:
         return []
-    return [f"Too wide to tell from no difference in reward: {', '.join(open_ones)}. More prompts narrow intervals."]
+    return [
+        f"Intervals too wide to tell from no difference in reward: {', '.join(open_ones)}. More prompts narrow them."
+    ]

@@ -30,6 +30,8 @@ class Control(Rival):
         head = bench.head_for(self.method)
         recommended = head.config.control
         same = recommended is not None and recommended.method == self.method
+        if "method" in settings:
+            raise ValueError(f"The control {self.method!r} has no setting 'method': its kind says it.")
         try:
             control = replace(recommended, **settings) if same else ControlConfig(self.method, **settings)
         except TypeError as error:

@@ -23,6 +23,11 @@ KINDS = {
 }
 
 
+def is_own_class(kind: str) -> bool:
+    """Whether a kind is a class of the user's own."""
+    return kind not in KINDS
+
+
 def rival_class(kind: str) -> type[Rival]:
     """
     The class of a kind: one of [`KINDS`], or `module:Class`.
@@ -40,7 +45,7 @@ def rival_class(kind: str) -> type[Rival]:
         )
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"The control {kind!r} cannot be imported: {error}.") from error
     if not inspect.isclass(found) or not issubclass(found, Rival):
         raise ValueError(f"{kind!r} is no class that derives from `hf_recontrol.Rival`.")

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
+from ...collection.sampling import sampling_config
 from ...data.prompts import Prompts
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...utils.checks import check_int
@@ -40,6 +41,7 @@ class BestOfN(Base):
         check_int("n", n, low=2)
         self.pool = n
         self.bench = with_samples(bench, n)
+        sampling_config(bench.model, bench.tokenizer, self.bench.sampling)  # raises where they would all be the same
 
 
 def best_of_n_kl(n: int) -> float:

@@ -160,6 +160,14 @@ def answers_of(bench: Bench, prompts: Prompts, returned: Sequence[Any], name: st
                 f"The control {name!r} returned a {type(answer).__name__} among its answers, expected Answer, Rollout "
                 "or a text."
             )
+        number, sample = divmod(place, count)
+        prompt, rollout = prompts.rows[number]["prompt"], answer.rollout
+        if rollout.prompt != prompt:
+            raise ValueError(
+                f"The control {name!r} returned as answer {place} one to another prompt: answers must be in the order "
+                "of the prompts, those to one prompt behind each other."
+            )
+        answer = replace(answer, rollout=replace(rollout, prompt_number=prompts.numbers[number], sample=sample))
         if answer.kl is not None and len(answer.kl) != len(answer.rollout.completion_ids):
             raise ValueError(f"The control {name!r} returned {len(answer.kl)} KLs for an answer of another length.")
         answers.append(answer)
@@ -187,14 +195,22 @@ def _of_text(bench: Bench, prompts: Prompts, place: int, text: str, encoded: dic
 
 
 def standardised(bench: Bench, reward: Sequence[float] | None) -> float | None:
-    """A response's rewards as one number: in standard deviations of the head's training, summed, where it has them."""
+    """
+    A response's rewards as one number: their sum, each in standard deviations of the head's training, if the head was
+    trained on rewards of these names; else as they are.
+    """
     if reward is None:
         return None
     values = torch.tensor(reward, dtype=torch.float64)
     if isinstance(bench.model, ReControlForCausalLM):
         config = bench.model.value_head.config
-        mean, std = (torch.tensor(x, dtype=torch.float64) for x in (config.reward_mean, config.reward_std))
-        if mean.numel() in (1, len(values)):
+        trained_on = config.training.rewards if config.training is not None else []
+        if set(bench.rewards) <= set(trained_on):
+            order = [trained_on.index(name) for name in bench.rewards]
+            mean, std = (
+                torch.tensor(x, dtype=torch.float64).expand(len(trained_on))[order]
+                for x in (config.reward_mean, config.reward_std)
+            )
             values = (values - mean) / std
     return float(values.sum())
 

@@ -1,0 +1,509 @@
+"""`compare` and `recontrol compare` on tiny models: files, rows, resuming, rivals of a user's own, refusals."""
+
+import csv
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import pytest
+import torch
+import yaml
+
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, generate_rollouts
+from hf_recontrol.pipelines.loading import load_base
+from hf_recontrol.settings import CompareSettings
+
+from .compared import make_inputs, settings, write_file
+from .fresh import RECONTROL, FreshProcess, run_fresh
+from .test_processes import ALONE, run_two
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def place(inputs, tmp_path, monkeypatch):
+    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def run(**changes):
+    return compare(**{"quiet": True, **settings(**changes)})
+
+
+def lines_of(folder="out"):
+    return parquet.read_table(f"{folder}/answers.parquet").to_pylist()
+
+
+def figures_in(folder="out"):
+    with open(f"{folder}/figures.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def of(lines, control, strength=None):
+    return [line for line in lines if line["control"] == control and line["strength"] == strength]
+
+
+def untimed(lines):
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def without_times(folder):
+    """Everything in the folder's files but times."""
+    figures = [line for line in figures_in(folder) if line["metric"] not in TIMES]
+    return untimed(lines_of(folder)), figures
+
+
+def command(arguments, cwd):
+    return run_fresh(RECONTROL, arguments, os.environ | ALONE, timeout=200, cwd=cwd)
+
+
+# What is in the folder.
+
+
+def test_the_command_leaves_answers_figures_table_and_plots_under_the_names_that_others_rely_on(place):
+    code, out, err = command(write_file(place), place)
+    assert code == 0, err
+    assert {path.name for path in (place / "out").iterdir()} >= {
+        *("answers.parquet", "figures.csv", "figures.json", "table.md"),
+        *("frontier.svg", "diversity.svg", "time.svg"),
+    }
+    lines = lines_of()
+    names = list(lines[0])
+    for name in ("control", "strength", "prompt", "sample", "completion", "prompt_ids", "completion_ids", "reward"):
+        assert name in names
+    with open("out/figures.csv", encoding="utf-8") as file:
+        head = file.readline().strip().split(",")
+    assert head[:7] == ["control", "strength", "metric", "value", "low", "high", "count"]
+    found = figures_in()
+    assert {f["metric"] for f in found} >= {
+        *("reward", "diversity", "kl_per_token", "kl_per_response", "length", "finished", "perplexity", "seconds"),
+        *("tokens_per_second", "repetition", "win_rate", "ties", "reward_worst_tenth", "truncated"),
+    }
+    assert {(f["control"], f["strength"]) for f in found} == {
+        *(("base", ""), ("prompting", ""), ("advantage", "0.3"), ("advantage", "0.6")),
+        *(("best_of_n", "1.0"), ("best_of_n", "2.0"), ("best_of_n", "3.0")),
+    }
+    assert all(f["count"] == "12" for f in found)
+    about = json.loads((place / "out" / "figures.json").read_text())
+    assert [{k: "" if v is None else str(v) for k, v in f.items()} for f in about["figures"]] == found
+    assert (place / "out" / "table.md").read_text() in out
+    for line in lines:
+        assert line["reward"] == len(set(line["completion"].split()))
+
+
+def test_rows_share_their_noise_and_the_base_is_what_generate_rollouts_draws(place):
+    run(num_samples=2)
+    lines = lines_of()
+    base, pool = of(lines, "base"), of(lines, "best_of_n")
+    assert len(base) == 24 and len(pool) == 36
+    first = [line["completion_ids"] for line in base if line["sample"] == 0]
+    assert first == [line["completion_ids"] for line in pool if line["sample"] == 0]
+    assert all(line["kl"] == 0 for line in base)
+    model, tokenizer = load_base("base", CompareSettings())
+    prompts = [f"w{i} w{i + 1}" for i in range(10, 22)]
+    plain = generate_rollouts(model, tokenizer, prompts, num_samples=2, max_new_tokens=6, progress=lambda *_: None)
+    assert [line["completion_ids"] for line in base] == [r.completion_ids for r in plain]
+    controlled = ReControlForCausalLM.from_model(model, ValueHead.from_pretrained("head"))
+    drawn = generate_rollouts(
+        controlled,
+        tokenizer,
+        prompts,
+        control=ControlConfig("advantage", step_size=0.6),
+        num_samples=2,
+        max_new_tokens=6,
+        progress=lambda *_: None,
+    )
+    assert [line["completion_ids"] for line in of(lines, "advantage", 0.6)] == [r.completion_ids for r in drawn]
+    # With an instruction the base is still asked what the user asked.
+    prompted = of(lines, "prompting")
+    assert [line["prompt_ids"] for line in prompted] == [line["prompt_ids"] for line in base]
+    assert [line["prompt"] for line in prompted] == [line["prompt"] for line in base]
+    assert sum(line["kl"] for line in prompted) > 0
+
+
+def test_best_of_n_is_chosen_by_the_reward_and_one_of_n_is_any(place):
+    figures = {(f.control, f.strength, f.metric): f for f in run()}
+    pool = of(lines_of(), "best_of_n")
+    best = [max(line["reward"] for line in pool if line["prompt_number"] == n) for n in range(12)]
+    assert figures["best_of_n", 3.0, "reward"].value == pytest.approx(sum(best) / 12)
+    assert figures["best_of_n", 1.0, "reward"].value == pytest.approx(sum(line["reward"] for line in pool) / 36)
+
+
+def test_the_kl_of_the_best_of_n_under_an_instruction_is_that_of_both(place):
+    run(controls=["base", {"kind": "best_of_n", "n": 3, "instruction": "w50 w51", "instruction_role": "user"}])
+    model, tokenizer = load_base("base", CompareSettings())
+
+    def log_likelihood(text, line):
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + line["completion_ids"]])).logits[0, len(ids) - 1 : -1]
+        return float(torch.log_softmax(logits, -1).gather(-1, torch.tensor(line["completion_ids"])[:, None]).sum())
+
+    for line in of(lines_of(), "best_of_n")[:6]:
+        asked = log_likelihood(f"w50 w51 {line['prompt']}", line)
+        plain = log_likelihood(line["prompt"], line)
+        assert line["base"] == pytest.approx(-plain, abs=1e-3)
+        assert line["kl"] == pytest.approx(math.log(3) - 2 / 3 + asked - plain, abs=1e-3)
+
+
+def test_several_rewards_a_judge_and_columns_with_names_of_ours(place):
+    (place / "odd.py").write_text(
+        "def kl(completions, seconds, **columns):\n    return [len(c) + s for c, s in zip(completions, seconds)]\n"
+        "def judge(completions, **columns):\n    return [1.0] * len(completions)\n"
+        "def length(completions, **columns):\n    return [5.0] * len(completions)\n"
+    )
+    found = {
+        (f.control, f.strength, f.metric): f.value for f in run(rewards=["odd:kl", "odd:judge"], judge="odd:length")
+    }
+    sys.modules.pop("odd", None)
+    lines = of(lines_of(), "base")
+    assert [line["reward kl"] for line in lines] == [len(line["completion"]) - 1 for line in lines]
+    assert all(line["reward judge"] == 1 and line["judge"] == 5 and line["kl"] == 0 for line in lines)
+    assert [line["reward"] for line in lines] == [line["reward kl"] + 1 for line in lines]
+    assert found["base", None, "kl_per_token"] == 0 and found["base", None, "length"] <= 6
+    assert found["advantage", 0.3, "ties"] == 1 and found["advantage", 0.3, "win_rate"] == 0.5
+
+
+def test_rewards_that_leave_answers_out(place):
+    figures = {(f.control, f.strength, f.metric): f for f in run(judge="mine:sevens", part_size=2)}
+    lines = of(lines_of(), "base")
+    known = [line for line in lines if line["judge"] is not None]
+    assert 0 < len(known) < 12
+    assert figures["base", None, "judge"].count == len(known)
+    assert all(line["judge"] == line["completion"].count("7") for line in known)
+    with pytest.raises(ValueError, match="No answer of any control has a number by 'judge'"):
+        run(judge="mine:nothing")
+
+
+def test_differences_to_a_best_of_n_are_to_the_best(place):
+    figures = {(f.control, f.strength, f.metric): f for f in run(against="best_of_n")}
+    base, pool = of(lines_of(), "base"), of(lines_of(), "best_of_n")
+    best = {n: max(line["reward"] for line in pool if line["prompt_number"] == n) for n in range(12)}
+    won = [
+        (line["reward"] > best[line["prompt_number"]]) + 0.5 * (line["reward"] == best[line["prompt_number"]])
+        for line in base
+    ]
+    assert figures["base", None, "win_rate"].value == pytest.approx(sum(won) / 12)
+    assert figures["base", None, "reward"].difference == pytest.approx(
+        sum(line["reward"] - best[line["prompt_number"]] for line in base) / 12
+    )
+
+
+# Resuming.
+
+
+def test_a_run_that_is_killed_at_any_instant_resumes_to_the_same_files(place):
+    arguments = write_file(place, part_size=2)
+    assert command(arguments, place)[0] == 0
+    whole = without_times("out")
+    shutil.move("out", "whole")
+    instants = random.Random(0)
+    for _ in range(4):
+        process = FreshProcess(RECONTROL, arguments, os.environ | ALONE, place)
+        time.sleep(instants.uniform(1, 5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    code, _, err = command(arguments, place)
+    assert code == 0, err
+    assert without_times("out") == whole
+    # Times are kept too: nothing is drawn or written anew by the same call again.
+    before = {name: (place / "out" / name).read_bytes() for name in ("answers.parquet", "figures.csv", "frontier.svg")}
+    assert command(arguments, place)[0] == 0
+    assert before == {name: (place / "out" / name).read_bytes() for name in before}
+
+
+def noted(name):
+    path = Path(f"{name}.log")
+    if not path.exists():
+        return 0
+    count = len(path.read_text().splitlines())
+    path.unlink()
+    return count
+
+
+def test_what_comes_on_top_is_all_that_is_drawn_and_scored(place):
+    mine = {"name": "mine", "kind": "mine:Drawn"}
+    run(controls=["base", mine])
+    assert noted("drawn") == 3 and noted("scored") == 6
+    run(controls=["base", mine])
+    assert noted("drawn") == noted("scored") == 0
+    # Other names, another order, a judge: nothing is drawn; a control more: its parts alone.
+    run(controls=[mine | {"name": "another/name $x$"}, "base"], judge="mine:brevity")
+    assert noted("drawn") == noted("scored") == 0
+    run(controls=["base", mine, {"name": "more", "kind": "best_of_n", "n": 2}])
+    assert noted("drawn") == 0 and noted("scored") == 3
+    run(controls=["base", mine], seed=1)
+    assert noted("drawn") == 3
+
+
+def test_other_code_of_a_users_rival_is_another_rival(place):
+    mine = {"name": "mine", "kind": "mine:Says"}
+    run(controls=["base", mine])
+    text = (place / "mine.py").read_text()
+    (place / "mine.py").write_text(text.replace("[self.what] *", "[self.what + ' w60'] *"))
+    sys.modules.pop("mine")
+    shutil.rmtree("__pycache__", ignore_errors=True)
+    run(controls=["base", mine])
+    assert {line["completion"] for line in of(lines_of(), "mine")} == {"w8 w9 w60"}
+
+
+def test_another_head_or_chat_template_is_another_row(place):
+    run()
+    before = lines_of()
+    head = ValueHead.from_pretrained("head")
+    head.static_vector.data.mul_(-2)
+    head.save_pretrained("head")
+    run()
+    assert of(lines_of(), "advantage", 0.6) != of(before, "advantage", 0.6)
+    assert of(lines_of(), "base") == of(before, "base")
+    template = (place / "base" / "chat_template.jinja").read_text()
+    (place / "base" / "chat_template.jinja").write_text(template.replace("assistant", "w9 assistant"))
+    run()
+    assert len(of(lines_of(), "base")[0]["prompt_ids"]) == len(of(before, "base")[0]["prompt_ids"]) + 1
+
+
+def test_two_processes_leave_what_one_leaves(place):
+    arguments = write_file(place, kl=[0.05], num_held_out=4, controls=["base", "advantage", "best_of_n", "mine:Says"])
+    assert command(arguments, place)[0] == 0
+    shutil.move("out", "one")
+    printed = run_two(arguments, place)
+    assert printed.count("| control |") == 1
+    assert without_times("out") == without_times("one")
+
+
+# Rows.
+
+
+def test_rows_that_are_the_same_share_answers_and_have_no_difference(place):
+    twice = {"kind": "advantage", "strengths": [0.5, 0.5]}
+    names = ["a b", "a-b", "../a/b", "日本", "x" * 400]
+    figures = run(controls=["base", *({"name": name} | twice for name in names)])
+    found = {(f.control, f.strength): f.value for f in figures if f.metric == "reward"}
+    assert list(found) == [("base", None), *((name, 0.5) for name in names)]
+    assert len(set(found.values())) == 2
+    assert len(list((place / "out" / "answers").iterdir())) == 2
+
+
+def test_strengths_at_a_kl_are_found_on_prompts_that_are_set_aside(place, recontrol_warnings):
+    figures = run(kl=[0.05], num_held_out=4, controls=["base", "advantage", "static_vector"])
+    about = json.loads((place / "out" / "figures.json").read_text())
+    assert set(about["strengths"]) == {"advantage at KL 0.05", "static_vector at KL 0.05"}
+    for match in about["strengths"].values():
+        assert match["low"] <= match["kl"] <= match["high"]
+        assert match["kl"] == pytest.approx(0.05, rel=0.1)
+        assert match["strength"] in {f.strength for f in figures}
+    assert {f.count for f in figures} == {8}
+    [said] = recontrol_warnings
+    assert "on 4 held-out prompts" in said
+
+
+def test_held_out_prompts_are_never_compared_on(place, recontrol_warnings):
+    with pytest.raises(ValueError, match="1 held-out prompts are also compared on"):
+        run(kl=[0.05], held_out=[[{"role": "user", "content": text}] for text in ("w10 w11 ", "w80")])
+    # A prompt that stands twice is not on both sides.
+    rows = [json.dumps({"prompt": f"w{10 + i % 6} w9"}) + "\n" for i in range(24)]
+    (place / "prompts.jsonl").write_text("".join(rows))
+    run(kl=[0.05], num_held_out=3, controls=["base", "advantage"])
+    compared = {line["prompt"] for line in lines_of()}
+    assert 0 < len(compared) < 6
+    assert "prompts stand among those set aside too" in recontrol_warnings[-2]
+
+
+def test_prompts_that_cannot_be_used_are_left_out_of_all_rows_alike(place, recontrol_warnings):
+    rows = [json.dumps({"prompt": f"w{i} " * (58 if i == 12 else 50 if i == 14 else 2)}) + "\n" for i in range(10, 20)]
+    (place / "prompts.jsonl").write_text("".join(rows))
+    with pytest.raises(ValueError, match="room for 64"):
+        run()
+    instruction = {"kind": "prompting", "instruction": "w1 " * 12}
+    run(on_bad_rows="skip", controls=["base", instruction, "advantage"])
+    numbers = {
+        control: [line["prompt_number"] for line in lines_of() if line["control"] == control]
+        for control in ("base", "prompting", "advantage")
+    }
+    assert numbers["base"] == numbers["prompting"] == numbers["advantage"] == [0, 1, 3, 5, 6, 7, 8, 9]
+    assert len(recontrol_warnings) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.0, "controls": ["base", "prompting", "advantage"]},
+        {"stop_strings": ["w3"]},
+        {"top_p": 0.8, "num_samples": 2},
+        {"head": None, "controls": ["base", "prompting", "best_of_n"]},
+        {"controls": ["base", {"kind": "ascent", "num_steps": 2}]},
+    ],
+    ids=["greedy", "stop strings", "top-p", "no head", "ascent"],
+)
+def test_ways_of_sampling(place, changes):
+    if changes.get("head", "") is None:
+        chats = [json.dumps({"prompt": [{"role": "user", "content": f"w{i}"}]}) + "\n" for i in (7, 8)]
+        (place / "prompts.jsonl").write_text("".join(chats))
+    strengths = {} if "head" in changes else {"strengths": [0.5]}
+    figures = {(f.control, f.metric): f for f in run(**changes, **strengths)}
+    assert figures["base", "kl_per_token"].value == 0
+    lines = of(lines_of(), "base")
+    if "stop_strings" in changes:
+        ended = [line for line in lines if any(word.startswith("w3") for word in line["completion"].split())]
+        assert not ended
+        assert figures["base", "finished"].value == sum(line["finished"] for line in lines) / len(lines)
+
+
+def test_a_beam_search(place):
+    (place / "beams").mkdir()
+    (place / "beams" / "generation_config.json").write_text(
+        '{"num_beams": 3, "do_sample": false, "max_new_tokens": 5}'
+    )
+    run(generation_config="beams", max_new_tokens=None, controls=["base", "advantage"])
+    assert len(lines_of()) == 24
+
+
+def test_a_head_on_a_middle_layer(place):
+    shutil.rmtree("head")
+    make_inputs(place, layer=0)
+    figures = {(f.control, f.metric): f for f in run(controls=["base", {"kind": "ascent", "strengths": [0.5]}])}
+    assert figures["ascent", "kl_per_response"].value > 0
+
+
+# Rivals of a user's own.
+
+
+def test_texts_alone_are_answers(place):
+    run(controls=["base", {"name": "says", "kind": "mine:Says", "what": ""}, {"name": "s2", "kind": "mine:Says"}])
+    said = of(lines_of(), "s2")
+    assert all(line["completion"] == "w8 w9" and line["completion_ids"] == [8, 9] for line in said)
+    assert all(line["kl"] is None and line["base"] > 0 for line in said)
+    assert {line["completion"] for line in of(lines_of(), "says")} == {""}
+    assert not {f["metric"] for f in figures_in() if f["control"] == "s2"} & {"kl_per_token", "kl_per_response"}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("short", "'wrong' returned 4, expected a list of 5 answers"),
+        ("none", "'wrong' returned None, expected"),
+        ("one_none", "'wrong' returned a NoneType among its answers"),
+        ("text", "'wrong' returned 'text', expected"),
+        ("reversed", "'wrong' returned as answer 0 one to another prompt"),
+        ("raise", "'wrong' failed: KeyError: 'what it needs'"),
+        ("kl", "'wrong' returned 1 KLs for an answer of another length"),
+    ],
+)
+def test_what_a_rival_must_not_return(place, how, message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        run(controls=["base", {"name": "wrong", "kind": "mine:Wrong", "how": how}])
+
+
+# Refusals: before anything is drawn, in one line that names what is wrong.
+
+REFUSED = {
+    "no controls": ({"controls": []}, "`controls` must be a list with at least one control"),
+    "a text": ({"controls": "base"}, "`controls` must be a list"),
+    "no kind": ({"controls": ["base", {"name": "x"}]}, r"`controls\[1\]` must be an object with a `kind`"),
+    "unknown kind": ({"controls": ["base", "magic"]}, "no control of the kind 'magic'"),
+    "no module": ({"controls": ["base", "no_such:Thing"]}, "'no_such:Thing' cannot be imported"),
+    "no rival": ({"controls": ["base", "mine:variety"]}, "no class that derives from `hf_recontrol.Rival`"),
+    "unknown setting": ({"controls": ["base", {"kind": "advantage", "stepsize": 1}]}, "'advantage' .*stepsize"),
+    "another method": ({"controls": ["base", {"kind": "advantage", "method": "ascent"}]}, "no setting 'method'"),
+    "n of a text": ({"controls": ["base", {"kind": "best_of_n", "n": "4"}]}, "`n` must be an integer"),
+    "greedy pool": ({"temperature": 0.0}, "'best_of_n' cannot be used: 3 samples of a prompt would be the same"),
+    "twice": ({"controls": ["base", "base"]}, "Two controls have the name 'base'"),
+    "name": ({"controls": ["base", {"kind": "base", "name": "a\nb"}]}, "`name` must be a text on one line"),
+    "NaN": ({"controls": ["base", {"kind": "advantage", "strengths": [float("nan")]}]}, "strengths.* finite number"),
+    "no strength": ({"controls": [{"kind": "base", "strengths": [1]}]}, "'base' has no strength"),
+    "against": ({"against": "nobody"}, "`against` names the control 'nobody', which is not among"),
+    "against several": ({"against": "advantage"}, "`against` names 'advantage', which has 2 strengths"),
+    "both": ({"kl": [0.1], "strengths": [1.0]}, "`strengths` and `kl`"),
+    "few": ({"kl": [0.1]}, "There are 12 prompts, and 64 are to be set aside"),
+    "role": ({"controls": ["base", {"kind": "prompting", "instruction_role": "boss"}]}, r"\[1\].instruction_role"),
+    "no reward": ({"rewards": []}, "No reward is given"),
+    "odd reward": ({"rewards": None}, "Rewards and the judge must be functions or their names, got None"),
+    "odd judge": ({"judge": 3}, r"must be functions or their names, got \[3\]"),
+    "no module's name": ({"controls": ["base", ":Thing"]}, "':Thing' cannot be imported"),
+    "judge": ({"judge": "mine:variety"}, "The judge is also one of the rewards"),
+    "failing reward": ({"rewards": "mine:fails"}, "The reward fails failed: KeyError"),
+    "no part": ({"controls": ["base", "ascent"], "strengths": []}, "How strong is the control 'ascent'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_compared_is_refused_before_anything_is_drawn(place, case):
+    changes, message = REFUSED[case]
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message) as caught:
+        run(**changes)
+    assert "\n" not in str(caught.value)
+    assert not os.path.exists("out")
+
+
+def test_a_control_of_the_head_needs_one(place):
+    with pytest.raises(ValueError, match="needs a value head: name it"):
+        run(head=None)
+
+
+def test_an_instruction_has_no_place_in_a_formatted_text(place):
+    (place / "prompts.jsonl").write_text('{"prompt": "user w10 <end> assistant"}\n')
+    with pytest.raises(ValueError, match="Prompt 0 is in the model's own format"):
+        run()
+
+
+def test_a_template_without_a_systems_turn_takes_the_instruction_in_the_users(place):
+    path = place / "base" / "chat_template.jinja"
+    path.write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + path.read_text()
+    )
+    with pytest.raises(ValueError, match="no system role"):
+        run()
+    assert not os.path.exists("out")
+    user = {"kind": "prompting", "instruction": "w50", "instruction_role": "user"}
+    run(controls=["base", user])
+
+
+def test_a_template_that_leaves_the_instruction_out_is_refused(place, recontrol_warnings):
+    path = place / "base" / "chat_template.jinja"
+    path.write_text(
+        path.read_text()
+        .replace("{{ message['role'] }}", "{% if message['role'] != 'system' %}{{ message['role'] }}")
+        .replace("<end> {% endfor %}", "<end> {% endif %}{% endfor %}")
+    )
+    with pytest.raises(ValueError, match=r"'prompting' does not reach the model: .* `instruction_role: user`"):
+        run()
+    assert not os.path.exists("out")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("controlls: [base]\n", "controlls"),
+        ("controls: {kind: base}\n", "controls"),
+        ("strengths: much\n", "strengths"),
+        ("against: 3\n", "against"),
+        ("prompts: [a\n", "YAML"),
+        ("output: x\noutput: y\n", "output"),
+    ],
+)
+def test_mistakes_in_the_file_are_told_in_one_line(place, text, said):
+    name = text.partition(":")[0]
+    write_file(place)
+    kept = [line for line in settings().items() if line[0] != name]
+    (place / "compare.yaml").write_text(yaml.safe_dump(dict(kept)) + text)
+    code, _, err = command(["compare", "--config", "compare.yaml"], place)
+    assert code != 0
+    assert said in err and "Traceback" not in err
