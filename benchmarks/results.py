@@ -103,7 +103,7 @@ ALL = [
     {"kind": "steering_vector"},
     {"kind": "cd_prefix"},
     {"kind": "cd"},
-    # LORA
+    {"kind": "lora_dpo", "strengths": [1.0]},
     {"kind": "ascent", "name": "ascent + prompting", "instruction": CompareSettings().instruction},
     {"kind": "advantage", "name": "advantage + prompting", "instruction": CompareSettings().instruction},
 ]
@@ -209,11 +209,17 @@ def with_instructions_at(controls: list[dict[str, Any]], head: Path) -> list[dic
 
 
 def as_found(controls: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Controls at the strengths that an earlier comparison found for 0.1 nats a token."""
+    """Controls at the strengths that an earlier comparison found for 0.1 nats a token, with the adapter it trained."""
     matches = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["strengths"]
     found = {name.removesuffix(" at KL 0.1"): match["strength"] for name, match in matches.items()}
     named = [(control, control.get("name", control["kind"])) for control in controls]
-    return [control | ({"strengths": [found[name]]} if name in found else {}) for control, name in named]
+    adapters = [{"adapter": str(path.parent)} for path in (folder / "made").glob("lora-dpo-*/training.json")]
+    return [
+        control
+        | ({"strengths": [found[name]]} if name in found else {})
+        | (adapters[0] if control["kind"] == "lora_dpo" else {})
+        for control, name in named
+    ]
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -57,7 +57,7 @@ def test_everything_is_made_and_made_once(material):
     page = (material / "results" / "results.md").read_text()
     for title in ("unseen prompts of HH-RLHF", "HarmfulQA, out of distribution", "step size by steps"):
         assert f"## smollm2, vader: {title}" in page
-    for control in ("base", "prompting", "best_of_n", "static_vector", "advantage", "ascent + prompting"):
+    for control in ("base", "prompting", "best_of_n", "static_vector", "advantage", "ascent + prompting", "lora_dpo"):
         assert f"| {control} |" in page
     made = {path: path.stat().st_mtime_ns for path in material.rglob("part-*")}
     assert run().returncode == 0

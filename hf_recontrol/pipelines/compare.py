@@ -18,7 +18,6 @@ from ..collection.labels import check_rows, try_rewards
 from ..collection.rewards import RewardFunction, by_name, check_reward, load_reward
 from ..collection.rollouts import encode_all
 from ..collection.sampling import sampling_config
-from ..configuration import ControlConfig
 from ..data.processes import Processes
 from ..data.prompts import Prompts, load_prompts, report_bad_rows
 from ..data.rollouts import Rollout
@@ -42,7 +41,7 @@ from ..evaluation.comparison.table import table
 from ..evaluation.rivals.plain import BestOfN
 from ..evaluation.rivals.rival import Bench, standardised
 from ..heads.value_head import ValueHead
-from ..modeling.causal_lm import ReControlForCausalLM
+from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..settings import HELD_OUT_PROMPTS, CompareSettings
 from ..utils.files import atomic_path, check_target, make_folder
 from .loading import load_base
@@ -126,28 +125,27 @@ def compare(
         scorers.append(reward_scorer("judge", {"judge": _judge(judge, functions, test)}, settings.on_bad_rows))
     if settings.embeddings is not None:
         scorers.append(coherence_scorer(settings.embeddings))
-    model, tokenizer = _loaded(base, head, tokenizer, settings)
-    bench = Bench(
-        model,
-        tokenizer,
-        settings,
-        functions,
-        output / "made",
-        None if rollouts is None else Path(rollouts),
-        settings.combine_rewards,
-    )
-    entries = entries_of(default_controls(bench) if controls is None else controls, settings)
-    rows = rows_of(entries, bench, settings)
-    test, held = (_usable(bench, rows, part, settings.on_bad_rows) for part in (test, held))
-    progress = (lambda done, total: None) if quiet else None
-    with _locked(output):
-        rows, matches = with_strengths(output, rows, bench, held, progress)
-        rows = without_twins(rows)
-        stages = draw_answers(output, rows, bench, test, settings, progress)
-        reference = next(i for i, row in enumerate(rows) if row.entry.name == settings.against)
-        scores = score_answers(stages, stages[reference], scorers, progress)
-        figures = _results(output, bench, rows, stages, scores, reference, test, matches, settings)
-    return figures
+    with _loaded(base, head, tokenizer, settings) as (model, tokenizer):
+        bench = Bench(
+            model,
+            tokenizer,
+            settings,
+            functions,
+            output / "made",
+            None if rollouts is None else Path(rollouts),
+            settings.combine_rewards,
+        )
+        entries = entries_of(default_controls(bench) if controls is None else controls, settings)
+        rows = rows_of(entries, bench, settings)
+        test, held = (_usable(bench, rows, part, settings.on_bad_rows) for part in (test, held))
+        progress = (lambda done, total: None) if quiet else None
+        with _locked(output):
+            rows, matches = with_strengths(output, rows, bench, held, progress)
+            rows = without_twins(rows)
+            stages = draw_answers(output, rows, bench, test, settings, progress)
+            reference = next(i for i, row in enumerate(rows) if row.entry.name == settings.against)
+            scores = score_answers(stages, stages[reference], scorers, progress)
+            return _results(output, bench, rows, stages, scores, reference, test, matches, settings)
 
 
 @contextmanager
@@ -230,26 +228,32 @@ def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> 
     return function
 
 
+@contextmanager
 def _loaded(
     base: Any, head: Any, tokenizer: PreTrainedTokenizerBase | None, settings: CompareSettings
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """The base, with the head if there is one, and its tokenizer. A model that was given is afterwards as it was."""
     if isinstance(base, PreTrainedModel):
         if tokenizer is None:
             raise ValueError("A loaded model needs its tokenizer: give it (`tokenizer=`).")
-        if head is not None:
-            base = ReControlForCausalLM.from_model(base, head)
-        return base, tokenizer
-    loaded_head = None
-    if head is not None:
-        loaded_head = head if isinstance(head, ValueHead) else ValueHead.from_pretrained(head, token=settings.token)
+        if head is None:
+            yield base, tokenizer
+            return
+        with without_heads(base):
+            model = ReControlForCausalLM.from_model(base, head)
+            try:
+                yield model, tokenizer
+            finally:
+                model.unload()
+        return
+    if head is not None and not isinstance(head, ValueHead):
+        head = ValueHead.from_pretrained(head, token=settings.token)
     if base is None:
-        base = loaded_head and loaded_head.config.base_model_name_or_path
+        base = head and head.config.base_model_name_or_path
         if base is None:
             raise ValueError("No base model is named, and no head that names one.")
-    # The head's own recommendation is what `ascent` and the others start from; a base alone recommends nothing.
-    control = None if loaded_head is None or loaded_head.config.control is not None else ControlConfig(num_steps=0)
-    model, own = load_base(base, settings, loaded_head, control)
-    return model, own if tokenizer is None else tokenizer
+    model, own = load_base(base, settings, head)
+    yield model, own if tokenizer is None else tokenizer
 
 
 def _usable(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: str) -> Prompts:
