@@ -333,6 +333,30 @@ def test_likelihoods_are_what_position_by_position_gives(case, instructed):
     assert unknown[0].kl is None
 
 
+# Logits that are the LM head's alone, capped, scaled, of another width, and of a batch that pads what is read.
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "cohere", "granite", "opt_projected", "gpt2", "mamba", "xlstm", "llava"]
+)
+def test_one_forward_for_base_and_policy_gives_what_two_give(family):
+    model = tiny_model(family)
+    model = ReControlForCausalLM.from_model(model, tiny_head(model, hook_point="lm_head"))
+    control, quiet = ControlConfig("advantage", step_size=0.7), {"progress": lambda *_: None}
+    prompts = ["w10 w11 w12", "w20", "w30 w31"]
+    drawn = generate_rollouts(model, tiny_tokenizer(), prompts, control=control, max_new_tokens=5, **quiet)
+    calls = []
+    with model.register_forward_pre_hook(lambda *_: calls.append(1)):
+        both = likelihoods(model, drawn, lambda: model.use_control(control), batch_size=3)
+        twice = len(calls)
+        found = likelihoods(model, drawn, lambda: model.use_control(control), batch_size=3, only_at_head=True)
+    for one, other in zip(found, both, strict=True):
+        assert (one.kl, one.base, one.log_ratio) == pytest.approx((other.kl, other.base, other.log_ratio), rel=1e-5)
+        assert one.kl > 1e-3
+    if family == "llama":
+        assert len(calls) - twice == twice // 2
+    if family in ("gemma2", "cohere", "granite"):
+        assert len(calls) - twice == twice
+
+
 def test_the_mean_log_ratio_of_samples_is_the_kl():
     """On the policy's own samples both estimate one number."""
     model = tiny_model("llama")

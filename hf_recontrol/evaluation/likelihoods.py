@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..collection.batches import forward_batches, teacher_forced
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
-from ..modeling.hook_points import in_eval
+from ..modeling.hook_points import find_lm_head, in_eval
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def likelihoods(
     *,
     asked: Sequence[Sequence[int]] | None = None,
     batch_size: int = 8,
+    only_at_head: bool = False,
 ) -> list[Likelihood]:
     """
     How likely responses are under the base, and how far the policy is from it along them.
@@ -62,6 +63,9 @@ def likelihoods(
             the base. `None`: only the base is read.
         asked (sequence of lists of `int`, *optional*):
             What the policy was asked, where that is not what the base is asked (an instruction).
+        only_at_head (`bool`, *optional*, defaults to `False`):
+            Whether the policy differs from the base at the LM head alone: then its states are the base's, and one
+            forward does for both. Where logits do not come of the LM head alone (caps, scales), two are made.
 
     Returns:
         `list[Likelihood]`, in the order of `rollouts`; of an empty response all zeros.
@@ -74,17 +78,38 @@ def likelihoods(
     for batch in batches:
         rows = [known[i] for i in batch]
         with in_eval(model):
-            if policy is not None:
-                with policy():
-                    inputs, own_parts = teacher_forced(model, [seen[i] for i in rows], keep_logits=True)
-                    own = model(**inputs).logits
-            with base_only(model):
+            with base_only(model), _at_head(model) as states:
                 inputs, parts = teacher_forced(model, [rollouts[i] for i in rows], keep_logits=True)
                 base = model(**inputs).logits
+            if policy is not None:
+                shared = only_at_head and asked is None and _is_all_of_logits(model, states, base)
+                with policy():
+                    if shared:
+                        own, own_parts = find_lm_head(model)(states[0]), parts
+                    else:
+                        inputs, own_parts = teacher_forced(model, [seen[i] for i in rows], keep_logits=True)
+                        own = model(**inputs).logits
         for place, i in enumerate(rows):
             own_logits = None if policy is None else own[place, own_parts[place]]
             found[i] = _likelihood(rollouts[i], base[place, parts[place]], own_logits)
     return found
+
+
+@contextmanager
+def _at_head(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """What the LM head is handed in the block."""
+    states: list[torch.Tensor] = []
+    with find_lm_head(model).register_forward_pre_hook(lambda head, args: states.append(args[0])):
+        yield states
+
+
+def _is_all_of_logits(model: PreTrainedModel, states: Sequence[torch.Tensor], logits: torch.Tensor) -> bool:
+    """Whether a forward's logits are what the LM head makes of its states, and nothing else."""
+    if len(states) != 1 or states[0].shape[:-1] != logits.shape[:-1]:
+        return False
+    with base_only(model):
+        last = find_lm_head(model)(states[0][:, -1:])
+    return torch.allclose(last.float(), logits[:, -1:].float(), rtol=1e-3, atol=1e-3)
 
 
 def _likelihood(rollout: Rollout, base: torch.Tensor, own: torch.Tensor | None) -> Likelihood:

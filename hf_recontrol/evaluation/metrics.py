@@ -64,5 +64,7 @@ def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, b
         raise ValueError("No rollout has a token to measure.")
     model.check_same_for_all_prompts()
     check_in_force(model, used)
-    found = likelihoods(model, used, nullcontext, batch_size=batch_size)
+    control = model.active_control
+    only_at_head = model.hook_point.layer is None and (control is None or not control.plausibility)
+    found = likelihoods(model, used, nullcontext, batch_size=batch_size, only_at_head=only_at_head)
     return sum(each.kl for each in found) / sum(len(rollout.completion_ids) for rollout in used)

@@ -121,8 +121,7 @@ class Drawer:
         if policy is None and not self.perplexity:
             return answers, [Likelihood()] * len(answers), seconds
         rollouts = [answer.rollout for answer in answers]
-        size = bench.sampling.batch_size
-        return answers, likelihoods(bench.model, rollouts, policy, asked=asked_ids, batch_size=size), seconds
+        return answers, self._likelihoods(row, rollouts, policy, asked_ids), seconds
 
     def likelihoods_on(self, row: Row, rollouts: Sequence[Rollout], prompts: Prompts) -> list[Likelihood]:
         """How likely others' responses to these prompts are under a row's policy: no responses are drawn."""
@@ -133,8 +132,23 @@ class Drawer:
                 for number, prompt in zip(prompts.numbers, self.asked(row, prompts).rows, strict=True)
             }
             asked = [encoded[rollout.prompt_number] for rollout in rollouts]
-        size = self.bench.sampling.batch_size
-        return likelihoods(self.bench.model, rollouts, _policy(row), asked=asked, batch_size=size)
+        return self._likelihoods(row, rollouts, _policy(row), asked)
+
+    def _likelihoods(
+        self,
+        row: Row,
+        rollouts: Sequence[Rollout],
+        policy: Callable[[], AbstractContextManager] | None,
+        asked: Sequence[list[int]] | None,
+    ) -> list[Likelihood]:
+        return likelihoods(
+            self.bench.model,
+            rollouts,
+            policy,
+            asked=asked,
+            batch_size=self.bench.sampling.batch_size,
+            only_at_head=row.rival.only_at_head,
+        )
 
     def _as_asked_by_the_user(self, answer: Answer, prompts: Prompts) -> Answer:
         place = prompts.numbers.index(answer.rollout.prompt_number)

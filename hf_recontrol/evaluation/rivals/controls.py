@@ -40,6 +40,8 @@ class Control(Rival):
         with bench.model.use_control(control):
             pass  # raises where the head has no such part
         self.control = control
+        # A mask of implausible tokens acts behind the LM head.
+        self.only_at_head = bench.model.hook_point.layer is None and not control.plausibility
         self.strength = control.step_size if same or "step_size" in settings else None
 
     def at(self, strength: float | None) -> ControlConfig:

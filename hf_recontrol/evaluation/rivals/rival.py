@@ -97,9 +97,12 @@ class Rival(ABC):
     Attributes:
         start (`float`, *optional*):
             A strength from which the search for a given KL starts; `None`: it has no strength, so it is measured once.
+        only_at_head (`bool`):
+            Whether its policy differs from the base at the LM head alone, see [`likelihoods`].
     """
 
     start: float | None = None
+    only_at_head: bool = False
 
     def __init__(self, bench: Bench):
         self.bench = bench
