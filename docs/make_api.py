@@ -69,7 +69,7 @@ SECTIONS = {
         "diversity",
         "kl_divergence",
         "match_kl",
-        "kl_sample",
+        "KLMatch",
         "paired_interval",
         "recommend_control",
         "Recommendation",

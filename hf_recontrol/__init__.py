@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .evaluation.recommendation import Recommendation, Trial, recommend_control
     from .evaluation.report import write_report
     from .evaluation.rivals.rival import Answer, Bench, Rival
-    from .evaluation.strength import kl_sample, match_kl
+    from .evaluation.strength import KLMatch, match_kl
     from .heads.convert import convert_checkpoint
     from .heads.value_head import ValueHead
     from .modeling.causal_lm import ReControlForCausalLM
@@ -79,7 +79,7 @@ _MODULES = {
     "evaluation.report": ("write_report",),
     "evaluation.comparison.figures": ("Figure",),
     "evaluation.rivals.rival": ("Answer", "Bench", "Rival"),
-    "evaluation.strength": ("kl_sample", "match_kl"),
+    "evaluation.strength": ("KLMatch", "match_kl"),
     "heads.convert": ("convert_checkpoint",),
     "heads.value_head": ("ValueHead",),
     "modeling.causal_lm": ("ReControlForCausalLM",),

@@ -1,15 +1,19 @@
 """Metrics, and step sizes of equal KL."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM
+from hf_recontrol import ControlConfig, ReControlForCausalLM, SamplingSettings, generate_rollouts
 from hf_recontrol.data.rollouts import Rollout
 from hf_recontrol.evaluation.metrics import diversity, kl_divergence
-from hf_recontrol.evaluation.strength import match_kl
+from hf_recontrol.evaluation.strength import kl_with_interval, match_kl
 
 from .conftest import make_head
 from .tiny_models import tiny_model
+from .tiny_tokenizer import tiny_tokenizer
 
 
 def test_diversity_is_the_product_over_two_to_four_grams():
@@ -59,23 +63,50 @@ def test_control_that_does_nothing_has_no_kl():
     assert kl_divergence(controlled(step_size=0.0), some_rollouts()) == 0.0
 
 
+PROMPTS = [f"w{i} w{i + 1}" for i in range(5, 69)]
+SAMPLING = SamplingSettings(max_new_tokens=6, temperature=0.7, batch_size=32, seed=3)
+
+
 @pytest.mark.parametrize("method", ["ascent", "advantage", "static"])
 @pytest.mark.parametrize("start", [1e-3, 30.0])
-def test_a_step_size_is_found_from_either_side(method, start):
+def test_a_step_size_is_found_from_either_side_on_the_controls_own_responses(method, start):
     model = controlled(step_size=0.123)
-    found = match_kl(model, some_rollouts(), ControlConfig(method, start, num_steps=4), 0.2)
+    found = match_kl(model, tiny_tokenizer(), PROMPTS, ControlConfig(method, start, num_steps=4), 0.2, SAMPLING)
     assert model.control.step_size == 0.123, "the model's own control is as it was"
-    model.control = found
-    assert kl_divergence(model, some_rollouts()) == pytest.approx(0.2, rel=0.12)
+    own = generate_rollouts(model, tiny_tokenizer(), PROMPTS, SAMPLING, control=found.control)
+    model.control = found.control
+    assert kl_divergence(model, own) == pytest.approx(found.kl, rel=1e-5)
+    assert found.kl == pytest.approx(0.2, rel=0.1) and found.low < found.kl < found.high
+    assert (found.prompts, found.responses) == (64, 64)
+
+
+def test_the_interval_of_a_kl_is_over_prompts():
+    rollouts = [replace(rollout, prompt_number=number) for number in (7, 8) for rollout in some_rollouts()]
+    kl, low, high = kl_with_interval(rollouts, [3.0, 8.0, 5.0, 6.0, 16.0, 10.0])
+    tokens = sum(len(rollout.completion_ids) for rollout in some_rollouts())
+    # Both prompts, or one of them twice.
+    assert (kl, low, high) == pytest.approx((24 / tokens, 16 / tokens, 32 / tokens))
+    assert kl_with_interval(some_rollouts()[:1], [1.0])[1:] == (-math.inf, math.inf)
+    with pytest.raises(ValueError, match="No response has a token"):
+        kl_with_interval([replace(some_rollouts()[0], completion_ids=[])], [0.0])
+
+
+def test_of_few_prompts_each_is_answered_several_times_and_a_warning_says_so(recontrol_warnings):
+    found = match_kl(controlled(), tiny_tokenizer(), PROMPTS[:20], ControlConfig("static", 1.0), 0.2, SAMPLING)
+    assert (found.prompts, found.responses) == (20, 80)
+    assert [message for message in recontrol_warnings if "measured on 20 prompts" in message]
 
 
 def test_a_kl_out_of_reach_is_an_error_and_leaves_the_control_as_it_was():
     model = controlled(step_size=0.5)
+    start = ControlConfig(step_size=1.0, num_steps=1)
     with pytest.raises(ValueError, match="No strength was found"):
-        match_kl(model, some_rollouts(), ControlConfig(step_size=1.0, num_steps=1), 1e3)
+        match_kl(model, tiny_tokenizer(), PROMPTS, start, 1e3, SAMPLING)
     with pytest.raises(ValueError, match="above 0"):
-        match_kl(model, some_rollouts(), ControlConfig(), 0.0)
-    for start in (0.0, (1.0, 2.0)):
+        match_kl(model, tiny_tokenizer(), PROMPTS, start, 0.0, SAMPLING)
+    with pytest.raises(ValueError, match="No prompts"):
+        match_kl(model, tiny_tokenizer(), [], start, 0.1, SAMPLING)
+    for bad in (0.0, (1.0, 2.0)):
         with pytest.raises(ValueError, match="one step size above 0"):
-            match_kl(model, some_rollouts(), ControlConfig(step_size=start), 0.1)
+            match_kl(model, tiny_tokenizer(), PROMPTS, ControlConfig(step_size=bad), 0.1, SAMPLING)
     assert model.control.step_size == 0.5

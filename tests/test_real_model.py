@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
+from hf_recontrol import ControlConfig, ReControlForCausalLM, SamplingSettings, ValueHead, ValueHeadConfig
 from hf_recontrol.collection.labels import score_rollouts
 from hf_recontrol.collection.rewards import vader
 from hf_recontrol.collection.rollouts import generate_rollouts
@@ -103,7 +103,8 @@ def test_a_head_trained_here_raises_its_reward_on_prompts_that_it_has_not_seen(s
     head, _ = train_value_head(states, config, num_epochs=10, validation_split=0.2)
     fit_advantage(head, states, validation_split=0.2)
     controlled = ReControlForCausalLM.from_model(model, head)
-    control = match_kl(controlled, rollouts[:6], ControlConfig("advantage", 5.0), 0.5)
+    sampling = SamplingSettings(**options)
+    control = match_kl(controlled, tokenizer, training[:64], ControlConfig("advantage", 5.0), 0.5, sampling).control
     options = {"max_new_tokens": 24, "temperature": 0.0}
     base, steered = (
         torch.tensor(

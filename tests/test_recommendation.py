@@ -8,6 +8,7 @@ import torch
 
 from hf_recontrol import (
     ControlConfig,
+    Recommendation,
     ReControlForCausalLM,
     SamplingSettings,
     Trial,
@@ -19,6 +20,7 @@ from hf_recontrol import (
     recommend_control,
 )
 from hf_recontrol.evaluation.recommendation import _simplest_of_the_best
+from hf_recontrol.pipelines.run_report import _compared
 
 from .conftest import make_head
 from .tiny_models import tiny_model
@@ -78,6 +80,7 @@ def test_the_simplest_of_those_that_earn_most_is_recommended(parts, method):
     ]
     for trial, part in zip(trials, [part for part in parts if part is not None], strict=True):
         gain, low, high = trial.gain
+        assert trial.kl_low < trial.kl < trial.kl_high
         assert gain == pytest.approx((trial.reward[0] - base.reward[0]) / model.value_head.config.reward_std)
         assert low < gain < high and (low > 0 if part > 0 else gain < 0)
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["control"] == found.control.to_dict()
@@ -106,6 +109,15 @@ def test_of_few_prompts_each_is_answered_several_times():
         controlled(1, None, 1), tiny_tokenizer(), PROMPTS[:10], count_word, greedy, target_kl=0.3
     )
     assert (found.prompts, found.responses) == (10, 10)
+
+
+def test_the_report_says_the_kl_with_its_interval():
+    trials = [Trial(None, 0.0, [1.0]), Trial(ControlConfig("static", 2.0), 0.1, [3.0], (1.5, 1.0, 2.0), 0.08, 0.123)]
+    [text] = _compared(Recommendation(trials[1].control, trials, 64, 64).to_dict()).values()
+    assert "reward 3, +1.50 [+1.00, +2.00] standard deviations over the base, KL 0.10 [0.08, 0.12]" in text
+    unknown = Trial(ControlConfig("static", 2.0), 0.1, [3.0], (1.5, 1.0, 2.0), -math.inf, math.inf)
+    [text] = _compared(Recommendation(trials[1].control, [unknown], 1, 64).to_dict()).values()
+    assert "KL 0.10 [unknown, unknown]" in text
 
 
 def test_a_single_prompt_tells_nothing_so_the_simplest_control_stands():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,25 +14,17 @@ from transformers.utils import logging
 from ..collection.labels import score_rollouts
 from ..collection.rewards import RewardFunction
 from ..collection.rollouts import generate_rollouts
-from ..collection.sampling import sampling_config
 from ..configuration import ControlConfig
 from ..data.processes import Progress, progress_bar
-from ..data.prompts import Prompts, load_prompts
+from ..data.prompts import Prompts
 from ..data.rollouts import Rollout
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import SamplingSettings
 from .intervals import paired_interval
-from .metrics import kl_divergence
-from .strength import find_step_size, kl_sample, match_kl
+from .strength import control_at_kl, few_prompts
 
 logger = logging.get_logger(__name__)
-
-# Responses that each candidate is judged by: of so many prompts, or several of each prompt if there are fewer.
-NUM_RESPONSES = 64
-# How often a candidate may be sampled until its KL is met, and how near it must be.
-_MAX_SAMPLINGS = 6
-_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,12 +42,16 @@ class Trial:
         gain (`tuple[float, float, float]`, *optional*):
             How much more than the base it earns, and the ends of the paired 95 % interval over prompts (see
             [`paired_interval`]): in standard deviations of the training rewards, summed over the objectives.
+        kl_low, kl_high (`float`, *optional*):
+            The ends of the 95 % interval of `kl` over prompts; `None` for the base, whose KL is 0.
     """
 
     control: ControlConfig | None
     kl: float
     reward: list[float]
     gain: tuple[float, float, float] | None = None
+    kl_low: float | None = None
+    kl_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,9 @@ class Recommendation:
         """A JSON-serialisable `dict`; ends of intervals that are not finite are `None`."""
 
         def plain(trial: Trial) -> dict[str, Any]:
-            gain = trial.gain and [end if math.isfinite(end) else None for end in trial.gain]
-            return asdict(trial) | {"control": trial.control and trial.control.to_dict(), "gain": gain}
+            gain = trial.gain and [_finite(end) for end in trial.gain]
+            ends = {"kl_low": _finite(trial.kl_low), "kl_high": _finite(trial.kl_high)}
+            return asdict(trial) | {"control": trial.control and trial.control.to_dict(), "gain": gain} | ends
 
         return asdict(self) | {"control": self.control.to_dict(), "trials": [plain(trial) for trial in self.trials]}
 
@@ -146,7 +143,7 @@ def recommend_control(
     """
     head = model.value_head
     rewards = [rewards] if callable(rewards) else list(rewards)
-    sampling, prompts = _few(model, tokenizer, prompts, sampling or SamplingSettings())
+    prompts, sampling = few_prompts(model, tokenizer, prompts, sampling or SamplingSettings())
 
     def draw(control: ControlConfig | bool) -> list[Rollout]:
         return generate_rollouts(
@@ -170,12 +167,13 @@ def recommend_control(
         found: list[tuple[Trial, dict[int, float]]] = []
         for start in starts:
             try:
-                control, kl, drawn = _at_kl(model, base, start, target_kl, draw)
+                match, drawn = control_at_kl(model, base, start, target_kl, draw)
                 scored = scores(drawn)
                 by_prompt = _by_prompt(head, scored)
                 gains = _differences(by_prompt, base_rewards)
                 gain = (sum(gains) / len(gains), *paired_interval(gains))
-                found.append((Trial(control, kl, _means(scored), gain), by_prompt))
+                trial = Trial(match.control, match.kl, _means(scored), gain, match.low, match.high)
+                found.append((trial, by_prompt))
             except ValueError as error:
                 logger.warning(f"method={start.method!r} is no candidate: {error}")
             advance(1)
@@ -187,38 +185,8 @@ def recommend_control(
     )
 
 
-def _few(model, tokenizer, prompts, sampling: SamplingSettings):
-    """Prompts to answer, and how often."""
-    if not len(prompts):
-        raise ValueError("No prompts to compare controls on.")
-    if not isinstance(prompts, Prompts):
-        prompts = load_prompts(list(prompts)[:NUM_RESPONSES])
-    prompts = prompts.take(range(len(prompts))[:NUM_RESPONSES])
-    drawn = sampling_config(model, tokenizer, SamplingSettings.of(sampling, {"num_samples": 1})).do_sample
-    return SamplingSettings.of(sampling, {"num_samples": -(-NUM_RESPONSES // len(prompts)) if drawn else 1}), prompts
-
-
-def _at_kl(
-    model: ReControlForCausalLM,
-    base: list[Rollout],
-    start: ControlConfig,
-    target_kl: float,
-    draw: Callable[[ControlConfig], list[Rollout]],
-) -> tuple[ControlConfig, float, list[Rollout]]:
-    """A control at `target_kl`, its KL, and the responses that it was measured on."""
-    # On responses of the base it costs next to nothing to come near.
-    near = match_kl(model, kl_sample(base), start, target_kl)
-    last: list[Any] = []
-
-    def kl_at(control: ControlConfig) -> float:
-        responses = draw(control)
-        with model.use_control(control):
-            kl = kl_divergence(model, responses)
-        last[:] = kl, responses
-        return kl
-
-    control = find_step_size(kl_at, near, target_kl, _TOLERANCE, _MAX_SAMPLINGS)
-    return control, *last
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _standardised(head: ValueHead, reward: Sequence[float]) -> float:

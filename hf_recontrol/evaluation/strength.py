@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..collection.rollouts import generate_rollouts
+from ..collection.sampling import sampling_config
 from ..configuration import ControlConfig
+from ..data.prompts import Prompts, load_prompts
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
+from ..settings import SamplingSettings
+from .intervals import ratio_interval
+from .likelihoods import likelihoods
 from .metrics import kl_divergence
 
+logger = logging.get_logger(__name__)
+
+# Responses that a control is measured on: of so many prompts, or several of each prompt if there are fewer.
+NUM_RESPONSES = 64
 # A few responses give the mean KL well enough, at a second or two for each step size tried: of the longest so many,
 # every so manyth.
 _LONGEST, _EVERY = 64, 8
@@ -22,68 +36,189 @@ _EXPECTED_SLOPE, _SMALLEST_SLOPE = 2.0, 0.2
 _KL_OUT_OF_RANGE = 1e12
 
 
-def kl_sample(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The few of a run's rollouts on which step sizes are matched: some of the longest, evenly spread."""
-    return sorted(rollouts, key=lambda rollout: -len(rollout.completion_ids))[:_LONGEST][::_EVERY]
+@dataclass(frozen=True)
+class KLMatch:
+    """
+    What [`match_kl`] found.
+
+    Attributes:
+        control ([`ControlConfig`]):
+            The control, with the step size that was found.
+        kl, low, high (`float`):
+            Nats a token that it reached on its own responses, and the ends of the 95 % interval over prompts (see
+            [`paired_interval`]; infinite for a single prompt).
+        prompts, responses (`int`):
+            How many it was measured on.
+    """
+
+    control: ControlConfig
+    kl: float
+    low: float
+    high: float
+    prompts: int
+    responses: int
 
 
 def match_kl(
     model: ReControlForCausalLM,
-    rollouts: Sequence[Rollout],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts | Sequence,
     control: ControlConfig,
-    target: float,
+    target_kl: float,
+    sampling: SamplingSettings | None = None,
     *,
     tolerance: float = 0.1,
-    max_measurements: int = 20,
-) -> ControlConfig:
+    max_samplings: int = 6,
+) -> KLMatch:
     """
-    The control whose mean KL to the base on given (uncontrolled) responses is `target`. It makes methods comparable,
-    and gives a step size that was not tuned on any reward.
+    The step size at which a control's own responses are `target_kl` from the base. It makes methods comparable, and
+    gives a step size that was not tuned on any reward.
 
-    The KL grows about with the square of the step size, so its logarithm is searched by interpolation in the logarithm
-    of the step size, and by bisection where that does not help.
+    Near it the search comes on a few responses of the base, read again for each step size. From there the prompts are
+    answered under control, with the same noise for each step size, until the KL on these answers is as wanted: 2
+    rounds of 64 responses as a rule.
 
     Args:
-        model ([`ReControlForCausalLM`]), rollouts (sequence of [`Rollout`]):
-            Where the KL is measured, see [`kl_divergence`]; a dozen responses do.
+        model ([`ReControlForCausalLM`]), tokenizer:
+            The base with the head.
+        prompts ([`Prompts`], or what [`generate_rollouts`] takes):
+            Prompts that the head was not trained on. The first 64 are used; of fewer prompts each is answered
+            several times, and a warning says so.
         control ([`ControlConfig`]):
             The settings whose `step_size` is to be found; the search starts from it.
-        target (`float`):
+        target_kl (`float`):
             Nats per token.
+        sampling ([`SamplingSettings`], *optional*):
+            How responses are drawn, `num_samples` aside.
         tolerance (`float`, *optional*, defaults to 0.1):
-            How far the KL may be off, relative to `target`.
-        max_measurements (`int`, *optional*, defaults to 20):
-            Step sizes tried at most.
+            How far the KL may be off, relative to `target_kl`.
+        max_samplings (`int`, *optional*, defaults to 6):
+            How often the prompts are answered at most.
+
+    Returns:
+        [`KLMatch`]: the control, and the KL that it reached with its interval.
 
     Raises:
-        `ValueError`: if `target` is not above 0, or no step size is found that reaches it.
+        `ValueError`: if `target_kl` is not above 0, there are no prompts, or no step size is found that reaches the
+        KL.
     """
+    check_target(target_kl)
+    _check_start(control)
+    prompts, sampling = few_prompts(model, tokenizer, prompts, sampling or SamplingSettings())
+    if len(prompts) < NUM_RESPONSES:
+        logger.warning(
+            f"The KL is measured on {len(prompts)} prompts: its interval is wide. {NUM_RESPONSES} prompts tell more."
+        )
 
-    def kl_at(candidate: ControlConfig) -> float:
-        with model.use_control(candidate):
-            return kl_divergence(model, rollouts)
+    def draw(drawn_under: ControlConfig | bool) -> list[Rollout]:
+        return generate_rollouts(
+            model, tokenizer, prompts, sampling, control=drawn_under, progress=lambda done, total: None
+        )
 
-    return find_step_size(kl_at, control, target, tolerance, max_measurements)
+    found, _ = control_at_kl(model, draw(False), control, target_kl, draw, tolerance, max_samplings)
+    return found
 
 
-def find_step_size(
-    kl_at: Callable[[ControlConfig], float],
-    control: ControlConfig,
-    target: float,
+def few_prompts(
+    model: ReControlForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts | Sequence,
+    sampling: SamplingSettings,
+) -> tuple[Prompts, SamplingSettings]:
+    """The prompts to answer, 64 at most, and how often each is: once, or until there are 64 responses."""
+    if not len(prompts):
+        raise ValueError("No prompts to compare controls on.")
+    if not isinstance(prompts, Prompts):
+        prompts = load_prompts(list(prompts)[:NUM_RESPONSES])
+    prompts = prompts.take(range(len(prompts))[:NUM_RESPONSES])
+    drawn = sampling_config(model, tokenizer, SamplingSettings.of(sampling, {"num_samples": 1})).do_sample
+    return prompts, SamplingSettings.of(sampling, {"num_samples": -(-NUM_RESPONSES // len(prompts)) if drawn else 1})
+
+
+def control_at_kl(
+    model: ReControlForCausalLM,
+    of_base: Sequence[Rollout],
+    start: ControlConfig,
+    target_kl: float,
+    draw: Callable[[ControlConfig], list[Rollout]],
     tolerance: float = 0.1,
-    max_measurements: int = 20,
-) -> ControlConfig:
-    """[`find_strength`] for a control's step size."""
+    max_samplings: int = 6,
+) -> tuple[KLMatch, list[Rollout]]:
+    """
+    A control at `target_kl`, and the responses that its KL was measured on.
+
+    Args:
+        of_base (sequence of [`Rollout`]):
+            Responses of the base, for the first guess.
+        draw (`Callable[[ControlConfig], list[Rollout]]`):
+            Answers the prompts under a control.
+    """
+    _check_start(start)
+    few = sorted(of_base, key=lambda rollout: -len(rollout.completion_ids))[:_LONGEST][::_EVERY]
+    last: list[tuple[tuple[float, float, float], list[Rollout]]] = []
+
+    def on_the_base_s(step_size: float) -> float:
+        with model.use_control(replace(start, step_size=step_size)):
+            return kl_divergence(model, few)
+
+    def on_its_own(step_size: float) -> float:
+        control = replace(start, step_size=step_size)
+        responses = draw(control)
+        with model.use_control(control):
+            nats = [each.kl for each in likelihoods(model, responses, nullcontext)]
+        last[:] = [(kl_with_interval(responses, nats), responses)]
+        return last[0][0][0]
+
+    step_size = strength_at_kl(on_its_own, start.step_size, target_kl, on_the_base_s, tolerance, max_samplings)
+    [(measured, responses)] = last
+    num_prompts = len({rollout.prompt_number for rollout in responses})
+    return KLMatch(replace(start, step_size=step_size), *measured, num_prompts, len(responses)), responses
+
+
+def kl_with_interval(rollouts: Sequence[Rollout], nats: Sequence[float]) -> tuple[float, float, float]:
+    """
+    Mean KL in nats a token of responses whose sums are given, and the ends of its 95 % interval over prompts.
+
+    Raises:
+        `ValueError`: if no response has a token.
+    """
+    sums: dict[int, list[float]] = {}
+    for rollout, kl in zip(rollouts, nats, strict=True):
+        of_prompt = sums.setdefault(rollout.prompt_number, [0.0, 0.0])
+        of_prompt[0] += kl
+        of_prompt[1] += len(rollout.completion_ids)
+    numerators, tokens = ([pair[i] for pair in sums.values()] for i in range(2))
+    if not sum(tokens):
+        raise ValueError("No response has a token to measure the KL on.")
+    return sum(numerators) / sum(tokens), *ratio_interval(numerators, tokens)
+
+
+def strength_at_kl(
+    on_its_own: Callable[[float], float],
+    start: float,
+    target_kl: float,
+    on_the_base_s: Callable[[float], float] | None = None,
+    tolerance: float = 0.1,
+    max_samplings: int = 6,
+) -> float:
+    """
+    [`find_strength`] on a policy's own responses, which is what counts. If the KL is also to be had on responses of
+    the base, the search comes near it there first, where it costs next to nothing.
+    """
+    if on_the_base_s is not None:
+        start = find_strength(on_the_base_s, start, target_kl, tolerance)
+    return find_strength(on_its_own, start, target_kl, tolerance, max_samplings)
+
+
+def check_target(target: float) -> None:
+    """Raises `ValueError` for a KL that no policy can be moved by."""
+    if not target > 0:
+        raise ValueError(f"`target_kl` must be above 0, got {target!r}.")
+
+
+def _check_start(control: ControlConfig) -> None:
     if control.is_identity or control.per_row:
         raise ValueError(f"`control` must start from one step size above 0, got {control}.")
-    found = find_strength(
-        lambda step_size: kl_at(replace(control, step_size=step_size)),
-        control.step_size,
-        target,
-        tolerance,
-        max_measurements,
-    )
-    return replace(control, step_size=found)
 
 
 def find_strength(
@@ -108,8 +243,7 @@ def find_strength(
     Raises:
         `ValueError`: if `target` is not above 0, or no strength is found that reaches it.
     """
-    if not target > 0:
-        raise ValueError(f"`target` must be above 0, got {target!r}.")
+    check_target(target)
     low, high = -math.inf, math.inf  # logarithms of strengths on either side of the target
     log_strength, slope, before = math.log(start), _EXPECTED_SLOPE, None
     for _ in range(max_measurements):

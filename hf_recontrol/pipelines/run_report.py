@@ -75,12 +75,14 @@ def _compared(recommended: dict[str, Any] | None) -> dict[str, str]:
             texts.append(f"base: reward {reward}")
             continue
         gain, *ends = ("unknown" if value is None else f"{value:+.2f}" for value in trial["gain"])
+        bounds = (trial.get(name) for name in ("kl_low", "kl_high"))
+        kl_ends = ", ".join("unknown" if value is None else f"{value:.2f}" for value in bounds)
         texts.append(
             f"{trial['control']['method']} at step size {trial['control']['step_size']:g}: reward {reward}, "
-            f"{gain} [{', '.join(ends)}] standard deviations over the base, KL {trial['kl']:.2f}"
+            f"{gain} [{', '.join(ends)}] standard deviations over the base, KL {trial['kl']:.2f} [{kl_ends}]"
         )
     on = f"{recommended['responses']} responses to {recommended['prompts']} held-out prompts"
-    return {"Controls compared": f"{'; '.join(texts)} (on {on}; paired 95 % intervals)"}
+    return {"Controls compared": f"{'; '.join(texts)} (on {on}; 95 % intervals, those of rewards paired)"}
 
 
 @torch.no_grad()

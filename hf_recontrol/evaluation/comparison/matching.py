@@ -12,9 +12,8 @@ from ...data.processes import Processes, Progress, progress_bar
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout
 from ...utils.files import read_json, write_json
-from ..intervals import ratio_interval
 from ..rivals.rival import Bench
-from ..strength import find_strength
+from ..strength import kl_with_interval, strength_at_kl
 from .answers import Drawer, row_settings
 from .entries import Row
 
@@ -110,7 +109,7 @@ def _found(
 
 
 def _match(drawer: Drawer, row: Row, held_out: Prompts, of_base: Sequence[Rollout]) -> Match:
-    last: dict[float, tuple[list[float], list[float]]] = {}
+    last: list[tuple[float, float, float]] = []
 
     def kl_on_its_own(strength: float) -> float:
         answers, found, _ = drawer.draw(replace(row, strength=strength), held_out)
@@ -120,14 +119,8 @@ def _match(drawer: Drawer, row: Row, held_out: Prompts, of_base: Sequence[Rollou
         ]
         if None in kls:
             raise ValueError("its KL to the base is not known (it has no `policy`): give it `strengths`")
-        sums: dict[int, list[float]] = {}
-        for answer, kl in zip(answers, kls, strict=True):
-            of_prompt = sums.setdefault(answer.rollout.prompt_number, [0.0, 0.0])
-            of_prompt[0] += kl
-            of_prompt[1] += len(answer.rollout.completion_ids)
-        nats, tokens = (list(column) for column in zip(*sums.values(), strict=True))
-        last[strength] = nats, tokens
-        return sum(nats) / max(1.0, sum(tokens))
+        last[:] = [kl_with_interval([answer.rollout for answer in answers], kls)]
+        return last[0][0]
 
     def kl_on_the_base_s(strength: float) -> float:
         found = drawer.likelihoods_on(replace(row, strength=strength), of_base, held_out)
@@ -135,11 +128,8 @@ def _match(drawer: Drawer, row: Row, held_out: Prompts, of_base: Sequence[Rollou
 
     try:
         start = row.rival.start
-        if row.rival.policy(start) is not None:
-            # On responses of the base it costs next to nothing to come near.
-            start = find_strength(kl_on_the_base_s, start, row.target_kl, _TOLERANCE)
-        strength = find_strength(kl_on_its_own, start, row.target_kl, _TOLERANCE, _MAX_SAMPLINGS)
+        near = None if row.rival.policy(start) is None else kl_on_the_base_s
+        strength = strength_at_kl(kl_on_its_own, start, row.target_kl, near, _TOLERANCE, _MAX_SAMPLINGS)
     except ValueError as error:
         raise ValueError(f"The control {row.entry.name!r} at {row.target_kl:g} nats a token: {error}") from error
-    nats, tokens = last[strength]
-    return Match(strength, sum(nats) / sum(tokens), *ratio_interval(nats, tokens))
+    return Match(strength, *last[0])
