@@ -80,7 +80,7 @@ def embedded_model() -> Path:
 class DemoSizes:
     """The sizes of the demo."""
 
-    num_training_prompts: int = 320
+    num_training_prompts: int = 416
     num_unseen_prompts: int = 64
     max_new_tokens: int = 32
     temperature: float = 0.9
@@ -167,7 +167,12 @@ def _tried(head: Path) -> list[dict[str, Any]]:
     """The controls that [`fit`] tried, as a comparison takes them: all at one KL, so none is tuned on the reward."""
     trials = read_json(head / FIGURES_FILE).get("recommended", {}).get("trials", [])
     controls = [ControlConfig.from_dict(trial["control"]) for trial in trials if trial["control"] is not None]
-    return [{"kind": KIND_OF_METHOD[control.method], "strengths": [control.step_size]} for control in controls]
+    methods = {control.method for control in controls}
+    found = [{"kind": KIND_OF_METHOD[control.method], "strengths": [control.step_size]} for control in controls]
+    if methods == {"static", "ascent"}:
+        # Training left g at the static vector, so the advantage edit is the static one.
+        found[0]["name"] = "advantage = static_vector"
+    return found
 
 
 def _show_answers(path: Path, count: int = 3) -> None:
