@@ -44,7 +44,7 @@ def test_a_demo_trains_compares_saves_and_is_reused(base, prompts, tmp_path, mon
     figures = run_demo(str(base), prompts, output)
     # The advantage edit too, unless training left g at the static vector.
     names = list(dict.fromkeys(figure.control for figure in figures))
-    assert names[:4] == ["base", "prompting", "best_of_n", "static_vector"] and names[-1] == "ascent"
+    assert names[:3] == ["base", "prompting", "best_of_n"] and "static_vector" in names[3] and names[-1] == "ascent"
     found = {(f.control, f.metric): f for f in figures if f.strength != 1 or f.control != "best_of_n"}
     assert found["base", "kl_per_token"].value == 0
     assert all(found[name, "kl_per_token"].value > 0 for name in names if name != "base")

@@ -80,7 +80,7 @@ def embedded_model() -> Path:
 class DemoSizes:
     """The sizes of the demo."""
 
-    num_training_prompts: int = 416
+    num_training_prompts: int = 320
     num_unseen_prompts: int = 64
     max_new_tokens: int = 32
     temperature: float = 0.9
