@@ -247,7 +247,7 @@ def _write_part(drawer: Drawer, row: Row, prompts: Prompts, path: Path) -> None:
     measured = {
         "seconds": [seconds] * len(answers),
         "kl": [kl_of(row, answer, likelihood) for answer, likelihood in zip(answers, found, strict=True)],
-        "base": [likelihood.base for likelihood in found],
+        "base": [likelihood.base if drawer.perplexity else None for likelihood in found],
     }
     save_rollouts([answer.rollout for answer in answers], path, measured=measured)
 
