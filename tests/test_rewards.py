@@ -128,7 +128,7 @@ def test_a_folder_is_scored_in_place_and_scored_once(folder, monkeypatch):
     assert [r.reward for r in after] == [[float(len(r.completion)), float(r.columns["topic"])] for r in after]
     assert counts["unscored"] == 0 and counts["reward topic"] == sum(range(5, 15))
     assert read_manifest(folder, "rollouts", "")["rewards"] == ["length", "topic"]
-    monkeypatch.setattr("hf_recontrol.collection.labels._scored", None)
+    monkeypatch.setattr("hf_recontrol.collection.labels.scored_rollouts", None)
     assert label_rollouts(folder, {"length": length, "topic": load_reward("column:topic")}) == counts
     before = hashes(folder)
     with pytest.raises(ValueError, match=r"another reward \(there \['length', 'topic'\], now \['length'\]\).*--again"):

@@ -115,7 +115,7 @@ def _is_all_of_logits(model: PreTrainedModel, states: Sequence[torch.Tensor], lo
 def _likelihood(rollout: Rollout, base: torch.Tensor, own: torch.Tensor | None) -> Likelihood:
     """Of the logits, `(tokens, vocabulary)`, that a response's tokens were drawn from."""
     tokens = torch.tensor(rollout.completion_ids, device=base.device)[:, None]
-    plain = -torch.log_softmax(base.float(), dim=-1).gather(-1, tokens).double().sum()
+    plain = -torch.log_softmax(base.float(), dim=-1).gather(-1, tokens).cpu().double().sum()
     if own is None:
         return Likelihood(float(plain))
     temperature = rollout.temperature or 1.0
@@ -123,5 +123,5 @@ def _likelihood(rollout: Rollout, base: torch.Tensor, own: torch.Tensor | None) 
     log_policy = torch.log_softmax(own.float() / temperature, dim=-1)
     # A masked token has policy 0 and adds nothing, where 0 * -inf would be NaN.
     terms = (log_policy.exp() * (log_policy - log_base)).where(log_policy > -torch.inf, 0.0)
-    ratio = (log_policy.gather(-1, tokens) - log_base.gather(-1, tokens)).double().sum()
-    return Likelihood(float(plain), float(terms.sum(-1).double().sum()), float(ratio))
+    ratio = (log_policy.gather(-1, tokens) - log_base.gather(-1, tokens)).cpu().double().sum()
+    return Likelihood(float(plain), float(terms.sum(-1).cpu().double().sum()), float(ratio))
