@@ -157,7 +157,7 @@ def test_the_vector_is_made_once_for_what_it_depends_on(tmp_path, monkeypatch):
     [path] = bench.folder.iterdir()
     content = path.read_bytes()
     again = make_rival("steering_vector", bench, {"layer": -2})
-    monkeypatch.setattr("hf_recontrol.evaluation.rivals.steering.load_rollouts", None)
+    monkeypatch.setattr("hf_recontrol.evaluation.rivals.steering.scored_by_prompt", None)
     again.prepare()
     assert again.layer == 1
     assert [path] == list(bench.folder.iterdir()) and path.read_bytes() == content

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from .sampling import (
     RowSampler,
     StopStrings,
     cut_response,
+    draw_settings,
     draw_with,
     few_embeddings,
     listed_ids,
@@ -317,17 +317,11 @@ def write_rollouts(
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(settings.num_samples)]
     known = {
         **model_settings(model),
-        "chat_template": hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()[:16],
-        "prompt_format": settings.prompt_format,
-        "chat_template_kwargs": settings.chat_template_kwargs,
         "prompts": prompts.fingerprint,
-        "num_samples": settings.num_samples,
-        "generation_config": {key: value for key, value in config.to_diff_dict().items() if key[0] != "_"},
-        "seed": settings.seed,
+        **draw_settings(tokenizer, config, settings),
         **sampler.control,
         "part_size": settings.part_size,
     }
-    known["generation_config"].pop("transformers_version", None)
     stage = StageFolder(folder, "rollouts", known, -(-len(rows) // settings.part_size), ".parquet")
     with stage:
         if stage.is_counted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from abc import ABC
 from collections.abc import Callable, Sequence
@@ -274,6 +275,22 @@ def sampling_config(
             f"{settings.num_samples} samples of a prompt would be the same without sampling: set a temperature."
         )
     return config
+
+
+def draw_settings(
+    tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, settings: SamplingSettings
+) -> dict[str, Any]:
+    """What responses depend on beside the model and the prompts, as JSON, with the config of [`sampling_config`]."""
+    drawn = {key: value for key, value in config.to_diff_dict().items() if key[0] != "_"}
+    drawn.pop("transformers_version", None)
+    return {
+        "chat_template": hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()[:16],
+        "prompt_format": settings.prompt_format,
+        "chat_template_kwargs": settings.chat_template_kwargs,
+        "num_samples": settings.num_samples,
+        "generation_config": drawn,
+        "seed": settings.seed,
+    }
 
 
 # Further settings that draw from another distribution than the model's at a temperature, and the values that do not.

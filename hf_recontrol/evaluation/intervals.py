@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ def resamples(count: int) -> np.ndarray:
     times = torch.zeros(NUM_RESAMPLES, count, dtype=torch.float64)
     times.scatter_add_(1, chosen, torch.ones_like(times))
     return times.numpy()
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON: `None` for a number that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def interval(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:

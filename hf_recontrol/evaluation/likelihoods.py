@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..collection.batches import forward_batches, teacher_forced
+from ..configuration import ControlConfig
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.hook_points import find_lm_head, in_eval
@@ -93,6 +94,19 @@ def likelihoods(
             own_logits = None if policy is None else own[place, own_parts[place]]
             found[i] = _likelihood(rollouts[i], base[place, parts[place]], own_logits)
     return found
+
+
+def acts_only_at_head(model: PreTrainedModel, control: ControlConfig | None) -> bool:
+    """Whether a control of a model's heads differs from the base at the LM head alone: a mask acts behind it."""
+    return model.hook_point.layer is None and (control is None or not control.plausibility)
+
+
+def likelihoods_in_force(
+    model: ReControlForCausalLM, rollouts: Sequence[Rollout], batch_size: int = 8
+) -> list[Likelihood]:
+    """[`likelihoods`] of responses where the policy is the model under the settings in force."""
+    only_at_head = acts_only_at_head(model, model.active_control)
+    return likelihoods(model, rollouts, nullcontext, batch_size=batch_size, only_at_head=only_at_head)
 
 
 @contextmanager

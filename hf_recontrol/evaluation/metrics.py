@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from ..collection.batches import check_in_force
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
-from .likelihoods import likelihoods
+from .likelihoods import likelihoods_in_force
 
 # NLTK's `wordpunct_tokenize`: runs of letters and digits, and runs of punctuation.
 _WORDS = re.compile(r"\w+|[^\w\s]+")
@@ -64,7 +63,5 @@ def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, b
         raise ValueError("No rollout has a token to measure.")
     model.check_same_for_all_prompts()
     check_in_force(model, used)
-    control = model.active_control
-    only_at_head = model.hook_point.layer is None and (control is None or not control.plausibility)
-    found = likelihoods(model, used, nullcontext, batch_size=batch_size, only_at_head=only_at_head)
+    found = likelihoods_in_force(model, used, batch_size)
     return sum(each.kl for each in found) / sum(len(rollout.completion_ids) for rollout in used)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from ..data.rollouts import Rollout
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import SamplingSettings
-from .intervals import paired_interval
+from .intervals import finite, paired_interval
 from .strength import control_at_kl, few_prompts
 
 logger = logging.get_logger(__name__)
@@ -77,8 +76,8 @@ class Recommendation:
         """A JSON-serialisable `dict`; ends of intervals that are not finite are `None`."""
 
         def plain(trial: Trial) -> dict[str, Any]:
-            gain = trial.gain and [_finite(end) for end in trial.gain]
-            ends = {"kl_low": _finite(trial.kl_low), "kl_high": _finite(trial.kl_high)}
+            gain = trial.gain and [finite(end) for end in trial.gain]
+            ends = {"kl_low": finite(trial.kl_low), "kl_high": finite(trial.kl_high)}
             return asdict(trial) | {"control": trial.control and trial.control.to_dict(), "gain": gain} | ends
 
         return asdict(self) | {"control": self.control.to_dict(), "trials": [plain(trial) for trial in self.trials]}
@@ -183,10 +182,6 @@ def recommend_control(
     return Recommendation(
         chosen, [Trial(None, 0.0, _means(base)), *(trial for trial, _ in found)], len(prompts), len(base)
     )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _standardised(head: ValueHead, reward: Sequence[float]) -> float:

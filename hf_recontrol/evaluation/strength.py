@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +17,7 @@ from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import SamplingSettings
 from .intervals import ratio_interval
-from .likelihoods import likelihoods
+from .likelihoods import likelihoods_in_force
 from .metrics import kl_divergence
 
 logger = logging.get_logger(__name__)
@@ -165,7 +164,7 @@ def control_at_kl(
         control = replace(start, step_size=step_size)
         responses = draw(control)
         with model.use_control(control):
-            nats = [each.kl for each in likelihoods(model, responses, nullcontext)]
+            nats = [each.kl for each in likelihoods_in_force(model, responses)]
         last[:] = [(kl_with_interval(responses, nats), responses)]
         return last[0][0][0]
 

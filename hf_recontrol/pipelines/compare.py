@@ -22,7 +22,6 @@ from ..data.processes import Processes
 from ..data.prompts import Prompts, load_prompts, report_bad_rows
 from ..data.rollouts import Rollout
 from ..data.stage_folder import StageFolder, lock_folder
-from ..data.templating import PromptEncoder
 from ..evaluation.comparison.answers import Drawer, draw_answers, load_answers
 from ..evaluation.comparison.entries import Row, default_controls, entries_of, rows_of, without_twins
 from ..evaluation.comparison.figures import Figure, Sample, best_of, figures_of, sample_of
@@ -258,10 +257,10 @@ def _loaded(
 
 def _usable(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: str) -> Prompts:
     """The prompts that the model can take, with each instruction too."""
-    encoder = PromptEncoder(bench.tokenizer, bench.sampling)
-    drawer, most = Drawer(bench), sampling_config(bench.model, bench.tokenizer, bench.sampling).max_new_tokens
     if not len(prompts):
         return prompts
+    drawer, most = Drawer(bench), sampling_config(bench.model, bench.tokenizer, bench.sampling).max_new_tokens
+    encoder = drawer.encoder
     usable, bad = encode_all(encoder, bench.model, prompts, range(len(prompts)), most)
     report_bad_rows(bad, on_bad_rows)
     instructed = {

@@ -23,26 +23,3 @@ from .stages import (
     TrainSettings,
     ValueSettings,
 )
-
-__all__ = [
-    "COMPARE_INPUTS",
-    "HELD_OUT_PROMPTS",
-    "AdvantageSettings",
-    "BadRowSettings",
-    "CompareSettings",
-    "FitSettings",
-    "ForwardSettings",
-    "HeadSettings",
-    "HookPointSettings",
-    "LabelSettings",
-    "LoadingSettings",
-    "PromptSettings",
-    "RolloutSettings",
-    "SamplingSettings",
-    "SeedSettings",
-    "StatesSettings",
-    "TemplateSettings",
-    "TrainSettings",
-    "TrainingSettings",
-    "ValueSettings",
-]

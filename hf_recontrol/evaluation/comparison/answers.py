@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ...collection.sampling import sampling_config
+from ...collection.sampling import draw_settings, sampling_config
 from ...data.fingerprints import model_settings
 from ...data.processes import Progress, progress_bar
 from ...data.prompts import Prompts
@@ -39,18 +39,11 @@ ANSWERS_FOLDER = "answers"
 def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
     """Everything that a row's answers depend on, as JSON."""
     config = sampling_config(bench.model, bench.tokenizer, bench.sampling)
-    drawn = {key: value for key, value in config.to_diff_dict().items() if key[0] != "_"}
-    drawn.pop("transformers_version", None)
     return {
         **model_settings(bench.model),
         "prompts": prompts.fingerprint,
         "tokenizer": _tokenizer_fingerprint(bench.tokenizer),
-        "chat_template": hashlib.sha256(repr(bench.tokenizer.chat_template).encode()).hexdigest()[:16],
-        "prompt_format": bench.sampling.prompt_format,
-        "chat_template_kwargs": bench.sampling.chat_template_kwargs,
-        "generation_config": drawn,
-        "num_samples": bench.sampling.num_samples,
-        "seed": bench.sampling.seed,
+        **draw_settings(bench.tokenizer, config, bench.sampling),
         "kind": row.entry.kind,
         "settings": row.entry.settings,
         "code": _class_fingerprint(type(row.rival)) if is_own_class(row.entry.kind) else None,

@@ -13,6 +13,7 @@ from typing import Any
 from ...data.rollouts import Rollout
 from ...utils.extras import needs_extra
 from ...utils.files import atomic_path
+from ..intervals import finite
 from .figures import Figure
 
 ANSWERS_NAME = "answers.parquet"
@@ -113,7 +114,7 @@ def write_figures(folder: Path, figures: Sequence[Figure], about: dict[str, Any]
     not finite are left empty (`null`).
     """
     names = [item.name for item in fields(Figure)]
-    lines = [{name: _finite(value) for name, value in asdict(figure).items()} for figure in figures]
+    lines = [{name: finite(value) for name, value in asdict(figure).items()} for figure in figures]
     with atomic_path(folder / FIGURES_NAME) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
@@ -121,7 +122,3 @@ def write_figures(folder: Path, figures: Sequence[Figure], about: dict[str, Any]
     with atomic_path(folder / FIGURES_JSON_NAME) as temporary:
         text = json.dumps(about | {"figures": lines}, indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,6 +9,7 @@ from typing import Any
 from ...configuration import ControlConfig
 from ...data.fingerprints import head_fingerprint
 from ...data.prompts import Prompts
+from ..likelihoods import acts_only_at_head
 from .rival import Answer, Bench, Rival
 
 
@@ -40,8 +41,7 @@ class Control(Rival):
         with bench.model.use_control(control):
             pass  # raises where the head has no such part
         self.control = control
-        # A mask of implausible tokens acts behind the LM head.
-        self.only_at_head = bench.model.hook_point.layer is None and not control.plausibility
+        self.only_at_head = acts_only_at_head(bench.model, control)
         self.strength = control.step_size if same or "step_size" in settings else None
 
     def at(self, strength: float | None) -> ControlConfig:

@@ -17,20 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ...data.fingerprints import file_checksum, model_settings
 from ...data.processes import Processes
 from ...data.prompts import Prompts
-from ...data.rollouts import Rollout, load_rollouts
-from ...data.stage_folder import read_manifest
+from ...data.rollouts import Rollout
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...utils.checks import check_int, check_number
 from ...utils.extras import needs_extra
 from ...utils.files import make_folder, write_json
-from .rival import Answer, Bench, Rival, standardised
-
-logger = logging.get_logger(__name__)
+from ..likelihoods import base_only
+from .rival import Answer, Bench, Rival, rollouts_for, scored_by_prompt
 
 _ADAPTER = "compared"
 
@@ -156,15 +153,8 @@ class DpoLora(Rival):
                 "A LoRA adapter is trained on scored rollouts: name their folder (`rollouts`), as `recontrol rollout` "
                 "and `recontrol label` make it, for the comparison or for this control, or an `adapter`."
             )
-        sampled_from = read_manifest(folder, "rollouts", "recontrol rollout")["settings"]["model"]
-        own = model_settings(self.bench.model)["model"]
-        if sampled_from != own:
-            logger.warning(f"The rollouts in {folder} are those of {sampled_from}, the LoRA adapter is for {own}.")
-        of_prompt: dict[int, list[tuple[float, Rollout]]] = {}
-        for rollout in load_rollouts(folder):
-            reward = standardised(self.bench, rollout.reward)
-            if reward is not None and rollout.completion_ids:
-                of_prompt.setdefault(rollout.prompt_number, []).append((reward, rollout))
+        rollouts_for(self.bench, folder, "LoRA adapter")
+        of_prompt = scored_by_prompt(self.bench, folder)
         if not of_prompt:
             raise ValueError(f"The rollouts in {folder} have no rewards: score them with `recontrol label`.")
         if all(len(scored) == 1 for scored in of_prompt.values()):
@@ -279,7 +269,6 @@ class DpoLora(Rival):
         trained = {name: layer.scaling[_ADAPTER] for name, layer in layers.items()}
         weights = {name: layer.get_base_layer().weight.data for name, layer in layers.items()} if self.merge else {}
         model = self.bench.model
-        control_off = model.disable_control() if isinstance(model, ReControlForCausalLM) else None
         try:
             for name, layer in layers.items():
                 layer.scaling[_ADAPTER] = strength * trained[name]
@@ -288,11 +277,8 @@ class DpoLora(Rival):
                     layer.get_base_layer().weight.data = summed.to(weights[name].dtype)
                 else:
                     model.set_submodule(name, layer)
-            if control_off is None:
+            with base_only(model):
                 yield
-            else:
-                with control_off:
-                    yield
         finally:
             for name, layer in layers.items():
                 layer.scaling[_ADAPTER] = trained[name]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import numpy as np
 
 from ...collection.sampling import sampling_config
 from ...data.prompts import Prompts
-from ...modeling.causal_lm import ReControlForCausalLM
 from ...utils.checks import check_int
+from ..likelihoods import base_only
 from .rival import Answer, Bench, Rival, with_samples
 
 
@@ -22,8 +22,7 @@ class Base(Rival):
         return [Answer(rollout, kl=[0.0] * len(rollout.completion_ids)) for rollout in self.bench.draw(prompts)]
 
     def policy(self, strength: float | None) -> AbstractContextManager:
-        model = self.bench.model
-        return model.disable_control() if isinstance(model, ReControlForCausalLM) else nullcontext()
+        return base_only(self.bench.model)
 
 
 class BestOfN(Base):

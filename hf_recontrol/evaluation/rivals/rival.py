@@ -11,15 +11,21 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ...collection.rewards import RewardFunction
 from ...collection.rollouts import generate_rollouts
 from ...configuration import ControlConfig
+from ...data.fingerprints import model_settings
 from ...data.prompts import Prompts
-from ...data.rollouts import Rollout
+from ...data.rollouts import Rollout, load_rollouts
+from ...data.stage_folder import read_manifest
+from ...data.templating import encode_prompt
 from ...heads.value_head import ValueHead
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...settings import SamplingSettings
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -73,15 +79,13 @@ class Bench:
             raise ValueError(f"The control {kind!r} needs a value head: name it (`head`).")
         return self.model.value_head
 
-    def draw(
-        self, prompts: Prompts, control: ControlConfig | bool = False, sampling: SamplingSettings | None = None
-    ) -> list[Rollout]:
+    def draw(self, prompts: Prompts, control: ControlConfig | bool = False) -> list[Rollout]:
         """[`generate_rollouts`] with the comparison's settings, `num_samples` responses to each prompt."""
         return generate_rollouts(
             self.model,
             self.tokenizer,
             prompts,
-            self.sampling if sampling is None else sampling,
+            self.sampling,
             control=control,
             progress=lambda done, total: None,
         )
@@ -178,9 +182,7 @@ def answers_of(bench: Bench, prompts: Prompts, returned: Sequence[Any], name: st
 
 
 def _of_text(bench: Bench, prompts: Prompts, place: int, text: str, encoded: dict[int, list[int]]) -> Rollout:
-    from ...data.templating import encode_prompt
-
-    row, sample = divmod(place, bench.sampling.num_samples)
+    row = place // bench.sampling.num_samples
     if row not in encoded:
         encoded[row] = encode_prompt(bench.tokenizer, prompts.rows[row], bench.sampling)
     ids = bench.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -192,8 +194,6 @@ def _of_text(bench: Bench, prompts: Prompts, place: int, text: str, encoded: dic
         list(ids),
         True,
         columns=columns,
-        prompt_number=prompts.numbers[row],
-        sample=sample,
     )
 
 
@@ -216,6 +216,25 @@ def standardised(bench: Bench, reward: Sequence[float] | None) -> float | None:
             )
             values = (values - mean) / std
     return float(values.sum())
+
+
+def rollouts_for(bench: Bench, folder: str | Path, what: str) -> dict[str, Any]:
+    """The manifest of the rollouts that something is made of; warns where they are those of another model."""
+    manifest = read_manifest(folder, "rollouts", "recontrol rollout")
+    sampled_from, own = manifest["settings"]["model"], model_settings(bench.model)["model"]
+    if sampled_from != own:
+        logger.warning(f"The rollouts in {folder} are those of {sampled_from}, the {what} is for {own}.")
+    return manifest
+
+
+def scored_by_prompt(bench: Bench, folder: str | Path) -> dict[int, list[tuple[float, Rollout]]]:
+    """Of each prompt's number its scored responses that have a token, each behind its [`standardised`] reward."""
+    found: dict[int, list[tuple[float, Rollout]]] = {}
+    for rollout in load_rollouts(folder):
+        reward = standardised(bench, rollout.reward)
+        if reward is not None and rollout.completion_ids:
+            found.setdefault(rollout.prompt_number, []).append((reward, rollout))
+    return found
 
 
 def with_samples(bench: Bench, num_samples: int) -> Bench:

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging
 
 from ...collection.batches import forward_batches, teacher_forced
 from ...data.fingerprints import model_settings
 from ...data.prompts import Prompts
-from ...data.rollouts import Rollout, load_rollouts
-from ...data.stage_folder import read_manifest
+from ...data.rollouts import Rollout
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...modeling.hook_points import HookPoint, find_decoder_layers, in_eval
 from ...modeling.hooks import read_states
@@ -24,9 +22,7 @@ from ...settings import HookPointSettings
 from ...utils.checks import check_int, check_number
 from ...utils.files import atomic_path, make_folder
 from ..likelihoods import base_only
-from .rival import Answer, Bench, Rival, standardised
-
-logger = logging.get_logger(__name__)
+from .rival import Answer, Bench, Rival, rollouts_for, scored_by_prompt
 
 
 class SteeringVector(Rival):
@@ -73,14 +69,9 @@ class SteeringVector(Rival):
                 "A steering vector is made of scored rollouts: name their folder (`rollouts`), as `recontrol rollout` "
                 "and `recontrol label` make it, for the comparison or for this control."
             )
-        self.manifest = read_manifest(self.folder, "rollouts", "recontrol rollout")
+        self.manifest = rollouts_for(bench, self.folder, "steering vector")
         if self.manifest.get("rewards") is None:
             raise ValueError(f"The rollouts in {self.folder} have no rewards: score them with `recontrol label`.")
-        sampled_from, own = self.manifest["settings"]["model"], model_settings(bench.model)["model"]
-        if sampled_from != own:
-            logger.warning(
-                f"The rollouts in {self.folder} are those of {sampled_from}, the steering vector is for {own}."
-            )
         self.hook_point = HookPoint.find(bench.model, HookPointSettings(hook_point="decoder_layer", layer=self.layer))
         self._vector: torch.Tensor | None = None
 
@@ -97,21 +88,16 @@ class SteeringVector(Rival):
         name = f"steering-vector-{hashlib.sha256(known.encode()).hexdigest()[:12]}.safetensors"
         path = make_folder(self.bench.folder) / name
         if not path.is_file():
-            good, bad = self._contrasted(load_rollouts(self.folder))
+            good, bad = self._contrasted()
             vector = self._mean_state(good) - self._mean_state(bad)
             with atomic_path(path) as temporary:
                 save_file({"vector": vector}, temporary)
         self._vector = load_file(path)["vector"]
 
-    def _contrasted(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[Rollout]]:
+    def _contrasted(self) -> tuple[list[Rollout], list[Rollout]]:
         """(good responses, as many bad ones to the same prompts)."""
         groups: dict[int | None, list[tuple[float, Rollout]]] = {}
-        of_prompt: dict[int, list[tuple[float, Rollout]]] = {}
-        for rollout in rollouts:
-            reward = standardised(self.bench, rollout.reward)
-            if reward is not None and rollout.completion_ids:
-                of_prompt.setdefault(rollout.prompt_number, []).append((reward, rollout))
-        for number, scored in of_prompt.items():
+        for number, scored in scored_by_prompt(self.bench, self.folder).items():
             groups.setdefault(number if len(scored) > 1 else None, []).extend(scored)
         good, bad = [], []
         for scored in groups.values():
