@@ -38,6 +38,8 @@ from ..evaluation.comparison.results import (
 )
 from ..evaluation.comparison.scores import Scores, coherence_scorer, reward_scorer, score_answers
 from ..evaluation.comparison.table import table
+from ..evaluation.comparison.verdicts import ORDERS_DISAGREE, pair_scorer
+from ..evaluation.judges.endpoint import EndpointJudge
 from ..evaluation.rivals.plain import BestOfN
 from ..evaluation.rivals.rival import Bench, standardised
 from ..heads.value_head import ValueHead
@@ -91,8 +93,9 @@ def compare(
             How they are compared; single settings as keywords.
         head (`str` or `os.PathLike`, *optional*):
             The value head, for the controls that need one.
-        judge (`str` or function, *optional*):
-            A reward that no head was trained on.
+        judge (`str`, function or `dict`, *optional*):
+            A reward that no head was trained on, or a language model behind an endpoint (`kind: llm`), see
+            [docs/judging.md](judging.md).
         controls (sequence of `dict`, *optional*):
             What is compared, see [docs/comparing.md](comparing.md). By default the base, prompting, best of 4, and
             each method that the head has, at 0.1 nats a token if no strength is named.
@@ -121,7 +124,9 @@ def compare(
         check_rows(functions, test, settings.combine_rewards)
     try_rewards(functions, test, settings.on_bad_rows)
     scorers = [reward_scorer("reward", functions, settings.on_bad_rows, settings.combine_rewards)]
-    if judge is not None:
+    if isinstance(judge, dict):
+        scorers.append(pair_scorer(EndpointJudge.of(judge), output / "verdicts.jsonl"))
+    elif judge is not None:
         scorers.append(reward_scorer("judge", {"judge": _judge(judge, functions, test)}, settings.on_bad_rows))
     if settings.embeddings is not None:
         scorers.append(coherence_scorer(settings.embeddings))
@@ -137,6 +142,13 @@ def compare(
         )
         entries = entries_of(default_controls(bench) if controls is None else controls, settings)
         rows = rows_of(entries, bench, settings)
+        if isinstance(judge, dict) and any(
+            row.entry.name == settings.against and isinstance(row.rival, BestOfN) for row in rows
+        ):
+            raise ValueError(
+                f"A judge of pairs needs one answer to hold others against, and {settings.against!r} (`against`) "
+                "draws several: name another control."
+            )
         test, held = (_usable(bench, rows, part, settings.on_bad_rows) for part in (test, held))
         progress = (lambda done, total: None) if quiet else None
         with _locked(output):
@@ -294,6 +306,7 @@ def _results(
 ) -> list[Figure]:
     """Figures from all answers and scores; the first process writes the files."""
     loaded = [load_answers(stage) for stage in stages]
+    judged = _judged(scores)
     numbers = [_numbers(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
     for name in dict.fromkeys(name for own in scores for name in own):
         if all(value is None for own in scores for value in own[name]):
@@ -303,7 +316,8 @@ def _results(
     held_by = best_places(held_against, others["reward"]) if isinstance(rows[reference].rival, BestOfN) else None
     for (rollouts, _), own in zip(loaded, numbers, strict=True):
         places = matched_references(rollouts, held_against, held_by)
-        own["win_rate"], own["ties"] = wins(own[judged_by], [others[judged_by][place] for place in places])
+        if "win_rate" not in own:
+            own["win_rate"], own["ties"] = wins(own[judged_by], [others[judged_by][place] for place in places])
     places = {number: place for place, number in enumerate(prompts.numbers)}
     drawn = [
         sample_of(row.entry.name, row.strength, rollouts, own, places)
@@ -326,10 +340,15 @@ def _results(
             "strengths": matches,
             "controls": [vars(row.entry) | {"strength": row.strength} for row in rows],
             "settings": settings.to_dict(),
-        }
+        } | ({"judged": judged} if judged else {})
         write_figures(output, figures, about)
         pools = list(dict.fromkeys(row.entry.name for row in rows if isinstance(row.rival, BestOfN)))
         notes = [_matched(name, match) for name, match in matches.items()]
+        if judged:
+            notes.append(
+                f"The judge gave no verdict on {judged['without_verdict']} of {judged['answers']} answers; of "
+                f"{judged['orders_disagree']} it said otherwise with the two answers swapped: these are ties."
+            )
         text = table(figures, settings.against, len(prompts), pools, notes)
         with atomic_path(output / TABLE_NAME) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -351,6 +370,19 @@ def _numbers(bench: Bench, found: Scores) -> Scores:
         return found
     values = zip(*(found[f"reward {name}"] for name in bench.rewards), strict=True)
     return found | {"reward": [None if None in each else standardised(bench, each) for each in values]}
+
+
+def _judged(scores: Sequence[Scores]) -> dict[str, int]:
+    """Counts of a judge of pairs, whose own column is taken out; empty without one."""
+    if ORDERS_DISAGREE not in scores[0]:
+        return {}
+    disagree = [value for own in scores for value in own.pop(ORDERS_DISAGREE)]
+    verdicts = [value for own in scores for value in own["win_rate"]]
+    return {
+        "answers": len(verdicts),
+        "without_verdict": verdicts.count(None),
+        "orders_disagree": int(sum(value or 0 for value in disagree)),
+    }
 
 
 def _matched(name: str, match: dict[str, Any]) -> str:
