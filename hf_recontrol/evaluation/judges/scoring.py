@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...data.rollouts import Rollout
-from ..judges.endpoint import EndpointJudge
-from .results import matched_references
-from .scores import Scorer, Scores, prompt_text
+from ..comparison.results import matched_references
+from ..comparison.scores import Scorer, Scores, prompt_text
+from .endpoint import EndpointJudge
 
 # Of each answer whether the judge said otherwise with the two answers swapped.
 ORDERS_DISAGREE = "orders_disagree"
