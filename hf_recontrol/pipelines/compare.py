@@ -28,8 +28,10 @@ from ..evaluation.comparison.entries import Row, default_controls, entries_of, r
 from ..evaluation.comparison.figures import Figure
 from ..evaluation.comparison.matching import with_strengths
 from ..evaluation.comparison.scores import coherence_scorer, reward_scorer, score_answers
-from ..evaluation.judges.endpoint import EndpointJudge
-from ..evaluation.judges.scoring import pair_scorer
+from ..evaluation.judges.judge import Judge
+from ..evaluation.judges.kinds import judge_of
+from ..evaluation.judges.person import PersonJudge
+from ..evaluation.judges.scoring import JudgeScoring
 from ..evaluation.rivals.plain import BestOfN
 from ..evaluation.rivals.rival import Bench
 from ..heads.value_head import ValueHead
@@ -39,6 +41,8 @@ from ..utils.files import check_target, make_folder
 from .loading import load_base
 
 logger = logging.get_logger(__name__)
+
+VERDICTS_NAME = "verdicts.jsonl"
 
 # The KL of the default controls, where no strength is named.
 _DEFAULT_KL = 0.1
@@ -52,7 +56,7 @@ def compare(
     settings: CompareSettings | None = None,
     *,
     head: str | os.PathLike | None = None,
-    judge: str | RewardFunction | None = None,
+    judge: str | RewardFunction | dict[str, Any] | Judge | None = None,
     controls: Sequence[Any] | None = None,
     held_out: Any = None,
     rollouts: str | os.PathLike | None = None,
@@ -82,9 +86,9 @@ def compare(
             How they are compared; single settings as keywords.
         head (`str` or `os.PathLike`, *optional*):
             The value head, for the controls that need one.
-        judge (`str`, function or `dict`, *optional*):
-            A reward that no head was trained on, or a language model behind an endpoint (`kind: llm`), see
-            [docs/judging.md](judging.md).
+        judge (`str`, function, `dict` or [`Judge`], *optional*):
+            A reward that no head was trained on; a language model, as an object with its `kind`; or a judge of your
+            own. See [docs/judging.md](judging.md).
         controls (sequence of `dict`, *optional*):
             What is compared, see [docs/comparing.md](comparing.md). By default the base, prompting, best of 4, and
             each method that the head has, at 0.1 nats a token if no strength is named.
@@ -113,8 +117,14 @@ def compare(
         check_rows(functions, test, settings.combine_rewards)
     try_rewards(functions, test, settings.on_bad_rows)
     scorers = [reward_scorer("reward", functions, settings.on_bad_rows, settings.combine_rewards)]
-    if isinstance(judge, dict):
-        scorers.append(pair_scorer(EndpointJudge.of(judge), output / "verdicts.jsonl"))
+    judge, judging = judge_of(judge) if isinstance(judge, dict) else judge, None
+    if isinstance(judge, PersonJudge):
+        judging = judge
+        judging.read(output, settings.against)
+    elif isinstance(judge, Judge):
+        judging = JudgeScoring(judge, output / VERDICTS_NAME)
+        judging.check()
+        scorers.append(judging.scorer())
     elif judge is not None:
         scorers.append(reward_scorer("judge", {"judge": _judge(judge, functions, test)}, settings.on_bad_rows))
     if settings.embeddings is not None:
@@ -131,8 +141,10 @@ def compare(
         )
         entries = entries_of(default_controls(bench) if controls is None else controls, settings)
         rows = rows_of(entries, bench, settings)
-        if isinstance(judge, dict) and any(
-            row.entry.name == settings.against and isinstance(row.rival, BestOfN) for row in rows
+        if (
+            isinstance(judge, Judge)
+            and judge.mode == "pair"
+            and any(row.entry.name == settings.against and isinstance(row.rival, BestOfN) for row in rows)
         ):
             raise ValueError(
                 f"A judge of pairs needs one answer to hold others against, and {settings.against!r} (`against`) "
@@ -146,7 +158,7 @@ def compare(
             stages = draw_answers(output, rows, bench, test, settings, progress)
             reference = next(i for i, row in enumerate(rows) if row.entry.name == settings.against)
             scores = score_answers(stages, stages[reference], scorers, progress)
-            return write_results(output, bench, rows, stages, scores, reference, test, matches, settings)
+            return write_results(output, bench, rows, stages, scores, reference, test, matches, settings, judging)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from ...data.rollouts import Rollout
 from ...data.stage_folder import StageFolder
 from ...settings import CompareSettings
 from ...utils.files import atomic_path
-from ..judges.scoring import ORDERS_DISAGREE
+from ..judges.person import PersonJudge
+from ..judges.scoring import JudgeScoring
 from ..rivals.plain import BestOfN
 from ..rivals.rival import Bench, standardised
 from .answers import load_answers
@@ -36,21 +37,26 @@ def write_results(
     prompts: Prompts,
     matches: dict[str, Any],
     settings: CompareSettings,
+    judging: JudgeScoring | PersonJudge | None = None,
 ) -> list[Figure]:
     """
     Figures from all answers and scores; the first process writes the files.
 
     Raises:
-        `ValueError`: if no answer has a number by one of the scorers.
+        `ValueError`: if no answer has a number by one of the scorers, or a person has judged other answers.
     """
+    judged = None if judging is None else judging.counts()
     loaded = [load_answers(stage) for stage in stages]
-    judged = _judged(scores)
     numbers = [_numbers(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
     for name in dict.fromkeys(name for own in scores for name in own):
         if all(value is None for own in scores for value in own[name]):
             raise ValueError(f"No answer of any control has a number by {name!r}, so there is nothing to compare.")
     others, held_against = numbers[reference], loaded[reference][0]
     judged_by = "judge" if "judge" in others else "reward"
+    if isinstance(judging, PersonJudge):
+        judging.check_rows([(row.entry.name, row.strength) for row in rows])
+        for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True):
+            own |= judging.scores(row.entry.name, row.strength, rollouts, held_against)
     held_by = best_places(held_against, others["reward"]) if isinstance(rows[reference].rival, BestOfN) else None
     for (rollouts, _), own in zip(loaded, numbers, strict=True):
         places = matched_references(rollouts, held_against, held_by)
@@ -83,10 +89,7 @@ def write_results(
         pools = list(dict.fromkeys(row.entry.name for row in rows if isinstance(row.rival, BestOfN)))
         notes = [_matched(name, match) for name, match in matches.items()]
         if judged:
-            notes.append(
-                f"The judge gave no verdict on {judged['without_verdict']} of {judged['answers']} answers; of "
-                f"{judged['orders_disagree']} it said otherwise with the two answers swapped: these are ties."
-            )
+            notes.append(judging.note(judged))
         text = table(figures, settings.against, len(prompts), pools, notes)
         with atomic_path(output / TABLE_NAME) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -108,19 +111,6 @@ def _numbers(bench: Bench, found: Scores) -> Scores:
         return found
     values = zip(*(found[f"reward {name}"] for name in bench.rewards), strict=True)
     return found | {"reward": [None if None in each else standardised(bench, each) for each in values]}
-
-
-def _judged(scores: Sequence[Scores]) -> dict[str, int]:
-    """Counts of a judge of pairs, whose own column is taken out; empty without one."""
-    if ORDERS_DISAGREE not in scores[0]:
-        return {}
-    disagree = [value for own in scores for value in own.pop(ORDERS_DISAGREE)]
-    verdicts = [value for own in scores for value in own["win_rate"]]
-    return {
-        "answers": len(verdicts),
-        "without_verdict": verdicts.count(None),
-        "orders_disagree": int(sum(value or 0 for value in disagree)),
-    }
 
 
 def _matched(name: str, match: dict[str, Any]) -> str:

@@ -34,8 +34,8 @@ class Scorer:
         name (`str`):
             Of the folder that the numbers are kept in.
         depends_on (`dict`):
-            Everything that the numbers depend on beside the answers, as JSON; `None` where nobody can know: then they
-            are made anew by each run.
+            Everything that the numbers depend on beside the answers, as JSON; `None` where nobody can know, or the
+            scorer keeps them itself: then it is called by each run.
         score (`Callable`):
             `f(rollouts, references)`: the numbers of each answer, by name.
         uses_references (`bool`, *optional*, defaults to `False`):

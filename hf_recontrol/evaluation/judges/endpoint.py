@@ -1,177 +1,228 @@
-"""A language model behind an OpenAI-compatible endpoint as the judge of pairs of answers."""
+"""A language model behind an OpenAI-compatible endpoint as a judge."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+from urllib.parse import parse_qsl, urlsplit
 
-from filelock import FileLock
-
+from ...utils.checks import check_int, check_number, check_text
 from ...utils.extras import needs_extra
+from .language import LanguageJudge, Reply
 
-_ASK = """Two answers to one request follow. Which is better? {criteria}
-Reply with JSON alone: {{"verdict": "A"}}, {{"verdict": "B"}} or {{"verdict": "tie"}}.
+# Names of a query that hold secrets, and how long a value without a meaning is.
+_SECRET_NAMES = re.compile(r"key|token|secret|pass|auth|sig|cred|code", re.IGNORECASE)
+_SECRET_LENGTH = 20
+# Arguments of a request that are ours, or hold secrets.
+_OWN_ARGUMENTS = ("model", "messages", "n", "stream", "extra_headers", "extra_query", "timeout")
+# What an endpoint answers to one question that it will not take, and to all of them if its settings are wrong.
+_NOT_TAKEN = (400, 413, 422)
+_HINTS = {
+    401: " Is the key right?",
+    403: " May this key use the model?",
+    404: " Are `base_url` and `model` right?",
+}
+# So much of a key tells what it is.
+_PIECE = 6
 
-<request>
-{prompt}
-</request>
-<answer A>
-{first}
-</answer A>
-<answer B>
-{second}
-</answer B>"""
-_VALUES = {"A": 1.0, "B": 0.0, "TIE": 0.5}
 
-
-@dataclass(frozen=True)
-class EndpointJudge:
+@dataclass(frozen=True, kw_only=True)
+class EndpointJudge(LanguageJudge):
     """
-    A language model that is asked which of two answers is better, in both orders.
+    A language model behind an OpenAI-compatible endpoint.
 
     Args:
-        model (`str`):
-            The name that the endpoint knows it by.
         base_url (`str`, *optional*):
             Of the endpoint. By default OpenAI's.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             The environment variable that holds the key; `None` where none is needed. The key is never written.
-        criteria (`str`, *optional*, defaults to `""`):
-            What makes an answer better.
-        max_retries (`int`, *optional*, defaults to 3):
-            How often a call that fails, and a reply without a verdict, is tried again.
         timeout (`float`, *optional*, defaults to 60):
             Seconds a call may take.
-        max_tokens (`int`, *optional*, defaults to 256):
-            Of a reply.
+        concurrency (`int`, *optional*, defaults to 4):
+            Calls at once.
+        price_per_million_input, price_per_million_output (`float`, *optional*):
+            What tokens cost.
+        request (`dict`, *optional*):
+            More arguments of each request, or others instead of ours; `None` leaves one out.
     """
 
-    model: str
     base_url: str | None = None
     api_key_env: str | None = "OPENAI_API_KEY"
-    criteria: str = ""
-    max_retries: int = 3
     timeout: float = 60.0
-    max_tokens: int = 256
+    concurrency: int = 4
+    price_per_million_input: float | None = None
+    price_per_million_output: float | None = None
+    request: dict[str, Any] = field(default_factory=dict)
+
+    asked: ClassVar[tuple[str, ...]] = (*LanguageJudge.asked, "base_url", "request")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("judge.timeout", self.timeout, above=0)
+        check_int("judge.concurrency", self.concurrency, low=1, high=256)
+        for name in ("input", "output"):
+            if (price := getattr(self, f"price_per_million_{name}")) is not None:
+                check_number(f"judge.price_per_million_{name}", price, low=0)
+        if self.base_url is not None:
+            _check_url(self.base_url)
+        if self.api_key_env is not None and not (
+            isinstance(self.api_key_env, str) and re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env)
+        ):
+            # Not shown: it may be the key itself.
+            raise ValueError("`judge.api_key_env` must be the name of an environment variable, or null.")
+        if not isinstance(self.request, dict):
+            raise ValueError("`judge.request` must be an object: arguments of each request, by name.")
+        if own := [name for name in _OWN_ARGUMENTS if name in self.request]:
+            raise ValueError(f"`judge.request` must not hold `{own[0]}`.")
+        try:
+            json.dumps(self.request)
+        except (TypeError, ValueError):
+            raise ValueError("`judge.request` must be what JSON can hold.") from None
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> EndpointJudge:
-        """
-        From a `judge` of compare.yaml.
-
-        Raises:
-            `ValueError`: for another kind, an unknown name, or a key.
-        """
-        names = [field.name for field in fields(cls)]
-        if given.get("kind") != "llm":
-            raise ValueError("A judge given as an object needs `kind: llm`.")
         if "api_key" in given:
-            raise ValueError("A key does not belong in a file: name its environment variable (`api_key_env`).")
-        if unknown := sorted(set(given) - {"kind", *names}):
-            raise ValueError(f"The judge has no {', '.join(unknown)}. There is {', '.join(names)}.")
-        if not given.get("model"):
-            raise ValueError("The judge needs a `model`.")
-        return cls(**{name: value for name, value in given.items() if name != "kind"})
+            raise ValueError("A key does not belong in a file: name its environment variable (`judge.api_key_env`).")
+        return super().of(given)
 
+    @property
+    def input_price(self) -> float | None:
+        return None if self.price_per_million_input is None else self.price_per_million_input / 1e6
+
+    @property
+    def output_price(self) -> float | None:
+        return None if self.price_per_million_output is None else self.price_per_million_output / 1e6
+
+    @cached_property
     def client(self) -> Any:
         """
+        What asks.
+
         Raises:
-            `ImportError`: names the extra.
-            `ValueError`: if the environment variable is not set.
+            `ImportError`: names the extra. `ValueError`: if there is no key, or it stands among the settings.
         """
         with needs_extra("compare", "A judge behind an endpoint"):
             from openai import OpenAI
-        key = "none" if self.api_key_env is None else os.environ.get(self.api_key_env)
-        if not key:
-            raise ValueError(f"The judge's key is missing: set {self.api_key_env}, or `api_key_env: null`.")
-        return OpenAI(api_key=key, base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries)
+        key = self._key
+        if self.api_key_env is not None and not key:
+            raise ValueError(
+                "The judge's key is missing: set the environment variable that `judge.api_key_env` names "
+                "(default: OPENAI_API_KEY), or `api_key_env: null` where none is needed."
+            )
+        if key and key in json.dumps(self.depends_on(), ensure_ascii=False):
+            raise ValueError("The judge's key stands in its settings, which are written to files: take it out.")
+        return OpenAI(
+            api_key=key or "none", base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries
+        )
 
-    def verdict(self, client: Any, cache: Path, prompt: str, first: str, second: str) -> float | None:
+    @property
+    def _key(self) -> str | None:
+        return None if self.api_key_env is None else os.environ.get(self.api_key_env)
+
+    def check(self) -> None:
         """
-        Of one order: 1 if the first answer is better, 0.5 for a tie, 0, or `None` without a verdict. Verdicts in
-        `cache` (a JSONL file) are not paid again.
+        Ask something small.
 
         Raises:
-            `OSError`: names an endpoint that does not answer.
+            `OSError`: names an endpoint that does not answer as it should. `ValueError`, `ImportError`: as `client`.
         """
-        what = {name: asdict(self)[name] for name in ("model", "base_url", "criteria", "max_tokens")}
-        key = hashlib.sha256(json.dumps([what, prompt, first, second], sort_keys=True).encode()).hexdigest()
-        with FileLock(f"{cache}.lock"):
-            known = read_verdicts(cache)
-            if key not in known:
-                known[key] = self._asked(client, prompt, first, second)
-                with open(cache, "a", encoding="utf-8") as file:
-                    # A run killed while writing leaves half a line: the new one begins its own.
-                    file.write("\n" + json.dumps({"key": key, "value": known[key]}) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-        return known[key]
+        from openai import APIStatusError
 
-    def pair(self, client: Any, cache: Path, prompt: str, own: str, other: str) -> tuple[float | None, bool]:
-        """
-        (1 if `own` is better than `other`, 0.5 for a tie, 0, or `None` without a verdict; whether the two orders
-        disagree, which is a tie).
-        """
-        if own == other:
-            return 0.5, False
-        forth = self.verdict(client, cache, prompt, own, other)
-        back = self.verdict(client, cache, prompt, other, own)
-        if forth is None or back is None:
-            return None, False
-        return (forth, False) if forth == 1 - back else (0.5, True)
-
-    def _asked(self, client: Any, prompt: str, first: str, second: str) -> float | None:
-        from openai import APIError
-
-        text = _ASK.format(criteria=self.criteria, prompt=prompt, first=first, second=second)
-        messages = [{"role": "user", "content": text}]
-        for attempt in range(self.max_retries + 1):
-            try:
-                found = client.chat.completions.create(
-                    model=self.model, messages=messages, temperature=0, max_tokens=self.max_tokens
-                )
-                reply = found.choices[0].message.content or ""
-            except (APIError, ValueError, AttributeError, TypeError, IndexError) as error:
-                if isinstance(error, APIError) or attempt == self.max_retries:
-                    # Without its cause: an endpoint may repeat the key in its answer.
-                    raise OSError(
-                        f"The judge at {client.base_url} does not answer ({type(error).__name__}). What it judged is "
-                        "kept: the same call goes on from there."
-                    ) from None
-                continue
-            if (value := parsed(reply)) is not None:
-                return value
-            messages = [*messages[:1], {"role": "assistant", "content": reply}, {"role": "user", "content": _AGAIN}]
-        return None
-
-
-_AGAIN = 'That held no verdict. Reply with {"verdict": "A"}, {"verdict": "B"} or {"verdict": "tie"} alone.'
-
-
-def parsed(reply: str) -> float | None:
-    """The last verdict in a reply, also among prose, thoughts and code fences; `None` without one."""
-    for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
         try:
-            verdict = str(json.loads(text).get("verdict")).strip().upper()
-        except ValueError:
-            continue
-        if verdict in _VALUES:
-            return _VALUES[verdict]
-    return None
+            found = self._create([{"role": "user", "content": "Reply with the word OK."}])
+        except APIStatusError as error:
+            raise OSError(
+                f"The judge's endpoint does not take the request (status {error.status_code}): "
+                f"{self._without_key(str(error.message))}"
+            ) from None
+        if found is None or not found.choices:
+            raise OSError(
+                f"What the judge's endpoint at {self.client.base_url} answers is no chat completion: is `base_url` "
+                "right? It mostly ends in /v1."
+            )
 
+    def replies(self, talks: Sequence[list[dict[str, str]]]) -> list[Reply]:
+        """
+        Raises:
+            `OSError`: if the endpoint is dead.
+        """
+        return [self._reply(talk) for talk in talks]
 
-def read_verdicts(cache: Path) -> dict[str, float | None]:
-    """All whole lines of a cache."""
-    found = {}
-    for line in cache.read_text(encoding="utf-8").splitlines() if cache.exists() else []:
+    def _reply(self, messages: list[dict[str, str]]) -> Reply:
+        from openai import APIStatusError
+
         try:
-            known = json.loads(line)
-            found[known["key"]] = known["value"]
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+            found = self._create(messages)
+        except APIStatusError:
+            return Reply("", refused=True)
+        if found is None:
+            return Reply(None)
+        usage = getattr(found, "usage", None)
+        spent = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        spent = [count if isinstance(count, int) else 0 for count in spent]
+        choice = found.choices[0] if found.choices else None
+        message = getattr(choice, "message", None)
+        refused = bool(getattr(message, "refusal", None)) or getattr(choice, "finish_reason", "") == "content_filter"
+        text = getattr(message, "content", None)
+        return Reply(text if isinstance(text, str) else None, refused, *spent)
+
+    def _create(self, messages: list[dict[str, str]]) -> Any:
+        """
+        The endpoint's answer; `None` if that is no chat completion.
+
+        Raises:
+            `openai.APIStatusError`: if it does not take this request. `OSError`: if it is dead.
+        """
+        from openai import APIError, APIResponseValidationError
+
+        arguments = {"temperature": 0, "max_tokens": self.max_tokens} | self.request
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        try:
+            found = self.client.chat.completions.create(model=self.model, messages=messages, **arguments)
+        except (APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        except APIError as error:
+            if getattr(error, "status_code", None) in _NOT_TAKEN:
+                raise
+            raise self._dead(error) from None
+        # Of a body that is something else the client makes whatever it is.
+        return found if isinstance(getattr(found, "choices", None), list) else None
+
+    def _dead(self, error: Exception) -> OSError:
+        """Without its cause: an endpoint may repeat the key in its answer."""
+        status = getattr(error, "status_code", None)
+        said = type(error).__name__ if status is None else f"{type(error).__name__}, status {status}"
+        return OSError(
+            f"The judge at {self.client.base_url} does not answer ({said}).{_HINTS.get(status, '')} What was done is "
+            "kept: the same call goes on from there."
+        )
+
+    def _without_key(self, text: str) -> str:
+        key = self._key or ""
+        text = text.replace(key, "***") if key else text
+        for start in range(len(key) - _PIECE + 1):
+            text = text.replace(key[start : start + _PIECE], "***")
+        return text
+
+
+def _check_url(url: Any) -> None:
+    """Raise for what is no URL of an endpoint, or holds a secret; which is not shown."""
+    check_text("judge.base_url", url)
+    try:
+        parts = urlsplit(url)
+        secret = parts.username or parts.password or "@" in parts.netloc
+        queried = parse_qsl(parts.query, keep_blank_values=True)
+    except ValueError:
+        raise ValueError("`judge.base_url` must be a URL such as http://localhost:8000/v1.") from None
+    if secret or any(_SECRET_NAMES.search(name) or len(value) >= _SECRET_LENGTH for name, value in queried):
+        raise ValueError(
+            "`judge.base_url` must hold no user, password or key, since it is written to files: put the key into the "
+            "environment variable that `judge.api_key_env` names."
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("`judge.base_url` must be a URL such as http://localhost:8000/v1.")
