@@ -21,7 +21,7 @@ from hf_recontrol.evaluation.judges.scoring import JudgeScoring
 from .compared import make_inputs, settings, write_file
 from .fresh import RECONTROL, FreshProcess, run_fresh
 from .judge_server import running_server
-from .test_processes import ALONE
+from .test_processes import ALONE, run_two
 
 pytest.importorskip("openai")
 KEY = "sk-never-on-the-disk-0123456789"
@@ -244,6 +244,7 @@ def test_what_has_judged_here_before_is_not_probed(server, tmp_path):
         ({"model": " "}, "`judge.model`"),
         ({"criteria": ["kind"]}, "`judge.criteria`"),
         ({"price_per_million_input": -1}, "`judge.price_per_million_input`"),
+        ({"price_per_million_output": 1}, "`judge` needs both `price_per_million_input`"),
         ({"base_url": "localhost:8000"}, "`judge.base_url` must be a URL"),
         ({"request": []}, "`judge.request` must be an object"),
         ({"request": {"messages": []}}, "`judge.request` must not hold `messages`"),
@@ -306,6 +307,12 @@ def test_the_key_is_in_no_file_and_no_log(server, tmp_path, monkeypatch, caplog,
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
+def test_what_is_missing_is_named_with_its_extra(server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=re.escape("hf_recontrol[compare]")):
+        judge_of(given_for(server)).check()
+
+
 # The cache.
 
 
@@ -332,7 +339,7 @@ def test_processes_share_a_cache_and_no_lock_is_held_while_a_judge_is_asked(tmp_
 
 
 def test_a_killed_run_pays_no_verdict_twice(server, place):
-    judge = given_for(server, concurrency=3, timeout=60)
+    judge = given_for(server, concurrency=3, timeout=60, api_key_env="OPENAI_API_KEY")
     arguments = write_file(place, judge=judge, controls=["base", {"kind": "advantage", "strengths": [0.3, 0.6]}])
     server.hold_after = 7
     process = FreshProcess(RECONTROL, arguments, os.environ | ALONE, place)
@@ -353,6 +360,19 @@ def test_a_killed_run_pays_no_verdict_twice(server, place):
     counts = json.loads((place / "out/figures.json").read_text())["judged"]
     assert (counts["calls"], counts["verdicts_from_cache"]) == (len(server.begun) - 1, 7)  # less the probe
     assert not any(KEY.encode() in path.read_bytes() for path in (place / "out").rglob("*") if path.is_file())
+
+
+def test_two_processes_share_the_questions_and_count_as_one(server, place):
+    arguments = write_file(place, judge=given_for(server, concurrency=2), controls=["base", "mine:Says", "advantage"])
+    assert run_two(arguments, place).count("| control |") == 1
+    assert max(server.begun.values()) == 1
+    counts = json.loads((place / "out/figures.json").read_text())["judged"]
+    assert counts["answers"] + counts["identical"] == 16
+    assert server.calls == counts["calls"] == counts["new_calls"] == 2 * counts["answers"]
+    before = (place / "out/answers.parquet").read_bytes()
+    assert run_fresh(RECONTROL, arguments, os.environ | ALONE, timeout=200, cwd=place)[0] == 0
+    assert (place / "out/answers.parquet").read_bytes() == before
+    assert server.calls == counts["calls"]
 
 
 # In a comparison.
@@ -418,6 +438,27 @@ def test_a_judge_of_a_users_own(place):
     count = len(judge.asked)
     compare(**settings(judge=judge), quiet=True)
     assert len(judge.asked) == 2 * count  # it says nothing of what its verdicts depend on
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("a text", "a text"),
+        ([{"role": "user", "content": "one turn"}], "one turn"),
+        (
+            [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
+                {"role": "assistant", "content": None},
+                {"role": "user", "content": "b"},
+            ],
+            "user: (image)\na\n\nassistant: \n\nuser: b",
+        ),
+    ],
+)
+def test_a_judge_reads_who_said_what(tmp_path, prompt, read):
+    judge = Longer(mode="score")
+    JudgeScoring(judge, tmp_path / "v").scorer().score([rollout("an answer", prompt=prompt)], [])
+    assert judge.asked == [Question(read, "an answer")]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,10 @@ class EndpointJudge(LanguageJudge):
         for name in ("input", "output"):
             if (price := getattr(self, f"price_per_million_{name}")) is not None:
                 check_number(f"judge.price_per_million_{name}", price, low=0)
+        if (self.price_per_million_input is None) != (self.price_per_million_output is None):
+            raise ValueError(
+                "`judge` needs both `price_per_million_input` and `price_per_million_output`, or neither."
+            )
         if self.base_url is not None:
             _check_url(self.base_url)
         if self.api_key_env is not None and not (
@@ -131,6 +135,7 @@ class EndpointJudge(LanguageJudge):
         Raises:
             `OSError`: names an endpoint that does not answer as it should. `ValueError`, `ImportError`: as `client`.
         """
+        client = self.client
         from openai import APIStatusError
 
         try:
@@ -142,7 +147,7 @@ class EndpointJudge(LanguageJudge):
             ) from None
         if found is None or not found.choices:
             raise OSError(
-                f"What the judge's endpoint at {self.client.base_url} answers is no chat completion: is `base_url` "
+                f"What the judge's endpoint at {client.base_url} answers is no chat completion: is `base_url` "
                 "right? It mostly ends in /v1."
             )
 

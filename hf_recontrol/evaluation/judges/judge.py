@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 MODES = ("pair", "score")
 # Why there is no verdict.
 REFUSED, UNPARSABLE = "refused", "unparsable"
+
+
+def shown_prompt(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+    """A prompt as a judge reads it: a chat as `role: text`, of one turn the text alone."""
+    if isinstance(prompt, str):
+        return prompt
+    turns = [(message.get("role"), _said(message.get("content"))) for message in prompt]
+    return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
+
+
+def _said(content: Any) -> str:
+    parts = content if isinstance(content, list) else [{"text": content or ""}]
+    return "\n".join(part["text"] if "text" in part else f"({part.get('type')})" for part in parts)
 
 
 @dataclass(frozen=True)
@@ -18,7 +31,7 @@ class Question:
 
     Attributes:
         prompt (`str`):
-            What was asked for. Of a chat all its messages' texts.
+            What was asked for. Of a chat its turns, of one turn what it says.
         answer (`str`):
             The answer to score, or the first one of two.
         other (`str`, *optional*):

@@ -10,12 +10,12 @@ import random
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from ...utils.checks import check_int
 from ...utils.extras import needs_extra
 from ...utils.files import atomic_path, check_target, read_json, write_json
 from ..comparison.results import ANSWERS_NAME, FIGURES_JSON_NAME
+from .judge import shown_prompt
 from .person import KEY_NAME, digest_of
 
 _STYLE = """
@@ -230,18 +230,14 @@ def _article(name: str, prompt: str, left: str, right: str) -> str:
     return f'<article id="{name}" hidden>\n{said}\n<div class="answers">{answers}</div>\n</article>'
 
 
-def _said(prompt: str) -> str:
-    """A prompt as the table of answers has it, for a reader: of a chat its turns."""
+def _said(written: str) -> str:
+    """A prompt as the table of answers has it, for a reader."""
     try:
-        messages = json.loads(prompt)
-        turns = [f"{m['role']}: {_content(m.get('content'))}" for m in messages]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return prompt
-    return "\n\n".join(turns) or prompt
-
-
-def _content(content: Any) -> str:
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content or ())
+        prompt = json.loads(written)
+        is_chat = isinstance(prompt, list) and prompt and all("role" in message for message in prompt)
+        return shown_prompt(prompt) if is_chat else written
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return written
 
 
 def _html(page: str, articles: Sequence[str]) -> str:

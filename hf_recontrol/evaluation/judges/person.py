@@ -72,7 +72,7 @@ class PersonJudge:
             `OSError`, `ValueError`: for a file that no page of this comparison has saved.
         """
         for file in self.verdicts:
-            page, said = _saved(Path(file))
+            page, said = read_saved(Path(file))
             path = comparison / KEY_NAME.format(page)
             if not path.is_file():
                 raise ValueError(f"{file} is of the page {page}, which is not of the comparison in {comparison}.")
@@ -152,7 +152,7 @@ class PersonJudge:
         )
 
 
-def _saved(path: Path) -> tuple[str, dict[str, str]]:
+def read_saved(path: Path) -> tuple[str, dict[str, str]]:
     """(page, verdicts) in a file that may be anybody's."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -15,9 +15,9 @@ from ...data.processes import Processes
 from ...data.rollouts import Rollout
 from ...utils.checks import check_choice, check_number
 from ..comparison.results import matched_references
-from ..comparison.scores import Scorer, Scores, prompt_text
+from ..comparison.scores import Scorer, Scores
 from .cache import VerdictCache
-from .judge import MODES, REFUSED, Judge, Question, Verdict
+from .judge import MODES, REFUSED, Judge, Question, Verdict, shown_prompt
 
 _PAIR_VALUES = (0.0, 0.5, 1.0)
 
@@ -95,7 +95,7 @@ class JudgeScoring:
         return text + ("." if counts["cost"] is None else f"; cost {counts['cost']:.2f}.")
 
     def _scores(self, rollouts: list[Rollout], references: list[Rollout]) -> Scores:
-        found = self._asked([Question(prompt_text(r.prompt), r.completion) for r in rollouts])
+        found = self._asked([Question(shown_prompt(r.prompt), r.completion) for r in rollouts])
         self._count(found)
         return {"judge": [verdict.value for verdict in found]}
 
@@ -104,7 +104,7 @@ class JudgeScoring:
         asked = [i for i, rollout in enumerate(rollouts) if rollout.completion != others[i]]
         questions = []
         for i in asked:
-            prompt, answer = prompt_text(rollouts[i].prompt), rollouts[i].completion
+            prompt, answer = shown_prompt(rollouts[i].prompt), rollouts[i].completion
             questions += [Question(prompt, answer, others[i]), Question(prompt, others[i], answer)]
         found = self._asked(questions)
         values: list[float | None] = [0.5] * len(rollouts)
