@@ -192,6 +192,14 @@ def test_a_dead_endpoint_stops_the_run_and_what_was_paid_is_kept(server, tmp_pat
     assert server.calls == calls + 4
 
 
+def test_a_dead_endpoint_is_not_asked_everything_that_is_left(server, tmp_path):
+    server.always = 401
+    pairs = [("w" * (i + 1), "other") for i in range(60)]
+    with pytest.raises(OSError, match="status 401"):
+        judged(judge_of(given_for(server, concurrency=2)), tmp_path / "v", pairs)
+    assert server.calls < 20
+
+
 def test_nobody_there_stops_the_run(tmp_path):
     with running_server() as server:
         given = given_for(server, max_retries=0)
@@ -429,6 +437,8 @@ class Longer(Judge):
 
 
 def test_a_judge_of_a_users_own(place):
+    with pytest.raises(ValueError, match="give an instance"):
+        compare(**settings(judge=Longer), quiet=True)
     judge = Longer(batch_size=4)
     compare(**settings(judge=judge), quiet=True)
     for line, other in lines_of():

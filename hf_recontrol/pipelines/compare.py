@@ -235,6 +235,8 @@ def _rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
 
 
 def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> RewardFunction:
+    if isinstance(judge, type) and issubclass(judge, Judge):
+        raise ValueError(f"The judge is a class: give an instance of it, `{judge.__name__}(...)`.")
     [(_, function)] = _rewards([judge], prompts).items()
     if any(function is reward for reward in rewards.values()):
         raise ValueError("The judge is also one of the rewards: name one that no head was trained on.")
