@@ -24,7 +24,7 @@ NASTY = "</script><script>alert(1)</script> <img src=x onerror=alert(2)> & \"w8\
 CONTROLS = [
     "base",
     {"kind": "best_of_n", "n": 2},
-    {"kind": "advantage", "strengths": [0.3, 0.6]},
+    {"kind": "advantage", "strengths": [0.312345678, 0.6]},
     {"name": "nasty", "kind": "mine:Says", "what": NASTY},
 ]
 
@@ -117,7 +117,7 @@ def test_verdicts_go_from_the_page_to_the_table(place):
     for number, line in lines_of("advantage", 0.6).items():
         mine, other = len(line["completion"]), len(base[number]["completion"])
         assert line["win_rate"] == (mine > other) + 0.5 * (mine == other)
-    for control, strength in (("advantage", 0.3), ("nasty", None), ("best_of_n", None), ("base", None)):
+    for control, strength in (("advantage", 0.312345678), ("nasty", None), ("best_of_n", None), ("base", None)):
         assert all(line["win_rate"] is None for line in lines_of(control, strength).values())
     counts = json.loads(Path("out/figures.json").read_text())["judged"]
     assert (counts["answers"], counts["not_judged"]) == (count, 0)
@@ -224,12 +224,15 @@ def test_what_cannot_be_judged_is_refused(place):
         (("out", "nothing"), "`control` must be one of 'best_of_n', 'advantage', 'nasty'"),
         (("out", "base"), "`control` must be one of"),
         (("out", "best_of_n"), "A best of n has several answers"),
-        (("out", "advantage"), "0.3, 0.6. Name one"),
+        (("out", "advantage"), "0.312346, 0.6. Name one"),
     ]:
         with pytest.raises(ValueError, match=re.escape(said)):
             write_judge_page(*arguments, "judge.html")
-    with pytest.raises(ValueError, match=re.escape("0.3, 0.6")):
+    with pytest.raises(ValueError, match=re.escape("0.312346, 0.6")):
         write_judge_page("out", "advantage", "judge.html", strength=5)
+    assert write_judge_page("out", "advantage", "other.html", strength=0.312346) > 0  # as a table shows it
+    with pytest.raises(ValueError, match=r"nasty.*: none"):
+        write_judge_page("out", "nasty", "judge.html", strength=0.6)
     with pytest.raises(ValueError, match="`num_prompts`"):
         write_judge_page("out", "nasty", "judge.html", num_prompts=0)
     with pytest.raises(OSError, match="no finished comparison"):

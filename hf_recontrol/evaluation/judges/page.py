@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import random
 from collections.abc import Sequence
@@ -200,11 +201,14 @@ def _answers(
     if any(name in (control, against) and kind == "best_of_n" for name, _, kind in rows):
         raise ValueError("A best of n has several answers to each prompt: a person judges one of another control.")
     strengths = [own for name, own, _ in rows if name == control]
-    if strength is None and len(strengths) == 1:
-        strength = strengths[0]
-    if strength not in strengths:
+    fits = strengths
+    if strength is not None:
+        # Tables show six digits of a strength that was found.
+        fits = [own for own in strengths if own is not None and math.isclose(own, strength, rel_tol=1e-5)]
+    if len(fits) != 1:
         known = ", ".join(f"{own:g}" for own in strengths if own is not None) or "none"
         raise ValueError(f"Strengths of the control {control!r}: {known}. Name one of them (`strength`).")
+    (strength,) = fits
     lines = parquet.read_table(
         path, columns=["control", "strength", "prompt", "prompt_number", "sample", "completion"]
     ).to_pylist()
