@@ -40,6 +40,7 @@ SECTIONS = {
         "fit_advantage",
     ],
     "Comparison": ["compare", "Figure", "Rival", "Answer", "Bench"],
+    "Judges": ["Judge", "Question", "Verdict", "write_judge_page"],
     "Rewards": ["load_reward", "ClassifierReward", "RewardFunction", "text_reward", "vader"],
     "Settings": [
         "FitSettings",

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .data.templating import encode_prompt
     from .evaluation.comparison.figures import Figure
     from .evaluation.intervals import paired_interval
+    from .evaluation.judges.judge import Judge, Question, Verdict
+    from .evaluation.judges.page import write_judge_page
     from .evaluation.metrics import diversity, kl_divergence
     from .evaluation.recommendation import Recommendation, Trial, recommend_control
     from .evaluation.report import write_report
@@ -74,6 +76,8 @@ _MODULES = {
     "data.states": ("StateStore", "States"),
     "data.templating": ("encode_prompt",),
     "evaluation.intervals": ("paired_interval",),
+    "evaluation.judges.judge": ("Judge", "Question", "Verdict"),
+    "evaluation.judges.page": ("write_judge_page",),
     "evaluation.metrics": ("diversity", "kl_divergence"),
     "evaluation.recommendation": ("Recommendation", "Trial", "recommend_control"),
     "evaluation.report": ("write_report",),

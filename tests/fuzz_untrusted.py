@@ -22,6 +22,7 @@ with atheris.instrument_imports(include=["hf_recontrol"]):
     from hf_recontrol.configuration import TrainingRecord
     from hf_recontrol.custom_generate import generate as custom
     from hf_recontrol.data.stage_folder import MANIFEST_NAME, read_manifest
+    from hf_recontrol.evaluation.judges.person import read_saved
     from hf_recontrol.heads.card import is_untouched, model_card, write_card
     from hf_recontrol.heads.convert import convert_checkpoint
 
@@ -116,6 +117,7 @@ class Targets:
             "checkpoint": self.files["value.pth"],
             "pickle": self.records[self.pickle],
             "manifest": self.files[MANIFEST_NAME],
+            "verdicts": json.dumps({"page": "0123456789ab", "verdicts": {"pair1": "left"}}).encode(),
         }
 
     def write(self, name: str, data: bytes) -> Path:
@@ -187,6 +189,15 @@ class Targets:
             read_manifest(self.folder, "rollouts", "recontrol rollout")
         except (ValueError, OSError) as error:
             assert MANIFEST_NAME in str(error) or str(self.folder) in str(error), error
+
+    def verdicts(self, data: bytes) -> None:
+        path = self.write("verdicts.json", data)
+        try:
+            page, said = read_saved(path)
+        except (ValueError, OSError) as error:
+            assert str(path) in str(error), error
+        else:
+            assert page.isalnum() and set(said.values()) <= {"left", "right", "tie"}
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from hf_recontrol.configuration import TrainingRecord
 from hf_recontrol.data.rollouts import rollout_parts
 from hf_recontrol.data.stage_folder import MANIFEST_NAME, read_manifest
 from hf_recontrol.data.states import StateStore
+from hf_recontrol.evaluation.judges.person import read_saved
 from hf_recontrol.heads.card import is_untouched, write_card
 from hf_recontrol.heads.hub import find_file
 
@@ -158,6 +159,15 @@ def test_a_manifest_of_anything(tmp_path_factory, value):
     with pytest.raises((ValueError, OSError), match="manifest"):
         read_manifest(folder, "rollouts", "recontrol rollout")
     shutil.rmtree(folder)
+
+
+@given(value=json_values | st.fixed_dictionaries({"page": json_values, "verdicts": json_values}))
+def test_verdicts_of_anything(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("verdicts") / "saved.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=r"saved\.json"):
+        read_saved(path)
+    shutil.rmtree(path.parent)
 
 
 @pytest.mark.parametrize("subfolder", ["..", "a/../../b", "/etc"])

@@ -1,4 +1,4 @@
-"""What a head is worth: `recontrol compare`."""
+"""What a head is worth: `recontrol compare`, and the page on which a person judges it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def compare(
         list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(help="A reward that no head was trained on, named as rewards are.")
+        str | None,
+        typer.Option(
+            help="A reward that no head was trained on, named as rewards are. For others see docs/judging.md."
+        ),
     ] = None,
     held_out: Annotated[
         str | None, typer.Option(help="Prompts to find strengths on; default: some of --prompts are set aside.")
@@ -69,3 +72,25 @@ def compare(
         folder = Path(inputs["output"])
         typer.echo((folder / TABLE_NAME).read_text(encoding="utf-8"))
         typer.echo(f"Answers, figures and plots are in {folder}.")
+
+
+@app.command("judge-page")
+def judge_page(
+    comparison: Annotated[Path, typer.Argument(help="The folder of a finished comparison.")],
+    control: Annotated[str, typer.Option(help="The control whose answers are judged, by its name there.")],
+    strength: Annotated[float | None, typer.Option(help="Which of its strengths, if it has several.")] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="How many prompts, at random.", show_default="all")] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts, their order and the sides.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("judge.html"),
+) -> None:
+    """A page on which a person judges a control's answers against those compared against: one HTML file that does not
+    tell which is which. It saves a file that `judge: {kind: person, verdicts: FILE}` of a comparison's file names.
+
+    Example: `recontrol judge-page comparison --control advantage --num-prompts 50 -o judge.html`
+    """
+    from ..evaluation.judges.page import write_judge_page
+
+    count = write_judge_page(comparison, control, output, strength=strength, num_prompts=num_prompts, seed=seed)
+    typer.echo(
+        f"{output} holds {count} pairs. Which is which is in {comparison}: do not give that away with the page."
+    )

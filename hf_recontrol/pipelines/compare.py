@@ -20,34 +20,29 @@ from ..collection.rollouts import encode_all
 from ..collection.sampling import sampling_config
 from ..data.processes import Processes
 from ..data.prompts import Prompts, load_prompts, report_bad_rows
-from ..data.rollouts import Rollout
-from ..data.stage_folder import StageFolder, lock_folder
-from ..evaluation.comparison.answers import Drawer, draw_answers, load_answers
+from ..data.stage_folder import lock_folder
+from ..evaluation.comparison.answers import Drawer, draw_answers
+from ..evaluation.comparison.assembly import TABLE_NAME, write_results
 from ..evaluation.comparison.entries import Row, default_controls, entries_of, rows_of, without_twins
-from ..evaluation.comparison.figures import Figure, Sample, best_of, figures_of, sample_of
+from ..evaluation.comparison.figures import Figure
 from ..evaluation.comparison.matching import with_strengths
-from ..evaluation.comparison.plots import write_plots
-from ..evaluation.comparison.results import (
-    ANSWERS_NAME,
-    best_places,
-    matched_references,
-    wins,
-    write_answers,
-    write_figures,
-)
-from ..evaluation.comparison.scores import Scores, coherence_scorer, reward_scorer, score_answers
-from ..evaluation.comparison.table import table
+from ..evaluation.comparison.scores import coherence_scorer, reward_scorer, score_answers
+from ..evaluation.judges.judge import Judge
+from ..evaluation.judges.kinds import judge_of
+from ..evaluation.judges.person import PersonJudge
+from ..evaluation.judges.scoring import JudgeScoring
 from ..evaluation.rivals.plain import BestOfN
-from ..evaluation.rivals.rival import Bench, standardised
+from ..evaluation.rivals.rival import Bench
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..settings import HELD_OUT_PROMPTS, CompareSettings
-from ..utils.files import atomic_path, check_target, make_folder
+from ..utils.files import check_target, make_folder
 from .loading import load_base
 
 logger = logging.get_logger(__name__)
 
-TABLE_NAME = "table.md"
+VERDICTS_NAME = "verdicts.jsonl"
+
 # The KL of the default controls, where no strength is named.
 _DEFAULT_KL = 0.1
 
@@ -60,7 +55,7 @@ def compare(
     settings: CompareSettings | None = None,
     *,
     head: str | os.PathLike | None = None,
-    judge: str | RewardFunction | None = None,
+    judge: str | RewardFunction | dict[str, Any] | Judge | None = None,
     controls: Sequence[Any] | None = None,
     held_out: Any = None,
     rollouts: str | os.PathLike | None = None,
@@ -90,8 +85,9 @@ def compare(
             How they are compared; single settings as keywords.
         head (`str` or `os.PathLike`, *optional*):
             The value head, for the controls that need one.
-        judge (`str` or function, *optional*):
-            A reward that no head was trained on.
+        judge (`str`, function, `dict` or [`Judge`], *optional*):
+            A reward that no head was trained on; a language model, as an object with its `kind`; or a judge of your
+            own. See [docs/judging.md](judging.md).
         controls (sequence of `dict`, *optional*):
             What is compared, see [docs/comparing.md](comparing.md). By default the base, prompting, best of 4, and
             each method that the head has, at 0.1 nats a token if no strength is named.
@@ -120,7 +116,15 @@ def compare(
         check_rows(functions, test, settings.combine_rewards)
     try_rewards(functions, test, settings.on_bad_rows)
     scorers = [reward_scorer("reward", functions, settings.on_bad_rows, settings.combine_rewards)]
-    if judge is not None:
+    judge, judging = judge_of(judge) if isinstance(judge, dict) else judge, None
+    if isinstance(judge, PersonJudge):
+        judging = judge
+        judging.read(output, settings.against)
+    elif isinstance(judge, Judge):
+        judging = JudgeScoring(judge, output / VERDICTS_NAME)
+        judging.check()
+        scorers.append(judging.scorer())
+    elif judge is not None:
         scorers.append(reward_scorer("judge", {"judge": _judge(judge, functions, test)}, settings.on_bad_rows))
     if settings.embeddings is not None:
         scorers.append(coherence_scorer(settings.embeddings))
@@ -136,6 +140,15 @@ def compare(
         )
         entries = entries_of(default_controls(bench) if controls is None else controls, settings)
         rows = rows_of(entries, bench, settings)
+        if (
+            isinstance(judge, Judge)
+            and judge.mode == "pair"
+            and any(row.entry.name == settings.against and isinstance(row.rival, BestOfN) for row in rows)
+        ):
+            raise ValueError(
+                f"A judge of pairs needs one answer to hold others against, and {settings.against!r} (`against`) "
+                "draws several: name another control."
+            )
         test, held = (_usable(bench, rows, part, settings.on_bad_rows) for part in (test, held))
         progress = (lambda done, total: None) if quiet else None
         with _locked(output):
@@ -144,7 +157,7 @@ def compare(
             stages = draw_answers(output, rows, bench, test, settings, progress)
             reference = next(i for i, row in enumerate(rows) if row.entry.name == settings.against)
             scores = score_answers(stages, stages[reference], scorers, progress)
-            return _results(output, bench, rows, stages, scores, reference, test, matches, settings)
+            return write_results(output, bench, rows, stages, scores, reference, test, matches, settings, judging)
 
 
 @contextmanager
@@ -221,6 +234,8 @@ def _rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
 
 
 def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> RewardFunction:
+    if isinstance(judge, type) and issubclass(judge, Judge):
+        raise ValueError(f"The judge is a class: give an instance of it, `{judge.__name__}(...)`.")
     [(_, function)] = _rewards([judge], prompts).items()
     if any(function is reward for reward in rewards.values()):
         raise ValueError("The judge is also one of the rewards: name one that no head was trained on.")
@@ -278,82 +293,3 @@ def _usable(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: st
     if not usable:
         raise ValueError("No prompt can be used.")
     return prompts if len(usable) == len(prompts) else prompts.take(sorted(usable))
-
-
-def _results(
-    output: Path,
-    bench: Bench,
-    rows: Sequence[Row],
-    stages: Sequence[StageFolder],
-    scores: Sequence[Scores],
-    reference: int,
-    prompts: Prompts,
-    matches: dict[str, Any],
-    settings: CompareSettings,
-) -> list[Figure]:
-    """Figures from all answers and scores; the first process writes the files."""
-    loaded = [load_answers(stage) for stage in stages]
-    numbers = [_numbers(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
-    for name in dict.fromkeys(name for own in scores for name in own):
-        if all(value is None for own in scores for value in own[name]):
-            raise ValueError(f"No answer of any control has a number by {name!r}, so there is nothing to compare.")
-    others, held_against = numbers[reference], loaded[reference][0]
-    judged_by = "judge" if "judge" in others else "reward"
-    held_by = best_places(held_against, others["reward"]) if isinstance(rows[reference].rival, BestOfN) else None
-    for (rollouts, _), own in zip(loaded, numbers, strict=True):
-        places = matched_references(rollouts, held_against, held_by)
-        own["win_rate"], own["ties"] = wins(own[judged_by], [others[judged_by][place] for place in places])
-    places = {number: place for place, number in enumerate(prompts.numbers)}
-    drawn = [
-        sample_of(row.entry.name, row.strength, rollouts, own, places)
-        for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True)
-    ]
-    samples: list[Sample] = []
-    for row, sample in zip(rows, drawn, strict=True):
-        is_pool = isinstance(row.rival, BestOfN)
-        samples += [best_of(sample, n) for n in range(1, row.rival.pool + 1)] if is_pool else [sample]
-    figures = figures_of(samples, _against(samples, drawn[reference], rows[reference]), len(prompts))
-    if Processes().index == 0:
-        lines: list[tuple[str, float | None, list[Rollout], Scores]] = [
-            (row.entry.name, row.strength, rollouts, own)
-            for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True)
-        ]
-        write_answers(output / ANSWERS_NAME, lines)
-        about = {
-            "prompts": len(prompts),
-            "against": settings.against,
-            "strengths": matches,
-            "controls": [vars(row.entry) | {"strength": row.strength} for row in rows],
-            "settings": settings.to_dict(),
-        }
-        write_figures(output, figures, about)
-        pools = list(dict.fromkeys(row.entry.name for row in rows if isinstance(row.rival, BestOfN)))
-        notes = [_matched(name, match) for name, match in matches.items()]
-        text = table(figures, settings.against, len(prompts), pools, notes)
-        with atomic_path(output / TABLE_NAME) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        write_plots(output, figures, pools)
-    Processes().wait()
-    return figures
-
-
-def _against(samples: Sequence[Sample], drawn: Sample, row: Row) -> Sample:
-    """The sample that differences are to: of a best of n that of its whole pool."""
-    if not isinstance(row.rival, BestOfN):
-        return drawn
-    return next(s for s in samples if s.control == row.entry.name and s.strength == row.rival.pool)
-
-
-def _numbers(bench: Bench, found: Scores) -> Scores:
-    """What was measured and scored of each answer, with `reward` as the one number that answers are ranked by."""
-    if "reward" in found:
-        return found
-    values = zip(*(found[f"reward {name}"] for name in bench.rewards), strict=True)
-    return found | {"reward": [None if None in each else standardised(bench, each) for each in values]}
-
-
-def _matched(name: str, match: dict[str, Any]) -> str:
-    return (
-        f"{name}: strength {match['strength']:g} reached {match['kl']:.3f} [{match['low']:.3f}, {match['high']:.3f}] "
-        "nats a token on held-out prompts."
-    )

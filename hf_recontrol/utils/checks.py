@@ -59,3 +59,9 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_text(name: str, value: Any, empty: bool = False) -> None:
+    """Raise unless `value` is a text, which may be empty if `empty`. It is not shown: it may be a secret."""
+    if not isinstance(value, str) or not (empty or value.strip()):
+        raise ValueError(f"`{name}` must be a text{'' if empty else ' that is not empty'}.")

@@ -58,6 +58,11 @@ def matched_references(
     ]
 
 
+def written_prompt(prompt: Any) -> str:
+    """A prompt as the file of answers has it: a text, or a chat as JSON."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
 def write_answers(
     path: Path, rows: Sequence[tuple[str, float | None, Sequence[Rollout], dict[str, Sequence[float | None]]]]
 ) -> None:
@@ -94,7 +99,7 @@ def write_answers(
                 {
                     "control": control,
                     "strength": strength,
-                    "prompt": r.prompt if isinstance(r.prompt, str) else json.dumps(r.prompt, ensure_ascii=False),
+                    "prompt": written_prompt(r.prompt),
                     "prompt_number": r.prompt_number,
                     "sample": r.sample,
                     "completion": r.completion,

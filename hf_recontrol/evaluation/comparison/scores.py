@@ -34,8 +34,8 @@ class Scorer:
         name (`str`):
             Of the folder that the numbers are kept in.
         depends_on (`dict`):
-            Everything that the numbers depend on beside the answers, as JSON; `None` where nobody can know: then they
-            are made anew by each run.
+            Everything that the numbers depend on beside the answers, as JSON; `None` where nobody can know, or the
+            scorer keeps them itself: then it is called by each run.
         score (`Callable`):
             `f(rollouts, references)`: the numbers of each answer, by name.
         uses_references (`bool`, *optional*, defaults to `False`):
@@ -111,7 +111,7 @@ def coherence_scorer(model_name: str) -> Scorer:
         raise ValueError(f"The model for coherence (`embeddings`: {model_name}) cannot be loaded: {error}") from error
 
     def score(rollouts: list[Rollout], references: list[Rollout]) -> Scores:
-        prompts = [_text(rollout.prompt) for rollout in rollouts]
+        prompts = [prompt_text(rollout.prompt) for rollout in rollouts]
         texts = prompts + [rollout.completion for rollout in rollouts]
         vectors = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
         cosines = (vectors[: len(prompts)] * vectors[len(prompts) :]).sum(-1).tolist()
@@ -121,7 +121,7 @@ def coherence_scorer(model_name: str) -> Scorer:
     return Scorer("coherence", {"embeddings": str(model_name), "fingerprint": model_fingerprint(model)}, score)
 
 
-def _text(prompt: Any) -> str:
+def prompt_text(prompt: Any) -> str:
     """A prompt as one text: of a chat its messages' contents."""
     if isinstance(prompt, str):
         return prompt

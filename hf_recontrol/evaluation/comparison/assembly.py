@@ -1,0 +1,120 @@
+"""From answers and scores to what a comparison leaves in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...data.processes import Processes
+from ...data.prompts import Prompts
+from ...data.rollouts import Rollout
+from ...data.stage_folder import StageFolder
+from ...settings import CompareSettings
+from ...utils.files import atomic_path
+from ..judges.person import PersonJudge
+from ..judges.scoring import JudgeScoring
+from ..rivals.plain import BestOfN
+from ..rivals.rival import Bench, standardised
+from .answers import load_answers
+from .entries import Row
+from .figures import Figure, Sample, best_of, figures_of, sample_of
+from .plots import write_plots
+from .results import ANSWERS_NAME, best_places, matched_references, wins, write_answers, write_figures
+from .scores import Scores
+from .table import table
+
+TABLE_NAME = "table.md"
+
+
+def write_results(
+    output: Path,
+    bench: Bench,
+    rows: Sequence[Row],
+    stages: Sequence[StageFolder],
+    scores: Sequence[Scores],
+    reference: int,
+    prompts: Prompts,
+    matches: dict[str, Any],
+    settings: CompareSettings,
+    judging: JudgeScoring | PersonJudge | None = None,
+) -> list[Figure]:
+    """
+    Figures from all answers and scores; the first process writes the files.
+
+    Raises:
+        `ValueError`: if no answer has a number by one of the scorers, or a person has judged other answers.
+    """
+    judged = None if judging is None else judging.counts()
+    loaded = [load_answers(stage) for stage in stages]
+    numbers = [_numbers(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
+    for name in dict.fromkeys(name for own in scores for name in own):
+        if all(value is None for own in scores for value in own[name]):
+            raise ValueError(f"No answer of any control has a number by {name!r}, so there is nothing to compare.")
+    others, held_against = numbers[reference], loaded[reference][0]
+    judged_by = "judge" if "judge" in others else "reward"
+    if isinstance(judging, PersonJudge):
+        judging.check_rows([(row.entry.name, row.strength) for row in rows])
+        for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True):
+            own |= judging.scores(row.entry.name, row.strength, rollouts, held_against)
+    held_by = best_places(held_against, others["reward"]) if isinstance(rows[reference].rival, BestOfN) else None
+    for (rollouts, _), own in zip(loaded, numbers, strict=True):
+        places = matched_references(rollouts, held_against, held_by)
+        if "win_rate" not in own:
+            own["win_rate"], own["ties"] = wins(own[judged_by], [others[judged_by][place] for place in places])
+    places = {number: place for place, number in enumerate(prompts.numbers)}
+    drawn = [
+        sample_of(row.entry.name, row.strength, rollouts, own, places)
+        for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True)
+    ]
+    samples: list[Sample] = []
+    for row, sample in zip(rows, drawn, strict=True):
+        is_pool = isinstance(row.rival, BestOfN)
+        samples += [best_of(sample, n) for n in range(1, row.rival.pool + 1)] if is_pool else [sample]
+    figures = figures_of(samples, _against(samples, drawn[reference], rows[reference]), len(prompts))
+    if Processes().index == 0:
+        lines: list[tuple[str, float | None, list[Rollout], Scores]] = [
+            (row.entry.name, row.strength, rollouts, own)
+            for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True)
+        ]
+        write_answers(output / ANSWERS_NAME, lines)
+        about = {
+            "prompts": len(prompts),
+            "against": settings.against,
+            "strengths": matches,
+            "controls": [vars(row.entry) | {"strength": row.strength} for row in rows],
+            "settings": settings.to_dict(),
+        } | ({"judged": judged} if judged else {})
+        write_figures(output, figures, about)
+        pools = list(dict.fromkeys(row.entry.name for row in rows if isinstance(row.rival, BestOfN)))
+        notes = [_matched(name, match) for name, match in matches.items()]
+        if judged:
+            notes.append(judging.note(judged))
+        text = table(figures, settings.against, len(prompts), pools, notes)
+        with atomic_path(output / TABLE_NAME) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        write_plots(output, figures, pools)
+    Processes().wait()
+    return figures
+
+
+def _against(samples: Sequence[Sample], drawn: Sample, row: Row) -> Sample:
+    """The sample that differences are to: of a best of n that of its whole pool."""
+    if not isinstance(row.rival, BestOfN):
+        return drawn
+    return next(s for s in samples if s.control == row.entry.name and s.strength == row.rival.pool)
+
+
+def _numbers(bench: Bench, found: Scores) -> Scores:
+    """What was measured and scored of each answer, with `reward` as the one number that answers are ranked by."""
+    if "reward" in found:
+        return found
+    values = zip(*(found[f"reward {name}"] for name in bench.rewards), strict=True)
+    return found | {"reward": [None if None in each else standardised(bench, each) for each in values]}
+
+
+def _matched(name: str, match: dict[str, Any]) -> str:
+    return (
+        f"{name}: strength {match['strength']:g} reached {match['kl']:.3f} [{match['low']:.3f}, {match['high']:.3f}] "
+        "nats a token on held-out prompts."
+    )

@@ -1,0 +1,233 @@
+"""A language model behind an OpenAI-compatible endpoint as a judge."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+from urllib.parse import parse_qsl, urlsplit
+
+from ...utils.checks import check_int, check_number, check_text
+from ...utils.extras import needs_extra
+from .language import LanguageJudge, Reply
+
+# Names of a query that hold secrets, and how long a value without a meaning is.
+_SECRET_NAMES = re.compile(r"key|token|secret|pass|auth|sig|cred|code", re.IGNORECASE)
+_SECRET_LENGTH = 20
+# Arguments of a request that are ours, or hold secrets.
+_OWN_ARGUMENTS = ("model", "messages", "n", "stream", "extra_headers", "extra_query", "timeout")
+# What an endpoint answers to one question that it will not take, and to all of them if its settings are wrong.
+_NOT_TAKEN = (400, 413, 422)
+_HINTS = {
+    401: " Is the key right?",
+    403: " May this key use the model?",
+    404: " Are `base_url` and `model` right?",
+}
+# So much of a key tells what it is.
+_PIECE = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointJudge(LanguageJudge):
+    """
+    A language model behind an OpenAI-compatible endpoint.
+
+    Args:
+        base_url (`str`, *optional*):
+            Of the endpoint. By default OpenAI's.
+        api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
+            The environment variable that holds the key; `None` where none is needed. The key is never written.
+        timeout (`float`, *optional*, defaults to 60):
+            Seconds a call may take.
+        concurrency (`int`, *optional*, defaults to 4):
+            Calls at once.
+        price_per_million_input, price_per_million_output (`float`, *optional*):
+            What tokens cost.
+        request (`dict`, *optional*):
+            More arguments of each request, or others instead of ours; `None` leaves one out.
+    """
+
+    base_url: str | None = None
+    api_key_env: str | None = "OPENAI_API_KEY"
+    timeout: float = 60.0
+    concurrency: int = 4
+    price_per_million_input: float | None = None
+    price_per_million_output: float | None = None
+    request: dict[str, Any] = field(default_factory=dict)
+
+    asked: ClassVar[tuple[str, ...]] = (*LanguageJudge.asked, "base_url", "request")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("judge.timeout", self.timeout, above=0)
+        check_int("judge.concurrency", self.concurrency, low=1, high=256)
+        for name in ("input", "output"):
+            if (price := getattr(self, f"price_per_million_{name}")) is not None:
+                check_number(f"judge.price_per_million_{name}", price, low=0)
+        if (self.price_per_million_input is None) != (self.price_per_million_output is None):
+            raise ValueError(
+                "`judge` needs both `price_per_million_input` and `price_per_million_output`, or neither."
+            )
+        if self.base_url is not None:
+            _check_url(self.base_url)
+        if self.api_key_env is not None and not (
+            isinstance(self.api_key_env, str) and re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env)
+        ):
+            # Not shown: it may be the key itself.
+            raise ValueError("`judge.api_key_env` must be the name of an environment variable, or null.")
+        if not isinstance(self.request, dict):
+            raise ValueError("`judge.request` must be an object: arguments of each request, by name.")
+        if own := [name for name in _OWN_ARGUMENTS if name in self.request]:
+            raise ValueError(f"`judge.request` must not hold `{own[0]}`.")
+        try:
+            json.dumps(self.request)
+        except (TypeError, ValueError):
+            raise ValueError("`judge.request` must be what JSON can hold.") from None
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> EndpointJudge:
+        if "api_key" in given:
+            raise ValueError("A key does not belong in a file: name its environment variable (`judge.api_key_env`).")
+        return super().of(given)
+
+    @property
+    def input_price(self) -> float | None:
+        return None if self.price_per_million_input is None else self.price_per_million_input / 1e6
+
+    @property
+    def output_price(self) -> float | None:
+        return None if self.price_per_million_output is None else self.price_per_million_output / 1e6
+
+    @cached_property
+    def client(self) -> Any:
+        """
+        What asks.
+
+        Raises:
+            `ImportError`: names the extra. `ValueError`: if there is no key, or it stands among the settings.
+        """
+        with needs_extra("compare", "A judge behind an endpoint"):
+            from openai import OpenAI
+        key = self._key
+        if self.api_key_env is not None and not key:
+            raise ValueError(
+                "The judge's key is missing: set the environment variable that `judge.api_key_env` names "
+                "(default: OPENAI_API_KEY), or `api_key_env: null` where none is needed."
+            )
+        if key and key in json.dumps(self.depends_on(), ensure_ascii=False):
+            raise ValueError("The judge's key stands in its settings, which are written to files: take it out.")
+        return OpenAI(
+            api_key=key or "none", base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries
+        )
+
+    @property
+    def _key(self) -> str | None:
+        return None if self.api_key_env is None else os.environ.get(self.api_key_env)
+
+    def check(self) -> None:
+        """
+        Ask something small.
+
+        Raises:
+            `OSError`: names an endpoint that does not answer as it should. `ValueError`, `ImportError`: as `client`.
+        """
+        client = self.client
+        from openai import APIStatusError
+
+        try:
+            found = self._create([{"role": "user", "content": "Reply with the word OK."}])
+        except APIStatusError as error:
+            raise OSError(
+                f"The judge's endpoint does not take the request (status {error.status_code}): "
+                f"{self._without_key(str(error.message))}"
+            ) from None
+        if found is None or not found.choices:
+            raise OSError(
+                f"What the judge's endpoint at {client.base_url} answers is no chat completion: is `base_url` "
+                "right? It mostly ends in /v1."
+            )
+
+    def replies(self, talks: Sequence[list[dict[str, str]]]) -> list[Reply]:
+        """
+        Raises:
+            `OSError`: if the endpoint is dead.
+        """
+        return [self._reply(talk) for talk in talks]
+
+    def _reply(self, messages: list[dict[str, str]]) -> Reply:
+        from openai import APIStatusError
+
+        try:
+            found = self._create(messages)
+        except APIStatusError:
+            return Reply("", refused=True)
+        if found is None:
+            return Reply(None)
+        usage = getattr(found, "usage", None)
+        spent = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        spent = [count if isinstance(count, int) else 0 for count in spent]
+        choice = found.choices[0] if found.choices else None
+        message = getattr(choice, "message", None)
+        refused = bool(getattr(message, "refusal", None)) or getattr(choice, "finish_reason", "") == "content_filter"
+        text = getattr(message, "content", None)
+        return Reply(text if isinstance(text, str) else None, refused, *spent)
+
+    def _create(self, messages: list[dict[str, str]]) -> Any:
+        """
+        The endpoint's answer; `None` if that is no chat completion.
+
+        Raises:
+            `openai.APIStatusError`: if it does not take this request. `OSError`: if it is dead.
+        """
+        from openai import APIError, APIResponseValidationError
+
+        arguments = {"temperature": 0, "max_tokens": self.max_tokens} | self.request
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        try:
+            found = self.client.chat.completions.create(model=self.model, messages=messages, **arguments)
+        except (APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        except APIError as error:
+            if getattr(error, "status_code", None) in _NOT_TAKEN:
+                raise
+            raise self._dead(error) from None
+        # Of a body that is something else the client makes whatever it is.
+        return found if isinstance(getattr(found, "choices", None), list) else None
+
+    def _dead(self, error: Exception) -> OSError:
+        """Without its cause: an endpoint may repeat the key in its answer."""
+        status = getattr(error, "status_code", None)
+        said = type(error).__name__ if status is None else f"{type(error).__name__}, status {status}"
+        return OSError(
+            f"The judge at {self.client.base_url} does not answer ({said}).{_HINTS.get(status, '')} What was done is "
+            "kept: the same call goes on from there."
+        )
+
+    def _without_key(self, text: str) -> str:
+        key = self._key or ""
+        text = text.replace(key, "***") if key else text
+        for start in range(len(key) - _PIECE + 1):
+            text = text.replace(key[start : start + _PIECE], "***")
+        return text
+
+
+def _check_url(url: Any) -> None:
+    """Raise for what is no URL of an endpoint, or holds a secret; which is not shown."""
+    check_text("judge.base_url", url)
+    try:
+        parts = urlsplit(url)
+        secret = parts.username or parts.password or "@" in parts.netloc
+        queried = parse_qsl(parts.query, keep_blank_values=True)
+    except ValueError:
+        raise ValueError("`judge.base_url` must be a URL such as http://localhost:8000/v1.") from None
+    if secret or any(_SECRET_NAMES.search(name) or len(value) >= _SECRET_LENGTH for name, value in queried):
+        raise ValueError(
+            "`judge.base_url` must hold no user, password or key, since it is written to files: put the key into the "
+            "environment variable that `judge.api_key_env` names."
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("`judge.base_url` must be a URL such as http://localhost:8000/v1.")

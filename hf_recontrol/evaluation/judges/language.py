@@ -1,0 +1,178 @@
+"""Language models as judges: what they are asked, how their replies are read, and when they are asked again."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from ...utils.checks import check_choice, check_int, check_text
+from .judge import MODES, REFUSED, UNPARSABLE, Judge, Question, Verdict
+
+_ASK_PAIR = """Two answers to one request follow. Which is better? {criteria}
+Reply with JSON alone: {{"verdict": "A"}}, {{"verdict": "B"}} or {{"verdict": "tie"}}.
+
+<request>
+{prompt}
+</request>
+<answer A>
+{answer}
+</answer A>
+<answer B>
+{other}
+</answer B>"""
+_ASK_SCORE = """An answer to a request follows. How good is it, from 1 (worst) to 10 (best)? {criteria}
+Reply with JSON alone, such as {{"score": 5}}.
+
+<request>
+{prompt}
+</request>
+<answer>
+{answer}
+</answer>"""
+_AGAIN = {
+    "pair": 'That held no verdict. Reply with {"verdict": "A"}, {"verdict": "B"} or {"verdict": "tie"} alone.',
+    "score": 'That held no score. Reply with JSON alone, such as {"score": 5}: a number from 1 to 10.',
+}
+_PAIR_VALUES = {"A": 1.0, "B": 0.0, "TIE": 0.5}
+_LOWEST, _HIGHEST = 1, 10
+# How replies begin that decline. They count as refusals only if they hold no verdict.
+_DECLINES = re.compile(
+    r"\W*(i['’]?m |i am )?(very |really |so )?(sorry|unable to|afraid)\b|\W*(i|we) (can(no|['’])t|can not|won['’]t|"
+    r"will not|must decline|decline)\b|\W*as an ai\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """
+    What a language model said.
+
+    Args:
+        text (`str`, *optional*):
+            `None` if what came could not be read.
+        refused (`bool`, *optional*, defaults to `False`):
+            Whether the model, or whoever runs it, refused to judge.
+        input_tokens, output_tokens (`int`, *optional*, default to 0):
+            What it cost.
+    """
+
+    text: str | None
+    refused: bool = False
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageJudge(Judge):
+    """
+    A language model as a judge: asked in words, at temperature 0 or greedily, it replies with JSON.
+
+    Args:
+        model (`str`):
+            Its name.
+        mode (`str`, *optional*, defaults to `"pair"`):
+            `"pair"`: which of two answers is better, in both orders. `"score"`: how good one answer is, from 1 to 10.
+        criteria (`str`, *optional*, defaults to `""`):
+            What makes an answer better.
+        max_retries (`int`, *optional*, defaults to 3):
+            How often it is asked again where a reply holds no verdict.
+        max_tokens (`int`, *optional*, defaults to 256):
+            Of a reply.
+
+    Raises:
+        `ValueError`: for a setting of another type or out of its range; names it.
+    """
+
+    model: str
+    mode: str = "pair"
+    criteria: str = ""
+    max_retries: int = 3
+    max_tokens: int = 256
+
+    # What verdicts depend on.
+    asked: ClassVar[tuple[str, ...]] = ("model", "mode", "criteria", "max_tokens")
+
+    def __post_init__(self):
+        check_choice("judge.mode", self.mode, MODES)
+        check_text("judge.model", self.model)
+        check_text("judge.criteria", self.criteria, empty=True)
+        check_int("judge.max_retries", self.max_retries, low=0, high=100)
+        check_int("judge.max_tokens", self.max_tokens, low=1)
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> LanguageJudge:
+        """
+        From what a comparison's file says under `judge`, without its `kind`.
+
+        Raises:
+            `ValueError`: for a name that there is not, or a setting that cannot be.
+        """
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(str(name) for name in set(given) - set(names)):
+            raise ValueError(f"`judge` has no setting {', '.join(unknown)}. It has: kind, {', '.join(names)}.")
+        if "model" not in given:
+            raise ValueError("`judge` needs a `model`.")
+        return cls(**given)
+
+    def depends_on(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.asked}
+
+    def replies(self, talks: Sequence[list[dict[str, str]]]) -> list[Reply]:
+        """One reply to each talk (messages with `role` and `content`)."""
+        raise NotImplementedError
+
+    def verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
+        talks = [[{"role": "user", "content": self._ask(question)}] for question in questions]
+        values: list[float | None] = [None] * len(talks)
+        costs, refused = [[0, 0, 0] for _ in talks], [False] * len(talks)
+        missing = list(range(len(talks)))
+        for _ in range(self.max_retries + 1):
+            for place, reply in zip(missing, self.replies([talks[place] for place in missing]), strict=True):
+                spent = (1, reply.input_tokens, reply.output_tokens)
+                costs[place] = [a + b for a, b in zip(costs[place], spent, strict=True)]
+                values[place] = parsed(reply.text or "", self.mode)
+                refused[place] = reply.refused or bool(_DECLINES.match(reply.text or ""))
+                if values[place] is None and reply.text:
+                    again = {"role": "user", "content": _AGAIN[self.mode]}
+                    talks[place] = [talks[place][0], {"role": "assistant", "content": reply.text}, again]
+            missing = [place for place in missing if values[place] is None]
+            if not missing:
+                break
+        return [
+            Verdict(value, (REFUSED if no else UNPARSABLE) if value is None else None, *cost, self.max_retries)
+            for value, no, cost in zip(values, refused, costs, strict=True)
+        ]
+
+    def _ask(self, question: Question) -> str:
+        text = _ASK_SCORE if question.other is None else _ASK_PAIR
+        return text.format(
+            criteria=self.criteria, prompt=question.prompt, answer=question.answer, other=question.other
+        )
+
+
+def parsed(reply: str, mode: str = "pair") -> float | None:
+    """The last verdict or score in a reply, also among prose, thoughts and code fences; `None` without one."""
+    for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if mode == "pair":
+            value = _PAIR_VALUES.get(str(found.get("verdict")).strip().upper())
+        else:
+            value = _score(found.get("score"))
+        if value is not None:
+            return value
+    return None
+
+
+def _score(found: Any) -> float | None:
+    try:
+        value = float(found)
+    except (TypeError, ValueError):
+        return None
+    return value if not isinstance(found, bool) and _LOWEST <= value <= _HIGHEST else None

@@ -1,0 +1,108 @@
+"""A chat model of transformers as a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ...data.processes import Processes
+from ...heads.base_model import load_base_model
+from ...utils.checks import check_choice, check_int, check_text
+from ...utils.code_fingerprints import model_fingerprint
+from .language import LanguageJudge, Reply
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalJudge(LanguageJudge):
+    """
+    A chat model of transformers, which replies greedily.
+
+    Args:
+        model (`str`):
+            A folder or Hub name.
+        revision (`str`, *optional*):
+            Branch, tag or commit of its repo.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            `"auto"` (that of its weights), `"float32"`, `"bfloat16"` or `"float16"`.
+        device (`str`, *optional*):
+            Where it computes. By default where the base does.
+        batch_size (`int`, *optional*, defaults to 8):
+            Questions at once.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Run code that comes with the model.
+    """
+
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    batch_size: int = 8
+    trust_remote_code: bool = False
+
+    asked: ClassVar[tuple[str, ...]] = (*LanguageJudge.asked, "revision", "dtype")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("revision", "device"):
+            if getattr(self, name) is not None:
+                check_text(f"judge.{name}", getattr(self, name))
+        check_choice("judge.dtype", self.dtype, _DTYPES)
+        check_int("judge.batch_size", self.batch_size, low=1)
+        check_choice("judge.trust_remote_code", self.trust_remote_code, (True, False))
+
+    @cached_property
+    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """
+        The model and its tokenizer.
+
+        Raises:
+            `OSError`, `ValueError`: as [`load_base_model`]; if it has no chat template.
+        """
+        source: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        source |= {} if self.revision is None else {"revision": self.revision}
+        model = load_base_model(self.model, dtype=self.dtype, **source)
+        tokenizer = AutoTokenizer.from_pretrained(self.model, padding_side="left", **source)
+        if not tokenizer.chat_template:
+            raise ValueError(f"The judge {self.model} has no chat template: name a chat model.")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return model.to(self.device or Processes().device).eval(), tokenizer
+
+    def depends_on(self) -> dict[str, Any]:
+        return super().depends_on() | {"weights": model_fingerprint(self.loaded[0])}
+
+    @torch.no_grad()
+    def replies(self, talks: Sequence[list[dict[str, str]]]) -> list[Reply]:
+        model, tokenizer = self.loaded
+        given = tokenizer.apply_chat_template(
+            list(talks), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        )
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        lengths = given["attention_mask"].sum(1).tolist()
+        fits = [limit is None or length + self.max_tokens <= limit for length in lengths]
+        replies = [Reply(None, input_tokens=length) for length in lengths]
+        places = [place for place, fit in enumerate(fits) if fit]
+        if not places:
+            return replies
+        rows = {name: given[name][places].to(model.device) for name in ("input_ids", "attention_mask")}
+        drawn = model.generate(
+            **rows,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=self.max_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )[:, rows["input_ids"].shape[1] :].cpu()
+        for place, ids in zip(places, drawn, strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            written = int((ids != tokenizer.pad_token_id).sum())
+            replies[place] = Reply(text, input_tokens=lengths[place], output_tokens=written)
+        return replies

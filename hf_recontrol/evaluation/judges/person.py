@@ -1,0 +1,167 @@
+"""A person as the judge: verdicts that a page has saved, read back by the key in the comparison's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...data.rollouts import Rollout
+from ..comparison.results import matched_references, written_prompt
+from ..comparison.scores import Scores
+
+# Of a page's key, which says who wrote which, in the comparison's folder.
+KEY_NAME = "judge-key-{}.json"
+_PAGE = re.compile(r"[0-9a-f]{12}")
+_CHOICES = ("left", "right", "tie")
+# Of a control's answer its row and prompt.
+_Place = tuple[str, float | None, int]
+
+
+def digest_of(prompt: str, answer: str, other: str) -> str:
+    """What tells a pair of answers from others."""
+    return hashlib.sha256(json.dumps([prompt, answer, other]).encode()).hexdigest()[:16]
+
+
+@dataclass
+class PersonJudge:
+    """
+    Verdicts of one or several persons.
+
+    Args:
+        verdicts (sequence of `str`):
+            Files that pages have saved.
+    """
+
+    verdicts: Sequence[str]
+    _digests: dict[_Place, str] = field(default_factory=dict, init=False)
+    _values: dict[_Place, list[float]] = field(default_factory=dict, init=False)
+    _identical: int = field(default=0, init=False)
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> PersonJudge:
+        """
+        From what a comparison's file says under `judge`, without its `kind`.
+
+        Raises:
+            `ValueError`: if it does not name files.
+        """
+        if unknown := sorted(str(name) for name in set(given) - {"verdicts"}):
+            raise ValueError(f"`judge` has no setting {', '.join(unknown)}. It has: kind, verdicts.")
+        files = given.get("verdicts")
+        files = [files] if isinstance(files, str) else files
+        if not isinstance(files, Sequence) or not files or not all(isinstance(file, str) for file in files):
+            raise ValueError("`judge.verdicts` must be the file that a page has saved, or a list of such files.")
+        return cls(files)
+
+    def read(self, comparison: Path, against: str) -> None:
+        """
+        Read all files.
+
+        Args:
+            comparison (`Path`):
+                Its folder, where the pages' keys are.
+            against (`str`):
+                What it is against.
+
+        Raises:
+            `OSError`, `ValueError`: for a file that no page of this comparison has saved.
+        """
+        for file in self.verdicts:
+            page, said = read_saved(Path(file))
+            path = comparison / KEY_NAME.format(page)
+            if not path.is_file():
+                raise ValueError(f"{file} is of the page {page}, which is not of the comparison in {comparison}.")
+            key = json.loads(path.read_text(encoding="utf-8"))
+            if key["against"] != against:
+                raise ValueError(
+                    f"In {file} {key['control']!r} is judged against {key['against']!r}, and this comparison is "
+                    f"against {against!r}: make a new page."
+                )
+            if unknown := sorted(set(said) - set(key["pairs"])):
+                raise ValueError(f"{file} has a verdict on {unknown[0]!r}, which is not on the page {page}.")
+            for name, pair in key["pairs"].items():
+                place = (key["control"], key["strength"], pair["prompt_number"])
+                self._digests[place] = pair["digest"]
+                if pair["side"] is None:
+                    self._identical += place not in self._values
+                    self._values[place] = [0.5]
+                elif name in said:
+                    value = 0.5 if said[name] == "tie" else float(said[name] == pair["side"])
+                    self._values.setdefault(place, []).append(value)
+
+    def scores(
+        self, control: str, strength: float | None, rollouts: Sequence[Rollout], references: Sequence[Rollout]
+    ) -> Scores:
+        """
+        Of a row's answers 1 if a person put it above the reference's, 0.5 for a tie, 0, or `None` if nobody judged it;
+        of several persons the mean.
+
+        Raises:
+            `ValueError`: if the answers are not those that were judged.
+        """
+        won: list[float | None] = []
+        tied: list[float | None] = []
+        for rollout, reference in zip(rollouts, matched_references(rollouts, references), strict=True):
+            place = (control, strength, rollout.prompt_number)
+            values = self._values.get(place, []) if rollout.sample == 0 else []
+            if values and self._digests[place] != digest_of(
+                written_prompt(rollout.prompt), rollout.completion, references[reference].completion
+            ):
+                raise ValueError(
+                    f"The answers of {control!r} are no longer those that were judged (first at prompt "
+                    f"{rollout.prompt_number}): make a new page."
+                )
+            won.append(sum(values) / len(values) if values else None)
+            tied.append(values.count(0.5) / len(values) if values else None)
+        return {"win_rate": won, "ties": tied}
+
+    def check_rows(self, rows: Sequence[tuple[str, float | None]]) -> None:
+        """Raise `ValueError` if a row that was judged is not among those compared."""
+        for control, strength, _ in self._digests:
+            if (control, strength) not in rows:
+                label = control if strength is None else f"{control} {strength:g}"
+                raise ValueError(f"The control {label!r} was judged, and is not compared here.")
+
+    def counts(self) -> dict[str, Any]:
+        """What is said of the judge in the results."""
+        rows = list(dict.fromkeys(place[:2] for place in self._digests))
+        judged = len(self._values) - self._identical
+        return {
+            "mode": "person",
+            "controls": [{"control": control, "strength": strength} for control, strength in rows],
+            "answers": judged,
+            "not_judged": len(self._digests) - len(self._values),
+            "identical": self._identical,
+        }
+
+    def note(self, counts: dict[str, Any]) -> str:
+        """What stands under the table."""
+        rows = [
+            row["control"] if row["strength"] is None else f"{row['control']} {row['strength']:g}"
+            for row in counts["controls"]
+        ]
+        return (
+            f"Judge: a person, of {', '.join(rows)} alone; {counts['answers']} answers judged, {counts['not_judged']} "
+            f"on the page not judged: left out; {counts['identical']} more are the same as the one compared against: "
+            "ties."
+        )
+
+
+def read_saved(path: Path) -> tuple[str, dict[str, str]]:
+    """(page, verdicts) in a file that may be anybody's."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        page, said = saved["page"], saved["verdicts"]
+        fits = isinstance(page, str) and _PAGE.fullmatch(page) and all(said[name] in _CHOICES for name in said)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no file of verdicts that a page has saved ({type(error).__name__}).") from None
+    if not fits or not isinstance(said, dict):
+        raise ValueError(f"{path} is no file of verdicts that a page has saved.")
+    if not said:
+        raise ValueError(f"{path} holds no verdict: nothing was judged.")
+    return page, said

@@ -1,0 +1,194 @@
+"""A judge as a scorer of a comparison's answers, and how often it was asked, refused and changed its mind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...data.processes import Processes
+from ...data.rollouts import Rollout
+from ...utils.checks import check_choice, check_number
+from ..comparison.results import matched_references
+from ..comparison.scores import Scorer, Scores
+from .cache import VerdictCache
+from .judge import MODES, REFUSED, Judge, Question, Verdict, shown_prompt
+
+_PAIR_VALUES = (0.0, 0.5, 1.0)
+
+
+class JudgeScoring:
+    """
+    Asks a judge about answers, and counts.
+
+    Args:
+        judge ([`Judge`]):
+            The judge.
+        cache (`Path`):
+            The file of verdicts, in a folder that exists when answers are scored.
+    """
+
+    def __init__(self, judge: Judge, cache: Path):
+        check_choice("mode", judge.mode, MODES)
+        self.judge, self.cache = judge, VerdictCache(cache)
+        known = judge.depends_on()
+        self._depends_on = None if known is None else json.dumps(known, sort_keys=True)
+        self._name = hashlib.sha256((self._depends_on or "").encode()).hexdigest()[:16]
+        self._counts: Counter[str] = Counter()
+        self._used: dict[str, Verdict] = {}
+
+    def check(self) -> None:
+        """Raise if the judge cannot judge. One that has judged here before is not asked."""
+        if Processes().index == 0 and (self._depends_on is None or not self.cache.has_judge(self._name)):
+            self.judge.check()
+
+    def scorer(self) -> Scorer:
+        """The judge as a scorer. Its verdicts are kept in the cache alone."""
+        is_pair = self.judge.mode == "pair"
+        return Scorer("verdicts", None, self._pairs if is_pair else self._scores, uses_references=is_pair)
+
+    def counts(self) -> dict[str, Any]:
+        """What is said of the judge in the results, over all processes."""
+        gathered = Processes().gather((dict(self._counts), self._used))
+        counts, used = Counter(), {}
+        for own, verdicts in gathered:
+            counts.update(own)
+            used |= verdicts
+        calls, read, written = (
+            sum(getattr(verdict, name) for verdict in used.values())
+            for name in ("calls", "input_tokens", "output_tokens")
+        )
+        prices = self.judge.input_price, self.judge.output_price
+        names = ["answers", "refused", "unparsable"]
+        if self.judge.mode == "pair":
+            names += ["identical", "orders_disagree"]
+        return {
+            "mode": self.judge.mode,
+            **({"judge": json.loads(self._depends_on)} if self._depends_on else {}),
+            **{name: counts[name] for name in names},
+            "calls": calls,
+            "new_calls": counts["new_calls"],
+            "verdicts_from_cache": counts["from_cache"],
+            "input_tokens": read,
+            "output_tokens": written,
+            "cost": None if None in prices else read * prices[0] + written * prices[1],
+        }
+
+    def note(self, counts: dict[str, Any]) -> str:
+        """What stands under the table."""
+        text = f"Judge: {counts['answers']} answers judged"
+        if counts["mode"] == "pair":
+            text += (
+                f" in both orders; on {counts['orders_disagree']} the orders disagree, which is a tie; "
+                f"{counts['identical']} more are the same as the one compared against, which is a tie too"
+            )
+        text += (
+            f". No verdict on {counts['refused'] + counts['unparsable']} ({counts['refused']} refused, "
+            f"{counts['unparsable']} not readable): left out. {counts['calls']:,} calls, {counts['new_calls']:,} of "
+            f"them in this run; {counts['input_tokens']:,} tokens in, {counts['output_tokens']:,} out"
+        )
+        return text + ("." if counts["cost"] is None else f"; cost {counts['cost']:.2f}.")
+
+    def _scores(self, rollouts: list[Rollout], references: list[Rollout]) -> Scores:
+        found = self._asked([Question(shown_prompt(r.prompt), r.completion) for r in rollouts])
+        self._count(found)
+        return {"judge": [verdict.value for verdict in found]}
+
+    def _pairs(self, rollouts: list[Rollout], references: list[Rollout]) -> Scores:
+        others = [references[place].completion for place in matched_references(rollouts, references)]
+        asked = [i for i, rollout in enumerate(rollouts) if rollout.completion != others[i]]
+        questions = []
+        for i in asked:
+            prompt, answer = shown_prompt(rollouts[i].prompt), rollouts[i].completion
+            questions += [Question(prompt, answer, others[i]), Question(prompt, others[i], answer)]
+        found = self._asked(questions)
+        values: list[float | None] = [0.5] * len(rollouts)
+        for i, forth, back in zip(asked, found[::2], found[1::2], strict=True):
+            if forth.value is None or back.value is None:
+                values[i] = None
+            elif forth.value == 1 - back.value:
+                values[i] = forth.value
+            else:
+                self._counts["orders_disagree"] += 1
+        self._count([max(pair, key=_weight) for pair in zip(found[::2], found[1::2], strict=True)])
+        if rollouts != references:
+            self._counts["identical"] += len(rollouts) - len(asked)
+        return {"win_rate": values, "ties": [None if value is None else float(value == 0.5) for value in values]}
+
+    def _count(self, verdicts: Sequence[Verdict]) -> None:
+        self._counts["answers"] += len(verdicts)
+        for verdict in verdicts:
+            if verdict.value is None:
+                self._counts[REFUSED if verdict.why == REFUSED else "unparsable"] += 1
+
+    def _asked(self, questions: Sequence[Question]) -> list[Verdict]:
+        """A verdict on each question. Each is written before the next question is asked."""
+        keys = [self._key(question) for question in questions]
+        open_ones: dict[str, Question] = {}
+        for key, question in zip(keys, questions, strict=True):
+            known = self._known(key)
+            if known is not None and (known.value is not None or known.retries >= self.judge.max_retries):
+                self._counts["from_cache"] += key not in self._used
+                self._used.setdefault(key, known)
+            else:
+                open_ones[key] = question
+        size = max(1, self.judge.batch_size)
+        pending = list(open_ones.items())
+        batches = [pending[start : start + size] for start in range(0, len(pending), size)]
+        with ThreadPoolExecutor(max(1, self.judge.concurrency)) as pool:
+            try:
+                for verdicts, calls in pool.map(self._ask, batches):
+                    self._used |= verdicts
+                    self._counts["new_calls"] += calls
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [self._used[key] for key in keys]
+
+    def _ask(self, batch: Sequence[tuple[str, Question]]) -> tuple[dict[str, Verdict], int]:
+        """(verdicts by key, written to the cache; how many calls they took)"""
+        returned = list(self.judge.verdicts([question for _, question in batch]))
+        if len(returned) != len(batch):
+            raise ValueError(
+                f"The judge {type(self.judge).__name__} returned {len(returned)} verdicts on {len(batch)} questions."
+            )
+        found, calls = {}, 0
+        for (key, _), each in zip(batch, returned, strict=True):
+            verdict = each if isinstance(each, Verdict) else Verdict(each, retries=self.judge.max_retries)
+            self._check_value(verdict.value)
+            calls += verdict.calls
+            if (before := self._known(key)) is not None:  # asked again: what was paid stays paid
+                spent = ("calls", "input_tokens", "output_tokens")
+                verdict = replace(verdict, **{name: getattr(verdict, name) + getattr(before, name) for name in spent})
+            if self._depends_on is not None:
+                self.cache.add(key, self._name, verdict)
+            found[key] = verdict
+        return found, calls
+
+    def _check_value(self, value: Any) -> None:
+        name = f"The verdict of {type(self.judge).__name__}"
+        if value is None:
+            return
+        if self.judge.mode == "score":
+            check_number(name, value)
+        elif value not in _PAIR_VALUES:
+            raise ValueError(f"{name} on a pair must be 1, 0.5, 0 or None, got {value!r}.")
+
+    def _known(self, key: str) -> Verdict | None:
+        if key in self._used or self._depends_on is None:
+            return self._used.get(key)
+        return self.cache.get(key)
+
+    def _key(self, question: Question) -> str:
+        told = [self._name, question.prompt, question.answer, question.other]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _weight(verdict: Verdict) -> int:
+    """Of two orders that one counts which has no verdict, of two such the refusal."""
+    return 0 if verdict.value is not None else 2 if verdict.why == REFUSED else 1

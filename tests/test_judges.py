@@ -1,0 +1,486 @@
+"""Language models as judges: behind a real server that misbehaves, and on this machine; judges of a user's own."""
+
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+
+import pyarrow.parquet as parquet
+import pytest
+
+from hf_recontrol import Judge, Question, Verdict, compare
+from hf_recontrol.data.rollouts import Rollout
+from hf_recontrol.evaluation.judges.cache import VerdictCache
+from hf_recontrol.evaluation.judges.kinds import judge_of
+from hf_recontrol.evaluation.judges.language import parsed
+from hf_recontrol.evaluation.judges.scoring import JudgeScoring
+
+from .compared import make_inputs, settings, write_file
+from .fresh import RECONTROL, FreshProcess, run_fresh
+from .judge_server import running_server
+from .test_processes import ALONE, run_two
+
+pytest.importorskip("openai")
+KEY = "sk-never-on-the-disk-0123456789"
+
+
+@pytest.fixture
+def server():
+    with running_server() as place:
+        yield place
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    make_inputs(tmp_path, count=8)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def given_for(server, **changes):
+    fast = {"max_retries": 1, "timeout": 5, "concurrency": 1, "api_key_env": None}
+    return {"kind": "llm", "model": "m", "base_url": server.url} | fast | changes
+
+
+def rollout(completion, number=0, prompt="p"):
+    return Rollout(prompt, completion, [1], [2], True, prompt_number=number)
+
+
+def judged(judge, cache, pairs):
+    """(a judge's numbers on pairs of answers to one prompt, its counts)"""
+    scoring = JudgeScoring(judge, cache)
+    own = [rollout(a, i) for i, (a, _) in enumerate(pairs)]
+    others = [rollout(b, i) for i, (_, b) in enumerate(pairs)]
+    return scoring.scorer().score(own, others), scoring.counts()
+
+
+PAIRS = [("a longer one", "short"), ("tiny", "a longer one"), ("even", "five"), ("same", "same")]
+RIGHT = [1.0, 0.0, 0.5, 0.5]
+
+
+# What is asked, and what it costs.
+
+
+def test_pairs_are_asked_in_both_orders_and_counted_with_their_costs(server, tmp_path):
+    prices = {"price_per_million_input": 10, "price_per_million_output": 100}
+    found, counts = judged(judge_of(given_for(server, **prices)), tmp_path / "v", PAIRS)
+    assert found == {"win_rate": RIGHT, "ties": [0, 0, 1, 1]}
+    assert server.calls == 6  # two for each of three pairs that differ
+    known = {name: counts[name] for name in ("answers", "identical", "refused", "unparsable", "orders_disagree")}
+    assert known == {"answers": 3, "identical": 1, "refused": 0, "unparsable": 0, "orders_disagree": 0}
+    assert (counts["calls"], counts["new_calls"], counts["verdicts_from_cache"]) == (6, 6, 0)
+    assert (counts["input_tokens"], counts["output_tokens"]) == (600, 42)
+    assert counts["cost"] == pytest.approx(600 * 10e-6 + 42 * 100e-6)
+    found, counts = judged(judge_of(given_for(server, max_retries=0, timeout=9)), tmp_path / "v", PAIRS)
+    assert found["win_rate"] == RIGHT
+    assert (counts["calls"], counts["new_calls"], counts["verdicts_from_cache"], counts["cost"]) == (6, 0, 6, None)
+    assert server.calls == 6
+    judged(judge_of(given_for(server, criteria="Prefer the kinder one.")), tmp_path / "v", PAIRS)
+    assert server.calls == 12  # another question
+
+
+def test_the_one_compared_against_is_not_judged(server, tmp_path):
+    found, counts = judged(judge_of(given_for(server)), tmp_path / "v", [("same", "same")] * 2)
+    assert found["win_rate"] == [0.5, 0.5]
+    assert (server.calls, counts["answers"], counts["identical"]) == (0, 0, 0)
+
+
+def test_a_judge_that_prefers_a_place_ties_and_is_found_out(server, tmp_path):
+    server.always = '{"verdict": "A"}'
+    found, counts = judged(judge_of(given_for(server)), tmp_path / "v", PAIRS[:3])
+    assert (found["win_rate"], counts["orders_disagree"]) == ([0.5] * 3, 3)
+
+
+def test_scores_are_of_each_answer_alone(server, tmp_path):
+    scoring = JudgeScoring(judge_of(given_for(server, mode="score")), tmp_path / "v")
+    assert scoring.scorer().score([rollout("w w w"), rollout("w " * 30)], []) == {"judge": [3, 10]}
+    assert server.calls == 2
+    counts = scoring.counts()
+    assert (counts["answers"], counts["mode"]) == (2, "score")
+    assert "orders_disagree" not in counts
+
+
+def test_calls_are_made_at_once_up_to_a_bound_and_stand_in_their_order(server, tmp_path):
+    pairs = [("w" * (1 + i % 5), "www") for i in range(12)]
+    server.faults = ["slow"] * 3
+    found, _ = judged(judge_of(given_for(server, concurrency=3)), tmp_path / "v", pairs)
+    assert server.most_at_once == 3
+    assert found["win_rate"] == [{1: 0.0, 2: 0.0, 3: 0.5, 4: 1.0, 5: 1.0}[len(own)] for own, _ in pairs]
+
+
+@pytest.mark.parametrize(
+    "reply", ['```json\n{"verdict": "tie"}\n```', '<think>{"verdict": "A"}</think>{"verdict":"TIE"}']
+)
+def test_verdicts_are_found_in_prose(reply):
+    assert parsed(reply) == 0.5
+
+
+@pytest.mark.parametrize(
+    "reply", ["A", "{}", '{"verdict": "C"}', '{"verdict": ' + "[" * 5000 + "}", '{"score": 11}', '{"score": true}']
+)
+def test_what_is_no_verdict_is_none(reply):
+    assert parsed(reply) is None
+    assert parsed(reply, "score") is None
+
+
+# A server that misbehaves.
+
+
+@pytest.mark.parametrize("fault", [429, 500, 503, "half", "broken", "list", "Who knows?", '{"verdict": "C"}'])
+def test_a_fault_is_tried_again_and_nothing_is_paid_twice(server, fault, tmp_path):
+    server.faults = [fault]
+    found, _ = judged(judge_of(given_for(server)), tmp_path / "v", PAIRS[:1])
+    assert found["win_rate"] == [1]
+    assert server.calls == 3
+    with open(tmp_path / "v", "a") as file:
+        file.write('{"key": "ha')  # killed while writing
+    found, _ = judged(judge_of(given_for(server)), tmp_path / "v", [*PAIRS[:1], ("a", "bb")])
+    assert found["win_rate"] == [1, 0]
+    judged(judge_of(given_for(server)), tmp_path / "v", [*PAIRS[:1], ("a", "bb")])
+    assert server.calls == 5
+
+
+def test_a_time_out_is_tried_again(server, tmp_path):
+    server.faults = ["slow"]
+    found, _ = judged(judge_of(given_for(server, timeout=0.5)), tmp_path / "v", PAIRS[:1])
+    assert (found["win_rate"], server.calls) == ([1], 3)
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        ("broken", "unparsable"),
+        ("list", "unparsable"),
+        ("Both are fine.", "unparsable"),
+        ("I'm sorry, but I can't compare these.", "refused"),
+        ("I cannot help with that.", "refused"),
+        (400, "refused"),
+    ],
+)
+def test_no_verdict_is_no_number_and_is_counted(server, tmp_path, reply, why):
+    server.always = reply
+    found, counts = judged(judge_of(given_for(server)), tmp_path / "v", PAIRS[:2])
+    assert found == {"win_rate": [None, None], "ties": [None, None]}
+    assert {name: counts[name] for name in ("refused", "unparsable")} == {"refused": 0, "unparsable": 0} | {why: 2}
+    calls = server.calls
+    assert (counts["calls"], calls) == (8, 8)  # 2 pairs, both orders, each once more
+    _, counts = judged(judge_of(given_for(server)), tmp_path / "v", PAIRS[:2])
+    assert (counts[why], counts["new_calls"], server.calls) == (2, 0, calls)
+    # More retries than before: asked again, on top of what was paid.
+    server.always = None
+    found, counts = judged(judge_of(given_for(server, max_retries=2)), tmp_path / "v", PAIRS[:2])
+    assert found["win_rate"] == RIGHT[:2]
+    assert (counts[why], counts["new_calls"], counts["calls"]) == (0, 4, 12)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 500])
+def test_a_dead_endpoint_stops_the_run_and_what_was_paid_is_kept(server, tmp_path, status):
+    judge = judge_of(given_for(server))
+    judged(judge, tmp_path / "v", PAIRS[:1])
+    server.always = status
+    with pytest.raises(OSError, match=f"{server.server_port}.*status {status}"):
+        judged(judge, tmp_path / "v", PAIRS)
+    server.always = None
+    calls = server.calls
+    judged(judge, tmp_path / "v", PAIRS)
+    assert server.calls == calls + 4
+
+
+def test_a_dead_endpoint_is_not_asked_everything_that_is_left(server, tmp_path):
+    server.always = 401
+    pairs = [("w" * (i + 1), "other") for i in range(60)]
+    with pytest.raises(OSError, match="status 401"):
+        judged(judge_of(given_for(server, concurrency=2)), tmp_path / "v", pairs)
+    assert server.calls < 20
+
+
+def test_nobody_there_stops_the_run(tmp_path):
+    with running_server() as server:
+        given = given_for(server, max_retries=0)
+    with pytest.raises(OSError, match="does not answer"):
+        judged(judge_of(given), tmp_path / "v", PAIRS)
+
+
+# The probe.
+
+
+@pytest.mark.parametrize(
+    ("always", "said"),
+    [(401, "Is the key right"), (404, "`base_url` and `model`"), (400, "does not take"), ("broken", "ends in /v1")],
+)
+def test_a_wrong_endpoint_is_found_before_anything_is_drawn(server, place, always, said):
+    server.always = always
+    with pytest.raises(OSError, match=said) as caught:
+        compare(**settings(judge=given_for(server, api_key_env="OPENAI_API_KEY")), quiet=True)
+    assert KEY not in str(caught.value)
+    assert not (place / "out").exists()
+    assert (server.probes > 0, server.calls) == (True, 0)
+
+
+def test_what_has_judged_here_before_is_not_probed(server, tmp_path):
+    judge = judge_of(given_for(server))
+    JudgeScoring(judge, tmp_path / "v").check()
+    assert not (tmp_path / "v").exists()  # not counted, and not kept
+    judged(judge, tmp_path / "v", PAIRS)
+    JudgeScoring(judge, tmp_path / "v").check()
+    assert server.probes == 1
+    JudgeScoring(judge_of(given_for(server, model="other")), tmp_path / "v").check()
+    assert server.probes == 2
+
+
+# Settings and keys.
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"timeout": "60"}, "`judge.timeout` must be a finite number"),
+        ({"timeout": 0}, "`judge.timeout` must be above 0"),
+        ({"max_retries": 1.5}, "`judge.max_retries` must be an integer"),
+        ({"max_retries": -1}, "`judge.max_retries`"),
+        ({"max_tokens": 0}, "`judge.max_tokens`"),
+        ({"concurrency": 0}, "`judge.concurrency`"),
+        ({"concurrency": True}, "`judge.concurrency`"),
+        ({"mode": "rank"}, "`judge.mode` must be one of 'pair', 'score'"),
+        ({"model": 3}, "`judge.model` must be a text"),
+        ({"model": " "}, "`judge.model`"),
+        ({"criteria": ["kind"]}, "`judge.criteria`"),
+        ({"price_per_million_input": -1}, "`judge.price_per_million_input`"),
+        ({"price_per_million_output": 1}, "`judge` needs both `price_per_million_input`"),
+        ({"base_url": "localhost:8000"}, "`judge.base_url` must be a URL"),
+        ({"request": []}, "`judge.request` must be an object"),
+        ({"request": {"messages": []}}, "`judge.request` must not hold `messages`"),
+        ({"temperature": 1}, "no setting temperature"),
+        ({"kind": "oracle"}, "one of llm, local, person"),
+        ({"kind": None}, "one of llm, local, person"),
+    ],
+)
+def test_wrong_settings_are_named(server, changes, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        judge_of(given_for(server, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"api_key": KEY},
+        {"api_key_env": KEY},
+        {"base_url": f"https://user:{KEY}@host/v1"},
+        {"base_url": f"https://{KEY}@host/v1"},
+        {"base_url": f"https://host/v1?api_key={KEY}"},
+        {"base_url": f"https://host/v1?q={KEY}"},
+        {"request": {"extra_headers": {"Authorization": KEY}}},
+    ],
+)
+def test_a_key_in_the_file_is_refused_and_not_shown(server, changes):
+    with pytest.raises(ValueError, match="judge") as caught:
+        judge_of(given_for(server, **changes))
+    assert KEY not in str(caught.value)
+
+
+def test_a_key_among_the_settings_is_found_by_its_value(server, monkeypatch):
+    monkeypatch.setenv("MY_KEY", KEY)
+    judge = judge_of(given_for(server, api_key_env="MY_KEY", base_url=f"{server.url}/{KEY}"))
+    with pytest.raises(ValueError, match="stands in its settings") as caught:
+        judge.check()
+    assert KEY not in str(caught.value)
+    monkeypatch.delenv("MY_KEY")
+    with pytest.raises(ValueError, match="key is missing"):
+        judge_of(given_for(server, api_key_env="MY_KEY")).check()
+
+
+@pytest.mark.parametrize("always", [None, 400, 401, 500, "broken"])
+def test_the_key_is_in_no_file_and_no_log(server, tmp_path, monkeypatch, caplog, capfd, always):
+    monkeypatch.setenv("MY_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    judge = judge_of(given_for(server, api_key_env="MY_KEY", max_retries=0))
+    said = ""
+    for ask in (judge.check, lambda: judged(judge, tmp_path / "v", PAIRS)):
+        server.always = always
+        try:
+            ask()
+        except OSError as error:
+            said += str(error) + repr(error.__cause__)
+    assert f"Bearer {KEY}" in server.keys
+    captured = capfd.readouterr()
+    for text in (said, caplog.text, captured.out, captured.err):
+        assert KEY not in text
+        assert KEY[3:12] not in text
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_what_is_missing_is_named_with_its_extra(server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=re.escape("hf_recontrol[compare]")):
+        judge_of(given_for(server)).check()
+
+
+# The cache.
+
+
+def test_processes_share_a_cache_and_no_lock_is_held_while_a_judge_is_asked(tmp_path):
+    one, other = VerdictCache(tmp_path / "v"), VerdictCache(tmp_path / "v")
+    one.add("a", "judge", Verdict(1.0))
+    assert other.get("a") == Verdict(1.0)
+    other.add("b", "judge", Verdict(None, "refused", 4, 9, 8, 3))
+    assert one.get("b") == Verdict(None, "refused", 4, 9, 8, 3)
+    assert (one.get("c"), one.has_judge("judge"), one.has_judge("another")) == (None, True, False)
+    read = []
+
+    class Slow(Judge):
+        def depends_on(self):
+            return {}
+
+        def verdicts(self, questions):
+            one.add("d", "judge", Verdict(0.5))  # another process goes on meanwhile
+            read.append(one.get("d"))
+            return [0.5] * len(questions)
+
+    judged(Slow(), tmp_path / "v", PAIRS[:1])
+    assert read == [Verdict(0.5)] * 2
+
+
+def test_a_killed_run_pays_no_verdict_twice(server, place):
+    judge = given_for(server, concurrency=3, timeout=60, api_key_env="OPENAI_API_KEY")
+    arguments = write_file(place, judge=judge, controls=["base", {"kind": "advantage", "strengths": [0.3, 0.6]}])
+    server.hold_after = 7
+    process = FreshProcess(RECONTROL, arguments, os.environ | ALONE, place)
+    deadline = time.monotonic() + 100
+    while server.calls < server.hold_after + 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert server.calls == 10
+    server.hold_after = None
+    server.release.set()
+    code, out, err = run_fresh(RECONTROL, arguments, os.environ | ALONE, timeout=200, cwd=place)
+    assert code == 0, err
+    assert max(server.answered.values()) == 1
+    again = [asked for asked, times in server.begun.items() if times > 1]
+    assert len(again) == 3  # those that were on their way
+    assert KEY not in out + err
+    counts = json.loads((place / "out/figures.json").read_text())["judged"]
+    assert (counts["calls"], counts["verdicts_from_cache"]) == (len(server.begun) - 1, 7)  # less the probe
+    assert not any(KEY.encode() in path.read_bytes() for path in (place / "out").rglob("*") if path.is_file())
+
+
+def test_two_processes_share_the_questions_and_count_as_one(server, place):
+    arguments = write_file(place, judge=given_for(server, concurrency=2), controls=["base", "mine:Says", "advantage"])
+    assert run_two(arguments, place).count("| control |") == 1
+    assert max(server.begun.values()) == 1
+    counts = json.loads((place / "out/figures.json").read_text())["judged"]
+    assert counts["answers"] + counts["identical"] == 16
+    assert server.calls == counts["calls"] == counts["new_calls"] == 2 * counts["answers"]
+    before = (place / "out/answers.parquet").read_bytes()
+    assert run_fresh(RECONTROL, arguments, os.environ | ALONE, timeout=200, cwd=place)[0] == 0
+    assert (place / "out/answers.parquet").read_bytes() == before
+    assert server.calls == counts["calls"]
+
+
+# In a comparison.
+
+
+def lines_of():
+    lines = parquet.read_table("out/answers.parquet").to_pylist()
+    base = {(x["prompt_number"], x["sample"]): x for x in lines if x["control"] == "base"}
+    return [(x, base[x["prompt_number"], x["sample"]]) for x in lines if x["control"] == "advantage"]
+
+
+def test_compare_takes_its_win_rate_from_the_judge(server, place):
+    given = settings(judge=given_for(server, api_key_env="OPENAI_API_KEY", concurrency=2)) | {"quiet": True}
+    with pytest.raises(ValueError, match="A judge of pairs needs one answer"):
+        compare(**given | {"against": "best_of_n"})
+    compare(**given)
+    differ = 0
+    for line, other in lines_of():
+        own, base = len(line["completion"]), len(other["completion"])
+        assert line["win_rate"] == (own > base) + 0.5 * (own == base)
+        differ += line["completion"] != other["completion"]
+    counts = json.loads((place / "out/figures.json").read_text())["judged"]
+    assert counts["answers"] > differ > 0  # the other controls too
+    assert counts["judge"]["model"] == "m"
+    assert f"Judge: {counts['answers']} answers judged" in (place / "out/table.md").read_text()
+    calls = server.calls
+    compare(**given)
+    assert server.calls == calls == counts["calls"]
+    assert json.loads((place / "out/figures.json").read_text())["judged"]["new_calls"] == 0
+    assert not any(KEY.encode() in p.read_bytes() for p in (place / "out").rglob("*") if p.is_file())
+
+
+def test_compare_takes_scores_and_wins_from_a_judge_that_scores(server, place):
+    compare(**settings(judge=given_for(server, mode="score")), quiet=True)
+    for line, other in lines_of():
+        own, base = (min(10, max(1, len(x["completion"].split()))) for x in (line, other))
+        assert line["judge"] == own
+        assert line["win_rate"] == (own > base) + 0.5 * (own == base)
+    assert "| judge |" in (place / "out/table.md").read_text()
+
+
+# Judges of a user's own.
+
+
+class Longer(Judge):
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+        self.asked = []
+
+    def verdicts(self, questions):
+        self.asked += questions
+        lengths = [(len(q.answer), len(q.other or "")) for q in questions]
+        return [0.5 if a == b else float(a > b) for a, b in lengths]
+
+
+def test_a_judge_of_a_users_own(place):
+    with pytest.raises(ValueError, match="give an instance"):
+        compare(**settings(judge=Longer), quiet=True)
+    judge = Longer(batch_size=4)
+    compare(**settings(judge=judge), quiet=True)
+    for line, other in lines_of():
+        own, base = len(line["completion"]), len(other["completion"])
+        assert line["win_rate"] == (own > base) + 0.5 * (own == base)
+    assert isinstance(judge.asked[0], Question)
+    count = len(judge.asked)
+    compare(**settings(judge=judge), quiet=True)
+    assert len(judge.asked) == 2 * count  # it says nothing of what its verdicts depend on
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("a text", "a text"),
+        ([{"role": "user", "content": "one turn"}], "one turn"),
+        (
+            [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
+                {"role": "assistant", "content": None},
+                {"role": "user", "content": "b"},
+            ],
+            "user: (image)\na\n\nassistant: \n\nuser: b",
+        ),
+    ],
+)
+def test_a_judge_reads_who_said_what(tmp_path, prompt, read):
+    judge = Longer(mode="score")
+    JudgeScoring(judge, tmp_path / "v").scorer().score([rollout("an answer", prompt=prompt)], [])
+    assert judge.asked == [Question(read, "an answer")]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"), [([1], "returned 1 verdicts on 2"), ([0.7, 1], "must be 1, 0.5, 0 or None, got 0.7")]
+)
+def test_a_judge_of_a_users_own_that_errs_is_named(tmp_path, values, said):
+    class Wrong(Longer):
+        def verdicts(self, questions):
+            return values
+
+    with pytest.raises(ValueError, match=said) as caught:
+        judged(Wrong(batch_size=2), tmp_path / "v", PAIRS[:1])
+    assert "Wrong" in str(caught.value)
+    with pytest.raises(ValueError, match="`mode` must be one of"):
+        JudgeScoring(Longer(mode="rank"), tmp_path / "v")
