@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .utils.checks import check_choice, check_int, check_number, check_numbers, check_widths
+from .utils.checks import check_choice, check_digest, check_int, check_number, check_numbers, check_widths
 from .utils.choices import ACTIVATIONS, CONTROL_METHODS, HOOK_POINTS
 
 logger = logging.get_logger(__name__)
@@ -221,6 +221,8 @@ class ValueHeadConfig:
             The recommended control, used when the caller names none.
         training ([`TrainingRecord`], *optional*):
             What the head was trained on and its held-out figures.
+        prompts_digest (`str`, *optional*):
+            Of the prompts that it has seen, which stand in a file of their own: saving sets it.
         format_version (`int`, *optional*):
             Version of the file format.
 
@@ -242,6 +244,7 @@ class ValueHeadConfig:
     base_model_revision: str | None = None
     control: ControlConfig | None = None
     training: TrainingRecord | None = None
+    prompts_digest: str | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self):
@@ -290,6 +293,8 @@ class ValueHeadConfig:
             self.training = TrainingRecord(**_known_items(TrainingRecord, self.training, "`training`"))
         if self.training is not None and not isinstance(self.training, TrainingRecord):
             raise ValueError(f"`training` must be a TrainingRecord or None, got {self.training!r}.")
+        if self.prompts_digest is not None:
+            check_digest("prompts_digest", self.prompts_digest)
 
     def _check_per_objective(self, name: str, value: Any) -> float | list[float]:
         if not isinstance(value, (list, tuple)):

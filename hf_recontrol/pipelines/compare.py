@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from ..collection.labels import check_rows, try_rewards
 from ..collection.rewards import RewardFunction, by_name, check_reward, load_reward
 from ..collection.rollouts import encode_all
 from ..collection.sampling import sampling_config
+from ..data.fingerprints import prompt_number
 from ..data.processes import Processes
 from ..data.prompts import Prompts, load_prompts, report_bad_rows
 from ..data.rollouts import Rollout
@@ -38,6 +38,7 @@ from ..evaluation.comparison.results import (
 )
 from ..evaluation.comparison.scores import Scores, coherence_scorer, reward_scorer, score_answers
 from ..evaluation.comparison.table import table
+from ..evaluation.comparison.unseen import TRAINED_ON, has_no_record, heads_of, unseen
 from ..evaluation.rivals.plain import BestOfN
 from ..evaluation.rivals.rival import Bench, standardised
 from ..heads.value_head import ValueHead
@@ -126,6 +127,10 @@ def compare(
     if settings.embeddings is not None:
         scorers.append(coherence_scorer(settings.embeddings))
     with _loaded(base, head, tokenizer, settings) as (model, tokenizer):
+        heads = heads_of(model)
+        test = unseen(test, heads, "to compare on", settings.on_seen_prompts)
+        # A strength is found by its KL, so that what else a head has seen may serve.
+        held = unseen(held, heads, "to find strengths on", settings.on_seen_prompts, TRAINED_ON)
         bench = Bench(
             model,
             tokenizer,
@@ -166,9 +171,9 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
         return test, test.take([])
     if held_out is not None:
         held = held_out if isinstance(held_out, Prompts) else load_prompts(held_out, settings)
-        seen = {_said(row["prompt"]) for row in test.rows}
+        seen = {prompt_number(row["prompt"]) for row in test.rows}
         if shared := [
-            number for number, row in zip(held.numbers, held.rows, strict=True) if _said(row["prompt"]) in seen
+            number for number, row in zip(held.numbers, held.rows, strict=True) if prompt_number(row["prompt"]) in seen
         ]:
             raise ValueError(
                 f"{len(shared)} held-out prompts are also compared on (the first is number {shared[0]}): strengths "
@@ -182,30 +187,22 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
             )
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(settings.seed)).tolist()
         held = test.take(sorted(order[: settings.num_held_out]))
-        seen = {_said(row["prompt"]) for row in held.rows}
+        seen = {prompt_number(row["prompt"]) for row in held.rows}
         others = sorted(order[settings.num_held_out :])
-        unseen = [i for i in others if _said(test.rows[i]["prompt"]) not in seen]
-        if len(unseen) < len(others):
+        kept = [i for i in others if prompt_number(test.rows[i]["prompt"]) not in seen]
+        if len(kept) < len(others):
             logger.warning(
-                f"{len(others) - len(unseen)} prompts stand among those set aside too, and are not compared on."
+                f"{len(others) - len(kept)} prompts stand among those set aside too, and are not compared on."
             )
-        if not unseen:
+        if not kept:
             raise ValueError("Every prompt is among those set aside: give more prompts, or name others (`held_out`).")
-        test = test.take(unseen)
+        test = test.take(kept)
     if len(held) < HELD_OUT_PROMPTS:
         logger.warning(
             f"Strengths are found on {len(held)} held-out prompts: of fewer than {HELD_OUT_PROMPTS} the KL is not "
             "well known."
         )
     return test, held
-
-
-def _said(prompt: Any) -> str:
-    """A prompt for comparison with others: a text is the chat of its one turn."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return json.dumps(
-        [{k: v.strip() if isinstance(v, str) else v for k, v in m.items()} for m in messages], sort_keys=True
-    )
 
 
 def _rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
@@ -330,6 +327,10 @@ def _results(
         write_figures(output, figures, about)
         pools = list(dict.fromkeys(row.entry.name for row in rows if isinstance(row.rival, BestOfN)))
         notes = [_matched(name, match) for name, match in matches.items()]
+        if has_no_record(heads_of(bench.model)):
+            notes.append(
+                "The head does not say which prompts it was trained on: that these are unseen is not checked."
+            )
         text = table(figures, settings.against, len(prompts), pools, notes)
         with atomic_path(output / TABLE_NAME) as temporary:
             temporary.write_text(text, encoding="utf-8")

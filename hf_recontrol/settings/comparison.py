@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..utils.setting_fields import setting, settings_class
 from .stages import LabelSettings, LoadingSettings, PromptSettings, SamplingSettings
 
@@ -23,8 +25,27 @@ QUICK = {"limit": 128, "max_new_tokens": 48}
 HELD_OUT_PROMPTS = 64
 
 
+@settings_class("Answers")
+class AnswerSettings(SamplingSettings, LabelSettings, PromptSettings, LoadingSettings):
+    """How answers of controls are drawn and measured."""
+
+    embeddings: str | None = setting(
+        None,
+        "Model of sentence-transformers (folder or Hub name) for the coherence of prompt and response, such as the "
+        "paper's princeton-nlp/sup-simcse-bert-base-uncased.",
+        default_text="coherence is not measured",
+    )
+    part_size: int = setting(
+        16, "Prompts that each control answers before the next one's turn: what a stop can cost.", low=1
+    )
+    on_seen_prompts: Literal["error", "skip", "allow"] = setting(
+        "error",
+        "What to do about prompts that the head has seen: raise, leave them out, or take them all the same.",
+    )
+
+
 @settings_class("Comparison")
-class CompareSettings(SamplingSettings, LabelSettings, PromptSettings, LoadingSettings):
+class CompareSettings(AnswerSettings):
     """How controls are compared."""
 
     strengths: tuple[float, ...] = setting(
@@ -50,17 +71,8 @@ class CompareSettings(SamplingSettings, LabelSettings, PromptSettings, LoadingSe
         "Be as helpful, kind and positive as you can.",
         "What `prompting` asks the base for, unless it has an instruction of its own.",
     )
-    embeddings: str | None = setting(
-        None,
-        "Model of sentence-transformers (folder or Hub name) for the coherence of prompt and response, such as the "
-        "paper's princeton-nlp/sup-simcse-bert-base-uncased.",
-        default_text="coherence is not measured",
-    )
     perplexity: bool = setting(
         True, "Measure perplexity under the base. It takes a forward of each answer, also where no KL needs one."
-    )
-    part_size: int = setting(
-        16, "Prompts that each control answers before the next one's turn: what a stop can cost.", low=1
     )
     quick: bool = setting(
         False,
