@@ -39,11 +39,12 @@ SECTIONS = {
         "train_value_head",
         "fit_advantage",
     ],
-    "Comparison": ["compare", "Figure", "Rival", "Answer", "Bench"],
+    "Comparison": ["compare", "tune", "Figure", "Rival", "Answer", "Bench"],
     "Rewards": ["load_reward", "ClassifierReward", "RewardFunction", "text_reward", "vader"],
     "Settings": [
         "FitSettings",
         "CompareSettings",
+        "TuneSettings",
         "LoadingSettings",
         "BadRowSettings",
         "PromptSettings",

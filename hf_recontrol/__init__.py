@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .pipelines.compare import compare
     from .pipelines.demo import embedded_model
     from .pipelines.fit import fit
+    from .pipelines.tune import tune
     from .settings import (
         AdvantageSettings,
         BadRowSettings,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         TemplateSettings,
         TrainingSettings,
         TrainSettings,
+        TuneSettings,
         ValueSettings,
     )
     from .training.advantage import fit_advantage
@@ -88,6 +90,7 @@ _MODULES = {
     "pipelines.compare": ("compare",),
     "pipelines.demo": ("embedded_model",),
     "pipelines.fit": ("fit",),
+    "pipelines.tune": ("tune",),
     "settings": (
         "AdvantageSettings",
         "BadRowSettings",
@@ -106,6 +109,7 @@ _MODULES = {
         "TemplateSettings",
         "TrainSettings",
         "TrainingSettings",
+        "TuneSettings",
         "ValueSettings",
     ),
     "training.advantage": ("fit_advantage",),

@@ -83,6 +83,12 @@ def valid_files(folder: Path) -> dict[str, bytes]:
             advantage_sizes=[2],
             base_model_name_or_path="org/base",
             control=ControlConfig("advantage", 1.0),
+            control_figures={
+                "control": ControlConfig("advantage", 1.0).to_dict(),
+                "criterion": "reward",
+                "prompts": 3,
+                "figures": {"reward": [0.5, 0.25, None]},
+            },
             training=TrainingRecord(rewards=["r"], dataset="org/data", figures={"value_error": 0.5}, command="run"),
         )
     )

@@ -13,6 +13,8 @@ from hf_recontrol.heads.seen_prompts import SeenPrompts
 
 from .conftest import STRONG, make_head, make_llama
 from .hub_server import CUT, TOKEN, Repo
+from .tiny_models import tiny_head, tiny_model
+from .tiny_tokenizer import tiny_tokenizer
 
 PRELUDE = """
 import sys, json, torch
@@ -799,3 +801,31 @@ def test_a_record_of_prompts_must_be_its_head_s(tmp_path):
     assert ValueHead.from_pretrained(tmp_path / "head").seen_prompts is None
     with pytest.raises(ValueError, match="`prompts_digest` must be a SHA-256"):
         ValueHeadConfig(4, prompts_digest="../x")
+
+
+def test_a_head_from_the_hub_is_tuned_into_the_output(hub, run, tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    head = tiny_head(model, hook_point="lm_head")
+    head.config.base_model_name_or_path = "org/base"
+    head.seen_prompts = SEEN
+    head.save_pretrained(tmp_path / "head")
+    hub.put("org/base", tmp_path / "base")
+    hub.put("me/head", tmp_path / "head")
+    before = dict(hub.repos["me/head"].branches["main"])
+    script = """
+import sys
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, tune
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+options = {"methods": ["advantage"], "step_sizes": [1.0], "criterion": {"reward": 1}, "max_new_tokens": 4}
+tune("me/head", ["w5", "w6", "w7"], length, sys.argv[1], quiet=True, **options)
+"""
+    run(script, str(tmp_path / "out"), endpoint=hub.endpoint)
+    tuned = ValueHead.from_pretrained(tmp_path / "out" / "head")
+    assert (tuned.config.control.method, tuned.config.control.step_size) == ("advantage", 1.0)
+    assert tuned.seen_prompts.counts() == {"trained_on": 3, "validated_on": 1, "tuned_on": 3}
+    weights = tuned.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in head.state_dict().items())
+    assert hub.repos["me/head"].branches["main"] == before

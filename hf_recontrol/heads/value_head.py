@@ -52,8 +52,8 @@ class ValueHead(nn.Module):
         source (`dict[str, str]`, *optional*):
             Where it was loaded from, as arguments of [`ValueHead.from_pretrained`].
         seen_prompts (`SeenPrompts`, *optional*):
-            Which prompts it was trained, validated and tuned on, if that is known. [`compare`] holds its own against
-            it.
+            Which prompts it was trained, validated and tuned on, if that is known. [`compare`] and [`tune`] hold
+            theirs against it.
 
     With `config.static_vector` the buffer `static_vector` holds b, one edit for all states; zero until it is fitted.
     The buffers `state_mean` and `state_scale`, one value for each feature, are 0 and 1 unless training sets them.

@@ -33,6 +33,7 @@ from ..evaluation.comparison.results import (
     best_places,
     matched_references,
     wins,
+    with_reward,
     write_answers,
     write_figures,
 )
@@ -40,7 +41,7 @@ from ..evaluation.comparison.scores import Scores, coherence_scorer, reward_scor
 from ..evaluation.comparison.table import table
 from ..evaluation.comparison.unseen import TRAINED_ON, has_no_record, heads_of, unseen
 from ..evaluation.rivals.plain import BestOfN
-from ..evaluation.rivals.rival import Bench, standardised
+from ..evaluation.rivals.rival import Bench
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..settings import HELD_OUT_PROMPTS, CompareSettings
@@ -117,7 +118,7 @@ def compare(
     output = Path(output)
     check_target(output / TABLE_NAME)
     test, held = _prompts(prompts, held_out, settings)
-    functions = _rewards(rewards, test)
+    functions = named_rewards(rewards, test)
     if settings.on_bad_rows == "error":
         check_rows(functions, test, settings.combine_rewards)
     try_rewards(functions, test, settings.on_bad_rows)
@@ -126,7 +127,7 @@ def compare(
         scorers.append(reward_scorer("judge", {"judge": _judge(judge, functions, test)}, settings.on_bad_rows))
     if settings.embeddings is not None:
         scorers.append(coherence_scorer(settings.embeddings))
-    with _loaded(base, head, tokenizer, settings) as (model, tokenizer):
+    with base_with_head(base, head, tokenizer, settings) as (model, tokenizer):
         heads = heads_of(model)
         test = unseen(test, heads, "to compare on", settings.on_seen_prompts)
         # A strength is found by its KL, so that what else a head has seen may serve.
@@ -142,9 +143,9 @@ def compare(
         )
         entries = entries_of(default_controls(bench) if controls is None else controls, settings)
         rows = rows_of(entries, bench, settings)
-        test, held = (_usable(bench, rows, part, settings.on_bad_rows) for part in (test, held))
+        test, held = (usable_prompts(bench, rows, part, settings.on_bad_rows) for part in (test, held))
         progress = (lambda done, total: None) if quiet else None
-        with _locked(output):
+        with locked_output(output):
             rows, matches = with_strengths(output, rows, bench, held, progress)
             rows = without_twins(rows)
             stages = draw_answers(output, rows, bench, test, settings, progress)
@@ -154,7 +155,7 @@ def compare(
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked_output(folder: Path) -> Iterator[None]:
     """The output folder, made and locked by the first process."""
     processes = Processes()
     with ExitStack() as stack:
@@ -205,7 +206,8 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
     return test, held
 
 
-def _rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
+def named_rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
+    """Rewards by name, checked for these prompts."""
     columns = {name for row in prompts.rows for name in row if name != "prompt"}
     specs = [rewards] if isinstance(rewards, str) or callable(rewards) else rewards
     if not isinstance(specs, Sequence) or not all(isinstance(spec, str) or callable(spec) for spec in specs):
@@ -219,14 +221,14 @@ def _rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
 
 
 def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> RewardFunction:
-    [(_, function)] = _rewards([judge], prompts).items()
+    [(_, function)] = named_rewards([judge], prompts).items()
     if any(function is reward for reward in rewards.values()):
         raise ValueError("The judge is also one of the rewards: name one that no head was trained on.")
     return function
 
 
 @contextmanager
-def _loaded(
+def base_with_head(
     base: Any, head: Any, tokenizer: PreTrainedTokenizerBase | None, settings: CompareSettings
 ) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """The base, with the head if there is one, and its tokenizer. A model that was given is afterwards as it was."""
@@ -253,7 +255,7 @@ def _loaded(
     yield model, own if tokenizer is None else tokenizer
 
 
-def _usable(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: str) -> Prompts:
+def usable_prompts(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: str) -> Prompts:
     """The prompts that the model can take, with each instruction too."""
     encoder = PromptEncoder(bench.tokenizer, bench.sampling)
     drawer, most = Drawer(bench), sampling_config(bench.model, bench.tokenizer, bench.sampling).max_new_tokens
@@ -291,7 +293,7 @@ def _results(
 ) -> list[Figure]:
     """Figures from all answers and scores; the first process writes the files."""
     loaded = [load_answers(stage) for stage in stages]
-    numbers = [_numbers(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
+    numbers = [with_reward(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
     for name in dict.fromkeys(name for own in scores for name in own):
         if all(value is None for own in scores for value in own[name]):
             raise ValueError(f"No answer of any control has a number by {name!r}, so there is nothing to compare.")
@@ -344,14 +346,6 @@ def _against(samples: Sequence[Sample], drawn: Sample, row: Row) -> Sample:
     if not isinstance(row.rival, BestOfN):
         return drawn
     return next(s for s in samples if s.control == row.entry.name and s.strength == row.rival.pool)
-
-
-def _numbers(bench: Bench, found: Scores) -> Scores:
-    """What was measured and scored of each answer, with `reward` as the one number that answers are ranked by."""
-    if "reward" in found:
-        return found
-    values = zip(*(found[f"reward {name}"] for name in bench.rewards), strict=True)
-    return found | {"reward": [None if None in each else standardised(bench, each) for each in values]}
 
 
 def _matched(name: str, match: dict[str, Any]) -> str:
