@@ -179,7 +179,8 @@ class Runner:
                 prompts,
                 reward,
                 folder / name,
-                CompareSettings(**shared | settings),
+                # Some prompts stand in the data set's training and test part alike.
+                CompareSettings(on_seen_prompts="skip", **shared | settings),
                 head=folder / "fit" / "head",
                 judge=judge,
                 controls=controls,

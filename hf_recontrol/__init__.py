@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .pipelines.compare import compare
     from .pipelines.demo import embedded_model
     from .pipelines.fit import fit
+    from .pipelines.tune import tune
     from .settings import (
         AdvantageSettings,
         BadRowSettings,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         TemplateSettings,
         TrainingSettings,
         TrainSettings,
+        TuneSettings,
         ValueSettings,
     )
     from .training.advantage import fit_advantage
@@ -92,6 +94,7 @@ _MODULES = {
     "pipelines.compare": ("compare",),
     "pipelines.demo": ("embedded_model",),
     "pipelines.fit": ("fit",),
+    "pipelines.tune": ("tune",),
     "settings": (
         "AdvantageSettings",
         "BadRowSettings",
@@ -110,6 +113,7 @@ _MODULES = {
         "TemplateSettings",
         "TrainSettings",
         "TrainingSettings",
+        "TuneSettings",
         "ValueSettings",
     ),
     "training.advantage": ("fit_advantage",),

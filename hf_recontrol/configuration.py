@@ -9,29 +9,22 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
-from .utils.checks import check_choice, check_int, check_number, check_numbers, check_widths
+from .utils.checks import (
+    check_choice,
+    check_digest,
+    check_int,
+    check_measured,
+    check_number,
+    check_numbers,
+    check_widths,
+)
 from .utils.choices import ACTIVATIONS, CONTROL_METHODS, HOOK_POINTS
-
-logger = logging.get_logger(__name__)
+from .utils.json_objects import known_items
 
 FORMAT_VERSION = 1
 # A configuration may be anybody's: these keep a few bytes of it from asking for hours, or for all the memory.
 _MAX_STEPS = 10_000
 _MAX_BYTES = 1 << 20
-
-
-def _known_items(cls: type, values: Any, source: str) -> dict[str, Any]:
-    """The items of `values` that are fields of `cls`; the others are warned about, so that files of a newer version
-    still load."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}.")
-    known = {field.name for field in fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        logger.warning(f"{source}: ignored unknown {cls.__name__} keys {unknown}.")
-    return {key: value for key, value in values.items() if key in known}
 
 
 @dataclass(frozen=True)
@@ -119,7 +112,7 @@ class ControlConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "ControlConfig") -> ControlConfig:
         """Build from a `dict`. Unknown keys are warned about; `source` is named in messages."""
-        return cls(**_known_items(cls, values, source))
+        return cls(**known_items(cls, values, source))
 
 
 @dataclass(frozen=True)
@@ -219,8 +212,13 @@ class ValueHeadConfig:
             The model whose states the head was trained on.
         control ([`ControlConfig`], *optional*):
             The recommended control, used when the caller names none.
+        control_figures (`dict`, *optional*):
+            What [`tune`] measured of a control: its settings (`control`), what it was chosen by (`criterion`), on how
+            many `prompts`, and its `figures`, of each by name its value and the ends of the 95 % interval.
         training ([`TrainingRecord`], *optional*):
             What the head was trained on and its held-out figures.
+        prompts_digest (`str`, *optional*):
+            Of the prompts that it has seen, which stand in a file of their own: saving sets it.
         format_version (`int`, *optional*):
             Version of the file format.
 
@@ -241,7 +239,9 @@ class ValueHeadConfig:
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     control: ControlConfig | None = None
+    control_figures: dict[str, Any] | None = None
     training: TrainingRecord | None = None
+    prompts_digest: str | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self):
@@ -287,9 +287,14 @@ class ValueHeadConfig:
             self.control = ControlConfig.from_dict(self.control, source="`control`")
         self.check_control(self.control)
         if isinstance(self.training, dict):
-            self.training = TrainingRecord(**_known_items(TrainingRecord, self.training, "`training`"))
+            self.training = TrainingRecord(**known_items(TrainingRecord, self.training, "`training`"))
         if self.training is not None and not isinstance(self.training, TrainingRecord):
             raise ValueError(f"`training` must be a TrainingRecord or None, got {self.training!r}.")
+        if self.control_figures is not None:
+            check_measured("control_figures", self.control_figures)
+            ControlConfig.from_dict(self.control_figures["control"], source="`control_figures`")
+        if self.prompts_digest is not None:
+            check_digest("prompts_digest", self.prompts_digest)
 
     def _check_per_objective(self, name: str, value: Any) -> float | list[float]:
         if not isinstance(value, (list, tuple)):
@@ -367,7 +372,7 @@ class ValueHeadConfig:
                 f"{source} is the configuration of a model, not of a value head: name the head too, "
                 "`ReControlForCausalLM.from_pretrained(model, value_head=head)`."
             )
-        values = _known_items(cls, values, source)
+        values = known_items(cls, values, source)
         if "hidden_size" not in values:
             raise ValueError(f"{source}: no `hidden_size`, so this is not the configuration of a value head.")
         try:

@@ -25,6 +25,7 @@ with atheris.instrument_imports(include=["hf_recontrol"]):
     from hf_recontrol.evaluation.judges.person import read_saved
     from hf_recontrol.heads.card import is_untouched, model_card, write_card
     from hf_recontrol.heads.convert import convert_checkpoint
+    from hf_recontrol.heads.seen_prompts import PROMPTS_NAME, SeenPrompts
 
 import torch
 
@@ -83,9 +84,16 @@ def valid_files(folder: Path) -> dict[str, bytes]:
             advantage_sizes=[2],
             base_model_name_or_path="org/base",
             control=ControlConfig("advantage", 1.0),
+            control_figures={
+                "control": ControlConfig("advantage", 1.0).to_dict(),
+                "criterion": "reward",
+                "prompts": 3,
+                "figures": {"reward": [0.5, 0.25, None]},
+            },
             training=TrainingRecord(rewards=["r"], dataset="org/data", figures={"value_error": 0.5}, command="run"),
         )
     )
+    head.seen_prompts = SeenPrompts(torch.tensor([1, 2]), torch.tensor([3]))
     head.save_pretrained(folder)
     torch.save({"fc1.weight": torch.ones(3, 4), "fc1.bias": torch.ones(3)}, folder / "value.pth")
     manifest = {"format_version": 1, "kind": "rollouts", "complete": True, "parts": {"part-00000.parquet": "0"}}
@@ -110,6 +118,7 @@ class Targets:
         self.seeds = {
             "config": self.files["config.json"],
             "weights": self.files["model.safetensors"],
+            "prompts": self.files[PROMPTS_NAME],
             "header": self.files["model.safetensors"][8 : 8 + length],
             "card": self.files["README.md"],
             "described": self.files["config.json"],
@@ -140,6 +149,9 @@ class Targets:
 
     def weights(self, data: bytes) -> None:
         self.head("model.safetensors", data)
+
+    def prompts(self, data: bytes) -> None:
+        self.head(PROMPTS_NAME, data)
 
     def header(self, data: bytes) -> None:
         self.head("model.safetensors", struct.pack("<Q", len(data)) + data + self.body)

@@ -17,6 +17,8 @@ import torch
 import yaml
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, generate_rollouts
+from hf_recontrol.data.fingerprints import prompt_number
+from hf_recontrol.heads.seen_prompts import SeenPrompts
 from hf_recontrol.pipelines.loading import load_base
 from hf_recontrol.settings import CompareSettings
 
@@ -325,6 +327,54 @@ def test_held_out_prompts_are_never_compared_on(place, recontrol_warnings):
     compared = {line["prompt"] for line in lines_of()}
     assert 0 < len(compared) < 6
     assert "prompts stand among those set aside too" in recontrol_warnings[-2]
+
+
+def remember(texts, kind):
+    """The head says that it has seen these prompts."""
+    head = ValueHead.from_pretrained("head")
+    head.seen_prompts = SeenPrompts(**{kind: torch.tensor([prompt_number(text) for text in texts])})
+    head.save_pretrained("head")
+
+
+@pytest.mark.parametrize("kind", SeenPrompts.kinds())
+def test_prompts_that_the_head_has_seen_are_refused_left_out_or_taken_when_asked(place, recontrol_warnings, kind):
+    small = {"controls": ["base"]}
+    run(**small)
+    assert "that these are unseen is not checked" in (place / "out" / "table.md").read_text()
+    remember(["w12 w13", "w80", [{"role": "user", "content": " w15 w16"}]], kind)
+    with pytest.raises(ValueError) as caught:
+        run(**small)
+    for said in (
+        "2 of 12 prompts to compare on",
+        f"number 2 ({kind.replace('_', ' ')}): 'w12 w13'",
+        "on_seen_prompts",
+    ):
+        assert said in str(caught.value)
+    run(**small, on_seen_prompts="skip")
+    assert {line["prompt_number"] for line in lines_of()} == set(range(12)) - {2, 5}
+    # One that does not say what it was trained on says too little.
+    assert ("not checked" in (place / "out" / "table.md").read_text()) == (kind != "trained_on")
+    [said] = recontrol_warnings
+    assert "2 of 12 prompts" in said and "left out" in said
+    run(**small, on_seen_prompts="allow")
+    assert len(lines_of()) == 12
+    remember([f"w{i} w{i + 1}" for i in range(10, 22)], kind)
+    with pytest.raises(ValueError, match=r"12 of 12 prompts .* none is left"):
+        run(**small, on_seen_prompts="skip")
+
+
+def test_a_loaded_model_s_head_says_what_it_has_seen_and_strengths_may_be_found_on_validated_prompts(
+    place, recontrol_warnings
+):
+    remember(["w40", "w41"], "validated_on")
+    found = run(kl=[0.05], held_out=["w40", "w41", "w42"], controls=["base", "advantage"])
+    assert {figure.control for figure in found} == {"base", "advantage"}
+    remember(["w40", "w10 w11"], "trained_on")
+    with pytest.raises(ValueError, match="1 of 3 prompts to find strengths on"):
+        run(kl=[0.05], held_out=["w40", "w41", "w42"], controls=["base", "advantage"], prompts=["w70", "w71"])
+    model, tokenizer = load_base("base", CompareSettings(), ValueHead.from_pretrained("head"))
+    with pytest.raises(ValueError, match="1 of 12 prompts to compare on"):
+        run(base=model, head=None, tokenizer=tokenizer, controls=["base"])
 
 
 def test_prompts_that_cannot_be_used_are_left_out_of_all_rows_alike(place, recontrol_warnings):

@@ -274,3 +274,23 @@ def test_no_json_value_in_a_field_gives_anything_but_a_config_or_a_value_error(v
             ValueHeadConfig.from_dict({"hidden_size": 8, field: value}, source="here")
         except ValueError as error:
             assert str(error).startswith("here: ") and f"`{field}" in str(error)
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        [],
+        {},
+        {"control": {}, "criterion": "reward", "prompts": 3, "figures": []},
+        {"control": {}, "criterion": None, "prompts": 3, "figures": {}},
+        {"control": {}, "criterion": "reward", "prompts": 3, "figures": {"reward": [0.5, 0.4]}},
+        {"control": {}, "criterion": "reward", "prompts": 3, "figures": {"reward": [None, 0.4, 0.6]}},
+        {"control": {}, "criterion": "reward", "prompts": 3, "figures": {"reward": [0.5, float("nan"), 0.6]}},
+        {"control": {"step_size": -1}, "criterion": "reward", "prompts": 3, "figures": {}},
+    ],
+)
+def test_figures_of_a_control_that_are_none_are_an_error_that_names_the_field(figures):
+    with pytest.raises(ValueError, match=r"control_figures|step_size"):
+        ValueHeadConfig(8, control_figures=figures)
+    ends = {"reward": [0.5, None, 0.6]}
+    ValueHeadConfig(8, control_figures={"control": {}, "criterion": "reward", "prompts": 3, "figures": ends})

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, split_by_prompt
+from hf_recontrol.data.fingerprints import prompt_number
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.states import StateStore
@@ -26,6 +27,12 @@ PROMPTS = [f"w{i} w{i + 1}" for i in range(5, 45)]
 
 def variety(prompts, completions, **columns):
     return [float(len(set(text.split()))) for text in completions]
+
+
+def words(prompts, completions, **columns):
+    """Of texts and of chats."""
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+    return variety(prompts, texts)
 
 
 def length(prompts, completions, **columns):
@@ -234,3 +241,39 @@ def test_train_head_goes_on_from_v_when_it_is_done(base, tmp_path, monkeypatch):
     for name, value in figures["figures"].items():
         if isinstance(value, float):
             assert again["figures"][name] == pytest.approx(value, abs=1e-5)
+
+
+def test_a_head_says_which_prompts_it_was_trained_and_validated_on(base, tmp_path):
+    chats = [[{"role": "user", "content": f"{text} "}] for text in PROMPTS]
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer(chat=True).save_pretrained(tmp_path / "base")
+    fit(
+        base,
+        chats,
+        words,
+        tmp_path / "run",
+        tokenizer=tiny_tokenizer(chat=True),
+        **OPTIONS,
+    )
+    # The control is found, and the head saved again, after the training.
+    head = ValueHead.from_pretrained(tmp_path / "run" / "head")
+    seen = head.seen_prompts
+    store = StateStore.open(tmp_path / "run" / "states")
+    train, held_out = split_by_prompt(store.prompts, 0.1, 0)
+    assert head.config.control is not None
+    assert set(seen.trained_on.tolist()) == set(store.prompts[train].tolist())
+    assert set(seen.validated_on.tolist()) == set(store.prompts[held_out].tolist())
+    assert seen.counts() == {"trained_on": 36, "validated_on": 4, "tuned_on": 0}
+    # As texts, they are the same prompts.
+    assert {prompt_number(text) for text in PROMPTS} == {*seen.trained_on.tolist(), *seen.validated_on.tolist()}
+    with pytest.raises(ValueError, match=r"40 of 40 prompts to compare on are among those .* the first is number 0"):
+        compare(
+            tmp_path / "base",
+            PROMPTS,
+            words,
+            tmp_path / "out",
+            head=tmp_path / "run" / "head",
+            controls=["base"],
+            quiet=True,
+        )
+    assert not (tmp_path / "out").exists()

@@ -6,11 +6,15 @@ import socket
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save
 
-from hf_recontrol import ReControlForCausalLM, ValueHeadConfig
+from hf_recontrol import ReControlForCausalLM, ValueHead, ValueHeadConfig
+from hf_recontrol.heads.seen_prompts import SeenPrompts
 
 from .conftest import STRONG, make_head, make_llama
 from .hub_server import CUT, TOKEN, Repo
+from .tiny_models import tiny_head, tiny_model
+from .tiny_tokenizer import tiny_tokenizer
 
 PRELUDE = """
 import sys, json, torch
@@ -726,3 +730,102 @@ ValueHead.from_pretrained("me/head", token=sys.argv[2], cache_dir=sys.argv[3])
         "config.json",
         "model.safetensors",
     }
+
+
+SEEN = SeenPrompts(torch.tensor([5, -3, 2**62, 5]), torch.tensor([7]))
+
+
+def head_with_prompts(folder, seen=SEEN):
+    head = make_head(base_model_name_or_path="org/base", control=STRONG)
+    head.seen_prompts = seen
+    head.save_pretrained(folder)
+    return head
+
+
+def test_what_a_head_has_seen_is_saved_pushed_and_loaded_with_it(hub, run, tmp_path):
+    head_with_prompts(tmp_path / "head")
+    run(PUSH, str(tmp_path / "head"), "me/head", "{}", endpoint=hub.endpoint)
+    run(PUSH, str(tmp_path / "head"), "me/heads", '{"subfolder": "a"}', endpoint=hub.endpoint)
+    again = (
+        PRELUDE
+        + """
+model = ReControlForCausalLM.from_model(ReControlForCausalLM.from_pretrained(sys.argv[1], value_head=sys.argv[2],
+    value_head_subfolder=sys.argv[3]).unload(), ValueHead.from_pretrained(sys.argv[2], subfolder=sys.argv[3]))
+model.save_pretrained(sys.argv[4])
+"""
+    )
+    make_llama().save_pretrained(tmp_path / "base")
+    for repo, subfolder in (("me/head", ""), ("me/heads", "a")):
+        to = tmp_path / repo
+        run(again, str(tmp_path / "base"), repo, subfolder, str(to), endpoint=hub.endpoint)
+        seen = ValueHead.from_pretrained(to).seen_prompts
+        assert seen.trained_on.tolist() == [-3, 5, 2**62]
+        assert seen.validated_on.tolist() == [7] and not len(seen.tuned_on)
+    assert {len(path.name) for path in tmp_path.glob("head/prompts.*")} == {len("prompts.safetensors")}
+
+
+def test_a_record_of_prompts_that_cannot_be_had_is_no_head_without_one(hub, run, tmp_path):
+    head_with_prompts(tmp_path / "head")
+    run(PUSH, str(tmp_path / "head"), "me/head", "{}", endpoint=hub.endpoint)
+    hub.repos["me/head"].branches["main"].pop("prompts.safetensors")
+    (missing,) = load(run, {"pretrained_model_name_or_path": "me/head"}, endpoint=hub.endpoint)
+    assert missing["is_oserror"] and "prompts.safetensors" in missing["text"] and "'me/head'" in missing["text"]
+    (tmp_path / "head" / "prompts.safetensors").unlink()
+    with pytest.raises(OSError, match=r"No prompts\.safetensors in .*head"):
+        ValueHead.from_pretrained(tmp_path / "head")
+
+
+def test_a_record_of_prompts_must_be_its_head_s(tmp_path):
+    head_with_prompts(tmp_path / "head")
+    head_with_prompts(tmp_path / "other", SeenPrompts(torch.tensor([1])))
+    path = tmp_path / "head" / "prompts.safetensors"
+    whole = path.read_bytes()
+    floats = {name: torch.zeros(2) for name in SeenPrompts.kinds()}
+    for odd, said in (
+        ((tmp_path / "other" / "prompts.safetensors").read_bytes(), "another head's"),
+        (whole[:-8], "not a complete safetensors file"),
+        (b"", "not a complete safetensors file"),
+        (save({"trained_on": torch.tensor([5])}), "must hold the tensors"),
+        (save(floats), "must be a list of integers"),
+        (save({name: torch.zeros(2, 2, dtype=torch.int64) for name in floats}), "must be a list of integers"),
+    ):
+        path.write_bytes(odd)
+        with pytest.raises(ValueError, match=said) as caught:
+            ValueHead.from_pretrained(tmp_path / "head")
+        assert str(path) in str(caught.value)
+    path.write_bytes(whole)
+    head = ValueHead.from_pretrained(tmp_path / "head")
+    # A head that no longer knows is one without a record, whatever lies in the folder.
+    head.seen_prompts = None
+    head.save_pretrained(tmp_path / "head")
+    assert ValueHead.from_pretrained(tmp_path / "head").seen_prompts is None
+    with pytest.raises(ValueError, match="`prompts_digest` must be a SHA-256"):
+        ValueHeadConfig(4, prompts_digest="../x")
+
+
+def test_a_head_from_the_hub_is_tuned_into_the_output(hub, run, tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    head = tiny_head(model, hook_point="lm_head")
+    head.config.base_model_name_or_path = "org/base"
+    head.seen_prompts = SEEN
+    head.save_pretrained(tmp_path / "head")
+    hub.put("org/base", tmp_path / "base")
+    hub.put("me/head", tmp_path / "head")
+    before = dict(hub.repos["me/head"].branches["main"])
+    script = """
+import sys
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, tune
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+options = {"methods": ["advantage"], "step_sizes": [1.0], "criterion": {"reward": 1}, "max_new_tokens": 4}
+tune("me/head", ["w5", "w6", "w7"], length, sys.argv[1], quiet=True, **options)
+"""
+    run(script, str(tmp_path / "out"), endpoint=hub.endpoint)
+    tuned = ValueHead.from_pretrained(tmp_path / "out" / "head")
+    assert (tuned.config.control.method, tuned.config.control.step_size) == ("advantage", 1.0)
+    assert tuned.seen_prompts.counts() == {"trained_on": 3, "validated_on": 1, "tuned_on": 3}
+    weights = tuned.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in head.state_dict().items())
+    assert hub.repos["me/head"].branches["main"] == before

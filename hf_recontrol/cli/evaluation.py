@@ -1,4 +1,4 @@
-"""What a head is worth: `recontrol compare`, and the page on which a person judges it."""
+"""What a head is worth, and how it is best used: `compare`, `tune`, and the page on which a person judges answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..settings import COMPARE_INPUTS, CompareSettings
+from ..settings import COMPARE_INPUTS, TUNE_INPUTS, CompareSettings, TuneSettings
 from .app import app, is_main_process
 from .options import with_settings
 
@@ -58,12 +58,7 @@ def compare(
         "rollouts": rollouts,
         "output": output,
     }
-    inputs = inputs | {name: value for name, value in given.items() if value}
-    options = {"prompts": "--prompts", "rewards": "--reward", "output": "--output"}
-    if missing := [option for name, option in options.items() if name not in inputs]:
-        raise typer.BadParameter(
-            f"missing; give {', '.join(missing)} here or in the file of --config", param_hint=missing[0]
-        )
+    inputs = _merged(inputs, given, {"prompts": "--prompts", "rewards": "--reward", "output": "--output"})
     if "base" not in inputs and "head" not in inputs:
         raise typer.BadParameter("missing; name a base model, or a head that names its own", param_hint="--head")
     inputs.setdefault("base", None)
@@ -94,3 +89,54 @@ def judge_page(
     typer.echo(
         f"{output} holds {count} pairs. Which is which is in {comparison}: do not give that away with the page."
     )
+
+
+def _merged(inputs: dict, given: dict, needed: dict[str, str]) -> dict:
+    """What the file names, and the options above it; `needed` are those that must be there, with their options."""
+    inputs = inputs | {name: value for name, value in given.items() if value}
+    if missing := [option for name, option in needed.items() if name not in inputs]:
+        raise typer.BadParameter(
+            f"missing; give {', '.join(missing)} here or in the file of --config", param_hint=missing[0]
+        )
+    return inputs
+
+
+@app.command()
+@with_settings(TuneSettings, inputs=TUNE_INPUTS)
+def tune(
+    settings: TuneSettings,
+    inputs: dict,
+    head: Annotated[str | None, typer.Option(help="The value head: a folder or a Hub name.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", "-m", help="Base model: a folder or a Hub name; default: the head's.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts that the head was not trained on, as for `fit`; no test prompts.")
+    ] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for what is made.")] = None,
+) -> None:
+    """Find the control that a head should recommend, on prompts that it was not trained on, and write it into the
+    head. The same command again resumes a search that was stopped.
+
+    Example: `recontrol tune --head run/head --prompts held-out.jsonl --reward hf_recontrol:vader -o tuning`
+    """
+    from ..configuration import ControlConfig
+    from ..pipelines.tune import tune as run_tune
+
+    given = {"head": head, "base": base, "prompts": prompts, "rewards": reward, "output": output}
+    options = {"head": "--head", "prompts": "--prompts", "rewards": "--reward", "output": "--output"}
+    inputs = _merged(inputs, given, options)
+    found = run_tune(**inputs, settings=settings)
+    if is_main_process():
+        where = inputs["head"] if Path(inputs["head"]).is_dir() else Path(inputs["output"]) / "head"
+        chosen = next(each for each in found["candidates"] if each["control"] == found["control"])
+        figures = chosen["figures"]
+        typer.echo(f"{where} now recommends {ControlConfig.from_dict(found['control'])}:")
+        typer.echo(
+            f"reward {figures['reward'][0]:.3f} (the base's {found['base']['reward'][0]:.3f}) at "
+            f"{figures['kl_per_response'][0]:.2f} nats an answer, on {chosen['prompts']} prompts."
+        )
+        typer.echo(f"All controls and the plot are in {inputs['output']}.")

@@ -106,10 +106,11 @@ def info(
     head: Annotated[str, typer.Argument(help="Head: a folder or a Hub repo.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repo.")] = None,
 ) -> None:
-    """Show what a head is: its configuration, size and recommended control."""
+    """Show what a head is: its configuration, size, recommended control, and how many prompts it has seen."""
     from ..heads.value_head import ValueHead
 
     loaded = ValueHead.from_pretrained(head, revision=revision)
     size = sum(tensor.numel() * tensor.element_size() for tensor in loaded.state_dict().values())
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
-    print_json(loaded.config.to_dict() | {"parameters": parameters, "bytes": size})
+    seen = None if loaded.seen_prompts is None else loaded.seen_prompts.counts()
+    print_json(loaded.config.to_dict() | {"parameters": parameters, "bytes": size, "seen_prompts": seen})

@@ -76,3 +76,31 @@ def stable_number(value: str | list) -> int:
     """A 64-bit number that is the same for equal values, in every process."""
     text = json.dumps(value, sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)
+
+
+def prompt_number(prompt: str | list) -> int:
+    """
+    A 64-bit number of what a prompt says: a text and the chat of its one user turn have the same one, whatever space
+    stands around them. Splits, and what a head has seen, go by it.
+    """
+    return stable_number(_said(prompt))
+
+
+def _said(prompt: str | list) -> str | list:
+    if isinstance(prompt, str):
+        return prompt.strip()
+    # Tables give every message the same keys, those that it lacks as None.
+    turns = [
+        {name: _content(value) if name == "content" else value for name, value in message.items() if value is not None}
+        for message in prompt
+    ]
+    if len(turns) == 1 and turns[0].keys() == {"role", "content"} and turns[0]["role"] == "user":
+        return turns[0]["content"]
+    return turns
+
+
+def _content(content: Any) -> Any:
+    """A message's content without the space around it; one part that is a text is that text."""
+    if isinstance(content, list) and len(content) == 1 and content[0].get("type", "text") == "text":
+        content = content[0].get("text", content)
+    return content.strip() if isinstance(content, str) else content

@@ -74,6 +74,7 @@ def model_card(
         _bullets("## The head", _shape(config, base_on_hub)),
         _bullets("## Training data", _data(config, training)),
         _measured(training),
+        _tuned(config),
         f"## Limits and misuse\n\n{_LIMITS}",
     ]
     text = "\n\n".join(section for section in sections if section)
@@ -250,3 +251,23 @@ def _measured(training: TrainingRecord) -> str:
     if training.command:
         lines.append(f"\nMeasured by `{training.command}`.")
     return "\n".join([*lines, *(f"\n**Note.** {warning}" for warning in training.warnings)])
+
+
+def _tuned(config: ValueHeadConfig) -> str:
+    """What was measured of the recommended control, unless it is another one by now."""
+    known = config.control_figures
+    if known is None or config.control is None or ControlConfig.from_dict(known["control"]) != config.control:
+        return ""
+    rows = []
+    for name, (value, low, high) in known["figures"].items():
+        ends = ["?" if end is None else f"{end:.3f}" for end in (low, high)]
+        rows.append(f"| {name} | {value:.3f} | {' to '.join(ends)} |")
+    return "\n".join(
+        [
+            "## The recommended control\n",
+            f"Chosen by {known['criterion']} on {known['prompts']} prompts, of which these figures are:\n",
+            "| | value | 95 % interval |",
+            "|---|---|---|",
+            *rows,
+        ]
+    )

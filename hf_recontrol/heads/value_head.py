@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from ..configuration import ValueHeadConfig
 from ..utils.files import atomic_path, make_folder
 from .card import is_untouched, model_card, write_card
 from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, portable_name, push_folder
+from .seen_prompts import PROMPTS_NAME, SeenPrompts
 
 # Those of `transformers.activations`, whose import takes seconds that a head alone does not need.
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -48,6 +51,9 @@ class ValueHead(nn.Module):
     Attributes:
         source (`dict[str, str]`, *optional*):
             Where it was loaded from, as arguments of [`ValueHead.from_pretrained`].
+        seen_prompts (`SeenPrompts`, *optional*):
+            Which prompts it was trained, validated and tuned on, if that is known. [`compare`] and [`tune`] hold
+            theirs against it.
 
     With `config.static_vector` the buffer `static_vector` holds b, one edit for all states; zero until it is fitted.
     The buffers `state_mean` and `state_scale`, one value for each feature, are 0 and 1 unless training sets them.
@@ -57,6 +63,7 @@ class ValueHead(nn.Module):
         super().__init__()
         self.config = config
         self.source: dict[str, str] | None = None
+        self.seen_prompts: SeenPrompts | None = None
         self.register_buffer("state_mean", torch.zeros(config.hidden_size))
         self.register_buffer("state_scale", torch.ones(config.hidden_size))
         self.value_mlp = MLP([config.hidden_size, *config.head_sizes, config.num_objectives], config.activation)
@@ -113,8 +120,9 @@ class ValueHead(nn.Module):
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """
-        Write `config.json`, `model.safetensors` and a card `README.md` to a folder; a card that someone else wrote or
-        edited is kept. Each file is complete or absent, also when the write is interrupted.
+        Write `config.json`, `model.safetensors`, a card `README.md` and, if it is known which prompts the head has
+        seen, `prompts.safetensors` to a folder; a card that someone else wrote or edited is kept. Each file is
+        complete or absent, also when the write is interrupted.
 
         Raises:
             `ValueError`: if the head holds NaN or infinite values. `OSError`: if the folder cannot be written.
@@ -122,11 +130,16 @@ class ValueHead(nn.Module):
         self.check_finite()
         folder = make_folder(save_directory)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        # Both are written before either is renamed: new weights beside the old config would be no head.
-        with atomic_path(folder / CONFIG_NAME) as config_path, atomic_path(folder / WEIGHTS_NAME) as weights_path:
-            config_path.write_text(self.config.to_json(), encoding="utf-8")
-            save_file(tensors, weights_path, metadata={"format": "pt"})
-        write_card(folder, model_card(self.config))
+        seen = self.seen_prompts
+        config = replace(self.config, prompts_digest=None if seen is None else seen.digest())
+        # All are written before any is renamed: new weights beside the old config would be no head.
+        with ExitStack() as stack:
+            config_path = stack.enter_context(atomic_path(folder / CONFIG_NAME))
+            config_path.write_text(config.to_json(), encoding="utf-8")
+            save_file(tensors, stack.enter_context(atomic_path(folder / WEIGHTS_NAME)), metadata={"format": "pt"})
+            if seen is not None:
+                seen.save(stack.enter_context(atomic_path(folder / PROMPTS_NAME)))
+        write_card(folder, model_card(config))
 
     @classmethod
     def from_pretrained(
@@ -174,6 +187,10 @@ class ValueHead(nn.Module):
         head.load_state_dict(load_file(weights_path), strict=True, assign=True)
         head.to(head.state_mean.dtype).requires_grad_(True)
         head.check_finite(str(weights_path))
+        if config.prompts_digest is not None:
+            # The digest says that there is such a file: where it cannot be had nobody knows what the head has seen.
+            prompts_path = find_file(pretrained_model_name_or_path, PROMPTS_NAME, **options)
+            head.seen_prompts = SeenPrompts.load(prompts_path, config.prompts_digest)
         place = {
             "pretrained_model_name_or_path": portable_name(os.fspath(pretrained_model_name_or_path)),
             "revision": revision,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from ..collection.labels import check_rows, try_rewards
 from ..collection.rewards import RewardFunction, by_name, check_reward, load_reward
 from ..collection.rollouts import encode_all
 from ..collection.sampling import sampling_config
+from ..data.fingerprints import prompt_number
 from ..data.processes import Processes
 from ..data.prompts import Prompts, load_prompts, report_bad_rows
 from ..data.stage_folder import lock_folder
@@ -33,6 +33,7 @@ from ..evaluation.judges.person import PersonJudge
 from ..evaluation.judges.scoring import JudgeScoring
 from ..evaluation.rivals.plain import BestOfN
 from ..evaluation.rivals.rival import Bench
+from ..evaluation.unseen import TRAINED_ON, heads_of, unseen
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..settings import HELD_OUT_PROMPTS, CompareSettings
@@ -111,7 +112,7 @@ def compare(
     output = Path(output)
     check_target(output / TABLE_NAME)
     test, held = _prompts(prompts, held_out, settings)
-    functions = _rewards(rewards, test)
+    functions = named_rewards(rewards, test)
     if settings.on_bad_rows == "error":
         check_rows(functions, test, settings.combine_rewards)
     try_rewards(functions, test, settings.on_bad_rows)
@@ -128,7 +129,11 @@ def compare(
         scorers.append(reward_scorer("judge", {"judge": _judge(judge, functions, test)}, settings.on_bad_rows))
     if settings.embeddings is not None:
         scorers.append(coherence_scorer(settings.embeddings))
-    with _loaded(base, head, tokenizer, settings) as (model, tokenizer):
+    with base_with_head(base, head, tokenizer, settings) as (model, tokenizer):
+        heads = heads_of(model)
+        test = unseen(test, heads, "to compare on", settings.on_seen_prompts)
+        # A strength is found by its KL, so that what else a head has seen may serve.
+        held = unseen(held, heads, "to find strengths on", settings.on_seen_prompts, TRAINED_ON)
         bench = Bench(
             model,
             tokenizer,
@@ -149,9 +154,9 @@ def compare(
                 f"A judge of pairs needs one answer to hold others against, and {settings.against!r} (`against`) "
                 "draws several: name another control."
             )
-        test, held = (_usable(bench, rows, part, settings.on_bad_rows) for part in (test, held))
+        test, held = (usable_prompts(bench, rows, part, settings.on_bad_rows) for part in (test, held))
         progress = (lambda done, total: None) if quiet else None
-        with _locked(output):
+        with locked_output(output):
             rows, matches = with_strengths(output, rows, bench, held, progress)
             rows = without_twins(rows)
             stages = draw_answers(output, rows, bench, test, settings, progress)
@@ -161,7 +166,7 @@ def compare(
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked_output(folder: Path) -> Iterator[None]:
     """The output folder, made and locked by the first process."""
     processes = Processes()
     with ExitStack() as stack:
@@ -178,9 +183,9 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
         return test, test.take([])
     if held_out is not None:
         held = held_out if isinstance(held_out, Prompts) else load_prompts(held_out, settings)
-        seen = {_said(row["prompt"]) for row in test.rows}
+        seen = {prompt_number(row["prompt"]) for row in test.rows}
         if shared := [
-            number for number, row in zip(held.numbers, held.rows, strict=True) if _said(row["prompt"]) in seen
+            number for number, row in zip(held.numbers, held.rows, strict=True) if prompt_number(row["prompt"]) in seen
         ]:
             raise ValueError(
                 f"{len(shared)} held-out prompts are also compared on (the first is number {shared[0]}): strengths "
@@ -194,16 +199,16 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
             )
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(settings.seed)).tolist()
         held = test.take(sorted(order[: settings.num_held_out]))
-        seen = {_said(row["prompt"]) for row in held.rows}
+        seen = {prompt_number(row["prompt"]) for row in held.rows}
         others = sorted(order[settings.num_held_out :])
-        unseen = [i for i in others if _said(test.rows[i]["prompt"]) not in seen]
-        if len(unseen) < len(others):
+        kept = [i for i in others if prompt_number(test.rows[i]["prompt"]) not in seen]
+        if len(kept) < len(others):
             logger.warning(
-                f"{len(others) - len(unseen)} prompts stand among those set aside too, and are not compared on."
+                f"{len(others) - len(kept)} prompts stand among those set aside too, and are not compared on."
             )
-        if not unseen:
+        if not kept:
             raise ValueError("Every prompt is among those set aside: give more prompts, or name others (`held_out`).")
-        test = test.take(unseen)
+        test = test.take(kept)
     if len(held) < HELD_OUT_PROMPTS:
         logger.warning(
             f"Strengths are found on {len(held)} held-out prompts: of fewer than {HELD_OUT_PROMPTS} the KL is not "
@@ -212,15 +217,8 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
     return test, held
 
 
-def _said(prompt: Any) -> str:
-    """A prompt for comparison with others: a text is the chat of its one turn."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return json.dumps(
-        [{k: v.strip() if isinstance(v, str) else v for k, v in m.items()} for m in messages], sort_keys=True
-    )
-
-
-def _rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
+def named_rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
+    """Rewards by name, checked for these prompts."""
     columns = {name for row in prompts.rows for name in row if name != "prompt"}
     specs = [rewards] if isinstance(rewards, str) or callable(rewards) else rewards
     if not isinstance(specs, Sequence) or not all(isinstance(spec, str) or callable(spec) for spec in specs):
@@ -236,14 +234,14 @@ def _rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
 def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> RewardFunction:
     if isinstance(judge, type) and issubclass(judge, Judge):
         raise ValueError(f"The judge is a class: give an instance of it, `{judge.__name__}(...)`.")
-    [(_, function)] = _rewards([judge], prompts).items()
+    [(_, function)] = named_rewards([judge], prompts).items()
     if any(function is reward for reward in rewards.values()):
         raise ValueError("The judge is also one of the rewards: name one that no head was trained on.")
     return function
 
 
 @contextmanager
-def _loaded(
+def base_with_head(
     base: Any, head: Any, tokenizer: PreTrainedTokenizerBase | None, settings: CompareSettings
 ) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """The base, with the head if there is one, and its tokenizer. A model that was given is afterwards as it was."""
@@ -270,7 +268,7 @@ def _loaded(
     yield model, own if tokenizer is None else tokenizer
 
 
-def _usable(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: str) -> Prompts:
+def usable_prompts(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: str) -> Prompts:
     """The prompts that the model can take, with each instruction too."""
     if not len(prompts):
         return prompts

@@ -19,7 +19,7 @@ from ..collection.rewards import RewardFunction, by_name, check_reward, load_rew
 from ..collection.rollouts import write_rollouts
 from ..collection.states import write_states
 from ..configuration import ValueHeadConfig
-from ..data.fingerprints import stable_number
+from ..data.fingerprints import prompt_number
 from ..data.processes import Processes
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import MANIFEST_NAME, lock_folder
@@ -168,7 +168,7 @@ def _check(prompts: Prompts, settings: FitSettings, processes: Processes) -> Non
         import matplotlib  # noqa: F401
         import pyarrow  # noqa: F401
     check_training(settings, processes)
-    numbers = torch.tensor(list({stable_number(row["prompt"]) for row in prompts.rows}))
+    numbers = torch.tensor(list({prompt_number(row["prompt"]) for row in prompts.rows}))
     # The split itself says what is wrong with it.
     split_by_prompt(numbers, settings.validation_split, settings.seed)
 
@@ -281,7 +281,7 @@ def _held_out(output: Path, prompts: Prompts, settings: FitSettings) -> Prompts:
     wanted = set(store.prompts[episodes].tolist())
     chosen = []
     for index, row in enumerate(prompts.rows):
-        number = stable_number(row["prompt"])
+        number = prompt_number(row["prompt"])
         if number in wanted:
             wanted.remove(number)
             chosen.append(index)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ..utils.checks import check_choice, check_number
+from ..utils.choices import CONTROL_METHODS
 from ..utils.setting_fields import setting, settings_class
 from .stages import LabelSettings, LoadingSettings, PromptSettings, SamplingSettings
 
@@ -17,14 +23,38 @@ COMPARE_INPUTS = {
     "rollouts": "text",
     "output": "text",
 }
+# What a search for a control works on, beside its settings.
+TUNE_INPUTS = {"head": "text", "base": "text", "prompts": "text", "rewards": "texts", "output": "text"}
+CRITERIA = ("reward_at_kl", "paper")
+# Nats a token that controls are tried at where nothing else is said.
+_TUNED_AT = (0.05, 0.1, 0.2)
 # What `quick` sets where nothing else is said.
 QUICK = {"limit": 128, "max_new_tokens": 48}
 # Fewer prompts say little of a KL.
 HELD_OUT_PROMPTS = 64
 
 
+@settings_class("Answers")
+class AnswerSettings(SamplingSettings, LabelSettings, PromptSettings, LoadingSettings):
+    """How answers of controls are drawn and measured."""
+
+    embeddings: str | None = setting(
+        None,
+        "Model of sentence-transformers (folder or Hub name) for the coherence of prompt and response, such as the "
+        "paper's princeton-nlp/sup-simcse-bert-base-uncased.",
+        default_text="coherence is not measured",
+    )
+    part_size: int = setting(
+        16, "Prompts that each control answers before the next one's turn: what a stop can cost.", low=1
+    )
+    on_seen_prompts: Literal["error", "skip", "allow"] = setting(
+        "error",
+        "What to do about prompts that the head has seen: raise, leave them out, or take them all the same.",
+    )
+
+
 @settings_class("Comparison")
-class CompareSettings(SamplingSettings, LabelSettings, PromptSettings, LoadingSettings):
+class CompareSettings(AnswerSettings):
     """How controls are compared."""
 
     strengths: tuple[float, ...] = setting(
@@ -50,17 +80,8 @@ class CompareSettings(SamplingSettings, LabelSettings, PromptSettings, LoadingSe
         "Be as helpful, kind and positive as you can.",
         "What `prompting` asks the base for, unless it has an instruction of its own.",
     )
-    embeddings: str | None = setting(
-        None,
-        "Model of sentence-transformers (folder or Hub name) for the coherence of prompt and response, such as the "
-        "paper's princeton-nlp/sup-simcse-bert-base-uncased.",
-        default_text="coherence is not measured",
-    )
     perplexity: bool = setting(
         True, "Measure perplexity under the base. It takes a forward of each answer, also where no KL needs one."
-    )
-    part_size: int = setting(
-        16, "Prompts that each control answers before the next one's turn: what a stop can cost.", low=1
     )
     quick: bool = setting(
         False,
@@ -76,3 +97,65 @@ class CompareSettings(SamplingSettings, LabelSettings, PromptSettings, LoadingSe
         for name, value in QUICK.items() if self.quick else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+
+
+@settings_class("Tuning")
+class TuneSettings(AnswerSettings):
+    """How the control that a head recommends is searched for."""
+
+    criterion: Any = setting(
+        "reward_at_kl",
+        "What the best control has most of: `reward_at_kl`, the reward at one KL to the base; `paper`, coherence + "
+        "diversity + reward (Kong et al. 2024), which needs `embeddings`; or weights of metrics of a comparison as a "
+        'JSON object, such as {"reward": 1, "kl_per_response": -0.1}.',
+    )
+    kl: tuple[float, ...] = setting(
+        (),
+        "Nats a token to the base at which each control is tried; its step size is found for each.",
+        above=0,
+        default_text="0.1 for reward_at_kl, else 0.05,0.1,0.2; none with step_sizes",
+    )
+    step_sizes: tuple[float, ...] = setting((), "Instead of `kl`: step sizes at which each control is tried.", above=0)
+    methods: tuple[str, ...] = setting(
+        (), "Methods that are tried: static, advantage, ascent.", default_text="all that the head has"
+    )
+    num_steps: tuple[int, ...] = setting((30,), "Numbers of steps that the ascent is tried with.", low=1)
+    plausibility: tuple[float, ...] = setting(
+        (0.0,), "Plausibilities (p of the mask of implausible tokens) that each method is tried with.", low=0, high=1
+    )
+    budget: int = setting(
+        4000,
+        "Responses drawn at most. Half of them may go into finding step sizes; the rest measures the controls, on "
+        "more prompts the fewer of them are left.",
+        low=1,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "criterion", _checked_criterion(self.criterion))
+        for method in self.methods:
+            check_choice("methods[...]", method, CONTROL_METHODS)
+        for name in ("num_steps", "plausibility"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` must hold at least one number.")
+        if self.kl and self.step_sizes:
+            raise ValueError("`kl` and `step_sizes` both say how strong controls are: use one of them.")
+        if self.criterion == "reward_at_kl" and (self.step_sizes or len(self.kl) > 1):
+            raise ValueError("`criterion='reward_at_kl'` compares controls at one KL: give one `kl`, no `step_sizes`.")
+        if not self.kl and not self.step_sizes:
+            object.__setattr__(self, "kl", (0.1,) if self.criterion == "reward_at_kl" else _TUNED_AT)
+
+
+def _checked_criterion(criterion: Any) -> str | dict[str, float]:
+    if isinstance(criterion, str) and criterion.lstrip().startswith("{"):
+        try:
+            criterion = json.loads(criterion)
+        except ValueError as error:
+            raise ValueError(f"`criterion` is no JSON object ({error}).") from error
+    if not isinstance(criterion, Mapping):
+        check_choice("criterion", criterion, CRITERIA)
+        return criterion
+    weights = {name: check_number(f"criterion[{name!r}]", weight) for name, weight in criterion.items()}
+    if not any(weights.values()):
+        raise ValueError(f"`criterion` must give some metric a weight, got {criterion!r}.")
+    return {name: weight for name, weight in weights.items() if weight}

@@ -18,10 +18,12 @@ from ..data.processes import Processes, Progress
 from ..data.stage_folder import check_settings, lock_folder, read_manifest
 from ..data.states import StateStore
 from ..heads.hub import CONFIG_NAME
+from ..heads.seen_prompts import SeenPrompts
 from ..heads.value_head import ValueHead
 from ..settings import AdvantageSettings, HeadSettings, TrainSettings, ValueSettings
 from ..utils.files import check_target, make_folder, read_json, write_json
 from .advantage import fit_advantage
+from .held_out import split_by_prompt
 from .trainer import check_training
 from .value import train_value_head
 
@@ -195,6 +197,8 @@ def _train_both(
             if isinstance(value, (int, float)) and math.isfinite(value) and not isinstance(value, bool)
         }
         head.config.training = replace(record, figures=measured, warnings=figures["warnings"])
+        sides = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
+        head.seen_prompts = SeenPrompts(*(store.prompts[episodes] for episodes in sides))
         head.save_pretrained(output)
         write_json(output / FIGURES_NAME, {"figures": figures, "curves": curves})
         for checkpoint in work.glob("*/checkpoint-*"):

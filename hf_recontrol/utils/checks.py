@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -65,3 +66,24 @@ def check_text(name: str, value: Any, empty: bool = False) -> None:
     """Raise unless `value` is a text, which may be empty if `empty`. It is not shown: it may be a secret."""
     if not isinstance(value, str) or not (empty or value.strip()):
         raise ValueError(f"`{name}` must be a text{'' if empty else ' that is not empty'}.")
+
+
+def check_digest(name: str, value: Any) -> None:
+    """Raise unless `value` is a SHA-256 in hexadecimal digits."""
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"`{name}` must be a SHA-256 of 64 hexadecimal digits, got {value!r}.")
+
+
+def check_measured(name: str, value: Any) -> None:
+    """
+    Raise unless `value` is a `dict` of what was measured of a control: `control`, `criterion`, `prompts`, and of each
+    of the `figures` its value and the ends of its interval.
+    """
+    kinds = {"control": dict, "criterion": str, "prompts": int, "figures": dict}
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"`{name}` must be an object with {', '.join(kinds)}, got {value!r}.")
+    for figure, ends in value["figures"].items():
+        if not isinstance(figure, str) or not isinstance(ends, list) or len(ends) != 3:
+            raise ValueError(f"`{name}`: {figure!r} must be a list of a value and two ends, got {ends!r}.")
+        for number in ends[:1] + [end for end in ends[1:] if end is not None]:
+            check_number(f"{name}[{figure!r}]", number)

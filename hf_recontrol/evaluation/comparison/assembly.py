@@ -15,12 +15,21 @@ from ...utils.files import atomic_path
 from ..judges.person import PersonJudge
 from ..judges.scoring import JudgeScoring
 from ..rivals.plain import BestOfN
-from ..rivals.rival import Bench, standardised
+from ..rivals.rival import Bench
+from ..unseen import has_no_record, heads_of
 from .answers import load_answers
 from .entries import Row
 from .figures import Figure, Sample, best_of, figures_of, sample_of
 from .plots import write_plots
-from .results import ANSWERS_NAME, best_places, matched_references, wins, write_answers, write_figures
+from .results import (
+    ANSWERS_NAME,
+    best_places,
+    matched_references,
+    wins,
+    with_reward,
+    write_answers,
+    write_figures,
+)
 from .scores import Scores
 from .table import table
 
@@ -47,7 +56,7 @@ def write_results(
     """
     judged = None if judging is None else judging.counts()
     loaded = [load_answers(stage) for stage in stages]
-    numbers = [_numbers(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
+    numbers = [with_reward(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
     for name in dict.fromkeys(name for own in scores for name in own):
         if all(value is None for own in scores for value in own[name]):
             raise ValueError(f"No answer of any control has a number by {name!r}, so there is nothing to compare.")
@@ -88,6 +97,10 @@ def write_results(
         write_figures(output, figures, about)
         pools = list(dict.fromkeys(row.entry.name for row in rows if isinstance(row.rival, BestOfN)))
         notes = [_matched(name, match) for name, match in matches.items()]
+        if has_no_record(heads_of(bench.model)):
+            notes.append(
+                "The head does not say which prompts it was trained on: that these are unseen is not checked."
+            )
         if judged:
             notes.append(judging.note(judged))
         text = table(figures, settings.against, len(prompts), pools, notes)
@@ -103,14 +116,6 @@ def _against(samples: Sequence[Sample], drawn: Sample, row: Row) -> Sample:
     if not isinstance(row.rival, BestOfN):
         return drawn
     return next(s for s in samples if s.control == row.entry.name and s.strength == row.rival.pool)
-
-
-def _numbers(bench: Bench, found: Scores) -> Scores:
-    """What was measured and scored of each answer, with `reward` as the one number that answers are ranked by."""
-    if "reward" in found:
-        return found
-    values = zip(*(found[f"reward {name}"] for name in bench.rewards), strict=True)
-    return found | {"reward": [None if None in each else standardised(bench, each) for each in values]}
 
 
 def _matched(name: str, match: dict[str, Any]) -> str:

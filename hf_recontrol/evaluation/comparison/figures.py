@@ -167,6 +167,30 @@ _RATIOS = {
 _NO_METRICS = ("kl", "base")
 
 
+def values_on(sample: Sample, metric: str, count: int, chosen: np.ndarray) -> np.ndarray:
+    """
+    A metric of a row over choices of prompts.
+
+    Args:
+        count (`int`):
+            Prompts that were compared on.
+        chosen (`numpy.ndarray` of shape `(choices, count)`):
+            How often each prompt is in each choice.
+
+    Returns:
+        `numpy.ndarray` of shape `(choices,)`, NaN where no prompt in it has a number.
+    """
+    numerators, denominators, _ = _ratio(*_RATIOS.get(metric, (metric, None)))(sample, count)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        values = (chosen @ numerators) / (chosen @ denominators)
+        return np.exp(values) if metric == "perplexity" else values
+
+
+def prompts_with(sample: Sample, metric: str, count: int) -> np.ndarray:
+    """Which prompts have a number of a metric, as booleans."""
+    return _ratio(*_RATIOS.get(metric, (metric, None)))(sample, count)[2]
+
+
 def figures_of(samples: Sequence[Sample], against: Sample, count: int) -> list[Figure]:
     """
     All figures of all rows.

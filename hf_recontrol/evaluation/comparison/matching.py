@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ...data.processes import Processes, Progress, progress_bar
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout
@@ -16,6 +18,8 @@ from ..rivals.rival import Bench
 from ..strength import kl_with_interval, strength_at_kl
 from .answers import Drawer, row_settings
 from .entries import Row
+
+logger = logging.get_logger(__name__)
 
 STRENGTHS_NAME = "strengths.json"
 # How near the KL must be, relative to what is wanted, and how often a control is sampled until it is.
@@ -33,16 +37,28 @@ class Match:
             The strength.
         kl, low, high (`float`):
             Nats a token that it reached on held-out prompts, and the 95 % interval over these.
+        responses (`int`):
+            How many were drawn to find it.
     """
 
     strength: float
     kl: float
     low: float
     high: float
+    responses: int
+
+
+class _SpentError(ValueError):
+    """No more responses may be drawn."""
 
 
 def with_strengths(
-    folder: Path, rows: Sequence[Row], bench: Bench, held_out: Prompts, progress: Progress | None = None
+    folder: Path,
+    rows: Sequence[Row],
+    bench: Bench,
+    held_out: Prompts,
+    progress: Progress | None = None,
+    max_responses: int | None = None,
 ) -> tuple[list[Row], dict[str, dict[str, Any]]]:
     """
     Rows with the strengths that they lack: at each the policy is the row's `target_kl` nats a token from the base, on
@@ -53,9 +69,13 @@ def with_strengths(
             Keeps what is found, in `strengths.json`.
         held_out ([`Prompts`]):
             None of those that are compared on.
+        max_responses (`int`, *optional*):
+            Responses to draw for it at most, those of the base aside. With it, rows whose strength is not found are
+            left out, with a warning, instead of being an error.
 
     Returns:
-        The rows, and what was found: for each of these rows, by its label and KL, the [`Match`] as a `dict`.
+        The rows, and what was found: for each of these rows, by its label and KL, the [`Match`] as a `dict`; of one
+        that is left out the reason as `failed`, and `responses`.
 
     Raises:
         `ValueError`: if a control cannot reach a KL, or its KL cannot be measured; names it.
@@ -68,7 +88,7 @@ def with_strengths(
     found: dict[str, dict[str, Any]] = {}
     if processes.index == 0:
         try:
-            found = _found(folder, wanted, bench, held_out, progress)
+            found = _found(folder, wanted, bench, held_out, progress, max_responses)
         except Exception as caught:  # every process must hear of it, or the others would wait for ever
             error = caught
     [(found, error), *_] = processes.gather((found, error))
@@ -80,6 +100,9 @@ def with_strengths(
         if row in wanted:
             match = next(matches)
             shown[f"{row.entry.name} at KL {row.target_kl:g}"] = match
+            if "failed" in match:
+                logger.warning(f"It is left out: {match['failed']}")
+                continue
             row = replace(row, strength=match["strength"])
         filled.append(row)
     return filled, shown
@@ -90,28 +113,52 @@ def _key(row: Row, bench: Bench, held_out: Prompts) -> str:
 
 
 def _found(
-    folder: Path, wanted: Sequence[Row], bench: Bench, held_out: Prompts, progress: Progress | None
+    folder: Path,
+    wanted: Sequence[Row],
+    bench: Bench,
+    held_out: Prompts,
+    progress: Progress | None,
+    max_responses: int | None,
 ) -> dict[str, dict[str, Any]]:
     path = folder / STRENGTHS_NAME
     known = read_json(path) if path.is_file() else {}
+    found: dict[str, dict[str, Any]] = {}
     drawer = Drawer(bench)
     of_base: list[Rollout] = []
     with progress_bar("strengths", len(wanted), progress) as advance:
         for row in wanted:
             key = _key(row, bench, held_out)
-            if key not in known:
+            if key not in known or (max_responses is None and "failed" in known[key]):
                 row.rival.prepare()
                 of_base = of_base or bench.draw(held_out)
-                known[key] = vars(_match(drawer, row, held_out, of_base))
-                write_json(path, known)
+                left = (
+                    None
+                    if max_responses is None
+                    else max_responses - sum(f.get("responses", 0) for f in found.values())
+                )
+                found[key] = _match(drawer, row, held_out, of_base, left)
+                # One that more responses would find is searched for again where more may be drawn.
+                if not found[key].pop("spent", False):
+                    known[key] = found[key]
+                    write_json(path, known)
+            else:
+                found[key] = known[key]
             advance(1)
-    return known
+    return found
 
 
-def _match(drawer: Drawer, row: Row, held_out: Prompts, of_base: Sequence[Rollout]) -> Match:
+def _match(
+    drawer: Drawer, row: Row, held_out: Prompts, of_base: Sequence[Rollout], max_responses: int | None
+) -> dict[str, Any]:
     last: list[tuple[float, float, float]] = []
+    drawn = [0]
 
     def kl_on_its_own(strength: float) -> float:
+        if max_responses is not None and drawn[0] + len(of_base) > max_responses:
+            raise _SpentError(
+                "no responses are left to find its strength with; raise the budget, or try fewer controls"
+            )
+        drawn[0] += len(of_base)
         answers, found, _ = drawer.draw(replace(row, strength=strength), held_out)
         kls = [
             likelihood.kl if answer.kl is None else sum(answer.kl)
@@ -131,5 +178,8 @@ def _match(drawer: Drawer, row: Row, held_out: Prompts, of_base: Sequence[Rollou
         near = None if row.rival.policy(start) is None else kl_on_the_base_s
         strength = strength_at_kl(kl_on_its_own, start, row.target_kl, near, _TOLERANCE, _MAX_SAMPLINGS)
     except ValueError as error:
-        raise ValueError(f"The control {row.entry.name!r} at {row.target_kl:g} nats a token: {error}") from error
-    return Match(strength, *last[0])
+        said = f"The control {row.entry.name!r} at {row.target_kl:g} nats a token: {error}"
+        if max_responses is None:
+            raise ValueError(said) from error
+        return {"failed": said, "responses": drawn[0], "spent": isinstance(error, _SpentError)}
+    return vars(Match(strength, *last[0], drawn[0]))

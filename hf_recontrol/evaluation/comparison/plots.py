@@ -19,7 +19,14 @@ PLOTS = {
 }
 
 
-def write_plots(folder: Path, figures: Sequence[Figure], pools: Sequence[str], metric: str = "reward") -> list[Path]:
+def write_plots(
+    folder: Path,
+    figures: Sequence[Figure],
+    pools: Sequence[str] = (),
+    metric: str = "reward",
+    names: Sequence[str] = tuple(PLOTS),
+    marked: tuple[str, float | None] | None = None,
+) -> list[Path]:
     """
     Draw reward against what it costs, one file for each of [`PLOTS`]: a point with its 95 % interval for each control
     and strength, a line through the strengths of one, and the best of n as a curve.
@@ -29,6 +36,10 @@ def write_plots(folder: Path, figures: Sequence[Figure], pools: Sequence[str], m
             Where the files go.
         pools (sequence of `str`):
             Names of the controls that are a best of n.
+        names (sequence of `str`):
+            Which of the plots.
+        marked (`tuple[str, float]`, *optional*):
+            The control and the strength that a ring is drawn around.
 
     Returns:
         `list[Path]`: the files.
@@ -39,7 +50,8 @@ def write_plots(folder: Path, figures: Sequence[Figure], pools: Sequence[str], m
     found = {(f.control, f.strength, f.metric): f for f in figures}
     controls = list(dict.fromkeys(f.control for f in figures))
     paths = []
-    for name, (along, label) in PLOTS.items():
+    for name in names:
+        along, label = PLOTS[name]
         with matplotlib.rc_context({"svg.hashsalt": "hf_recontrol", "svg.fonttype": "none"}):
             canvas = Canvas(figsize=(7, 4.5), layout="constrained")
             axes = canvas.subplots()
@@ -58,6 +70,9 @@ def write_plots(folder: Path, figures: Sequence[Figure], pools: Sequence[str], m
                 ]
                 finite = all(e < float("inf") for side in errors for e in side)
                 axes.errorbar(x, y, errors if finite else None, marker="o", capsize=3, label=shown)
+            if marked is not None and (*marked, metric) in found and (*marked, along) in found:
+                place = [found[(*marked, along)].value], [found[(*marked, metric)].value]
+                axes.plot(*place, "o", markersize=16, fillstyle="none", color="black", label="recommended")
             axes.set_xlabel(label)
             axes.set_ylabel(metric)
             axes.grid(alpha=0.3)

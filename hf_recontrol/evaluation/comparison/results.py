@@ -14,11 +14,21 @@ from ...data.rollouts import Rollout
 from ...utils.extras import needs_extra
 from ...utils.files import atomic_path
 from ..intervals import finite
+from ..rivals.rival import Bench, standardised
 from .figures import Figure
+from .scores import Scores
 
 ANSWERS_NAME = "answers.parquet"
 FIGURES_NAME = "figures.csv"
 FIGURES_JSON_NAME = "figures.json"
+
+
+def with_reward(bench: Bench, found: Scores) -> Scores:
+    """What was measured and scored of each answer, with `reward` as the one number that answers are ranked by."""
+    if "reward" in found:
+        return found
+    values = zip(*(found[f"reward {name}"] for name in bench.rewards), strict=True)
+    return found | {"reward": [None if None in each else standardised(bench, each) for each in values]}
 
 
 def wins(own: Sequence[float | None], other: Sequence[float | None]) -> tuple[list[float | None], list[float | None]]:
@@ -125,5 +135,5 @@ def write_figures(folder: Path, figures: Sequence[Figure], about: dict[str, Any]
         writer.writeheader()
         writer.writerows(lines)
     with atomic_path(folder / FIGURES_JSON_NAME) as temporary:
-        text = json.dumps(about | {"figures": lines}, indent=2, ensure_ascii=False)
+        text = json.dumps(about | {"figures": lines}, indent=2, ensure_ascii=False, default=str)
         temporary.write_text(text + "\n", encoding="utf-8")

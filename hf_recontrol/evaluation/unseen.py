@@ -1,0 +1,82 @@
+"""Whether prompts are unseen: held against what the heads at hand were trained, validated and tuned on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..data.fingerprints import prompt_number
+from ..data.prompts import Prompts
+from ..heads.seen_prompts import SeenPrompts
+from ..heads.value_head import ValueHead
+from ..modeling.causal_lm import ReControlForCausalLM
+
+logger = logging.get_logger(__name__)
+
+TRAINED_ON = ("trained_on",)
+SEEN = tuple(SeenPrompts.kinds())
+
+
+def heads_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The heads of a model, if it has any."""
+    return list(model.value_heads.values()) if isinstance(model, ReControlForCausalLM) else []
+
+
+def has_no_record(heads: Iterable[nn.Module]) -> bool:
+    """Whether some head does not say which prompts it was trained on."""
+    records = [head.seen_prompts if isinstance(head, ValueHead) else None for head in heads]
+    return any(record is None or not len(record.trained_on) for record in records)
+
+
+def unseen(
+    prompts: Prompts, heads: Iterable[nn.Module], purpose: str, on_seen_prompts: str, kinds: Sequence[str] = SEEN
+) -> Prompts:
+    """
+    The prompts that no head has seen. A text and the chat of its one user turn are the same prompt.
+
+    Args:
+        heads (iterable of `nn.Module`):
+            Those that say nothing of their prompts are taken to have seen none.
+        purpose (`str`):
+            What the prompts are for, in messages.
+        on_seen_prompts (`str`):
+            What to do about others: `"error"`, `"skip"` or `"allow"`.
+        kinds (sequence of `str`, *optional*):
+            What counts as seen: some of `"trained_on"`, `"validated_on"` and `"tuned_on"`.
+
+    Raises:
+        `ValueError`: if there are others and they are an error, or no prompt is left; names how many, and the first.
+    """
+    if on_seen_prompts == "allow":
+        return prompts
+    seen: dict[int, str] = {}
+    for head in heads:
+        record = head.seen_prompts if isinstance(head, ValueHead) else None
+        for kind in kinds if record is not None else ():
+            for number in getattr(record, kind).tolist():
+                seen.setdefault(number, kind.replace("_", " "))
+    found = {
+        place: seen[number]
+        for place, row in enumerate(prompts.rows)
+        if (number := prompt_number(row["prompt"])) in seen
+    }
+    if not found:
+        return prompts
+    first, how = next(iter(found.items()))
+    said = str(prompts.rows[first]["prompt"])[:60]
+    which = (
+        f"{len(found)} of {len(prompts)} prompts {purpose} are among those that the head was trained, validated or "
+        f"tuned on; the first is number {prompts.numbers[first]} ({how}): {said!r}"
+    )
+    if on_seen_prompts == "error":
+        raise ValueError(
+            f"{which}. On such prompts a control looks better than it is. Give others; `on_seen_prompts='skip'` "
+            "(`--on-seen-prompts skip`) leaves them out, `allow` takes them all the same."
+        )
+    if len(found) == len(prompts):
+        raise ValueError(f"{which}: none is left.")
+    logger.warning(f"{which}: these are left out.")
+    return prompts.take([place for place in range(len(prompts)) if place not in found])

@@ -1,0 +1,224 @@
+"""`recontrol tune`: the control that a head recommends, searched for on held-out prompts and written into the head."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..collection.labels import check_rows, try_rewards
+from ..collection.rewards import RewardFunction
+from ..configuration import ControlConfig
+from ..data.fingerprints import prompt_number
+from ..data.processes import Processes
+from ..data.prompts import Prompts, load_prompts
+from ..evaluation.comparison.entries import without_twins
+from ..evaluation.comparison.matching import with_strengths
+from ..evaluation.comparison.plots import write_plots
+from ..evaluation.comparison.scores import coherence_scorer, reward_scorer
+from ..evaluation.rivals.rival import Bench
+from ..evaluation.tuning import Found, finite, plan_rounds, rows_to_try, search, summary, weights_of
+from ..evaluation.unseen import TRAINED_ON, unseen
+from ..heads.hub import CONFIG_NAME
+from ..heads.seen_prompts import SeenPrompts
+from ..heads.value_head import ValueHead
+from ..settings import HELD_OUT_PROMPTS, CompareSettings, TuneSettings
+from ..settings.comparison import AnswerSettings
+from ..utils.extras import needs_extra
+from ..utils.files import check_target, read_json, write_json
+from .compare import base_with_head, locked_output, named_rewards, usable_prompts
+
+logger = logging.get_logger(__name__)
+
+TUNING_NAME = "tuning.json"
+
+
+def tune(
+    head: str | os.PathLike,
+    prompts: Any,
+    rewards: str | RewardFunction | Sequence[str | RewardFunction],
+    output: str | os.PathLike,
+    settings: TuneSettings | None = None,
+    *,
+    base: str | os.PathLike | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quiet: bool = False,
+    **changes,
+) -> dict[str, Any]:
+    """
+    Search for the control that a head should recommend, and write it into the head: its method, step size, steps and
+    plausibility, by what they do on prompts that the head was not trained on. The same call again resumes a search
+    that was stopped; under `accelerate launch` processes share the work.
+
+    Of all controls to try those at a KL have their step sizes found first. Then all answer the same prompts with the
+    same noise; as the budget shrinks, the better half goes on to more prompts. Of the last ones that with most of the
+    criterion is chosen, or a simpler one if the paired 95 % interval of their difference holds 0.
+
+    The head (`head` itself if it is a folder, else a copy in `output/head`) then recommends that control, its card
+    shows its figures, and it remembers the prompts, so that [`compare`] refuses to compare on them. `output` holds
+    `tuning.json` (all controls with their figures, and what the head recommended before) and `frontier.svg` (reward
+    against nats an answer).
+
+    Args:
+        head (`str` or `os.PathLike`):
+            The head: a folder or Hub name.
+        prompts:
+            Prompts that it was not trained on, and that nothing will be measured on later: a file or whatever else
+            [`load_prompts`] takes. Those that it was validated on will do.
+        rewards (`str`, function, or sequence of these):
+            What the head was trained on: as for [`load_reward`], or functions.
+        output (`str` or `os.PathLike`):
+            A folder for what is made.
+        settings ([`TuneSettings`], *optional*), changes:
+            What is tried, and how the best is told; single settings as keywords.
+        base (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*), tokenizer (*optional*):
+            The base, by default that which the head names; of a loaded model its tokenizer too.
+        quiet (`bool`, *optional*, defaults to `False`):
+            Show no progress.
+
+    Returns:
+        `dict[str, Any]`: what `tuning.json` holds.
+
+    Raises:
+        `ValueError`, `OSError`, `TypeError`, `ImportError`: for what cannot be searched or measured; before any long
+        work where it can be known.
+    """
+    settings, output = TuneSettings.of(settings, changes), Path(output)
+    with needs_extra("compare", "Plots"):
+        import matplotlib  # noqa: F401
+    target = Path(head) if Path(head).is_dir() else output / "head"
+    for path in (output / TUNING_NAME, target / CONFIG_NAME):
+        check_target(path)
+    prompts = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
+    functions = named_rewards(rewards, prompts)
+    if settings.on_bad_rows == "error":
+        check_rows(functions, prompts, settings.combine_rewards)
+    weights = weights_of(settings, list(functions))
+    try_rewards(functions, prompts, settings.on_bad_rows)
+    scorers = [reward_scorer("reward", functions, settings.on_bad_rows, settings.combine_rewards)]
+    if settings.embeddings is not None:
+        scorers.append(coherence_scorer(settings.embeddings))
+    loaded = ValueHead.from_pretrained(head, token=settings.token)
+    # With the base it may be moved to another device.
+    unchanged = copy.deepcopy(loaded)
+    prompts = unseen(prompts, [loaded], "to tune on", settings.on_seen_prompts, TRAINED_ON)
+    former = _former(output, loaded)
+    inner = _for_answers(settings, "perplexity" in weights)
+    with base_with_head(base, loaded, tokenizer, inner) as (model, tokenizer):
+        bench = Bench(model, tokenizer, inner, functions, output / "made", None, settings.combine_rewards)
+        rows = rows_to_try(bench, settings, former)
+        prompts = _in_order(usable_prompts(bench, [], prompts, settings.on_bad_rows), settings.seed)
+        num_samples, for_strengths = settings.num_samples, settings.budget // 2 if settings.kl else 0
+        few = prompts.take(range(min(len(prompts), HELD_OUT_PROMPTS)))
+        of_base = len(few) * num_samples if settings.kl else 0
+        # Before anything is drawn: what half of the budget is left for.
+        plan_rounds(len(rows), len(prompts), num_samples, settings.budget - for_strengths)
+        progress = (lambda done, total: None) if quiet else None
+        with locked_output(output):
+            rows, matches = with_strengths(output, rows, bench, few, progress, for_strengths - of_base)
+            rows = without_twins(rows)
+            if not rows:
+                raise ValueError("No control could be tried: see the warnings.")
+            spent = of_base + sum(match["responses"] for match in matches.values())
+            found = search(output, rows, bench, prompts, scorers, weights, inner, settings.budget - spent, progress)
+            result = _result(found, former, matches, weights, spent, settings)
+            if Processes().index == 0:
+                used = prompts.take(range(max(found.prompts, len(few) if matches else 0)))
+                _write(output, unchanged, target, found, result, used)
+            Processes().wait()
+    return result
+
+
+def _former(output: Path, head: ValueHead) -> ControlConfig | None:
+    """What the head recommended before the search, also if this one has written its own into it."""
+    present = head.config.control
+    if (output / TUNING_NAME).is_file():
+        known = read_json(output / TUNING_NAME)
+        if present is not None and present.to_dict() == known["control"]:
+            return None if known["replaces"] is None else ControlConfig.from_dict(known["replaces"])
+    return present
+
+
+def _for_answers(settings: TuneSettings, perplexity: bool) -> CompareSettings:
+    shared = {item.name: getattr(settings, item.name) for item in fields(AnswerSettings)}
+    return CompareSettings(**shared, perplexity=perplexity)
+
+
+def _in_order(prompts: Prompts, seed: int) -> Prompts:
+    """Each prompt once, in an order that depends on the seed."""
+    once: dict[int, int] = {}
+    for place, row in enumerate(prompts.rows):
+        once.setdefault(prompt_number(row["prompt"]), place)
+    places = list(once.values())
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).tolist()
+    return prompts.take([places[i] for i in order])
+
+
+def _result(
+    found: Found,
+    former: ControlConfig | None,
+    matches: dict[str, Any],
+    weights: dict[str, float],
+    spent: int,
+    settings: TuneSettings,
+) -> dict[str, Any]:
+    return {
+        "control": found.chosen.control.to_dict(),
+        "replaces": former and former.to_dict(),
+        "criterion": settings.criterion,
+        "weights": weights,
+        "prompts": found.prompts,
+        "responses": spent + found.responses,
+        "base": {figure.metric: finite((figure.value, figure.low, figure.high)) for figure in found.base},
+        "candidates": [
+            summary(candidate) | {"last_round": any(candidate is each for each in found.finalists)}
+            for candidate in found.candidates
+        ],
+        "strengths": matches,
+        "settings": json.loads(json.dumps(settings.to_dict(), default=str)),
+    }
+
+
+def _write(
+    output: Path,
+    saved: ValueHead,
+    target: Path,
+    found: Found,
+    result: dict[str, Any],
+    prompts: Prompts,
+) -> None:
+    """The result, its plot, and the head with what was found."""
+    chosen = found.chosen
+    if chosen.gain[1] <= 0:
+        logger.warning(
+            f"On {chosen.prompts} prompts the chosen control ({chosen.row.label}) is not clearly better than the base "
+            f"by {_said(result['weights'])}: {chosen.gain[0]:+.3f} [{chosen.gain[1]:.3f}, {chosen.gain[2]:.3f}]. More "
+            "prompts would tell."
+        )
+    figures = [*found.base, *(figure for candidate in found.candidates for figure in candidate.figures)]
+    write_plots(output, figures, names=["frontier.svg"], marked=(chosen.row.entry.name, chosen.row.strength))
+    # Before the head: after a stop between the two the next run knows what the head recommended before.
+    write_json(output / TUNING_NAME, result)
+    seen = saved.seen_prompts or SeenPrompts()
+    numbers = torch.tensor([prompt_number(row["prompt"]) for row in prompts.rows])
+    saved.seen_prompts = replace(seen, tuned_on=torch.cat([seen.tuned_on, numbers]))
+    saved.config.control = chosen.control
+    saved.config.control_figures = {
+        "control": chosen.control.to_dict(),
+        "criterion": _said(result["weights"]),
+        "prompts": chosen.prompts,
+        "figures": summary(chosen)["figures"],
+    }
+    saved.save_pretrained(target)
+
+
+def _said(weights: dict[str, float]) -> str:
+    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())

@@ -1,0 +1,334 @@
+"""`tune`: the control that a head recommends, found on held-out prompts by a criterion, and written into the head."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from transformers import GenerationConfig
+
+from hf_recontrol import ControlConfig, ReControlForCausalLM, TuneSettings, ValueHead, compare, tune
+from hf_recontrol.data.fingerprints import prompt_number
+from hf_recontrol.evaluation.rivals.rival import Bench
+from hf_recontrol.evaluation.tuning import plan_rounds
+from hf_recontrol.heads.seen_prompts import SeenPrompts
+
+from .conftest import make_head
+from .fresh import RECONTROL, run_fresh
+from .test_comparison_figures import embeddings  # noqa: F401 (a fixture)
+from .test_processes import ALONE, run_two
+from .tiny_models import tiny_model
+from .tiny_tokenizer import tiny_tokenizer
+
+WORD = 50
+PROMPTS = [f"w{i} w{i + 1}" for i in range(5, 45)]
+SMALL = {"max_new_tokens": 6, "temperature": 0.8, "part_size": 8, "quiet": True}
+_CODE = f"""
+def count(completions, **columns):
+    return [float(text.split().count("w{WORD}")) for text in completions]
+"""
+
+
+def count(completions, **columns):
+    return [float(text.split().count(f"w{WORD}")) for text in completions]
+
+
+def save_head(static: float, advantage: float, ascent: float, **config) -> None:
+    """`base/`, and a `head/` that pushes towards (1) or away from (-1) the word, by each of its parts."""
+    base = tiny_model("llama", dtype=torch.float32)
+    base.generation_config.eos_token_id = 2
+    base.save_pretrained("base")
+    tiny_tokenizer(chat=True).save_pretrained("base")
+    push = base.get_output_embeddings().weight.detach()
+    push = push[WORD] - push.mean(0)
+    shape = {"hidden_size": 16, "hook_point": "lm_head", "head_sizes": [], "advantage_sizes": [4]}
+    head = make_head(**shape, static_vector=True, base_model_name_or_path=os.path.abspath("base"), **config)
+    with torch.no_grad():
+        head.static_vector.copy_(static * push)
+        head.value_mlp.layers[0].weight.copy_(ascent * push)
+        head.advantage_mlp.layers[-1].weight.mul_(1e-6)
+        head.advantage_mlp.layers[-1].bias.copy_(advantage * push)
+    head.seen_prompts = SeenPrompts(torch.tensor([prompt_number("w80")]), torch.tensor([prompt_number(PROMPTS[0])]))
+    head.save_pretrained("head")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine.py").write_text(_CODE)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """How many responses were drawn, in each call."""
+    counts, draw = [], Bench.draw
+
+    def counting(self, *args, **kwargs):
+        found = draw(self, *args, **kwargs)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(Bench, "draw", counting)
+    return counts
+
+
+def run(**changes):
+    return tune(**{"head": "head", "prompts": PROMPTS, "rewards": count, "output": "out", **SMALL, **changes})
+
+
+def untimed(found):
+    """A result without what a clock says."""
+    found = json.loads(json.dumps(found))
+    for each in [found["base"], *(candidate["figures"] for candidate in found["candidates"])]:
+        for name in ("seconds", "tokens_per_second"):
+            each.pop(name)
+    return found
+
+
+def test_the_control_that_earns_most_at_one_kl_is_written_into_the_head(place, drawn):
+    save_head(-1.0, 1.0, -1.0, control=ControlConfig("static", 0.1))
+    found = run(kl=0.5, num_steps=[3])
+    assert found["control"]["method"] == "advantage"
+    assert found["replaces"] == ControlConfig("static", 0.1).to_dict()
+    assert [each["control"]["method"] for each in found["candidates"]] == ["static", "advantage", "ascent"]
+    chosen = found["candidates"][1]
+    # At about the KL that was asked for, and better than the base by its own words.
+    assert chosen["figures"]["kl_per_token"][0] == pytest.approx(0.5, rel=0.3)
+    assert chosen["gain"][1] > 0 and chosen["criterion"] == chosen["figures"]["reward"]
+    assert chosen["criterion"][0] - found["base"]["reward"][0] == pytest.approx(chosen["gain"][0])
+    assert found == json.loads((place / "out" / "tuning.json").read_text())
+    assert "recommended" in (place / "out" / "frontier.svg").read_text()
+    assert sum(drawn) == found["responses"] <= TuneSettings().budget
+
+    head = ValueHead.from_pretrained("head")
+    assert head.config.control == ControlConfig.from_dict(found["control"])
+    assert head.config.control_figures["figures"] == chosen["figures"]
+    assert set(head.seen_prompts.tuned_on.tolist()) == set(map(prompt_number, PROMPTS))
+    assert head.seen_prompts.counts() == {"trained_on": 1, "validated_on": 1, "tuned_on": 40}
+    card = (place / "head" / "README.md").read_text()
+    assert "Chosen by reward on 40 prompts" in card and f"| reward | {chosen['figures']['reward'][0]:.3f} |" in card
+    # Another control has other figures.
+    head.config.control = replace(head.config.control, step_size=9.0)
+    head.save_pretrained("other")
+    assert "Chosen by" not in (place / "other" / "README.md").read_text()
+
+    with pytest.raises(ValueError, match=r"1 of 2 prompts to compare on .*number 1 \(tuned on\): 'w9 w10'"):
+        compare(None, ["w70", "w9 w10"], count, "comparison", head="head", controls=["base"], **SMALL)
+
+
+def test_of_controls_that_nobody_can_tell_apart_the_simplest_is_recommended(place):
+    save_head(1.0, 1.0, 1.0)
+    assert run(kl=0.5, num_steps=[3, 1])["control"]["method"] == "static"
+    # Of the ascents the one with fewer steps.
+    found = run(kl=0.5, num_steps=[3, 1], methods=["ascent"], output="ascents")
+    assert [each["control"]["num_steps"] for each in found["candidates"]] == [1, 3]
+    assert found["control"]["num_steps"] == 1
+
+
+def test_weights_decide_how_strong_and_the_head_keeps_its_other_settings(place, recontrol_warnings):
+    save_head(1.0, 1.0, 1.0, control=ControlConfig("ascent", 0.3, l2=0.01))
+    options = {"methods": ["ascent"], "num_steps": [2], "step_sizes": [4.0, 0.5, 2.0]}
+    strong = run(**options, criterion={"reward": 1})
+    assert [each["control"]["step_size"] for each in strong["candidates"]] == [0.5, 2.0, 4.0]
+    assert strong["control"]["step_size"] > 0.5 and strong["control"]["l2"] == 0.01
+    weak = run(**options, criterion='{"reward": 1, "kl_per_response": -100}', output="weak")
+    assert weak["control"]["step_size"] == 0.5
+    assert weak["weights"] == {"reward": 1, "kl_per_response": -100}
+    assert "is not clearly better than the base by reward + -100 kl_per_response" in recontrol_warnings[-1]
+    for each in weak["candidates"]:
+        own, base = ({name: value[0] for name, value in f.items()} for f in (each["figures"], weak["base"]))
+        value = own["reward"] - 100 * own["kl_per_response"]
+        assert each["criterion"][0] == pytest.approx(value)
+        assert each["gain"][0] == pytest.approx(value - base["reward"])
+
+
+def test_a_mask_of_implausible_tokens_is_tried_too(place):
+    save_head(1.0, 1.0, 1.0)
+    found = run(methods=["static"], plausibility=[0.5, 0.0], step_sizes=[3.0], criterion={"reward": 1})
+    assert [each["control"]["plausibility"] for each in found["candidates"]] == [0.0, 0.5]
+    kls = [each["figures"]["kl_per_token"][0] for each in found["candidates"]]
+    assert kls[0] != pytest.approx(kls[1])
+
+
+def test_a_search_that_is_done_draws_nothing_again_though_the_head_has_changed(place, drawn):
+    save_head(1.0, -1.0, -1.0, control=ControlConfig("ascent", 0.2, l2=0.01))
+    options = {"kl": [0.2, 0.5], "criterion": {"reward": 1}, "num_steps": [2], "budget": 1000}
+    whole = run(**options)
+    assert sum(drawn) == whole["responses"] <= 1000
+    drawn.clear()
+    assert untimed(run(**options)) == untimed(whole)
+    assert drawn == []
+
+
+def test_a_search_that_was_stopped_goes_on_to_the_same_end(place, drawn):
+    save_head(1.0, -1.0, -1.0)
+    shutil.copytree("head", "again")
+    former = ValueHead.from_pretrained("head").config.control
+    options = {"step_sizes": [2.0, 4.0], "criterion": {"reward": 1}, "num_steps": [2], "budget": 200}
+    whole = run(**options)
+    assert sum(drawn) == whole["responses"] <= 200
+    # More prompts for those that were ahead.
+    assert [(each["prompts"], each["last_round"]) for each in whole["candidates"]].count((40, True)) == 2
+    assert {each["prompts"] for each in whole["candidates"]} == {9, 25, 40}
+    left = 0
+
+    def stops(completions, **columns):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return count(completions)
+
+    stops.fingerprint = "1"
+    for left in (3, 6, 9):  # noqa: B007 (counted down by the reward)
+        with pytest.raises(KeyboardInterrupt):
+            run(**options, head="again", rewards=stops, output="stopped")
+        assert ValueHead.from_pretrained("again").config.control == former
+    left = -1
+    resumed = untimed(run(**options, head="again", rewards=stops, output="stopped"))
+    assert resumed == untimed(whole)
+    assert ValueHead.from_pretrained("again").config.control == ValueHead.from_pretrained("head").config.control
+
+
+def test_rounds_of_a_budget():
+    # Enough for all on all prompts.
+    assert plan_rounds(5, 100, 1, 601) == [(5, 100)]
+    # 600 for 5, 3 and 2 controls and the base: 200 each, of which one response begins the round.
+    assert plan_rounds(5, 1000, 1, 600) == [(5, 33), (3, 49), (2, 66)]
+    assert plan_rounds(5, 70, 1, 419) == [(5, 23), (3, 34), (2, 13)]
+    assert plan_rounds(1, 50, 2, 100) == [(1, 24)]
+    for controls in range(1, 12):
+        for prompts in (3, 8, 50, 400):
+            for budget in (300, 1000, 5000):
+                try:
+                    rounds = plan_rounds(controls, prompts, 2, budget)
+                except ValueError as error:
+                    needed = int(str(error).split("it takes ")[1].split()[0])
+                    assert needed > budget and plan_rounds(controls, prompts, 2, needed)
+                    continue
+                assert sum((size + 1) * 2 * more + 2 for size, more in rounds) <= budget
+                assert sum(more for _, more in rounds) <= prompts and rounds[0][0] == controls
+                assert [size for size, _ in rounds] == sorted({size for size, _ in rounds}, reverse=True)
+
+
+REFUSED = {
+    "paper": ({"criterion": "paper"}, "counts coherence, which needs a model of sentence-transformers"),
+    "metric": (
+        {"criterion": {"win_rate": 1}},
+        "`criterion` weighs 'win_rate', which must be one of reward, diversity",
+    ),
+    "criterion": ({"criterion": "best"}, "`criterion` must be one of 'reward_at_kl', 'paper'"),
+    "json": ({"criterion": "{reward"}, "`criterion` is no JSON object"),
+    "nothing": ({"criterion": {"reward": 0}}, "`criterion` must give some metric a weight"),
+    "several KLs": ({"kl": [0.1, 0.2]}, "compares controls at one KL"),
+    "both": ({"kl": [0.1], "step_sizes": [1.0], "criterion": {"reward": 1}}, "use one of them"),
+    "method": ({"methods": ["magic"]}, r"`methods\[...\]` must be one of"),
+    "budget": ({"budget": 100}, "50 responses are too few to compare 3 controls with: it takes 66 or more"),
+    "trained on": ({"prompts": ["w80", "w81"]}, "1 of 2 prompts to tune on .*(trained on)"),
+    "target": ({"output": "base/config.json"}, "is a file"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_searched_is_refused_before_anything_is_drawn(place, drawn, case):
+    save_head(1.0, 1.0, 1.0)
+    before = {path.name: path.read_bytes() for path in (place / "head").iterdir()}
+    changes, message = REFUSED[case]
+    with pytest.raises((ValueError, TypeError, OSError), match=message):
+        run(**changes)
+    assert drawn == [] and not os.path.exists("out")
+    assert {path.name: path.read_bytes() for path in (place / "head").iterdir()} == before
+
+
+def test_controls_that_cannot_be_tried_are_left_out(place, drawn, recontrol_warnings):
+    save_head(0.0, 1.0, 1.0)
+    found = run(kl=0.3, num_steps=[2])
+    assert [each["control"]["method"] for each in found["candidates"]] == ["advantage", "ascent"]
+    [said] = recontrol_warnings
+    assert "method='static' is not tried" in said
+    with pytest.raises(ValueError, match="The control 'static' cannot be tried: This head would do nothing"):
+        run(kl=0.3, methods=["static"], output="static")
+    with pytest.raises(ValueError, match="No control could be tried"):
+        run(kl=50.0, num_steps=[2], output="far")
+    assert "left out: The control 'advantage' at 50 nats a token: No strength was found" in recontrol_warnings[2]
+
+
+def test_step_sizes_are_found_with_half_of_the_budget_at_most(place, drawn, recontrol_warnings):
+    save_head(1.0, 1.0, 1.0)
+    found = run(kl=0.5, num_steps=[2], budget=240)
+    assert sum(drawn) == found["responses"] <= 240
+    assert 0 < len(found["candidates"]) < 3
+    assert "no responses are left to find its strength with" in recontrol_warnings[0]
+    # With more, those that were left out are tried after all.
+    found = run(kl=0.5, num_steps=[2], budget=2000)
+    assert len(found["candidates"]) == 3
+
+
+def test_the_papers_criterion_is_the_sum_of_its_three_metrics(place, request):
+    save_head(1.0, 1.0, 1.0)
+    model = str(request.getfixturevalue("embeddings") / "model")
+    # No answer is empty, or its prompt would have no coherence under that control, and count for none.
+    sampling = {"generation_config": GenerationConfig(min_new_tokens=6), "max_new_tokens": 12}
+    found = run(criterion="paper", embeddings=model, methods=["static"], kl=[0.2, 0.5], **sampling)
+    for each in found["candidates"]:
+        parts = [each["figures"][name][0] for name in ("coherence", "diversity", "reward")]
+        assert each["criterion"][0] == pytest.approx(sum(parts))
+    assert found["weights"] == {"coherence": 1, "diversity": 1, "reward": 1}
+
+
+def test_of_several_rewards_each_can_be_weighed_and_one_that_knows_nothing_is_an_error(place, recontrol_warnings):
+    save_head(1.0, 1.0, 1.0)
+
+    def brevity(completions, **columns):
+        return [-float(len(text)) for text in completions]
+
+    def none(completions, **columns):
+        return [None for _ in completions]
+
+    options = {"methods": ["static"], "step_sizes": [1.0, 3.0]}
+    found = run(**options, rewards=[count, brevity], criterion={"reward brevity": 1})
+    assert found["candidates"][0]["criterion"] == found["candidates"][0]["figures"]["reward brevity"]
+    with pytest.raises(ValueError, match="No answer of some control has a number by 'reward none'"):
+        run(**options, rewards=[count, none], criterion={"reward none": 1}, output="none", on_bad_rows="skip")
+
+
+def test_two_processes_find_what_one_finds(place):
+    save_head(1.0, -1.0, -1.0)
+    shutil.copytree("head", "again")
+    (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    arguments = ["tune", "--prompts", "prompts.jsonl", "--reward", "mine:count", "--max-new-tokens", "6"]
+    arguments += ["--part-size", "8", "--num-steps", "2", "--kl", "0.4", "--budget", "420"]
+    environment = os.environ | ALONE
+    one = [*arguments, "--head", "head", "--output", "one"]
+    code, _, err = run_fresh(RECONTROL, one, environment, timeout=200, cwd=place)
+    assert code == 0, err
+    printed = run_two([*arguments, "--head", "again", "--output", "two"], place)
+    assert printed.count("now recommends") == 1
+    found = [json.loads((place / name / "tuning.json").read_text()) for name in ("one", "two")]
+    assert untimed(found[0]) == untimed(found[1])
+    assert (place / "head" / "config.json").exists() and (place / "again" / "prompts.safetensors").read_bytes() == (
+        place / "head" / "prompts.safetensors"
+    ).read_bytes()
+
+
+def test_the_command_and_its_file(place):
+    save_head(1.0, -1.0, -1.0)
+    (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    settings = {"prompts": "prompts.jsonl", "rewards": "mine:count", "num_steps": 2, "max_new_tokens": 6, "kl": 0.4}
+    (place / "tune.yaml").write_text(yaml.safe_dump(settings | {"output": "out"}))
+    arguments = ["tune", "--config", "tune.yaml", "--criterion", '{"reward": 1, "diversity": 0.1}']
+    code, _, err = run_fresh(RECONTROL, arguments, os.environ | ALONE, timeout=200, cwd=place)
+    assert code != 0 and "--head" in err
+    code, out, err = run_fresh(RECONTROL, [*arguments, "--head", "head"], os.environ | ALONE, timeout=200, cwd=place)
+    assert code == 0, err
+    assert "head now recommends ControlConfig(method='static'" in out and "on 40 prompts" in out
+    assert json.loads((place / "out" / "tuning.json").read_text())["weights"] == {"reward": 1, "diversity": 0.1}
+    model = ReControlForCausalLM.from_pretrained("head")
+    assert model.control.method == "static"
