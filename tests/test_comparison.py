@@ -317,6 +317,19 @@ def test_strengths_at_a_kl_are_found_on_prompts_that_are_set_aside(place, recont
     assert "on 4 held-out prompts" in said
 
 
+@pytest.mark.parametrize("others", [{"kl": [0.1]}, {"strengths": [0.5]}])
+def test_a_control_can_have_a_kl_of_its_own(place, recontrol_warnings, others):
+    own = {"kind": "advantage", "kl": 0.05}
+    figures = run(num_held_out=4, controls=["base", own, "static_vector"], **others)
+    about = json.loads((place / "out" / "figures.json").read_text())
+    found = {"advantage at KL 0.05", *(f"static_vector at KL {kl:g}" for kl in others.get("kl", []))}
+    assert set(about["strengths"]) == found
+    assert {f.control for f in figures} == {"base", "advantage", "static_vector"}
+    assert {f.count for f in figures} == {8}
+    with pytest.raises(ValueError, match="'base' has no strength"):
+        run(num_held_out=4, controls=[{"kind": "base", "kl": 1}])
+
+
 def test_held_out_prompts_are_never_compared_on(place, recontrol_warnings):
     with pytest.raises(ValueError, match="1 held-out prompts are also compared on"):
         run(kl=[0.05], held_out=[[{"role": "user", "content": text}] for text in ("w10 w11 ", "w80")])
@@ -478,6 +491,8 @@ REFUSED = {
     "twice": ({"controls": ["base", "base"]}, "Two controls have the name 'base'"),
     "name": ({"controls": ["base", {"kind": "base", "name": "a\nb"}]}, "`name` must be a text on one line"),
     "NaN": ({"controls": ["base", {"kind": "advantage", "strengths": [float("nan")]}]}, "strengths.* finite number"),
+    "strengths and kl": ({"controls": ["base", {"kind": "advantage", "strengths": 1, "kl": 1}]}, "use one of them"),
+    "odd kl": ({"controls": ["base", {"kind": "advantage", "kl": "much"}]}, "'advantage': `kl` must be a list of num"),
     "no strength": ({"controls": [{"kind": "base", "strengths": [1]}]}, "'base' has no strength"),
     "against": ({"against": "nobody"}, "`against` names the control 'nobody', which is not among"),
     "against several": ({"against": "advantage"}, "`against` names 'advantage', which has 2 strengths"),

@@ -111,7 +111,9 @@ def compare(
         settings = replace(settings, kl=(_DEFAULT_KL,))
     output = Path(output)
     check_target(output / TABLE_NAME)
-    test, held = _prompts(prompts, held_out, settings)
+    entries = None if controls is None else entries_of(controls, settings)
+    finds_strengths = bool(settings.kl) or any(entry.kl for entry in entries or ())
+    test, held = _prompts(prompts, held_out, settings, finds_strengths)
     functions = named_rewards(rewards, test)
     if settings.on_bad_rows == "error":
         check_rows(functions, test, settings.combine_rewards)
@@ -143,7 +145,8 @@ def compare(
             None if rollouts is None else Path(rollouts),
             settings.combine_rewards,
         )
-        entries = entries_of(default_controls(bench) if controls is None else controls, settings)
+        if entries is None:
+            entries = entries_of(default_controls(bench), settings)
         rows = rows_of(entries, bench, settings)
         if (
             isinstance(judge, Judge)
@@ -176,10 +179,10 @@ def locked_output(folder: Path) -> Iterator[None]:
         yield
 
 
-def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Prompts, Prompts]:
+def _prompts(prompts: Any, held_out: Any, settings: CompareSettings, finds_strengths: bool) -> tuple[Prompts, Prompts]:
     """(those that are compared on, those that strengths are found on: none if no strength is to be found)."""
     test = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
-    if not settings.kl:
+    if not finds_strengths:
         return test, test.take([])
     if held_out is not None:
         held = held_out if isinstance(held_out, Prompts) else load_prompts(held_out, settings)

@@ -59,14 +59,15 @@ class CompareSettings(AnswerSettings):
 
     strengths: tuple[float, ...] = setting(
         (),
-        "Strengths (step sizes) at which each control that has one is measured, unless it has `strengths` of its own.",
+        "Strengths (step sizes) at which each control that has one is measured, unless it has `strengths` or `kl` of "
+        "its own.",
         above=0,
         default_text="what the head recommends",
     )
     kl: tuple[float, ...] = setting(
         (),
-        "Instead of `strengths`: nats a token to the base, at which every control is measured that can be scaled. The "
-        "strength is found on held-out prompts.",
+        "Instead of `strengths`: nats a token to the base, at which every control is measured that can be scaled and "
+        "has neither of its own. The strength is found on held-out prompts.",
         above=0,
         default_text="none",
     )
