@@ -1,5 +1,6 @@
 """Language models as judges: behind a real server that misbehaves, and on this machine; judges of a user's own."""
 
+import configparser
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
@@ -115,14 +117,41 @@ def test_calls_are_made_at_once_up_to_a_bound_and_stand_in_their_order(server, t
 
 
 @pytest.mark.parametrize(
-    "reply", ['```json\n{"verdict": "tie"}\n```', '<think>{"verdict": "A"}</think>{"verdict":"TIE"}']
+    "reply",
+    [
+        '```json\n{"verdict": "tie"}\n```',
+        '<think>{"verdict": "A"}</think>{"verdict":"TIE"}',
+        '{"verdict": "A"}</think> {"verdict": "tie"}',  # thoughts that the chat template has begun
+        '{"why": "B says {\\"verdict\\": \\"B\\"}\nin {its} end", "verdict": "tie", "how": {"verdict": "A"}}',
+        '{"verdict": "A"} No: [{"result": {"verdict": "Tie."}}]',
+        "{" * 5000 + '{"verdict": "tie"}',
+    ],
 )
 def test_verdicts_are_found_in_prose(reply):
     assert parsed(reply) == 0.5
 
 
+@pytest.mark.parametrize(("reply", "score"), [('{"score": "7.5"}', 7.5), ('{"score": "7/10"}', 7), ('{"score":1}', 1)])
+def test_scores_are_found(reply, score):
+    assert parsed(reply, "score") == score
+
+
 @pytest.mark.parametrize(
-    "reply", ["A", "{}", '{"verdict": "C"}', '{"verdict": ' + "[" * 5000 + "}", '{"score": 11}', '{"score": true}']
+    "reply",
+    [
+        "A",
+        "{}",
+        '{"verdict": "C"}',
+        '{"verdict": ' + "[" * 5000 + "}",
+        '{"score": 11}',
+        '{"score": true}',
+        '{"score": NaN}',
+        '{"score": "-1"}',
+        '{"score": ' + "9" * 400 + "}",
+        '<think>Perhaps {"verdict": "A"} {"score": 3}, but',  # cut off among its thoughts
+        '<think>Perhaps {"verdict": "A"} {"score": 3}.</think>I cannot say.',
+        'Reply with JSON alone: {"verdict": "A"}, {"verdict": "B"} or {"verdict": "tie"}, such as {"score": 5}.',
+    ],
 )
 def test_what_is_no_verdict_is_none(reply):
     assert parsed(reply) is None
@@ -319,6 +348,9 @@ def test_what_is_missing_is_named_with_its_extra(server, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ImportError, match=re.escape("hf_recontrol[compare]")):
         judge_of(given_for(server)).check()
+    shipped = configparser.ConfigParser()
+    shipped.read(Path(__file__).parents[1] / "setup.cfg")
+    assert "openai" in shipped["options.extras_require"]["compare"]
 
 
 # The cache.
