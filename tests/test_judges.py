@@ -190,10 +190,14 @@ def test_a_time_out_is_tried_again(server, tmp_path):
         ("I'm sorry, but I can't compare these.", "refused"),
         ("I cannot help with that.", "refused"),
         (400, "refused"),
+        (403, "refused"),
+        ("deep", "unparsable"),
+        ("digits", "unparsable"),
+        ("Half of a character: \ud800", "unparsable"),
     ],
 )
 def test_no_verdict_is_no_number_and_is_counted(server, tmp_path, reply, why):
-    server.always = reply
+    server.faults = [reply] * 8
     found, counts = judged(judge_of(given_for(server)), tmp_path / "v", PAIRS[:2])
     assert found == {"win_rate": [None, None], "ties": [None, None]}
     assert {name: counts[name] for name in ("refused", "unparsable")} == {"refused": 0, "unparsable": 0} | {why: 2}
@@ -202,10 +206,28 @@ def test_no_verdict_is_no_number_and_is_counted(server, tmp_path, reply, why):
     _, counts = judged(judge_of(given_for(server)), tmp_path / "v", PAIRS[:2])
     assert (counts[why], counts["new_calls"], server.calls) == (2, 0, calls)
     # More retries than before: asked again, on top of what was paid.
-    server.always = None
     found, counts = judged(judge_of(given_for(server, max_retries=2)), tmp_path / "v", PAIRS[:2])
     assert found["win_rate"] == RIGHT[:2]
     assert (counts[why], counts["new_calls"], counts["calls"]) == (0, 4, 12)
+
+
+@pytest.mark.parametrize("reply", [400, "broken", "list"])
+def test_an_endpoint_that_takes_nothing_any_more_is_no_refusal(server, tmp_path, reply):
+    server.always = reply
+    with pytest.raises(OSError, match=str(server.server_port)):
+        judged(judge_of(given_for(server)), tmp_path / "v", PAIRS)
+    assert not (tmp_path / "v").exists()
+    server.always = None
+    assert judged(judge_of(given_for(server)), tmp_path / "v", PAIRS)[0]["win_rate"] == RIGHT
+
+
+@pytest.mark.parametrize("fault", ["trickle", "flood"])
+def test_an_answer_that_does_not_end_is_given_up(server, tmp_path, fault):
+    server.faults = [fault]
+    begin = time.monotonic()
+    found, _ = judged(judge_of(given_for(server, timeout=1)), tmp_path / "v", PAIRS[:1])
+    assert (found["win_rate"], server.calls) == ([1], 3)
+    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500])
@@ -285,6 +307,9 @@ def test_what_has_judged_here_before_is_not_probed(server, tmp_path):
         ({"base_url": "localhost:8000"}, "`judge.base_url` must be a URL"),
         ({"request": []}, "`judge.request` must be an object"),
         ({"request": {"messages": []}}, "`judge.request` must not hold `messages`"),
+        ({"request": {"extra_body": {"stream": True}}}, "`judge.request` must not hold `extra_body`"),
+        ({"request": {1: 2}}, "`judge.request` must be an object"),
+        ({"request": {"top_p": float("nan")}}, "`judge.request` must be what JSON can hold"),
         ({"temperature": 1}, "no setting temperature"),
         ({"kind": "oracle"}, "one of llm, local, person"),
         ({"kind": None}, "one of llm, local, person"),
@@ -319,9 +344,19 @@ def test_a_key_among_the_settings_is_found_by_its_value(server, monkeypatch):
     with pytest.raises(ValueError, match="stands in its settings") as caught:
         judge.check()
     assert KEY not in str(caught.value)
-    monkeypatch.delenv("MY_KEY")
-    with pytest.raises(ValueError, match="key is missing"):
-        judge_of(given_for(server, api_key_env="MY_KEY")).check()
+    monkeypatch.setenv("MY_KEY", f" {KEY}\n")
+    judge_of(given_for(server, api_key_env="MY_KEY")).check()
+    assert server.keys == {f"Bearer {KEY}"}
+    for key, said in [
+        (" ", "key is missing"),
+        (None, "key is missing"),
+        ("schlüssel", "printable"),
+        ("a\nb", "printable"),
+    ]:
+        monkeypatch.setenv("MY_KEY", key) if key else monkeypatch.delenv("MY_KEY")
+        with pytest.raises(ValueError, match=said) as caught:
+            judge_of(given_for(server, api_key_env="MY_KEY")).check()
+        assert key == " " or str(key) not in str(caught.value)
 
 
 @pytest.mark.parametrize("always", [None, 400, 401, 500, "broken"])
@@ -351,6 +386,28 @@ def test_what_is_missing_is_named_with_its_extra(server, monkeypatch):
     shipped = configparser.ConfigParser()
     shipped.read(Path(__file__).parents[1] / "setup.cfg")
     assert "openai" in shipped["options.extras_require"]["compare"]
+
+
+def test_a_request_may_hold_what_an_endpoint_alone_knows(server):
+    request = {"top_k": 3, "max_tokens": None, "self": 1}
+    judge_of(given_for(server, request=request)).check()
+    body = dict(server.last)
+    assert (body.pop("model"), len(body.pop("messages"))) == ("m", 1)
+    assert body == {"temperature": 0, "top_k": 3, "self": 1}
+
+
+def test_verdicts_depend_on_the_endpoint_that_the_environment_names(server, tmp_path, monkeypatch):
+    given = given_for(server, base_url=None)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    judged(judge_of(given), tmp_path / "v", PAIRS[:1])
+    with running_server() as other:
+        monkeypatch.setenv("OPENAI_BASE_URL", other.url)
+        judged(judge_of(given), tmp_path / "v", PAIRS[:1])
+        assert (server.calls, other.calls) == (2, 2)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"https://user:{KEY}@host/v1")
+    with pytest.raises(ValueError, match="must hold no user") as caught:
+        judge_of(given).check()
+    assert KEY not in str(caught.value)
 
 
 # The cache.
