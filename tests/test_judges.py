@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+import torch
 
 from hf_recontrol import Judge, Question, Verdict, compare
 from hf_recontrol.data.rollouts import Rollout
@@ -88,9 +90,12 @@ def test_pairs_are_asked_in_both_orders_and_counted_with_their_costs(server, tmp
 
 
 def test_the_one_compared_against_is_not_judged(server, tmp_path):
-    found, counts = judged(judge_of(given_for(server)), tmp_path / "v", [("same", "same")] * 2)
-    assert found["win_rate"] == [0.5, 0.5]
-    assert (server.calls, counts["answers"], counts["identical"]) == (0, 0, 0)
+    scoring, own = JudgeScoring(judge_of(given_for(server)), tmp_path / "v"), [rollout("same"), rollout("same", 1)]
+    assert scoring.scorer().score(own, own)["win_rate"] == [0.5, 0.5]
+    assert (server.calls, scoring.counts()["answers"], scoring.counts()["identical"]) == (0, 0, 0)
+    # A control whose every answer is the same is another one.
+    _, counts = judged(judge_of(given_for(server)), tmp_path / "v", [("same", "same")] * 2)
+    assert (server.calls, counts["answers"], counts["identical"]) == (0, 0, 2)
 
 
 def test_a_judge_that_prefers_a_place_ties_and_is_found_out(server, tmp_path):
@@ -561,7 +566,12 @@ def test_a_judge_reads_who_said_what(tmp_path, prompt, read):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"), [([1], "returned 1 verdicts on 2"), ([0.7, 1], "must be 1, 0.5, 0 or None, got 0.7")]
+    ("values", "said"),
+    [
+        ([1], "returned 1 verdicts on 2"),
+        (None, "returned None, not verdicts"),
+        ([0.7, 1], "must be 1, 0.5, 0 or None, got 0.7"),
+    ],
 )
 def test_a_judge_of_a_users_own_that_errs_is_named(tmp_path, values, said):
     class Wrong(Longer):
@@ -573,3 +583,37 @@ def test_a_judge_of_a_users_own_that_errs_is_named(tmp_path, values, said):
     assert "Wrong" in str(caught.value)
     with pytest.raises(ValueError, match="`mode` must be one of"):
         JudgeScoring(Longer(mode="rank"), tmp_path / "v")
+    Wrong.depends_on = lambda self: {"weights": {1, 2}}
+    with pytest.raises(ValueError, match="`depends_on` of Wrong"):
+        JudgeScoring(Wrong(), tmp_path / "v")
+
+
+@pytest.mark.parametrize("of", [bool, np.float32, np.bool_, torch.tensor])
+def test_verdicts_may_be_numbers_of_any_library(tmp_path, of):
+    class Other(Longer):
+        def depends_on(self):
+            return {"of": str(of)}
+
+        def verdicts(self, questions):
+            return (of(value) for value in super().verdicts(questions))
+
+    for _ in range(2):
+        found, _ = judged(Other(batch_size=3), tmp_path / "v", PAIRS[:2])
+        assert json.dumps(found) == '{"win_rate": [1.0, 0.0], "ties": [0.0, 0.0]}'
+    if of in (np.float32, torch.tensor):
+        scoring = JudgeScoring(Other(mode="score"), tmp_path / "v")
+        assert json.dumps(scoring.scorer().score([rollout("a")], [])) == '{"judge": [1.0]}'
+
+
+def test_two_judges_that_depend_on_the_same_share_no_verdict(tmp_path):
+    class One(Longer):
+        def depends_on(self):
+            return {"version": 1}
+
+    class Shorter(One):
+        def verdicts(self, questions):
+            return [1 - value for value in super().verdicts(questions)]
+
+    assert judged(One(), tmp_path / "v", PAIRS)[0]["win_rate"] == RIGHT
+    assert judged(Shorter(), tmp_path / "v", PAIRS)[0]["win_rate"] == [1 - value for value in RIGHT]
+    assert judged(One(), tmp_path / "v", PAIRS)[1]["new_calls"] == 0
