@@ -440,6 +440,32 @@ def test_processes_share_a_cache_and_no_lock_is_held_while_a_judge_is_asked(tmp_
     assert read == [Verdict(0.5)] * 2
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(b"\n", b"\r\n"),
+        lambda text: b"\0" * 9 + b"\n[1]\n" + b"[" * 100_000 + b"\n" + text,
+        lambda text: text[:40] + text[60:],
+        lambda text: text[:-9],
+        *(
+            lambda text, value=value: text.replace(b'"value": 1.0', b'"value": ' + value)
+            for value in (b"NaN", b"true", b'"A"', b"[1]")
+        ),
+        lambda text: text.replace(b'"calls": 1', b'"calls": null'),
+    ],
+)
+def test_a_damaged_cache_costs_what_is_damaged_alone(tmp_path, change):
+    class Kept(Longer):
+        def depends_on(self):
+            return {}
+
+    found, counts = judged(Kept(), tmp_path / "v", PAIRS[:2])
+    (tmp_path / "v").write_bytes(change((tmp_path / "v").read_bytes()))
+    again, after = judged(Kept(), tmp_path / "v", PAIRS[:2])
+    assert (again, after["calls"]) == (found, counts["calls"])
+    assert judged(Kept(), tmp_path / "v", PAIRS[:2])[1]["new_calls"] == 0
+
+
 def test_a_killed_run_pays_no_verdict_twice(server, place):
     judge = given_for(server, concurrency=3, timeout=60, api_key_env="OPENAI_API_KEY")
     arguments = write_file(place, judge=judge, controls=["base", {"kind": "advantage", "strengths": [0.3, 0.6]}])
