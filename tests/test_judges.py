@@ -583,6 +583,10 @@ def test_a_judge_of_a_users_own(place):
             ],
             "user: (image)\na\n\nassistant: \n\nuser: b",
         ),
+        (
+            [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "5"}],
+            'assistant: {"name": "f"}\n\ntool: 5',
+        ),
     ],
 )
 def test_a_judge_reads_who_said_what(tmp_path, prompt, read):

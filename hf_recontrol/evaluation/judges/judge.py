@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,16 @@ def shown_prompt(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """A prompt as a judge reads it: a chat as `role: text`, of one turn the text alone."""
     if isinstance(prompt, str):
         return prompt
-    turns = [(message.get("role"), _said(message.get("content"))) for message in prompt]
+    turns = [(message.get("role"), _said(message)) for message in prompt]
     return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
 
 
-def _said(content: Any) -> str:
-    parts = content if isinstance(content, list) else [{"text": content or ""}]
-    return "\n".join(part["text"] if "text" in part else f"({part.get('type')})" for part in parts)
+def _said(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or []
+    parts = [{"text": content}] if isinstance(content, str) else content
+    texts = [part["text"] if "text" in part else f"({part.get('type')})" for part in parts]
+    called = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join(texts + called)
 
 
 @dataclass(frozen=True)
