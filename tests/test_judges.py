@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from hf_recontrol import Judge, Question, Verdict, compare
-from hf_recontrol.data.rollouts import Rollout
+from hf_recontrol.data.rollouts import Rollout, save_rollouts
+from hf_recontrol.data.stage_folder import StageFolder
+from hf_recontrol.evaluation.comparison.scores import score_answers
 from hf_recontrol.evaluation.judges.cache import VerdictCache
 from hf_recontrol.evaluation.judges.kinds import judge_of
 from hf_recontrol.evaluation.judges.language import parsed
@@ -531,6 +533,21 @@ def test_compare_takes_its_win_rate_from_the_judge(server, place):
     assert server.calls == calls == counts["calls"]
     assert json.loads((place / "out/figures.json").read_text())["judged"]["new_calls"] == 0
     assert not any(KEY.encode() in p.read_bytes() for p in (place / "out").rglob("*") if p.is_file())
+
+
+def test_each_part_that_was_judged_is_told(tmp_path):
+    class Judged(Longer):
+        def verdicts(self, questions):
+            told.append("asked")
+            return super().verdicts(questions)
+
+    stage, told = StageFolder(tmp_path / "answers", "answers", {}, 3, ".parquet"), []
+    with stage:
+        for part in range(3):
+            save_rollouts([rollout(f"answer {part}", part)], stage.part_path(part))
+        scorer = JudgeScoring(Judged(mode="score"), tmp_path / "v").scorer()
+        score_answers([stage], stage, [scorer], lambda done, total: told.append((done, total)))
+    assert told == [(0, 3), (0, 3), "asked", (1, 3), "asked", (2, 3), "asked", (3, 3)]
 
 
 def test_compare_takes_scores_and_wins_from_a_judge_that_scores(server, place):
