@@ -337,6 +337,8 @@ def test_wrong_settings_are_named(server, changes, said):
         {"base_url": f"https://host/v1?api_key={KEY}"},
         {"base_url": f"https://host/v1?q={KEY}"},
         {"request": {"extra_headers": {"Authorization": KEY}}},
+        {"request": {"api_key": KEY}},
+        {"request": {"tools": [{"auth_token": KEY, "Authorization": KEY}]}},
     ],
 )
 def test_a_key_in_the_file_is_refused_and_not_shown(server, changes):
@@ -396,11 +398,17 @@ def test_what_is_missing_is_named_with_its_extra(server, monkeypatch):
 
 
 def test_a_request_may_hold_what_an_endpoint_alone_knows(server):
-    request = {"top_k": 3, "max_tokens": None, "self": 1}
+    request = {
+        "top_k": 3,
+        "max_tokens": None,
+        "self": 1,
+        "max_completion_tokens": 9,
+        "response_format": {"type": "text"},
+    }
     judge_of(given_for(server, request=request)).check()
     body = dict(server.last)
     assert (body.pop("model"), len(body.pop("messages"))) == ("m", 1)
-    assert body == {"temperature": 0, "top_k": 3, "self": 1}
+    assert body == {"temperature": 0} | {name: value for name, value in request.items() if value is not None}
 
 
 def test_verdicts_depend_on_the_endpoint_that_the_environment_names(server, tmp_path, monkeypatch):
