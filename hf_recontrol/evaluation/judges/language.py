@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -186,12 +187,14 @@ def parsed(reply: str, mode: str = "pair") -> float | None:
 
 
 def _verdict(found: Any) -> float | None:
-    return _PAIR_VALUES.get(str(found).strip(" \n.").upper().removeprefix("ANSWER "))
+    said = found.strip(" \n.").upper() if isinstance(found, str) else ""
+    return _PAIR_VALUES.get(said.removeprefix("ANSWER "))
 
 
 def _score(found: Any) -> float | None:
     try:
-        value = float(str(found).strip().removesuffix("/10"))
+        # A whole number may have more digits than a float holds.
+        value = float(str(found).strip().removesuffix("/10")) if isinstance(found, (str, int, float)) else math.nan
     except ValueError:
         return None
     return value if _LOWEST <= value <= _HIGHEST else None
