@@ -19,6 +19,7 @@ from hf_recontrol import Judge, Question, Verdict, compare
 from hf_recontrol.data.rollouts import Rollout, save_rollouts
 from hf_recontrol.data.stage_folder import StageFolder
 from hf_recontrol.evaluation.comparison.scores import score_answers
+from hf_recontrol.evaluation.judges import language
 from hf_recontrol.evaluation.judges.cache import VerdictCache
 from hf_recontrol.evaluation.judges.kinds import judge_of
 from hf_recontrol.evaluation.judges.language import parsed
@@ -104,6 +105,16 @@ def test_a_judge_that_prefers_a_place_ties_and_is_found_out(server, tmp_path):
     server.always = '{"verdict": "A"}'
     found, counts = judged(judge_of(given_for(server)), tmp_path / "v", PAIRS[:3])
     assert (found["win_rate"], counts["orders_disagree"]) == ([0.5] * 3, 3)
+
+
+def test_verdicts_depend_on_the_wording_of_the_question(server, tmp_path, monkeypatch):
+    prices = {"price_per_million_input": 1, "price_per_million_output": 1}
+    judge = judge_of(given_for(server, **prices))
+    judged(judge, tmp_path / "v", PAIRS[:1])
+    monkeypatch.setitem(language._ASK, "pair", "Judge! " + language._ASK["pair"])
+    _, counts = judged(judge, tmp_path / "v", PAIRS[:1])
+    assert counts["new_calls"] == 2
+    assert JudgeScoring(judge, tmp_path / "v").note(counts).endswith("; cost 0.0002.")
 
 
 def test_scores_are_of_each_answer_alone(server, tmp_path):

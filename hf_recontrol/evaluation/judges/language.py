@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -33,6 +34,7 @@ Reply with JSON alone, such as {{"score": 5}}.
 <answer>
 {answer}
 </answer>"""
+_ASK = {"pair": _ASK_PAIR, "score": _ASK_SCORE}
 # What is asked for, which some models repeat: that is no verdict.
 _CHOICES = {"pair": '{"verdict": "A"}, {"verdict": "B"} or {"verdict": "tie"}', "score": 'such as {"score": 5}'}
 _AGAIN = {
@@ -129,7 +131,8 @@ class LanguageJudge(Judge):
         return cls(**given)
 
     def depends_on(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.asked}
+        wording = hashlib.sha256(f"{_ASK[self.mode]} {_AGAIN[self.mode]}".encode()).hexdigest()[:8]
+        return {name: getattr(self, name) for name in self.asked} | {"wording": wording}
 
     def replies(self, talks: Sequence[list[dict[str, str]]]) -> list[Reply]:
         """One reply to each talk (messages with `role` and `content`)."""
@@ -158,8 +161,7 @@ class LanguageJudge(Judge):
         ]
 
     def _ask(self, question: Question) -> str:
-        text = _ASK_SCORE if question.other is None else _ASK_PAIR
-        return text.format(
+        return _ASK[self.mode].format(
             criteria=self.criteria, prompt=question.prompt, answer=question.answer, other=question.other
         )
 
