@@ -184,7 +184,7 @@ class Runner:
         return gemma(self.output / "gemma-3-270m") if study.base == "gemma" else self.base or embedded_model()
 
     def controls(self, study: Study) -> list[dict[str, Any]]:
-        """Its controls; those with an instruction at the strength that `fit` found without one, whose KL is the control's."""
+        """Its controls; under an instruction at the strength that `fit` found without: a prompt has its own KL."""
         head = self.output / study.name / "fit" / "head"
         trials = json.loads((head / "training.json").read_text(encoding="utf-8"))["recommended"]["trials"]
         found = {trial["control"]["method"]: trial["control"]["step_size"] for trial in trials if trial["control"]}
@@ -199,12 +199,13 @@ class Runner:
         return sampling | {"batch_size": 32, "dtype": "float32"}
 
     def compared(self, study: Study, name: str, prompts: list, controls: list[dict[str, Any]], **changes) -> None:
-        """One comparison of a study. Answers of other comparisons of the same base serve where they are the same."""
+        """One comparison of a study. It takes the answers of other studies of the same base that are the same."""
         folder = self.output / study.name / name
-        for answers in self.output.glob(f"{study.base}-*/*/answers/*"):
-            # A folder is named by all that its answers depend on. What was timed is not taken from elsewhere.
-            if not (folder / "answers" / answers.name).exists() and not changes.get("part_size"):
-                shutil.copytree(answers, folder / "answers" / answers.name)
+        if not (folder / "table.md").is_file() and "part_size" not in changes:
+            for answers in self.output.glob(f"{study.base}-*/comparison/answers/*"):
+                # The folder's name holds all that the answers depend on.
+                if not (folder / "answers" / answers.name).exists():
+                    shutil.copytree(answers, folder / "answers" / answers.name)
         reward: Any = vader if study.reward == "vader" else str(self.rewards)
         judge: str | Callable = str(self.rewards) if study.reward == "vader" else inoffensive
         own = self.settings(study) | {"embeddings": str(self.encoder or encoder_folder())} | changes
