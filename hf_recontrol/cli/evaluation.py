@@ -18,9 +18,12 @@ def compare(
     settings: CompareSettings,
     inputs: dict,
     base: Annotated[
-        str | None, typer.Option("--base", "-m", help="Base model: a folder or a Hub name; default: the head's.")
+        list[str] | None,
+        typer.Option("--base", "-m", help="Base model: a folder or a Hub name; default: the head's. May be repeated."),
     ] = None,
-    head: Annotated[str | None, typer.Option(help="The value head: a folder or a Hub name.")] = None,
+    head: Annotated[
+        list[str] | None, typer.Option(help="The value head: a folder or a Hub name. May be repeated.")
+    ] = None,
     prompts: Annotated[str | None, typer.Option(help="Unseen prompts, as for `fit`.")] = None,
     reward: Annotated[
         list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
@@ -35,18 +38,20 @@ def compare(
         str | None, typer.Option(help="Prompts to find strengths on; default: some of --prompts are set aside.")
     ] = None,
     rollouts: Annotated[
-        str | None, typer.Option(help="Folder of scored rollouts, for controls that learn from them.")
+        list[str] | None,
+        typer.Option(help="Folder of scored rollouts, for controls that learn from them. Of several bases: one each."),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for everything made.")] = None,
 ) -> None:
     """What a control is worth, against the base, prompting, best-of-n and everything else named in the file of
     `--config`: one table, with intervals and KL to the base. The same command again resumes a comparison that was
-    stopped.
+    stopped. Several bases or heads are compared one after the other, each in a folder of its own.
 
     Example: `recontrol compare --head run/head --prompts unseen.jsonl --reward hf_recontrol:vader -o comparison`
     """
     from ..pipelines.compare import TABLE_NAME
     from ..pipelines.compare import compare as run_compare
+    from ..pipelines.compare_bases import compare_bases
 
     given = {
         "base": base,
@@ -61,12 +66,20 @@ def compare(
     inputs = _merged(inputs, given, {"prompts": "--prompts", "rewards": "--reward", "output": "--output"})
     if "base" not in inputs and "head" not in inputs:
         raise typer.BadParameter("missing; name a base model, or a head that names its own", param_hint="--head")
-    inputs.setdefault("base", None)
-    run_compare(**inputs, settings=settings)
+    several = {name: _list(inputs.pop(name, [])) for name in ("base", "head", "rollouts")}
+    if all(len(names) <= 1 for names in several.values()):
+        single = {name: names[0] if names else None for name, names in several.items()}
+        run_compare(**single, **inputs, settings=settings)
+    else:
+        compare_bases(several["base"], several["head"], several["rollouts"], **inputs, settings=settings)
     if is_main_process():
         folder = Path(inputs["output"])
         typer.echo((folder / TABLE_NAME).read_text(encoding="utf-8"))
         typer.echo(f"Answers, figures and plots are in {folder}.")
+
+
+def _list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 @app.command("judge-page")

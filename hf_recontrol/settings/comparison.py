@@ -13,14 +13,14 @@ from .stages import LabelSettings, LoadingSettings, PromptSettings, SamplingSett
 
 # What a comparison works on, beside its settings.
 COMPARE_INPUTS = {
-    "base": "text",
-    "head": "text",
+    "base": "texts",
+    "head": "texts",
     "prompts": "text",
     "held_out": "text",
     "rewards": "texts",
     "judge": "any",
     "controls": "any",
-    "rollouts": "text",
+    "rollouts": "texts",
     "output": "text",
 }
 # What a search for a control works on, beside its settings.
