@@ -23,7 +23,7 @@ from .comparison.entries import KIND_OF_METHOD, Entry, Row
 from .comparison.figures import METRICS, Figure, Sample, figures_of, prompts_with, sample_of, values_on
 from .comparison.results import with_reward
 from .comparison.scores import Scorer, Scores, score_answers
-from .intervals import interval, resamples
+from .intervals import choices, with_interval
 from .recommendation import candidates
 from .rivals.kinds import make_rival
 from .rivals.rival import Bench
@@ -258,13 +258,16 @@ def _measure(
     these are.
     """
     for name in weights:
-        _check_measured(samples, name)
+        if not all(prompts_with(sample, name, count).any() for sample in samples):
+            raise ValueError(
+                f"No answer of some control has a number by {name!r}, so controls cannot be compared by it."
+            )
     shared = np.logical_and.reduce([prompts_with(sample, name, count) for sample in samples for name in weights])
     if not shared.any():
         raise ValueError(
             f"No prompt has {', '.join(weights)} of an answer under every control, so they cannot be compared."
         )
-    chosen = np.concatenate([np.ones((1, count)), resamples(count)]) * shared
+    chosen = choices(count) * shared
 
     def criterion(sample: Sample) -> np.ndarray:
         return sum(weight * values_on(sample, name, count, chosen) for name, weight in weights.items())
@@ -272,23 +275,10 @@ def _measure(
     of_base, *values = map(criterion, samples)
     for candidate, sample, own in zip(alive, samples[1:], values, strict=True):
         candidate.prompts = count
-        candidate.value = _with_interval(own, int(shared.sum()))
-        candidate.gain = _with_interval(own - of_base, int(shared.sum()))
+        candidate.value = with_interval(own, int(shared.sum()))
+        candidate.gain = with_interval(own - of_base, int(shared.sum()))
         candidate.figures = figures_of([sample], samples[0], count)
     return np.stack(values), int(shared.sum())
-
-
-def _check_measured(samples: Sequence[Sample], metric: str) -> None:
-    needed = {"kl_per_token": "kl", "kl_per_response": "kl", "perplexity": "base", "tokens_per_second": "seconds"}
-    if any(np.isnan(sample.values[needed.get(metric, metric)]).all() for sample in samples):
-        raise ValueError(
-            f"No answer of some control has a number by {metric!r}, so controls cannot be compared by it."
-        )
-
-
-def _with_interval(values: np.ndarray, prompts: int) -> tuple[float, float, float]:
-    ends = interval(values[1:]) if prompts > 1 else (-math.inf, math.inf)
-    return float(values[0]), *ends
 
 
 def _simplest_of_the_best(finalists: Sequence[Candidate], values: np.ndarray, prompts: int) -> Candidate:
@@ -296,7 +286,7 @@ def _simplest_of_the_best(finalists: Sequence[Candidate], values: np.ndarray, pr
     level = [
         candidate
         for candidate, own in zip(finalists, values, strict=True)
-        if _with_interval(best - own, prompts)[1] <= 0
+        if with_interval(best - own, prompts)[1] <= 0
     ]
     return next((candidate for candidate in level if candidate.gain[1] > 0), level[0])
 
