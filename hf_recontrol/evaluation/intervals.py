@@ -25,7 +25,7 @@ def resamples(count: int) -> np.ndarray:
 
 
 def finite(value: Any) -> Any:
-    """A value for JSON: `None` for a number that is not finite."""
+    """A value as JSON has it: `None` for a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

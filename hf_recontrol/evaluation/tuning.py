@@ -23,7 +23,7 @@ from .comparison.entries import KIND_OF_METHOD, Entry, Row
 from .comparison.figures import METRICS, Figure, Sample, figures_of, prompts_with, sample_of, values_on
 from .comparison.results import with_reward
 from .comparison.scores import Scorer, Scores, score_answers
-from .intervals import choices, with_interval
+from .intervals import choices, finite, with_interval
 from .recommendation import candidates
 from .rivals.kinds import make_rival
 from .rivals.rival import Bench
@@ -297,12 +297,12 @@ def summary(candidate: Candidate) -> dict[str, Any]:
         "control": candidate.control.to_dict(),
         "target_kl": candidate.row.target_kl,
         "prompts": candidate.prompts,
-        "criterion": finite(candidate.value),
-        "gain": finite(candidate.gain),
-        "figures": {figure.metric: finite((figure.value, figure.low, figure.high)) for figure in candidate.figures},
+        "criterion": [finite(number) for number in candidate.value],
+        "gain": [finite(number) for number in candidate.gain],
+        "figures": by_metric(candidate.figures),
     }
 
 
-def finite(values: Sequence[float]) -> list[float | None]:
-    """Numbers as JSON has them."""
-    return [value if math.isfinite(value) else None for value in values]
+def by_metric(figures: Sequence[Figure]) -> dict[str, list[float | None]]:
+    """Of each figure of a control its value and the ends of its interval, as JSON has them."""
+    return {f.metric: [finite(number) for number in (f.value, f.low, f.high)] for f in figures}

@@ -25,7 +25,7 @@ from ..evaluation.comparison.matching import with_strengths
 from ..evaluation.comparison.plots import write_plots
 from ..evaluation.comparison.scores import coherence_scorer, reward_scorer
 from ..evaluation.rivals.rival import Bench
-from ..evaluation.tuning import Found, finite, plan_rounds, rows_to_try, search, summary, weights_of
+from ..evaluation.tuning import Found, by_metric, plan_rounds, rows_to_try, search, summary, weights_of
 from ..evaluation.unseen import TRAINED_ON, unseen
 from ..heads.hub import CONFIG_NAME
 from ..heads.seen_prompts import SeenPrompts
@@ -177,7 +177,7 @@ def _result(
         "weights": weights,
         "prompts": found.prompts,
         "responses": spent + found.responses,
-        "base": {figure.metric: finite((figure.value, figure.low, figure.high)) for figure in found.base},
+        "base": by_metric(found.base),
         "candidates": [
             summary(candidate) | {"last_round": any(candidate is each for each in found.finalists)}
             for candidate in found.candidates
