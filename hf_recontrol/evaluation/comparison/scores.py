@@ -15,6 +15,7 @@ from ...collection.rewards import RewardFunction, note_calls, reward_fingerprint
 from ...data.processes import Processes, Progress, progress_bar
 from ...data.rollouts import Rollout, load_rollouts
 from ...data.stage_folder import StageFolder
+from ...data.templating import prompt_text
 from ...utils.code_fingerprints import UnknownStateError, model_fingerprint
 from ...utils.extras import needs_extra
 from ...utils.files import read_json, write_json
@@ -119,17 +120,6 @@ def coherence_scorer(model_name: str) -> Scorer:
         return {"coherence": values}
 
     return Scorer("coherence", {"embeddings": str(model_name), "fingerprint": model_fingerprint(model)}, score)
-
-
-def prompt_text(prompt: Any) -> str:
-    """A prompt as one text: of a chat its messages' contents."""
-    if isinstance(prompt, str):
-        return prompt
-    contents = (message.get("content") or "" for message in prompt)
-    texts = (
-        content if isinstance(content, str) else "\n".join(part["text"] for part in content) for content in contents
-    )
-    return "\n\n".join(text for text in texts if text)
 
 
 def score_answers(
