@@ -24,7 +24,7 @@ from .comparison.figures import METRICS, Figure, Sample, figures_of, prompts_wit
 from .comparison.results import with_reward
 from .comparison.scores import Scorer, Scores, score_answers
 from .intervals import choices, finite, with_interval
-from .recommendation import candidates
+from .recommendation import candidates, simplest_of_the_best
 from .rivals.kinds import make_rival
 from .rivals.rival import Bench
 
@@ -238,7 +238,10 @@ def search(
         ]
         values, shared = _measure(alive, samples, weights, used)
     found = figures_of(samples[:1], samples[0], used)
-    return Found(_simplest_of_the_best(alive, values, shared), tried, alive, found, used, drawn)
+    best = values[int(np.argmax(values[:, 0]))]
+    behind = [with_interval(best - own, shared)[1] for own in values]
+    chosen = alive[simplest_of_the_best(behind, [candidate.gain[1] for candidate in alive])]
+    return Found(chosen, tried, alive, found, used, drawn)
 
 
 def _best(tried: list[Candidate], count: int) -> list[Candidate]:
@@ -279,16 +282,6 @@ def _measure(
         candidate.gain = with_interval(own - of_base, int(shared.sum()))
         candidate.figures = figures_of([sample], samples[0], count)
     return np.stack(values), int(shared.sum())
-
-
-def _simplest_of_the_best(finalists: Sequence[Candidate], values: np.ndarray, prompts: int) -> Candidate:
-    best = values[int(np.argmax(values[:, 0]))]
-    level = [
-        candidate
-        for candidate, own in zip(finalists, values, strict=True)
-        if with_interval(best - own, prompts)[1] <= 0
-    ]
-    return next((candidate for candidate in level if candidate.gain[1] > 0), level[0])
 
 
 def summary(candidate: Candidate) -> dict[str, Any]:
