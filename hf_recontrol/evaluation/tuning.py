@@ -17,7 +17,7 @@ from ..data.prompts import Prompts
 from ..data.rollouts import Rollout
 from ..heads.value_head import ValueHead
 from ..modeling.checks import check_not_idle
-from ..settings import CompareSettings, TuneSettings
+from ..settings import TuneSettings
 from .comparison.answers import draw_answers, load_answers
 from .comparison.entries import KIND_OF_METHOD, Entry, Row
 from .comparison.figures import METRICS, Figure, Sample, figures_of, prompts_with, sample_of, values_on
@@ -192,7 +192,7 @@ def search(
     prompts: Prompts,
     scorers: Sequence[Scorer],
     weights: Mapping[str, float],
-    settings: CompareSettings,
+    settings: TuneSettings,
     budget: int,
     progress: Progress | None = None,
 ) -> Found:
@@ -224,7 +224,7 @@ def search(
         block, used = prompts.take(range(used, used + more)), used + more
         drawn += (more * (len(alive) + 1) + 1) * bench.sampling.num_samples
         in_round = [base, *(candidate.row for candidate in alive)]
-        stages = draw_answers(folder, in_round, bench, block, settings, progress)
+        stages = draw_answers(folder, in_round, bench, block, settings.part_size, "perplexity" in weights, progress)
         scores = score_answers(stages, stages[0], scorers, progress)
         for row, stage, own in zip(in_round, stages, scores, strict=True):
             rollouts, measured = load_answers(stage)

@@ -36,7 +36,7 @@ from ..evaluation.rivals.rival import Bench
 from ..evaluation.unseen import TRAINED_ON, heads_of, unseen
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
-from ..settings import HELD_OUT_PROMPTS, CompareSettings
+from ..settings import HELD_OUT_PROMPTS, CompareSettings, LoadingSettings
 from ..utils.files import check_target, make_folder
 from .loading import load_base
 
@@ -159,7 +159,7 @@ def compare(
         with locked_output(output):
             rows, matches = with_strengths(output, rows, bench, held, progress)
             rows = without_twins(rows)
-            stages = draw_answers(output, rows, bench, test, settings, progress)
+            stages = draw_answers(output, rows, bench, test, settings.part_size, settings.perplexity, progress)
             reference = next(i for i, row in enumerate(rows) if row.entry.name == settings.against)
             scores = score_answers(stages, stages[reference], scorers, progress)
             return write_results(output, bench, rows, stages, scores, reference, test, matches, settings, judging)
@@ -242,7 +242,7 @@ def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> 
 
 @contextmanager
 def base_with_head(
-    base: Any, head: Any, tokenizer: PreTrainedTokenizerBase | None, settings: CompareSettings
+    base: Any, head: Any, tokenizer: PreTrainedTokenizerBase | None, settings: LoadingSettings
 ) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """The base, with the head if there is one, and its tokenizer. A model that was given is afterwards as it was."""
     if isinstance(base, PreTrainedModel):

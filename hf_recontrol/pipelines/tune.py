@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,7 @@ from ..evaluation.unseen import TRAINED_ON, unseen
 from ..heads.hub import CONFIG_NAME
 from ..heads.seen_prompts import SeenPrompts
 from ..heads.value_head import ValueHead
-from ..settings import HELD_OUT_PROMPTS, CompareSettings, TuneSettings
-from ..settings.comparison import AnswerSettings
+from ..settings import HELD_OUT_PROMPTS, TuneSettings
 from ..utils.extras import needs_extra
 from ..utils.files import check_target, read_json, write_json
 from .compare import base_with_head, locked_output, named_rewards, usable_prompts
@@ -111,9 +110,8 @@ def tune(
     unchanged = copy.deepcopy(loaded)
     prompts = unseen(prompts, [loaded], "to tune on", settings.on_seen_prompts, TRAINED_ON)
     former = _former(output, loaded)
-    inner = _for_answers(settings, "perplexity" in weights)
-    with base_with_head(base, loaded, tokenizer, inner) as (model, tokenizer):
-        bench = Bench(model, tokenizer, inner, functions, output / "made", None, settings.combine_rewards)
+    with base_with_head(base, loaded, tokenizer, settings) as (model, tokenizer):
+        bench = Bench(model, tokenizer, settings, functions, output / "made", combine_rewards=settings.combine_rewards)
         rows = rows_to_try(bench, settings, former)
         prompts = _in_order(usable_prompts(bench, [], prompts, settings.on_bad_rows), settings.seed)
         num_samples, for_strengths = settings.num_samples, settings.budget // 2 if settings.kl else 0
@@ -128,7 +126,7 @@ def tune(
             if not rows:
                 raise ValueError("No control could be tried: see the warnings.")
             spent = of_base + sum(match["responses"] for match in matches.values())
-            found = search(output, rows, bench, prompts, scorers, weights, inner, settings.budget - spent, progress)
+            found = search(output, rows, bench, prompts, scorers, weights, settings, settings.budget - spent, progress)
             result = _result(found, former, matches, weights, spent, settings)
             if Processes().index == 0:
                 used = prompts.take(range(max(found.prompts, len(few) if matches else 0)))
@@ -145,11 +143,6 @@ def _former(output: Path, head: ValueHead) -> ControlConfig | None:
         if present is not None and present.to_dict() == known["control"]:
             return None if known["replaces"] is None else ControlConfig.from_dict(known["replaces"])
     return present
-
-
-def _for_answers(settings: TuneSettings, perplexity: bool) -> CompareSettings:
-    shared = {item.name: getattr(settings, item.name) for item in fields(AnswerSettings)}
-    return CompareSettings(**shared, perplexity=perplexity)
 
 
 def _in_order(prompts: Prompts, seed: int) -> Prompts:

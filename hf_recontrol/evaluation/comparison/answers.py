@@ -22,7 +22,6 @@ from ...data.prompts import Prompts
 from ...data.rollouts import Rollout, load_measured, load_rollouts, save_rollouts
 from ...data.stage_folder import StageFolder
 from ...data.templating import PromptEncoder
-from ...settings import CompareSettings
 from ...utils.code_fingerprints import UnknownStateError, code_fingerprint
 from ..instructions import with_instruction
 from ..likelihoods import Likelihood, likelihoods
@@ -184,7 +183,8 @@ def draw_answers(
     rows: Sequence[Row],
     bench: Bench,
     prompts: Prompts,
-    settings: CompareSettings,
+    part_size: int,
+    perplexity: bool = False,
     progress: Progress | None = None,
 ) -> list[StageFolder]:
     """
@@ -194,6 +194,10 @@ def draw_answers(
     Args:
         folder (`Path`):
             Each row gets a folder of its own in it, by all that its answers depend on.
+        part_size (`int`):
+            Prompts that each row answers before the next one's turn.
+        perplexity (`bool`, *optional*, defaults to `False`):
+            As for [`Drawer`].
 
     Returns:
         `list[StageFolder]`, of each row: its finished folder.
@@ -201,14 +205,13 @@ def draw_answers(
     Raises:
         As [`generate_rollouts`] and [`StageFolder`].
     """
-    size = settings.part_size
-    num_parts = -(-len(prompts) // size)
-    drawer = Drawer(bench, settings.perplexity)
+    num_parts = -(-len(prompts) // part_size)
+    drawer = Drawer(bench, perplexity)
     with ExitStack() as stack:
         stages: list[StageFolder] = []
         opened: dict[Path, StageFolder] = {}
         for row in rows:
-            known = row_settings(row, bench, prompts) | {"part_size": size, "perplexity": settings.perplexity}
+            known = row_settings(row, bench, prompts) | {"part_size": part_size, "perplexity": perplexity}
             path = folder / ANSWERS_FOLDER / row.folder_name(known)
             if path not in opened:  # rows that are the same under two names share their answers
                 opened[path] = stack.enter_context(StageFolder(path, "answers", known, num_parts, ".parquet"))
@@ -223,7 +226,7 @@ def draw_answers(
         with progress_bar("answers", total, progress, stages[0].processes.index) as advance:
             advance(total - sum(map(len, missing)))
             for part in stages[0].own_parts():
-                some = prompts.take(range(len(prompts))[part * size : (part + 1) * size])
+                some = prompts.take(range(len(prompts))[part * part_size : (part + 1) * part_size])
                 for row, stage, parts in zip(rows, stages, missing, strict=True):
                     if part in parts and not stage.part_path(part).is_file():
                         _write_part(drawer, row, some, stage.part_path(part))
