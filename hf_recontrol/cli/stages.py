@@ -105,7 +105,7 @@ def label(
     Example: `recontrol label run/rollouts --reward hf_recontrol:vader`
     """
     from ..collection.labels import label_rollouts
-    from ..collection.rewards import by_name, load_reward
+    from ..collection.rewards import named_rewards
     from ..data.rollouts import columns_of
     from ..data.stage_folder import read_manifest
 
@@ -113,7 +113,7 @@ def label(
     columns = columns_of(sorted(rollouts.glob("part-*.parquet")))
     counts = label_rollouts(
         rollouts,
-        by_name([load_reward(spec, columns) for spec in reward]),
+        named_rewards(reward, columns),
         again=again,
         on_bad_rows=settings.on_bad_rows,
         combine_rewards=settings.combine_rewards,

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..collection.labels import check_rows, try_rewards
-from ..collection.rewards import RewardFunction
+from ..collection.rewards import RewardFunction, named_rewards
 from ..configuration import ControlConfig
 from ..data.fingerprints import prompt_number
 from ..data.processes import Processes
 from ..data.prompts import Prompts, load_prompts
+from ..data.stage_folder import shared_folder
+from ..evaluation.comparison.answers import usable_prompts
 from ..evaluation.comparison.entries import without_twins
 from ..evaluation.comparison.matching import with_strengths
 from ..evaluation.comparison.plots import write_plots
@@ -33,7 +35,7 @@ from ..heads.value_head import ValueHead
 from ..settings import HELD_OUT_PROMPTS, TuneSettings
 from ..utils.extras import needs_extra
 from ..utils.files import check_target, read_json, write_json
-from .compare import base_with_head, locked_output, named_rewards, usable_prompts
+from .loading import base_with_head
 
 logger = logging.get_logger(__name__)
 
@@ -97,9 +99,8 @@ def tune(
     for path in (output / TUNING_NAME, target / CONFIG_NAME):
         check_target(path)
     prompts = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
-    functions = named_rewards(rewards, prompts)
-    if settings.on_bad_rows == "error":
-        check_rows(functions, prompts, settings.combine_rewards)
+    functions = named_rewards(rewards, prompts.columns)
+    check_rows(functions, prompts, settings.on_bad_rows, settings.combine_rewards)
     weights = weights_of(settings, list(functions))
     try_rewards(functions, prompts, settings.on_bad_rows)
     scorers = [reward_scorer("reward", functions, settings.on_bad_rows, settings.combine_rewards)]
@@ -120,7 +121,7 @@ def tune(
         # Before anything is drawn: what half of the budget is left for.
         plan_rounds(len(rows), len(prompts), num_samples, settings.budget - for_strengths)
         progress = (lambda done, total: None) if quiet else None
-        with locked_output(output):
+        with shared_folder(output):
             rows, matches = with_strengths(output, rows, bench, few, progress, for_strengths - of_base)
             rows = without_twins(rows)
             if not rows:

@@ -15,10 +15,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ...collection.rollouts import encode_all
 from ...collection.sampling import draw_settings, sampling_config
 from ...data.fingerprints import model_settings
 from ...data.processes import Progress, progress_bar
-from ...data.prompts import Prompts
+from ...data.prompts import Prompts, report_bad_rows
 from ...data.rollouts import Rollout, load_measured, load_rollouts, save_rollouts
 from ...data.stage_folder import StageFolder
 from ...data.templating import PromptEncoder
@@ -176,6 +177,36 @@ def kl_of(row: Row, answer: Answer, likelihood: Likelihood) -> float | None:
         pool = likelihood.log_ratio if row.entry.instruction is not None else 0.0
         return best_of_n_kl(row.rival.pool) + pool
     return likelihood.kl if answer.kl is None else sum(answer.kl)
+
+
+def usable_prompts(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: str) -> Prompts:
+    """
+    The prompts that the model can take, also with each instruction of the rows.
+
+    Raises:
+        `ValueError`: for others if they are an error; if none is left, or an instruction does not reach the model.
+    """
+    if not len(prompts):
+        return prompts
+    drawer, most = Drawer(bench), sampling_config(bench.model, bench.tokenizer, bench.sampling).max_new_tokens
+    encoder = drawer.encoder
+    usable, bad = encode_all(encoder, bench.model, prompts, range(len(prompts)), most)
+    report_bad_rows(bad, on_bad_rows)
+    instructed = {
+        (row.entry.instruction, row.entry.instruction_role): row for row in rows if row.entry.instruction is not None
+    }
+    for (_, role), row in instructed.items():
+        encoded, bad = encode_all(encoder, bench.model, drawer.asked(row, prompts), sorted(usable), most)
+        report_bad_rows(bad, on_bad_rows)
+        if encoded and all(ids == usable[i] for i, ids in encoded.items()):
+            raise ValueError(
+                f"The instruction of the control {row.entry.name!r} does not reach the model: its chat template "
+                f"leaves out the {role}'s turn. Give it an `instruction_role: user`."
+            )
+        usable = {i: usable[i] for i in encoded}
+    if not usable:
+        raise ValueError("No prompt can be used.")
+    return prompts if len(usable) == len(prompts) else prompts.take(sorted(usable))
 
 
 def draw_answers(
