@@ -22,7 +22,7 @@ from ..evaluation.comparison.assembly import TABLE_NAME, write_results
 from ..evaluation.comparison.entries import default_controls, entries_of, rows_of, without_twins
 from ..evaluation.comparison.figures import Figure
 from ..evaluation.comparison.matching import with_strengths
-from ..evaluation.comparison.scores import coherence_scorer, reward_scorer, score_answers
+from ..evaluation.comparison.scores import reward_scorer, score_answers, scorers_of
 from ..evaluation.judges.judge import Judge
 from ..evaluation.judges.kinds import judge_of
 from ..evaluation.judges.person import PersonJudge
@@ -109,7 +109,7 @@ def compare(
     functions = named_rewards(rewards, test.columns)
     check_rows(functions, test, settings.on_bad_rows, settings.combine_rewards)
     try_rewards(functions, test, settings.on_bad_rows)
-    scorers = [reward_scorer("reward", functions, settings.on_bad_rows, settings.combine_rewards)]
+    scorers = scorers_of(functions, settings)
     judge, judging = judge_of(judge) if isinstance(judge, dict) else judge, None
     if isinstance(judge, PersonJudge):
         judging = judge
@@ -120,8 +120,6 @@ def compare(
         scorers.append(judging.scorer())
     elif judge is not None:
         scorers.append(reward_scorer("judge", {"judge": _judge(judge, functions, test)}, settings.on_bad_rows))
-    if settings.embeddings is not None:
-        scorers.append(coherence_scorer(settings.embeddings))
     with base_with_head(base, head, tokenizer, settings) as (model, tokenizer):
         heads = heads_of(model)
         test = unseen(test, heads, "to compare on", settings.on_seen_prompts)
@@ -132,9 +130,9 @@ def compare(
             tokenizer,
             settings,
             functions,
-            output / "made",
-            None if rollouts is None else Path(rollouts),
-            settings.combine_rewards,
+            folder=output / "made",
+            rollouts=None if rollouts is None else Path(rollouts),
+            combine_rewards=settings.combine_rewards,
         )
         entries = entries_of(default_controls(bench) if controls is None else controls, settings)
         rows = rows_of(entries, bench, settings)

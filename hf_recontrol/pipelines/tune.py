@@ -25,7 +25,7 @@ from ..evaluation.comparison.answers import usable_prompts
 from ..evaluation.comparison.entries import without_twins
 from ..evaluation.comparison.matching import with_strengths
 from ..evaluation.comparison.plots import write_plots
-from ..evaluation.comparison.scores import coherence_scorer, reward_scorer
+from ..evaluation.comparison.scores import scorers_of
 from ..evaluation.rivals.rival import Bench
 from ..evaluation.tuning import Found, by_metric, plan_rounds, rows_to_try, search, summary, weights_of
 from ..evaluation.unseen import TRAINED_ON, unseen
@@ -103,16 +103,16 @@ def tune(
     check_rows(functions, prompts, settings.on_bad_rows, settings.combine_rewards)
     weights = weights_of(settings, list(functions))
     try_rewards(functions, prompts, settings.on_bad_rows)
-    scorers = [reward_scorer("reward", functions, settings.on_bad_rows, settings.combine_rewards)]
-    if settings.embeddings is not None:
-        scorers.append(coherence_scorer(settings.embeddings))
+    scorers = scorers_of(functions, settings)
     loaded = ValueHead.from_pretrained(head, token=settings.token)
     # With the base it may be moved to another device.
     unchanged = copy.deepcopy(loaded)
     prompts = unseen(prompts, [loaded], "to tune on", settings.on_seen_prompts, TRAINED_ON)
     former = _former(output, loaded)
     with base_with_head(base, loaded, tokenizer, settings) as (model, tokenizer):
-        bench = Bench(model, tokenizer, settings, functions, output / "made", combine_rewards=settings.combine_rewards)
+        bench = Bench(
+            model, tokenizer, settings, functions, folder=output / "made", combine_rewards=settings.combine_rewards
+        )
         rows = rows_to_try(bench, settings, former)
         prompts = _in_order(usable_prompts(bench, [], prompts, settings.on_bad_rows), settings.seed)
         num_samples, for_strengths = settings.num_samples, settings.budget // 2 if settings.kl else 0

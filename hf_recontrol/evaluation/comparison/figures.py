@@ -15,6 +15,11 @@ from ..rivals.plain import best_of_n_kl, best_of_n_weights
 from .scores import Scores
 
 
+def row_label(control: str, strength: float | None) -> str:
+    """What a row is called in messages and under the table."""
+    return control if strength is None else f"{control} {strength:g}"
+
+
 @dataclass(frozen=True)
 class Figure:
     """
