@@ -206,8 +206,8 @@ def test_what_cannot_work_is_said_before_anything_is_made(base, tmp_path):
         ({"training_arguments": {"adam_epsilon": "1e-8"}}, "texts for the numbers"),
         ({"training_arguments": {"eval_strategy": "nope"}}, "cannot be used"),
         ({"generation_config": 3}, "`generation_config` must be"),
-        ({"reward": []}, "`reward` must be functions"),
-        ({"reward": [3]}, "`reward` must be functions"),
+        ({"reward": []}, "No reward is given"),
+        ({"reward": [3]}, r"must be functions or their names, got \[3\]"),
         ({"prompts": load_prompts(PROMPTS), "limit": 3}, "`limit` is about reading prompts"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

@@ -9,7 +9,7 @@ import typer
 
 from ..settings import COMPARE_INPUTS, TUNE_INPUTS, CompareSettings, TuneSettings
 from .app import app, is_main_process
-from .options import with_settings
+from .options import merged_inputs, with_settings
 
 
 @app.command()
@@ -63,7 +63,7 @@ def compare(
         "rollouts": rollouts,
         "output": output,
     }
-    inputs = _merged(inputs, given, {"prompts": "--prompts", "rewards": "--reward", "output": "--output"})
+    inputs = merged_inputs(inputs, given, {"prompts": "--prompts", "rewards": "--reward", "output": "--output"})
     if "base" not in inputs and "head" not in inputs:
         raise typer.BadParameter("missing; name a base model, or a head that names its own", param_hint="--head")
     several = {name: _list(inputs.pop(name, [])) for name in ("base", "head", "rollouts")}
@@ -104,16 +104,6 @@ def judge_page(
     )
 
 
-def _merged(inputs: dict, given: dict, needed: dict[str, str]) -> dict:
-    """What the file names, and the options above it; `needed` are those that must be there, with their options."""
-    inputs = inputs | {name: value for name, value in given.items() if value}
-    if missing := [option for name, option in needed.items() if name not in inputs]:
-        raise typer.BadParameter(
-            f"missing; give {', '.join(missing)} here or in the file of --config", param_hint=missing[0]
-        )
-    return inputs
-
-
 @app.command()
 @with_settings(TuneSettings, inputs=TUNE_INPUTS)
 def tune(
@@ -141,7 +131,7 @@ def tune(
 
     given = {"head": head, "base": base, "prompts": prompts, "rewards": reward, "output": output}
     options = {"head": "--head", "prompts": "--prompts", "rewards": "--reward", "output": "--output"}
-    inputs = _merged(inputs, given, options)
+    inputs = merged_inputs(inputs, given, options)
     found = run_tune(**inputs, settings=settings)
     if is_main_process():
         where = inputs["head"] if Path(inputs["head"]).is_dir() else Path(inputs["output"]) / "head"

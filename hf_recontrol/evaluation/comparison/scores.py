@@ -15,6 +15,8 @@ from ...collection.rewards import RewardFunction, note_calls, reward_fingerprint
 from ...data.processes import Processes, Progress, progress_bar
 from ...data.rollouts import Rollout, load_rollouts
 from ...data.stage_folder import StageFolder
+from ...data.templating import prompt_text
+from ...settings import AnswerSettings
 from ...utils.code_fingerprints import UnknownStateError, model_fingerprint
 from ...utils.extras import needs_extra
 from ...utils.files import read_json, write_json
@@ -46,6 +48,12 @@ class Scorer:
     depends_on: dict[str, Any] | None
     score: Callable[[list[Rollout], list[Rollout]], Scores]
     uses_references: bool = False
+
+
+def scorers_of(rewards: dict[str, RewardFunction], settings: AnswerSettings) -> list[Scorer]:
+    """What every answer is scored by: the rewards, and coherence if a model for it is named."""
+    scorers = [reward_scorer("reward", rewards, settings.on_bad_rows, settings.combine_rewards)]
+    return scorers if settings.embeddings is None else [*scorers, coherence_scorer(settings.embeddings)]
 
 
 def reward_scorer(
@@ -119,17 +127,6 @@ def coherence_scorer(model_name: str) -> Scorer:
         return {"coherence": values}
 
     return Scorer("coherence", {"embeddings": str(model_name), "fingerprint": model_fingerprint(model)}, score)
-
-
-def prompt_text(prompt: Any) -> str:
-    """A prompt as one text: of a chat its messages' contents."""
-    if isinstance(prompt, str):
-        return prompt
-    contents = (message.get("content") or "" for message in prompt)
-    texts = (
-        content if isinstance(content, str) else "\n".join(part["text"] for part in content) for content in contents
-    )
-    return "\n\n".join(text for text in texts if text)
 
 
 def score_answers(

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...data.templating import message_text
+
 MODES = ("pair", "score")
 # Why there is no verdict.
 REFUSED, UNPARSABLE = "refused", "unparsable"
@@ -15,13 +17,8 @@ def shown_prompt(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """A prompt as a judge reads it: a chat as `role: text`, of one turn the text alone."""
     if isinstance(prompt, str):
         return prompt
-    turns = [(message.get("role"), _said(message.get("content"))) for message in prompt]
+    turns = [(message.get("role"), message_text(message)) for message in prompt]
     return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
-
-
-def _said(content: Any) -> str:
-    parts = content if isinstance(content, list) else [{"text": content or ""}]
-    return "\n".join(part["text"] if "text" in part else f"({part.get('type')})" for part in parts)
 
 
 @dataclass(frozen=True)
