@@ -39,7 +39,7 @@ class Scorer:
             Everything that the numbers depend on beside the answers, as JSON; `None` where nobody can know, or the
             scorer keeps them itself: then it is called by each run.
         score (`Callable`):
-            `f(rollouts, references)`: the numbers of each answer, by name.
+            `f(rollouts, references)`: the numbers of each answer, by name. Of the reference itself both are one list.
         uses_references (`bool`, *optional*, defaults to `False`):
             Whether the numbers depend on the reference's answers too.
     """
@@ -167,7 +167,9 @@ def _row_scores(stage: StageFolder, reference: StageFolder, scorer: Scorer, adva
     with folder:
         for part in folder.own_parts() if scorer.depends_on is None else folder.missing_parts():
             rollouts = load_rollouts(stage.part_path(part))
-            references = load_rollouts(reference.part_path(part)) if scorer.uses_references else []
+            references = []
+            if scorer.uses_references:
+                references = rollouts if stage is reference else load_rollouts(reference.part_path(part))
             write_json(folder.part_path(part), scorer.score(rollouts, references))
         advance(len(folder.own_parts()))
         if scorer.depends_on is None or not folder.is_counted():

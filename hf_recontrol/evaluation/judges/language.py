@@ -32,10 +32,19 @@ Reply with JSON alone, such as {{"score": 5}}.
 <answer>
 {answer}
 </answer>"""
+# What is asked for, which some models repeat: that is no verdict.
+_CHOICES = {"pair": '{"verdict": "A"}, {"verdict": "B"} or {"verdict": "tie"}', "score": 'such as {"score": 5}'}
 _AGAIN = {
-    "pair": 'That held no verdict. Reply with {"verdict": "A"}, {"verdict": "B"} or {"verdict": "tie"} alone.',
-    "score": 'That held no score. Reply with JSON alone, such as {"score": 5}: a number from 1 to 10.',
+    "pair": f"That held no verdict. Reply with {_CHOICES['pair']} alone.",
+    "score": f"That held no score. Reply with JSON alone, {_CHOICES['score']}: a number from 1 to 10.",
 }
+# Texts in JSON with line breaks are read too.
+_JSON = json.JSONDecoder(strict=False)
+# Where thoughts end, also those that a chat template has begun, and those that have no end.
+_THOUGHTS_END = re.compile(r"</think(?:ing)?>|\[/THINK\]", re.IGNORECASE)
+_THOUGHTS_BEGIN = re.compile(r"\s*(?:<think(?:ing)?>|\[THINK\])", re.IGNORECASE)
+# Characters at the end of a reply that are read.
+_READ = 20_000
 _PAIR_VALUES = {"A": 1.0, "B": 0.0, "TIE": 0.5}
 _LOWEST, _HIGHEST = 1, 10
 # How replies begin that decline. They count as refusals only if they hold no verdict.
@@ -155,24 +164,34 @@ class LanguageJudge(Judge):
 
 
 def parsed(reply: str, mode: str = "pair") -> float | None:
-    """The last verdict or score in a reply, also among prose, thoughts and code fences; `None` without one."""
-    for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
+    """
+    The last verdict or score that a reply holds behind its thoughts, also among prose and code fences; `None` without
+    one.
+    """
+    said = _THOUGHTS_END.split(reply)[-1]
+    if _THOUGHTS_BEGIN.match(said):
+        return None
+    said, place, value = said[-_READ:].replace(_CHOICES[mode], ""), 0, None
+    while (place := said.find("{", place)) >= 0:
         try:
-            found = json.loads(text)
+            found, end = _JSON.raw_decode(said, place)
         except (ValueError, RecursionError):
+            place += 1
             continue
-        if mode == "pair":
-            value = _PAIR_VALUES.get(str(found.get("verdict")).strip().upper())
-        else:
-            value = _score(found.get("score"))
-        if value is not None:
-            return value
-    return None
+        own = _verdict(found.get("verdict")) if mode == "pair" else _score(found.get("score"))
+        # It may stand in an object inside.
+        place = place + 1 if own is None else end
+        value = value if own is None else own
+    return value
+
+
+def _verdict(found: Any) -> float | None:
+    return _PAIR_VALUES.get(str(found).strip(" \n.").upper().removeprefix("ANSWER "))
 
 
 def _score(found: Any) -> float | None:
     try:
-        value = float(found)
-    except (TypeError, ValueError):
+        value = float(str(found).strip().removesuffix("/10"))
+    except ValueError:
         return None
-    return value if not isinstance(found, bool) and _LOWEST <= value <= _HIGHEST else None
+    return value if _LOWEST <= value <= _HIGHEST else None
