@@ -21,8 +21,7 @@ from ..settings import TuneSettings
 from .comparison.answers import draw_answers, load_answers
 from .comparison.entries import KIND_OF_METHOD, Entry, Row
 from .comparison.figures import METRICS, Figure, Sample, figures_of, prompts_with, sample_of, values_on
-from .comparison.results import with_reward
-from .comparison.scores import Scorer, Scores, score_answers
+from .comparison.scores import Scorer, Scores, score_answers, with_reward
 from .intervals import choices, finite, with_interval
 from .recommendation import candidates, simplest_of_the_best
 from .rivals.kinds import make_rival
