@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..collection.labels import check_rows, try_rewards
 from ..collection.rewards import RewardFunction, named_rewards
-from ..data.fingerprints import prompt_number
+from ..data.fingerprints import prompt_hashes
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import shared_folder
 from ..evaluation.comparison.answers import draw_answers, usable_prompts
@@ -163,10 +163,8 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
         return test, test.take([])
     if held_out is not None:
         held = held_out if isinstance(held_out, Prompts) else load_prompts(held_out, settings)
-        seen = {prompt_number(row["prompt"]) for row in test.rows}
-        if shared := [
-            number for number, row in zip(held.numbers, held.rows, strict=True) if prompt_number(row["prompt"]) in seen
-        ]:
+        seen = set(prompt_hashes(test))
+        if shared := [n for n, said in zip(held.numbers, prompt_hashes(held), strict=True) if said in seen]:
             raise ValueError(
                 f"{len(shared)} held-out prompts are also compared on (the first is number {shared[0]}): strengths "
                 "must not be found on the prompts that they are measured on."
@@ -179,9 +177,9 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
             )
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(settings.seed)).tolist()
         held = test.take(sorted(order[: settings.num_held_out]))
-        seen = {prompt_number(row["prompt"]) for row in held.rows}
+        hashes, seen = prompt_hashes(test), set(prompt_hashes(held))
         others = sorted(order[settings.num_held_out :])
-        kept = [i for i in others if prompt_number(test.rows[i]["prompt"]) not in seen]
+        kept = [i for i in others if hashes[i] not in seen]
         if len(kept) < len(others):
             logger.warning(
                 f"{len(others) - len(kept)} prompts stand among those set aside too, and are not compared on."

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..collection.labels import check_rows, try_rewards
 from ..collection.rewards import RewardFunction, named_rewards
 from ..configuration import ControlConfig
-from ..data.fingerprints import prompt_number
+from ..data.fingerprints import prompt_hashes
 from ..data.processes import Processes
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import shared_folder
@@ -149,8 +149,8 @@ def _former(output: Path, head: ValueHead) -> ControlConfig | None:
 def _in_order(prompts: Prompts, seed: int) -> Prompts:
     """Each prompt once, in an order that depends on the seed."""
     once: dict[int, int] = {}
-    for place, row in enumerate(prompts.rows):
-        once.setdefault(prompt_number(row["prompt"]), place)
+    for place, number in enumerate(prompt_hashes(prompts)):
+        once.setdefault(number, place)
     places = list(once.values())
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).tolist()
     return prompts.take([places[i] for i in order])
@@ -202,8 +202,7 @@ def _write(
     # Before the head: after a stop between the two the next run knows what the head recommended before.
     write_json(output / TUNING_NAME, result)
     seen = saved.seen_prompts or SeenPrompts()
-    numbers = torch.tensor([prompt_number(row["prompt"]) for row in prompts.rows])
-    saved.seen_prompts = replace(seen, tuned_on=torch.cat([seen.tuned_on, numbers]))
+    saved.seen_prompts = replace(seen, tuned_on=torch.cat([seen.tuned_on, torch.tensor(prompt_hashes(prompts))]))
     saved.config.control = chosen.control
     saved.config.control_figures = {
         "control": chosen.control.to_dict(),
