@@ -29,7 +29,7 @@ from .rivals.rival import Bench
 
 logger = logging.get_logger(__name__)
 
-BASE = "base"
+_BASE = "base"
 # What the named criteria are sums of.
 _WEIGHTS = {"reward_at_kl": {"reward": 1.0}, "paper": {"coherence": 1.0, "diversity": 1.0, "reward": 1.0}}
 # Metrics that a control is no better for: what it is held against another one by, or what is no sum over answers.
@@ -213,7 +213,7 @@ def search(
     Raises:
         `ValueError`: as [`plan_rounds`]; if no prompt has all numbers that the criterion needs, under all controls.
     """
-    base = Row(Entry(BASE, BASE), make_rival(BASE, bench, {}))
+    base = Row(Entry(_BASE, _BASE), make_rival(_BASE, bench, {}))
     tried = [Candidate(row, row.rival.at(row.strength)) for row in rows]
     rounds = plan_rounds(len(rows), len(prompts), bench.sampling.num_samples, budget)
     answers: dict[tuple[str, float | None], tuple[list[Rollout], Scores]] = {}

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..collection.labels import check_rows, try_rewards
 from ..collection.rewards import RewardFunction, named_rewards
 from ..data.fingerprints import prompt_hashes
+from ..data.processes import no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import shared_folder
 from ..evaluation.comparison.answers import draw_answers, usable_prompts
@@ -146,7 +147,7 @@ def compare(
                 "draws several: name another control."
             )
         test, held = (usable_prompts(bench, rows, part, settings.on_bad_rows) for part in (test, held))
-        progress = (lambda done, total: None) if quiet else None
+        progress = no_progress if quiet else None
         with shared_folder(output):
             rows, matches = with_strengths(output, rows, bench, held, progress)
             rows = without_twins(rows)

@@ -19,7 +19,7 @@ from ..collection.rollouts import write_rollouts
 from ..collection.states import write_states
 from ..configuration import ValueHeadConfig
 from ..data.fingerprints import prompt_hashes
-from ..data.processes import Processes
+from ..data.processes import Processes, no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import MANIFEST_NAME, shared_folder
 from ..data.states import StateStore
@@ -238,7 +238,7 @@ def _recommend(
             sampling,
             target_kl=settings.target_kl,
             combine_rewards=settings.combine_rewards,
-            progress=(lambda done, total: None) if quiet else None,
+            progress=no_progress if quiet else None,
         )
     # A reward may also fail on responses that only control makes.
     except (RuntimeError, ValueError) as error:

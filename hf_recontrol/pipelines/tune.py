@@ -18,7 +18,7 @@ from ..collection.labels import check_rows, try_rewards
 from ..collection.rewards import RewardFunction, named_rewards
 from ..configuration import ControlConfig
 from ..data.fingerprints import prompt_hashes
-from ..data.processes import Processes
+from ..data.processes import Processes, no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import shared_folder
 from ..evaluation.comparison.answers import usable_prompts
@@ -95,7 +95,7 @@ def tune(
     settings, output = TuneSettings.of(settings, changes), Path(output)
     with needs_extra("compare", "Plots"):
         import matplotlib  # noqa: F401
-    target = Path(head) if Path(head).is_dir() else output / "head"
+    target = tuned_head(head, output)
     for path in (output / TUNING_NAME, target / CONFIG_NAME):
         check_target(path)
     prompts = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
@@ -120,7 +120,7 @@ def tune(
         of_base = len(few) * num_samples if settings.kl else 0
         # Before anything is drawn: what half of the budget is left for.
         plan_rounds(len(rows), len(prompts), num_samples, settings.budget - for_strengths)
-        progress = (lambda done, total: None) if quiet else None
+        progress = no_progress if quiet else None
         with shared_folder(output):
             rows, matches = with_strengths(output, rows, bench, few, progress, for_strengths - of_base)
             rows = without_twins(rows)
@@ -134,6 +134,11 @@ def tune(
                 _write(output, unchanged, target, found, result, used)
             Processes().wait()
     return result
+
+
+def tuned_head(head: str | os.PathLike, output: str | os.PathLike) -> Path:
+    """Where a tuned head is written: into its own folder, or, if it is none, into a copy in `output`."""
+    return Path(head) if Path(head).is_dir() else Path(output) / "head"
 
 
 def _former(output: Path, head: ValueHead) -> ControlConfig | None:
