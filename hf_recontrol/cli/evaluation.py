@@ -11,20 +11,24 @@ from ..settings import COMPARE_INPUTS, TUNE_INPUTS, CompareSettings, TuneSetting
 from .app import app, is_main_process
 from .options import merged_inputs, with_settings
 
+_BaseOption = Annotated[
+    str | None, typer.Option("--base", "-m", help="Base model: a folder or a Hub name; default: the head's.")
+]
+_HeadOption = Annotated[str | None, typer.Option(help="The value head: a folder or a Hub name.")]
+_RewardOption = Annotated[
+    list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
+]
+
 
 @app.command()
 @with_settings(CompareSettings, inputs=COMPARE_INPUTS)
 def compare(
     settings: CompareSettings,
     inputs: dict,
-    base: Annotated[
-        str | None, typer.Option("--base", "-m", help="Base model: a folder or a Hub name; default: the head's.")
-    ] = None,
-    head: Annotated[str | None, typer.Option(help="The value head: a folder or a Hub name.")] = None,
+    base: _BaseOption = None,
+    head: _HeadOption = None,
     prompts: Annotated[str | None, typer.Option(help="Unseen prompts, as for `fit`.")] = None,
-    reward: Annotated[
-        list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
-    ] = None,
+    reward: _RewardOption = None,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -96,16 +100,12 @@ def judge_page(
 def tune(
     settings: TuneSettings,
     inputs: dict,
-    head: Annotated[str | None, typer.Option(help="The value head: a folder or a Hub name.")] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", "-m", help="Base model: a folder or a Hub name; default: the head's.")
-    ] = None,
+    head: _HeadOption = None,
+    base: _BaseOption = None,
     prompts: Annotated[
         str | None, typer.Option(help="Prompts that the head was not trained on, as for `fit`; no test prompts.")
     ] = None,
-    reward: Annotated[
-        list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
-    ] = None,
+    reward: _RewardOption = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for what is made.")] = None,
 ) -> None:
     """Find the control that a head should recommend, on prompts that it was not trained on, and write it into the

@@ -25,7 +25,7 @@ from ..rivals.rival import Bench, standardised
 
 logger = logging.get_logger(__name__)
 
-# Of answers, and the reference's answers to the same prompts, by name one number for each answer.
+# Of answers, by name one number each.
 Scores = dict[str, list[float | None]]
 
 
