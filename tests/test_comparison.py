@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, generate_rollouts
-from hf_recontrol.data.fingerprints import prompt_number
+from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.heads.seen_prompts import SeenPrompts
 from hf_recontrol.pipelines.loading import load_base
 from hf_recontrol.settings import CompareSettings
@@ -345,7 +345,7 @@ def test_held_out_prompts_are_never_compared_on(place, recontrol_warnings):
 def remember(texts, kind):
     """The head says that it has seen these prompts."""
     head = ValueHead.from_pretrained("head")
-    head.seen_prompts = SeenPrompts(**{kind: torch.tensor([prompt_number(text) for text in texts])})
+    head.seen_prompts = SeenPrompts(**{kind: torch.tensor([prompt_hash(text) for text in texts])})
     head.save_pretrained("head")
 
 

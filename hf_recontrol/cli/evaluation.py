@@ -11,6 +11,10 @@ from ..settings import COMPARE_INPUTS, TUNE_INPUTS, CompareSettings, TuneSetting
 from .app import app, is_main_process
 from .options import merged_inputs, with_settings
 
+_RewardOption = Annotated[
+    list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
+]
+
 
 @app.command()
 @with_settings(CompareSettings, inputs=COMPARE_INPUTS)
@@ -25,9 +29,7 @@ def compare(
         list[str] | None, typer.Option(help="The value head: a folder or a Hub name. May be repeated.")
     ] = None,
     prompts: Annotated[str | None, typer.Option(help="Unseen prompts, as for `fit`.")] = None,
-    reward: Annotated[
-        list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
-    ] = None,
+    reward: _RewardOption = None,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -116,9 +118,7 @@ def tune(
     prompts: Annotated[
         str | None, typer.Option(help="Prompts that the head was not trained on, as for `fit`; no test prompts.")
     ] = None,
-    reward: Annotated[
-        list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
-    ] = None,
+    reward: _RewardOption = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for what is made.")] = None,
 ) -> None:
     """Find the control that a head should recommend, on prompts that it was not trained on, and write it into the
@@ -128,15 +128,16 @@ def tune(
     """
     from ..configuration import ControlConfig
     from ..pipelines.tune import tune as run_tune
+    from ..pipelines.tune import tuned_head
 
     given = {"head": head, "base": base, "prompts": prompts, "rewards": reward, "output": output}
     options = {"head": "--head", "prompts": "--prompts", "rewards": "--reward", "output": "--output"}
     inputs = merged_inputs(inputs, given, options)
     found = run_tune(**inputs, settings=settings)
     if is_main_process():
-        where = inputs["head"] if Path(inputs["head"]).is_dir() else Path(inputs["output"]) / "head"
         chosen = next(each for each in found["candidates"] if each["control"] == found["control"])
         figures = chosen["figures"]
+        where = tuned_head(inputs["head"], inputs["output"])
         typer.echo(f"{where} now recommends {ControlConfig.from_dict(found['control'])}:")
         typer.echo(
             f"reward {figures['reward'][0]:.3f} (the base's {found['base']['reward'][0]:.3f}) at "

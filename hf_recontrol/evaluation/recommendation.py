@@ -13,7 +13,7 @@ from ..collection.labels import score_rollouts
 from ..collection.rewards import RewardFunction
 from ..collection.rollouts import generate_rollouts
 from ..configuration import ControlConfig
-from ..data.processes import Progress, progress_bar
+from ..data.processes import Progress, no_progress, progress_bar
 from ..data.prompts import Prompts
 from ..data.rollouts import Rollout
 from ..heads.value_head import ValueHead
@@ -145,9 +145,7 @@ def recommend_control(
     prompts, sampling = few_prompts(model, tokenizer, prompts, sampling or SamplingSettings())
 
     def draw(control: ControlConfig | bool) -> list[Rollout]:
-        return generate_rollouts(
-            model, tokenizer, prompts, sampling, control=control, progress=lambda done, total: None
-        )
+        return generate_rollouts(model, tokenizer, prompts, sampling, control=control, progress=no_progress)
 
     def scores(rollouts: list[Rollout]) -> list[Rollout]:
         return score_rollouts(

@@ -21,8 +21,7 @@ from ..settings import TuneSettings
 from .comparison.answers import draw_answers, load_answers
 from .comparison.entries import KIND_OF_METHOD, Entry, Row
 from .comparison.figures import METRICS, Figure, Sample, figures_of, prompts_with, sample_of, values_on
-from .comparison.results import with_reward
-from .comparison.scores import Scorer, Scores, score_answers
+from .comparison.scores import Scorer, Scores, score_answers, with_reward
 from .intervals import choices, finite, with_interval
 from .recommendation import candidates, simplest_of_the_best
 from .rivals.kinds import make_rival
@@ -30,7 +29,7 @@ from .rivals.rival import Bench
 
 logger = logging.get_logger(__name__)
 
-BASE = "base"
+_BASE = "base"
 # What the named criteria are sums of.
 _WEIGHTS = {"reward_at_kl": {"reward": 1.0}, "paper": {"coherence": 1.0, "diversity": 1.0, "reward": 1.0}}
 # Metrics that a control is no better for: what it is held against another one by, or what is no sum over answers.
@@ -214,7 +213,7 @@ def search(
     Raises:
         `ValueError`: as [`plan_rounds`]; if no prompt has all numbers that the criterion needs, under all controls.
     """
-    base = Row(Entry(BASE, BASE), make_rival(BASE, bench, {}))
+    base = Row(Entry(_BASE, _BASE), make_rival(_BASE, bench, {}))
     tried = [Candidate(row, row.rival.at(row.strength)) for row in rows]
     rounds = plan_rounds(len(rows), len(prompts), bench.sampling.num_samples, budget)
     answers: dict[tuple[str, float | None], tuple[list[Rollout], Scores]] = {}

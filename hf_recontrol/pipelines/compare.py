@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from ..collection.labels import check_rows, try_rewards
 from ..collection.rewards import RewardFunction, named_rewards
-from ..data.fingerprints import prompt_number
+from ..data.fingerprints import prompt_hashes
+from ..data.processes import no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import shared_folder
 from ..evaluation.comparison.answers import draw_answers, usable_prompts
@@ -149,7 +150,7 @@ def compare(
                 "draws several: name another control."
             )
         test, held = (usable_prompts(bench, rows, part, settings.on_bad_rows) for part in (test, held))
-        progress = (lambda done, total: None) if quiet else None
+        progress = no_progress if quiet else None
         with shared_folder(output):
             rows, matches = with_strengths(output, rows, bench, held, progress)
             rows = without_twins(rows)
@@ -166,10 +167,8 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings, finds_stren
         return test, test.take([])
     if held_out is not None:
         held = held_out if isinstance(held_out, Prompts) else load_prompts(held_out, settings)
-        seen = {prompt_number(row["prompt"]) for row in test.rows}
-        if shared := [
-            number for number, row in zip(held.numbers, held.rows, strict=True) if prompt_number(row["prompt"]) in seen
-        ]:
+        seen = set(prompt_hashes(test))
+        if shared := [n for n, said in zip(held.numbers, prompt_hashes(held), strict=True) if said in seen]:
             raise ValueError(
                 f"{len(shared)} held-out prompts are also compared on (the first is number {shared[0]}): strengths "
                 "must not be found on the prompts that they are measured on."
@@ -182,9 +181,9 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings, finds_stren
             )
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(settings.seed)).tolist()
         held = test.take(sorted(order[: settings.num_held_out]))
-        seen = {prompt_number(row["prompt"]) for row in held.rows}
+        hashes, seen = prompt_hashes(test), set(prompt_hashes(held))
         others = sorted(order[settings.num_held_out :])
-        kept = [i for i in others if prompt_number(test.rows[i]["prompt"]) not in seen]
+        kept = [i for i in others if hashes[i] not in seen]
         if len(kept) < len(others):
             logger.warning(
                 f"{len(others) - len(kept)} prompts stand among those set aside too, and are not compared on."

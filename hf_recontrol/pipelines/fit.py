@@ -18,8 +18,8 @@ from ..collection.rewards import RewardFunction, named_rewards
 from ..collection.rollouts import write_rollouts
 from ..collection.states import write_states
 from ..configuration import ValueHeadConfig
-from ..data.fingerprints import prompt_number
-from ..data.processes import Processes
+from ..data.fingerprints import prompt_hashes
+from ..data.processes import Processes, no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import MANIFEST_NAME, shared_folder
 from ..data.states import StateStore
@@ -166,9 +166,8 @@ def _check(prompts: Prompts, settings: FitSettings, processes: Processes) -> Non
         import matplotlib  # noqa: F401
         import pyarrow  # noqa: F401
     check_training(settings, processes)
-    numbers = torch.tensor(list({prompt_number(row["prompt"]) for row in prompts.rows}))
     # The split itself says what is wrong with it.
-    split_by_prompt(numbers, settings.validation_split, settings.seed)
+    split_by_prompt(torch.tensor(list(set(prompt_hashes(prompts)))), settings.validation_split, settings.seed)
 
 
 def _check_default(settings: FitSettings, cls: type[Settings], what: str) -> None:
@@ -239,7 +238,7 @@ def _recommend(
             sampling,
             target_kl=settings.target_kl,
             combine_rewards=settings.combine_rewards,
-            progress=(lambda done, total: None) if quiet else None,
+            progress=no_progress if quiet else None,
         )
     # A reward may also fail on responses that only control makes.
     except (RuntimeError, ValueError) as error:
@@ -266,8 +265,7 @@ def _held_out(output: Path, prompts: Prompts, settings: FitSettings) -> Prompts:
     _, episodes = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
     wanted = set(store.prompts[episodes].tolist())
     chosen = []
-    for index, row in enumerate(prompts.rows):
-        number = prompt_number(row["prompt"])
+    for index, number in enumerate(prompt_hashes(prompts)):
         if number in wanted:
             wanted.remove(number)
             chosen.append(index)

@@ -17,8 +17,8 @@ from transformers.utils import logging
 from ..collection.labels import check_rows, try_rewards
 from ..collection.rewards import RewardFunction, named_rewards
 from ..configuration import ControlConfig
-from ..data.fingerprints import prompt_number
-from ..data.processes import Processes
+from ..data.fingerprints import prompt_hashes
+from ..data.processes import Processes, no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import shared_folder
 from ..evaluation.comparison.answers import usable_prompts
@@ -95,7 +95,7 @@ def tune(
     settings, output = TuneSettings.of(settings, changes), Path(output)
     with needs_extra("compare", "Plots"):
         import matplotlib  # noqa: F401
-    target = Path(head) if Path(head).is_dir() else output / "head"
+    target = tuned_head(head, output)
     for path in (output / TUNING_NAME, target / CONFIG_NAME):
         check_target(path)
     prompts = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
@@ -120,7 +120,7 @@ def tune(
         of_base = len(few) * num_samples if settings.kl else 0
         # Before anything is drawn: what half of the budget is left for.
         plan_rounds(len(rows), len(prompts), num_samples, settings.budget - for_strengths)
-        progress = (lambda done, total: None) if quiet else None
+        progress = no_progress if quiet else None
         with shared_folder(output):
             rows, matches = with_strengths(output, rows, bench, few, progress, for_strengths - of_base)
             rows = without_twins(rows)
@@ -136,6 +136,11 @@ def tune(
     return result
 
 
+def tuned_head(head: str | os.PathLike, output: str | os.PathLike) -> Path:
+    """Where a tuned head is written: into its own folder, or, if it is none, into a copy in `output`."""
+    return Path(head) if Path(head).is_dir() else Path(output) / "head"
+
+
 def _former(output: Path, head: ValueHead) -> ControlConfig | None:
     """What the head recommended before the search, also if this one has written its own into it."""
     present = head.config.control
@@ -149,8 +154,8 @@ def _former(output: Path, head: ValueHead) -> ControlConfig | None:
 def _in_order(prompts: Prompts, seed: int) -> Prompts:
     """Each prompt once, in an order that depends on the seed."""
     once: dict[int, int] = {}
-    for place, row in enumerate(prompts.rows):
-        once.setdefault(prompt_number(row["prompt"]), place)
+    for place, number in enumerate(prompt_hashes(prompts)):
+        once.setdefault(number, place)
     places = list(once.values())
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).tolist()
     return prompts.take([places[i] for i in order])
@@ -202,8 +207,7 @@ def _write(
     # Before the head: after a stop between the two the next run knows what the head recommended before.
     write_json(output / TUNING_NAME, result)
     seen = saved.seen_prompts or SeenPrompts()
-    numbers = torch.tensor([prompt_number(row["prompt"]) for row in prompts.rows])
-    saved.seen_prompts = replace(seen, tuned_on=torch.cat([seen.tuned_on, numbers]))
+    saved.seen_prompts = replace(seen, tuned_on=torch.cat([seen.tuned_on, torch.tensor(prompt_hashes(prompts))]))
     saved.config.control = chosen.control
     saved.config.control_figures = {
         "control": chosen.control.to_dict(),

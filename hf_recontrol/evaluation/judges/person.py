@@ -12,8 +12,8 @@ from typing import Any
 
 from ...data.rollouts import Rollout
 from ..comparison.figures import row_label
-from ..comparison.results import matched_references, written_prompt
-from ..comparison.scores import Scores
+from ..comparison.results import written_prompt
+from ..comparison.scores import Scores, matched_references
 
 # Of a page's key, which says who wrote which, in the comparison's folder.
 KEY_NAME = "judge-key-{}.json"

@@ -14,8 +14,7 @@ from typing import Any
 from ...data.processes import Processes
 from ...data.rollouts import Rollout
 from ...utils.checks import check_choice, check_number
-from ..comparison.results import matched_references
-from ..comparison.scores import Scorer, Scores
+from ..comparison.scores import Scorer, Scores, matched_references
 from .cache import VerdictCache
 from .judge import MODES, REFUSED, UNPARSABLE, Judge, Question, Verdict, shown_prompt
 

@@ -16,6 +16,7 @@ from ...collection.rewards import RewardFunction
 from ...collection.rollouts import generate_rollouts
 from ...configuration import ControlConfig
 from ...data.fingerprints import model_settings
+from ...data.processes import no_progress
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout, load_rollouts
 from ...data.stage_folder import read_manifest
@@ -87,7 +88,7 @@ class Bench:
             prompts,
             self.sampling,
             control=control,
-            progress=lambda done, total: None,
+            progress=no_progress,
         )
 
 
