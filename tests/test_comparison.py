@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, generate_rollouts
-from hf_recontrol.data.fingerprints import prompt_number
+from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.heads.seen_prompts import SeenPrompts
 from hf_recontrol.pipelines.loading import load_base
 from hf_recontrol.settings import CompareSettings
@@ -345,7 +345,7 @@ def test_held_out_prompts_are_never_compared_on(place, recontrol_warnings):
 def remember(texts, kind):
     """The head says that it has seen these prompts."""
     head = ValueHead.from_pretrained("head")
-    head.seen_prompts = SeenPrompts(**{kind: torch.tensor([prompt_number(text) for text in texts])})
+    head.seen_prompts = SeenPrompts(**{kind: torch.tensor([prompt_hash(text) for text in texts])})
     head.save_pretrained("head")
 
 
@@ -479,6 +479,43 @@ def test_what_a_rival_must_not_return(place, how, message):
         run(controls=["base", {"name": "wrong", "kind": "mine:Wrong", "how": how}])
 
 
+# Several bases.
+
+
+def test_several_bases_are_compared_in_folders_of_their_own(place):
+    shutil.copytree("base", "other")
+    controls = ["base", {"kind": "ascent", "strengths": [0.5]}]
+    found = settings(base=["base", "other"], head=["head", "head"], controls=controls)
+    (place / "compare.yaml").write_text(yaml.safe_dump(found))
+    code, out, err = command(["compare", "--config", "compare.yaml"], place)
+    assert code == 0, err
+    assert (place / "out" / "table.md").read_text() in out
+    for name in ("base", "other"):
+        assert f"## {name}\n\n{(place / 'out' / name / 'table.md').read_text()}" in out
+        assert [{**line, "base": name} for line in figures_in(f"out/{name}")] == [
+            line for line in figures_in() if line["base"] == name
+        ]
+    assert list(figures_in()[0])[:4] == ["base", "control", "strength", "metric"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--head", "head"] * 3 + ["-m", "base"] * 2, "2 bases are given for 3"),
+        (["--head", "head", "--head", "nowhere"], "nowhere"),
+        (["-m", "base", "-m", "nowhere"], "nowhere"),
+        (["--head", "head", "--head", "head", "--rollouts", "rollouts"], "1 folders of rollouts are given for 2"),
+    ],
+)
+def test_several_bases_that_do_not_fit_are_refused_before_any_is_compared(place, more, said):
+    found = {k: v for k, v in settings().items() if k not in ("base", "head")}
+    (place / "compare.yaml").write_text(yaml.safe_dump(found))
+    code, _, err = command(["compare", "--config", "compare.yaml", *more], place)
+    assert code != 0
+    assert said in err and "Traceback" not in err
+    assert not (place / "out").exists()
+
+
 # Refusals: before anything is drawn, in one line that names what is wrong.
 
 REFUSED = {
@@ -504,8 +541,8 @@ REFUSED = {
     "few": ({"kl": [0.1]}, "There are 12 prompts, and 64 are to be set aside"),
     "role": ({"controls": ["base", {"kind": "prompting", "instruction_role": "boss"}]}, r"\[1\].instruction_role"),
     "no reward": ({"rewards": []}, "No reward is given"),
-    "odd reward": ({"rewards": None}, "Rewards and the judge must be functions or their names, got None"),
-    "odd judge": ({"judge": 3}, r"must be functions or their names, got \[3\]"),
+    "odd reward": ({"rewards": None}, "Rewards must be functions or their names, got None"),
+    "odd judge": ({"judge": 3}, "`judge` must be a function, its name"),
     "no module's name": ({"controls": ["base", ":Thing"]}, "':Thing' cannot be imported"),
     "judge": ({"judge": "mine:variety"}, "The judge is also one of the rewards"),
     "failing reward": ({"rewards": "mine:fails"}, "The reward fails failed: KeyError"),

@@ -16,6 +16,7 @@ from ..instructions import INSTRUCTION_ROLES
 from ..recommendation import candidates
 from ..rivals.kinds import make_rival, rival_class
 from ..rivals.rival import Bench, Rival
+from .figures import row_label
 
 # The kinds of the head's own methods.
 KIND_OF_METHOD = {"static": "static_vector", "advantage": "advantage", "ascent": "ascent"}
@@ -71,7 +72,7 @@ class Row:
     @property
     def label(self) -> str:
         """Its name in messages."""
-        return self.entry.name if self.strength is None else f"{self.entry.name} {self.strength:g}"
+        return row_label(self.entry.name, self.strength)
 
     def folder_name(self, depends_on: Mapping[str, Any]) -> str:
         """A name for what belongs to this row, by all that it depends on: what the row is called is not among it."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...data.templating import message_text
+
 MODES = ("pair", "score")
 # Why there is no verdict.
 REFUSED, UNPARSABLE = "refused", "unparsable"
@@ -21,11 +23,9 @@ def shown_prompt(prompt: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def _said(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or []
-    parts = [{"text": content}] if isinstance(content, str) else content
-    texts = [part["text"] if "text" in part else f"({part.get('type')})" for part in parts]
+    """What a message says, and the tools that it calls."""
     called = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
-    return "\n".join(texts + called)
+    return "\n".join(filter(None, [message_text(message), *called]))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ...data.rollouts import Rollout
-from ..comparison.results import matched_references, written_prompt
-from ..comparison.scores import Scores
+from ..comparison.figures import row_label
+from ..comparison.results import written_prompt
+from ..comparison.scores import Scores, matched_references
 
 # Of a page's key, which says who wrote which, in the comparison's folder.
 KEY_NAME = "judge-key-{}.json"
@@ -138,7 +139,7 @@ class PersonJudge:
         """Raise `ValueError` if a row that was judged is not among those compared."""
         for control, strength, _ in self._digests:
             if (control, strength) not in rows:
-                label = control if strength is None else f"{control} {strength:g}"
+                label = row_label(control, strength)
                 raise ValueError(f"The control {label!r} was judged, and is not compared here.")
 
     def counts(self) -> dict[str, Any]:
@@ -155,10 +156,7 @@ class PersonJudge:
 
     def note(self, counts: dict[str, Any]) -> str:
         """What stands under the table."""
-        rows = [
-            row["control"] if row["strength"] is None else f"{row['control']} {row['strength']:g}"
-            for row in counts["controls"]
-        ]
+        rows = [row_label(row["control"], row["strength"]) for row in counts["controls"]]
         return (
             f"Judge: a person, of {', '.join(rows)} alone; {counts['answers']} answers judged, {counts['not_judged']} "
             f"on the page not judged: left out; {counts['identical']} more are the same as the one compared against: "

@@ -14,10 +14,9 @@ from typing import Any
 from ...data.processes import Processes
 from ...data.rollouts import Rollout
 from ...utils.checks import check_choice, check_number
-from ..comparison.results import matched_references
-from ..comparison.scores import Scorer, Scores
+from ..comparison.scores import Scorer, Scores, matched_references
 from .cache import VerdictCache
-from .judge import MODES, REFUSED, Judge, Question, Verdict, shown_prompt
+from .judge import MODES, REFUSED, UNPARSABLE, Judge, Question, Verdict, shown_prompt
 
 _PAIR_VALUES = (0.0, 0.5, 1.0)
 
@@ -71,7 +70,7 @@ class JudgeScoring:
             for name in ("calls", "input_tokens", "output_tokens")
         )
         prices = self.judge.input_price, self.judge.output_price
-        names = ["answers", "refused", "unparsable"]
+        names = ["answers", REFUSED, UNPARSABLE]
         if self.judge.mode == "pair":
             names += ["identical", "orders_disagree"]
         return {
@@ -131,7 +130,7 @@ class JudgeScoring:
         self._counts["answers"] += len(verdicts)
         for verdict in verdicts:
             if verdict.value is None:
-                self._counts[REFUSED if verdict.why == REFUSED else "unparsable"] += 1
+                self._counts[REFUSED if verdict.why == REFUSED else UNPARSABLE] += 1
 
     def _asked(self, questions: Sequence[Question]) -> list[Verdict]:
         """A verdict on each question. Each is written before the next question is asked."""

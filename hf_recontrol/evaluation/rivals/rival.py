@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -17,6 +16,7 @@ from ...collection.rewards import RewardFunction
 from ...collection.rollouts import generate_rollouts
 from ...configuration import ControlConfig
 from ...data.fingerprints import model_settings
+from ...data.processes import no_progress
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout, load_rollouts
 from ...data.stage_folder import read_manifest
@@ -26,6 +26,7 @@ from ...heads.value_head import ValueHead
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...settings import SamplingSettings
 from ...utils.checks import check_number
+from ..metrics import summed_reward
 
 logger = logging.get_logger(__name__)
 
@@ -89,7 +90,7 @@ class Bench:
             prompts,
             self.sampling,
             control=control,
-            progress=lambda done, total: None,
+            progress=no_progress,
         )
 
 
@@ -219,24 +220,12 @@ def _of_text(bench: Bench, prompts: Prompts, place: int, text: str, encoded: dic
 
 
 def standardised(bench: Bench, reward: Sequence[float] | None) -> float | None:
-    """
-    A response's rewards as one number: their sum, each in standard deviations of the head's training, if the head was
-    trained on rewards of these names; else as they are.
-    """
+    """The [`summed_reward`] of a response, in the units of the comparison's head if it has one."""
     if reward is None:
         return None
-    values = torch.tensor(reward, dtype=torch.float64)
-    if isinstance(bench.model, ReControlForCausalLM):
-        config = bench.model.value_head.config
-        trained_on = config.training.rewards if config.training is not None else []
-        if set(bench.rewards) <= set(trained_on):
-            order = [trained_on.index(name) for name in bench.rewards]
-            mean, std = (
-                torch.tensor(x, dtype=torch.float64).expand(len(trained_on))[order]
-                for x in (config.reward_mean, config.reward_std)
-            )
-            values = (values - mean) / std
-    return float(values.sum())
+    if not isinstance(bench.model, ReControlForCausalLM):
+        return float(sum(reward))
+    return summed_reward(reward, bench.model.value_head.config, list(bench.rewards))
 
 
 def rollouts_for(bench: Bench, folder: str | Path, what: str) -> dict[str, Any]:
