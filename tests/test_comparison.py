@@ -19,6 +19,7 @@ import yaml
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, generate_rollouts
 from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.heads.seen_prompts import SeenPrompts
+from hf_recontrol.pipelines.compare_bases import _names
 from hf_recontrol.pipelines.loading import load_base
 from hf_recontrol.settings import CompareSettings
 
@@ -496,6 +497,13 @@ def test_several_bases_are_compared_in_folders_of_their_own(place):
             line for line in figures_in() if line["base"] == name
         ]
     assert list(figures_in()[0])[:4] == ["base", "control", "strength", "metric"]
+
+
+def test_the_folders_of_several_bases_have_names_of_their_own():
+    assert _names(["x/a", "y/b"]) == ["a", "b"]
+    assert _names(["x/a", "y/a", "b/"]) == ["a-1", "a-2", "b"]
+    assert _names(["x/a-3", "y/a", "z/a"]) == ["1-a-3", "a-2", "3-a-3"]
+    assert _names(["x/a", "y/A"]) == ["1-a", "2-A"]
 
 
 @pytest.mark.parametrize(

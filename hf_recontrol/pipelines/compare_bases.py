@@ -88,7 +88,10 @@ def _listed(names: Sequence[str]) -> str:
 def _names(sources: Sequence[str]) -> list[str]:
     """A folder's name for each: its last part, and its number where several have the same."""
     short = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name).strip(".") or "base" for source in sources]
-    return [name if short.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(short, 1)]
+    names = [name if short.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(short, 1)]
+    # A number may make of one name another's, and some file systems know no case.
+    alike = [name.lower() for name in names]
+    return [name if alike.count(name.lower()) == 1 else f"{number}-{name}" for number, name in enumerate(names, 1)]
 
 
 def _write(output: Path, names: Sequence[str]) -> None:
