@@ -34,6 +34,8 @@ Reply with JSON alone, such as {{"score": 5}}.
 <answer>
 {answer}
 </answer>"""
+# Where what an answer says would end it.
+_TAGS = re.compile(r"<(?=/?(?:answer|request)\b)", re.IGNORECASE)
 _ASK = {"pair": _ASK_PAIR, "score": _ASK_SCORE}
 # What is asked for, which some models repeat: that is no verdict.
 _CHOICES = {"pair": '{"verdict": "A"}, {"verdict": "B"} or {"verdict": "tie"}', "score": 'such as {"score": 5}'}
@@ -161,9 +163,9 @@ class LanguageJudge(Judge):
         ]
 
     def _ask(self, question: Question) -> str:
-        return _ASK[self.mode].format(
-            criteria=self.criteria, prompt=question.prompt, answer=question.answer, other=question.other
-        )
+        texts = {"prompt": question.prompt, "answer": question.answer, "other": question.other or ""}
+        texts = {name: _TAGS.sub("&lt;", text) for name, text in texts.items()}
+        return _ASK[self.mode].format(criteria=self.criteria, **texts)
 
 
 def parsed(reply: str, mode: str = "pair") -> float | None:
