@@ -19,6 +19,7 @@ import yaml
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, generate_rollouts
 from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.heads.seen_prompts import SeenPrompts
+from hf_recontrol.pipelines.compare_bases import _names as folder_names
 from hf_recontrol.pipelines.loading import load_base
 from hf_recontrol.settings import CompareSettings
 
@@ -500,6 +501,8 @@ def test_several_bases_are_compared_in_folders_of_their_own(place):
         (["--head", "head"] * 3 + ["-m", "base"] * 2, "2 bases are given for 3"),
         (["--head", "head", "--head", "nowhere"], "nowhere"),
         (["-m", "base", "-m", "nowhere"], "nowhere"),
+        (["-m", "base", "-m", "head"], "head is a value head, not a model"),
+        (["-m", "base", "-m", "base"], "base is named twice"),
         (["--head", "head", "--head", "head", "--rollouts", "rollouts"], "1 folders of rollouts are given for 2"),
     ],
 )
@@ -510,6 +513,11 @@ def test_several_bases_that_do_not_fit_are_refused_before_any_is_compared(place,
     assert code != 0
     assert said in err and "Traceback" not in err
     assert not (place / "out").exists()
+
+
+def test_folders_of_several_bases_never_share_a_name():
+    assert folder_names(["x/a", "y/b"]) == ["a", "b"]
+    assert folder_names(["x/a", "y/a", "z/a-1"]) == ["a-1", "a-2", "a-1-3"]
 
 
 # Refusals: before anything is drawn, in one line that names what is wrong.
