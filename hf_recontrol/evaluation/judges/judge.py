@@ -21,6 +21,12 @@ def shown_prompt(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
 
 
+def check_settings(given: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise `ValueError` for a setting of a judge that there is not; names it, and those there are."""
+    if unknown := sorted(str(name) for name in set(given) - set(names)):
+        raise ValueError(f"`judge` has no setting {', '.join(unknown)}. It has: kind, {', '.join(names)}.")
+
+
 @dataclass(frozen=True)
 class Question:
     """
