@@ -468,7 +468,11 @@ def test_texts_alone_are_answers(place):
         ("text", "'wrong' returned 'text', expected"),
         ("reversed", "'wrong' returned as answer 0 one to another prompt"),
         ("raise", "'wrong' failed: KeyError: 'what it needs'"),
-        ("kl", "'wrong' returned 1 KLs for an answer of another length"),
+        ("kl", "'wrong' .* answer 0 .* `kl` must hold one number for each of its 6 tokens"),
+        ("kl_nan", "'wrong' .* answer 0 .* `kl` must be a finite number, got nan"),
+        ("no_text", "'wrong' .* answer 0 .* `completion` must be a text"),
+        ("half_text", "'wrong' returned a text that is not UTF-8 as answer 0"),
+        ("ids", "'wrong' .* answer 0 .* `completion_ids` must be token ids below"),
     ],
 )
 def test_what_a_rival_must_not_return(place, how, message):

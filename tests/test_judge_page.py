@@ -324,7 +324,7 @@ new Function(source.match(/<script>([\\s\\S]*)<\\/script>/)[1])();
 for (const press of presses) {
   if (press.startsWith("#")) byId[press.slice(1)].click();
   else if (press.startsWith("=")) buttons.find((b) => b.dataset.choice === press.slice(1)).click();
-  else keys.keydown({key: press, preventDefault() {}});
+  else keys.keydown({key: press.replace("~", ""), repeat: press.endsWith("~"), preventDefault() {}});
 }
 byId.save.click();
 console.log(JSON.stringify({
@@ -347,7 +347,7 @@ def test_the_script_judges_by_keys_and_buttons_keeps_its_progress_and_saves(plac
 
     names = list(page.pairs)
     assert names == [f"pair{i + 1}" for i in range(count)]
-    found = browse({}, "1", "=right", "0", "x", "ArrowLeft")
+    found = browse({}, "1", "1~", "1~", "=right", "0", "x", "ArrowLeft")  # 1 is held down
     assert found["exported"]["verdicts"] == {"pair1": "left", "pair2": "right", "pair3": "tie"}
     assert found["exported"]["page"] == page.page
     assert found["name"] == f"verdicts-{page.page}.json"

@@ -16,7 +16,10 @@ import pytest
 import torch
 
 from hf_recontrol import Judge, Question, Verdict, compare
-from hf_recontrol.data.rollouts import Rollout
+from hf_recontrol.data.rollouts import Rollout, save_rollouts
+from hf_recontrol.data.stage_folder import StageFolder
+from hf_recontrol.evaluation.comparison.scores import score_answers
+from hf_recontrol.evaluation.judges import language
 from hf_recontrol.evaluation.judges.cache import VerdictCache
 from hf_recontrol.evaluation.judges.kinds import judge_of
 from hf_recontrol.evaluation.judges.language import parsed
@@ -102,6 +105,16 @@ def test_a_judge_that_prefers_a_place_ties_and_is_found_out(server, tmp_path):
     server.always = '{"verdict": "A"}'
     found, counts = judged(judge_of(given_for(server)), tmp_path / "v", PAIRS[:3])
     assert (found["win_rate"], counts["orders_disagree"]) == ([0.5] * 3, 3)
+
+
+def test_verdicts_depend_on_the_wording_of_the_question(server, tmp_path, monkeypatch):
+    prices = {"price_per_million_input": 1, "price_per_million_output": 1}
+    judge = judge_of(given_for(server, **prices))
+    judged(judge, tmp_path / "v", PAIRS[:1])
+    monkeypatch.setitem(language._ASK, "pair", "Judge! " + language._ASK["pair"])
+    _, counts = judged(judge, tmp_path / "v", PAIRS[:1])
+    assert counts["new_calls"] == 2
+    assert JudgeScoring(judge, tmp_path / "v").note(counts).endswith("; cost 0.0002.")
 
 
 def test_scores_are_of_each_answer_alone(server, tmp_path):
@@ -335,6 +348,8 @@ def test_wrong_settings_are_named(server, changes, said):
         {"base_url": f"https://host/v1?api_key={KEY}"},
         {"base_url": f"https://host/v1?q={KEY}"},
         {"request": {"extra_headers": {"Authorization": KEY}}},
+        {"request": {"api_key": KEY}},
+        {"request": {"tools": [{"auth_token": KEY, "Authorization": KEY}]}},
     ],
 )
 def test_a_key_in_the_file_is_refused_and_not_shown(server, changes):
@@ -394,11 +409,17 @@ def test_what_is_missing_is_named_with_its_extra(server, monkeypatch):
 
 
 def test_a_request_may_hold_what_an_endpoint_alone_knows(server):
-    request = {"top_k": 3, "max_tokens": None, "self": 1}
+    request = {
+        "top_k": 3,
+        "max_tokens": None,
+        "self": 1,
+        "max_completion_tokens": 9,
+        "response_format": {"type": "text"},
+    }
     judge_of(given_for(server, request=request)).check()
     body = dict(server.last)
     assert (body.pop("model"), len(body.pop("messages"))) == ("m", 1)
-    assert body == {"temperature": 0, "top_k": 3, "self": 1}
+    assert body == {"temperature": 0} | {name: value for name, value in request.items() if value is not None}
 
 
 def test_verdicts_depend_on_the_endpoint_that_the_environment_names(server, tmp_path, monkeypatch):
@@ -533,6 +554,21 @@ def test_compare_takes_its_win_rate_from_the_judge(server, place):
     assert not any(KEY.encode() in p.read_bytes() for p in (place / "out").rglob("*") if p.is_file())
 
 
+def test_each_part_that_was_judged_is_told(tmp_path):
+    class Judged(Longer):
+        def verdicts(self, questions):
+            told.append("asked")
+            return super().verdicts(questions)
+
+    stage, told = StageFolder(tmp_path / "answers", "answers", {}, 3, ".parquet"), []
+    with stage:
+        for part in range(3):
+            save_rollouts([rollout(f"answer {part}", part)], stage.part_path(part))
+        scorer = JudgeScoring(Judged(mode="score"), tmp_path / "v").scorer()
+        score_answers([stage], stage, [scorer], lambda done, total: told.append((done, total)))
+    assert told == [(0, 3), (0, 3), "asked", (1, 3), "asked", (2, 3), "asked", (3, 3)]
+
+
 def test_compare_takes_scores_and_wins_from_a_judge_that_scores(server, place):
     compare(**settings(judge=given_for(server, mode="score")), quiet=True)
     for line, other in lines_of():
@@ -582,6 +618,10 @@ def test_a_judge_of_a_users_own(place):
                 {"role": "user", "content": "b"},
             ],
             "user: (image)\na\n\nassistant: \n\nuser: b",
+        ),
+        (
+            [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "5"}],
+            'assistant: {"name": "f"}\n\ntool: 5',
         ),
     ],
 )

@@ -167,13 +167,15 @@ def _row_scores(stage: StageFolder, reference: StageFolder, scorer: Scorer, adva
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
     folder = StageFolder(stage.path / f"{scorer.name}-{digest}", "scores", known, stage.num_parts, ".json")
     with folder:
-        for part in folder.own_parts() if scorer.depends_on is None else folder.missing_parts():
+        parts = folder.own_parts() if scorer.depends_on is None else folder.missing_parts()
+        advance(len(folder.own_parts()) - len(parts))
+        for part in parts:
             rollouts = load_rollouts(stage.part_path(part))
             references = []
             if scorer.uses_references:
                 references = rollouts if stage is reference else load_rollouts(reference.part_path(part))
             write_json(folder.part_path(part), scorer.score(rollouts, references))
-        advance(len(folder.own_parts()))
+            advance(1)
         if scorer.depends_on is None or not folder.is_counted():
             folder.finish(lambda path: {})
         scores: Scores = {}

@@ -21,6 +21,10 @@ from .language import LanguageJudge, Reply
 # Names of a query that hold secrets, and how long a value without a meaning is.
 _SECRET_NAMES = re.compile(r"key|token|secret|pass|auth|sig|cred|code", re.IGNORECASE)
 _SECRET_LENGTH = 20
+# Names of a request's fields that hold secrets; not `max_tokens`.
+_SECRET_FIELDS = re.compile(
+    r'"[^"]*(api.?key|secret|passw|authori[sz]ation|credential|bearer)[^"]*": |"[^"]*token": "', re.IGNORECASE
+)
 # Fields of a request that are ours, and what is none of its fields or holds secrets.
 _OWN_ARGUMENTS = ("model", "messages", "n", "stream", "extra_headers", "extra_query", "extra_body", "timeout")
 # What an endpoint answers to one question that it will not take, and to all of them if its settings are wrong.
@@ -30,6 +34,8 @@ _HINTS = {
     403: " May this key use the model?",
     404: " Are `base_url` and `model` right?",
 }
+# Characters of what an endpoint says that an error repeats.
+_SHOWN = 500
 # So much of a key tells what it is.
 _PIECE = 6
 # Bytes of an answer, far more than any verdict has.
@@ -89,9 +95,14 @@ class EndpointJudge(LanguageJudge):
         if own := [name for name in _OWN_ARGUMENTS if name in self.request]:
             raise ValueError(f"`judge.request` must not hold `{own[0]}`.")
         try:
-            json.dumps(self.request, sort_keys=True, allow_nan=False)
+            written = json.dumps(self.request, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError):
             raise ValueError("`judge.request` must be what JSON can hold.") from None
+        if _SECRET_FIELDS.search(written):
+            raise ValueError(
+                "`judge.request` must hold no key, since it is written to files: put it into the environment variable "
+                "that `judge.api_key_env` names."
+            )
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> EndpointJudge:
@@ -180,7 +191,7 @@ class EndpointJudge(LanguageJudge):
         except APIStatusError as error:
             raise OSError(
                 f"The judge's endpoint at {client.base_url} does not take the request (status {error.status_code})."
-                f"{_HINTS.get(error.status_code, '')} It says: {self._without_key(str(error.message))}"
+                f"{_HINTS.get(error.status_code, '')} It says: {self._without_key(str(error.message)[:_SHOWN])}"
             ) from None
         if found is None or not found.choices:
             raise OSError(

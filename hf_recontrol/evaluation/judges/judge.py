@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,13 @@ def shown_prompt(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """A prompt as a judge reads it: a chat as `role: text`, of one turn the text alone."""
     if isinstance(prompt, str):
         return prompt
-    turns = [(message.get("role"), message_text(message)) for message in prompt]
+    turns = [(message.get("role"), _said(message)) for message in prompt]
     return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    called = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join(filter(None, [message_text(message), *called]))
 
 
 def check_settings(given: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -32,6 +34,7 @@ Reply with JSON alone, such as {{"score": 5}}.
 <answer>
 {answer}
 </answer>"""
+_ASK = {"pair": _ASK_PAIR, "score": _ASK_SCORE}
 # What is asked for, which some models repeat: that is no verdict.
 _CHOICES = {"pair": '{"verdict": "A"}, {"verdict": "B"} or {"verdict": "tie"}', "score": 'such as {"score": 5}'}
 _AGAIN = {
@@ -126,7 +129,8 @@ class LanguageJudge(Judge):
         return cls(**given)
 
     def depends_on(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.asked}
+        wording = hashlib.sha256(f"{_ASK[self.mode]} {_AGAIN[self.mode]}".encode()).hexdigest()[:8]
+        return {name: getattr(self, name) for name in self.asked} | {"wording": wording}
 
     def replies(self, talks: Sequence[list[dict[str, str]]]) -> list[Reply]:
         """One reply to each talk (messages with `role` and `content`)."""
@@ -155,8 +159,7 @@ class LanguageJudge(Judge):
         ]
 
     def _ask(self, question: Question) -> str:
-        text = _ASK_SCORE if question.other is None else _ASK_PAIR
-        return text.format(
+        return _ASK[self.mode].format(
             criteria=self.criteria, prompt=question.prompt, answer=question.answer, other=question.other
         )
 
@@ -184,12 +187,14 @@ def parsed(reply: str, mode: str = "pair") -> float | None:
 
 
 def _verdict(found: Any) -> float | None:
-    return _PAIR_VALUES.get(str(found).strip(" \n.").upper().removeprefix("ANSWER "))
+    said = found.strip(" \n.").upper() if isinstance(found, str) else ""
+    return _PAIR_VALUES.get(said.removeprefix("ANSWER "))
 
 
 def _score(found: Any) -> float | None:
     try:
-        value = float(str(found).strip().removesuffix("/10"))
+        # A whole number may have more digits than a float holds.
+        value = float(str(found).strip().removesuffix("/10")) if isinstance(found, (str, int, float)) else math.nan
     except ValueError:
         return None
     return value if _LOWEST <= value <= _HIGHEST else None

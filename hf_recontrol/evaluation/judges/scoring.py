@@ -98,7 +98,7 @@ class JudgeScoring:
             f"{counts['unparsable']} not readable): left out. {counts['calls']:,} calls, {counts['new_calls']:,} of "
             f"them in this run; {counts['input_tokens']:,} tokens in, {counts['output_tokens']:,} out"
         )
-        return text + ("." if counts["cost"] is None else f"; cost {counts['cost']:.2f}.")
+        return text + ("." if counts["cost"] is None else f"; cost {counts['cost']:.4f}.")
 
     def _scores(self, rollouts: list[Rollout], references: list[Rollout]) -> Scores:
         found = self._asked([Question(shown_prompt(r.prompt), r.completion) for r in rollouts])

@@ -21,9 +21,11 @@ from ...data.prompts import Prompts
 from ...data.rollouts import Rollout, load_rollouts
 from ...data.stage_folder import read_manifest
 from ...data.templating import encode_prompt
+from ...data.text_files import is_text
 from ...heads.value_head import ValueHead
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...settings import SamplingSettings
+from ...utils.checks import check_number
 from ..metrics import summed_reward
 
 logger = logging.get_logger(__name__)
@@ -157,13 +159,16 @@ def answers_of(bench: Bench, prompts: Prompts, returned: Sequence[Any], name: st
         found = len(returned) if hasattr(returned, "__len__") and not isinstance(returned, str) else returned
         raise ValueError(f"The control {name!r} returned {found!r}, expected a list of {wanted} answers.")
     encoded: dict[int, list[int]] = {}
+    vocabulary = bench.model.config.get_text_config().vocab_size
     answers = []
     for place, answer in enumerate(returned):
-        if isinstance(answer, str):
+        if isinstance(answer, str) and is_text(answer):
             answer = _of_text(bench, prompts, place, answer, encoded)
         if isinstance(answer, Rollout):
             answer = Answer(answer)
-        if not isinstance(answer, Answer):
+        if isinstance(answer, str):
+            raise ValueError(f"The control {name!r} returned a text that is not UTF-8 as answer {place}.")
+        if not isinstance(answer, Answer) or not isinstance(answer.rollout, Rollout):
             raise TypeError(
                 f"The control {name!r} returned a {type(answer).__name__} among its answers, expected Answer, Rollout "
                 "or a text."
@@ -176,10 +181,26 @@ def answers_of(bench: Bench, prompts: Prompts, returned: Sequence[Any], name: st
                 "of the prompts, those to one prompt behind each other."
             )
         answer = replace(answer, rollout=replace(rollout, prompt_number=prompts.numbers[number], sample=sample))
-        if answer.kl is not None and len(answer.kl) != len(answer.rollout.completion_ids):
-            raise ValueError(f"The control {name!r} returned {len(answer.kl)} KLs for an answer of another length.")
-        answers.append(answer)
+        try:
+            answers.append(_checked(answer, vocabulary))
+        except ValueError as error:
+            raise ValueError(f"The control {name!r} returned as answer {place} one that cannot be: {error}") from error
     return answers
+
+
+def _checked(answer: Answer, vocabulary: int) -> Answer:
+    """An answer with plain numbers; `ValueError` if one is none, or the text cannot be kept."""
+    rollout, kl = answer.rollout, answer.kl
+    if not isinstance(rollout.completion, str) or not is_text(rollout.completion):
+        raise ValueError("its `completion` must be a text that UTF-8 can hold.")
+    ids, kl = (values.tolist() if hasattr(values, "tolist") else values for values in (rollout.completion_ids, kl))
+    if not isinstance(ids, Sequence) or not all(isinstance(each, int) and 0 <= each < vocabulary for each in ids):
+        raise ValueError(f"its `completion_ids` must be token ids below {vocabulary}.")
+    if kl is not None:
+        if not isinstance(kl, Sequence) or len(kl) != len(ids):
+            raise ValueError(f"its `kl` must hold one number for each of its {len(ids)} tokens.")
+        kl = [check_number("kl", each) for each in kl]
+    return replace(answer, rollout=replace(rollout, completion_ids=list(ids), finished=bool(rollout.finished)), kl=kl)
 
 
 def _of_text(bench: Bench, prompts: Prompts, place: int, text: str, encoded: dict[int, list[int]]) -> Rollout:
