@@ -301,6 +301,15 @@ def test_rounds_of_a_budget():
                 assert [size for size, _ in rounds] == sorted({size for size, _ in rounds}, reverse=True)
 
 
+def test_numbers_that_yaml_takes_for_texts_are_numbers():
+    text = "kl: 5e-2\nplausibility: [0, 1e-1]\ncriterion: {reward: 1, kl_per_response: -1e-1}\n"
+    settings = TuneSettings.from_dict(yaml.safe_load(text), "tune.yaml")
+    assert settings.kl == (0.05,) and settings.plausibility == (0.0, 0.1)
+    assert settings.criterion == {"reward": 1.0, "kl_per_response": -0.1}
+    with pytest.raises(ValueError, match="`kl` must be a list of numbers, got 'x'"):
+        TuneSettings.from_dict({"kl": "x"}, "tune.yaml")
+
+
 REFUSED = {
     "paper": ({"criterion": "paper"}, "counts coherence, which needs a model of sentence-transformers"),
     "metric": (
