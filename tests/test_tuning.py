@@ -149,6 +149,18 @@ def test_weights_decide_how_strong_and_the_head_keeps_its_other_settings(place, 
         assert each["gain"][0] == pytest.approx(value - base["reward"])
 
 
+def test_a_penalty_that_forbids_long_steps_is_kept(place, recontrol_warnings):
+    save_head(1.0, 1.0, 10.0, control=ControlConfig("ascent", 0.3, l2=1.5))
+    found = run(methods=["ascent"], kl=0.1, num_steps=[2])
+    assert found["control"]["l2"] == 1.5 and 0 < found["control"]["step_size"] < 1 / 1.5
+    assert found["candidates"][0]["figures"]["kl_per_token"][0] == pytest.approx(0.1, rel=0.3)
+    # Also where the head recommends another method, and in a comparison.
+    options = {"controls": ["base", {"kind": "ascent", "l2": 3.0, "num_steps": 2, "strengths": [0.1]}], **SMALL}
+    save_head(1.0, 1.0, 10.0, control=ControlConfig("static", 0.3))
+    figures = compare(None, ["w70", "w71"], count, "comparison", head="head", **options)
+    assert {(each.control, each.strength) for each in figures} == {("base", None), ("ascent", 0.1)}
+
+
 def test_a_mask_of_implausible_tokens_is_tried_too(place):
     save_head(1.0, 1.0, 1.0)
     found = run(methods=["static"], plausibility=[0.5, 0.0], step_sizes=[3.0], criterion={"reward": 1})
