@@ -141,6 +141,7 @@ def tune(
         typer.echo(f"{where} now recommends {ControlConfig.from_dict(found['control'])}:")
         typer.echo(
             f"reward {figures['reward'][0]:.3f} (the base's {found['base']['reward'][0]:.3f}) at "
-            f"{figures['kl_per_response'][0]:.2f} nats an answer, on {chosen['prompts']} prompts."
+            f"{figures['kl_per_response'][0]:.2f} nats an answer, on {chosen['prompts']} prompts. These "
+            "chose it: what it is worth on others says `recontrol compare`."
         )
         typer.echo(f"All controls and the plot are in {inputs['output']}.")
