@@ -30,6 +30,9 @@ SMALL = {"max_new_tokens": 6, "temperature": 0.8, "part_size": 8, "quiet": True}
 _CODE = f"""
 def count(completions, **columns):
     return [float(text.split().count("w{WORD}")) for text in completions]
+
+def nothing(completions, **columns):
+    return [None for _ in completions]
 """
 
 
@@ -436,3 +439,9 @@ def test_the_command_and_its_file(place):
     assert json.loads((place / "out" / "tuning.json").read_text())["weights"] == {"reward": 1, "diversity": 0.1}
     model = ReControlForCausalLM.from_pretrained("head")
     assert model.control.method == "static"
+    # A criterion that no answer needs a reward for.
+    arguments = ["tune", "--config", "tune.yaml", "--head", "head", "--reward", "mine:nothing", "-o", "diverse"]
+    arguments += ["--on-bad-rows", "skip", "--criterion", '{"diversity": 1}']
+    code, out, err = run_fresh(RECONTROL, arguments, os.environ | ALONE, timeout=200, cwd=place)
+    assert code == 0, err
+    assert "nats an answer, on 40 prompts" in out and "reward" not in out and "Warning" not in err
