@@ -164,6 +164,12 @@ def test_a_penalty_that_forbids_long_steps_is_kept(place, recontrol_warnings):
     assert {(each.control, each.strength) for each in figures} == {("base", None), ("ascent", 0.1)}
 
 
+def test_a_head_that_recommends_a_step_size_for_each_prompt_is_tuned_like_any_other(place):
+    save_head(1.0, 1.0, 1.0, control=ControlConfig("static", (0.1, 0.2)))
+    found = run(methods=["static"], step_sizes=[3.0], criterion={"reward": 1})
+    assert found["control"]["step_size"] == 3.0 and found["replaces"]["step_size"] == [0.1, 0.2]
+
+
 def test_a_mask_of_implausible_tokens_is_tried_too(place):
     save_head(1.0, 1.0, 1.0)
     found = run(methods=["static"], plausibility=[0.5, 0.0], step_sizes=[3.0], criterion={"reward": 1})
@@ -338,7 +344,10 @@ REFUSED = {
     "both": ({"kl": [0.1], "step_sizes": [1.0], "criterion": {"reward": 1}}, "use one of them"),
     "method": ({"methods": ["magic"]}, r"`methods\[...\]` must be one of"),
     "budget": ({"budget": 100}, "50 responses are too few to compare 3 controls with: it takes 66 or more"),
-    "trained on": ({"prompts": ["w80", "w81"]}, "1 of 2 prompts to tune on .*(trained on)"),
+    "trained on": (
+        {"prompts": ["w80", "w81"]},
+        r"1 of 2 prompts to tune on are among those that the head was trained on; .*\(trained on\): 'w80'",
+    ),
     "target": ({"output": "base/config.json"}, "is a file"),
 }
 
