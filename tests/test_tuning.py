@@ -30,6 +30,9 @@ SMALL = {"max_new_tokens": 6, "temperature": 0.8, "part_size": 8, "quiet": True}
 _CODE = f"""
 def count(completions, **columns):
     return [float(text.split().count("w{WORD}")) for text in completions]
+
+def nothing(completions, **columns):
+    return [None for _ in completions]
 """
 
 
@@ -159,6 +162,12 @@ def test_a_penalty_that_forbids_long_steps_is_kept(place, recontrol_warnings):
     save_head(1.0, 1.0, 10.0, control=ControlConfig("static", 0.3))
     figures = compare(None, ["w70", "w71"], count, "comparison", head="head", **options)
     assert {(each.control, each.strength) for each in figures} == {("base", None), ("ascent", 0.1)}
+
+
+def test_a_head_that_recommends_a_step_size_for_each_prompt_is_tuned_like_any_other(place):
+    save_head(1.0, 1.0, 1.0, control=ControlConfig("static", (0.1, 0.2)))
+    found = run(methods=["static"], step_sizes=[3.0], criterion={"reward": 1})
+    assert found["control"]["step_size"] == 3.0 and found["replaces"]["step_size"] == [0.1, 0.2]
 
 
 def test_a_mask_of_implausible_tokens_is_tried_too(place):
@@ -335,7 +344,10 @@ REFUSED = {
     "both": ({"kl": [0.1], "step_sizes": [1.0], "criterion": {"reward": 1}}, "use one of them"),
     "method": ({"methods": ["magic"]}, r"`methods\[...\]` must be one of"),
     "budget": ({"budget": 100}, "50 responses are too few to compare 3 controls with: it takes 66 or more"),
-    "trained on": ({"prompts": ["w80", "w81"]}, "1 of 2 prompts to tune on .*(trained on)"),
+    "trained on": (
+        {"prompts": ["w80", "w81"]},
+        r"1 of 2 prompts to tune on are among those that the head was trained on; .*\(trained on\): 'w80'",
+    ),
     "target": ({"output": "base/config.json"}, "is a file"),
 }
 
@@ -436,3 +448,9 @@ def test_the_command_and_its_file(place):
     assert json.loads((place / "out" / "tuning.json").read_text())["weights"] == {"reward": 1, "diversity": 0.1}
     model = ReControlForCausalLM.from_pretrained("head")
     assert model.control.method == "static"
+    # A criterion that no answer needs a reward for.
+    arguments = ["tune", "--config", "tune.yaml", "--head", "head", "--reward", "mine:nothing", "-o", "diverse"]
+    arguments += ["--on-bad-rows", "skip", "--criterion", '{"diversity": 1}']
+    code, out, err = run_fresh(RECONTROL, arguments, os.environ | ALONE, timeout=200, cwd=place)
+    assert code == 0, err
+    assert "nats an answer, on 40 prompts" in out and "reward" not in out and "Warning" not in err

@@ -146,7 +146,7 @@ def rows_to_try(bench: Bench, settings: TuneSettings, former: ControlConfig | No
                 said = {key: value for key, value in control.to_dict().items() if key not in ("method", "step_size")}
                 entry = Entry(name, KIND_OF_METHOD[method], settings=said)
                 try:
-                    rival = make_rival(entry.kind, bench, said)
+                    rival = make_rival(entry.kind, bench, said | {"step_size": control.step_size})
                     for step_size in settings.step_sizes:
                         replace(control, step_size=step_size)
                 except (TypeError, ValueError) as error:

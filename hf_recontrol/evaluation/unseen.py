@@ -71,9 +71,10 @@ def unseen(
         return prompts
     first, how = next(iter(found.items()))
     said = str(prompts.rows[first]["prompt"])[:60]
+    counted = " or ".join(kind.replace("_", " ") for kind in kinds)
     which = (
-        f"{len(found)} of {len(prompts)} prompts {purpose} are among those that the head was trained, validated or "
-        f"tuned on; the first is number {prompts.numbers[first]} ({how}): {said!r}"
+        f"{len(found)} of {len(prompts)} prompts {purpose} are among those that the head was {counted}; the first is "
+        f"number {prompts.numbers[first]} ({how}): {said!r}"
     )
     if on_seen_prompts == "allow":
         logger.warning(f"{which}. On such prompts a control looks better than it is.")
