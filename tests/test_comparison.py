@@ -372,6 +372,9 @@ def test_prompts_that_the_head_has_seen_are_refused_left_out_or_taken_when_asked
     assert "2 of 12 prompts" in said and "left out" in said
     run(**small, on_seen_prompts="allow")
     assert len(lines_of()) == 12
+    table = (place / "out" / "table.md").read_text()
+    assert "2 of these prompts are among those that the head was trained, validated or tuned on" in table
+    assert "2 of 12 prompts" in recontrol_warnings[-1] and "looks better than it is" in recontrol_warnings[-1]
     remember([f"w{i} w{i + 1}" for i in range(10, 22)], kind)
     with pytest.raises(ValueError, match=r"12 of 12 prompts .* none is left"):
         run(**small, on_seen_prompts="skip")
