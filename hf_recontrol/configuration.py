@@ -214,7 +214,8 @@ class ValueHeadConfig:
             The recommended control, used when the caller names none.
         control_figures (`dict`, *optional*):
             What [`tune`] measured of a control: its settings (`control`), what it was chosen by (`criterion`), on how
-            many `prompts`, and its `figures`, of each by name its value and the ends of the 95 % interval.
+            many `prompts`, for how many of them all controls had numbers (`counted`) and how many the head was
+            `trained_on`, and its `figures`, of each by name its value and the ends of the 95 % interval.
         training ([`TrainingRecord`], *optional*):
             What the head was trained on and its held-out figures.
         prompts_digest (`str`, *optional*):

@@ -19,7 +19,7 @@ import yaml
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, generate_rollouts
 from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.heads.seen_prompts import SeenPrompts
-from hf_recontrol.pipelines.compare_bases import _names
+from hf_recontrol.pipelines.compare_bases import _names as folder_names
 from hf_recontrol.pipelines.loading import load_base
 from hf_recontrol.settings import CompareSettings
 
@@ -372,6 +372,9 @@ def test_prompts_that_the_head_has_seen_are_refused_left_out_or_taken_when_asked
     assert "2 of 12 prompts" in said and "left out" in said
     run(**small, on_seen_prompts="allow")
     assert len(lines_of()) == 12
+    table = (place / "out" / "table.md").read_text()
+    assert "2 of these prompts are among those that the head was trained, validated or tuned on" in table
+    assert "2 of 12 prompts" in recontrol_warnings[-1] and "looks better than it is" in recontrol_warnings[-1]
     remember([f"w{i} w{i + 1}" for i in range(10, 22)], kind)
     with pytest.raises(ValueError, match=r"12 of 12 prompts .* none is left"):
         run(**small, on_seen_prompts="skip")
@@ -499,19 +502,14 @@ def test_several_bases_are_compared_in_folders_of_their_own(place):
     assert list(figures_in()[0])[:4] == ["base", "control", "strength", "metric"]
 
 
-def test_the_folders_of_several_bases_have_names_of_their_own():
-    assert _names(["x/a", "y/b"]) == ["a", "b"]
-    assert _names(["x/a", "y/a", "b/"]) == ["a-1", "a-2", "b"]
-    assert _names(["x/a-3", "y/a", "z/a"]) == ["1-a-3", "a-2", "3-a-3"]
-    assert _names(["x/a", "y/A"]) == ["1-a", "2-A"]
-
-
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--head", "head"] * 3 + ["-m", "base"] * 2, "2 bases are given for 3"),
         (["--head", "head", "--head", "nowhere"], "nowhere"),
         (["-m", "base", "-m", "nowhere"], "nowhere"),
+        (["-m", "base", "-m", "head"], "head is a value head, not a model"),
+        (["-m", "base", "-m", "base"], "base is named twice"),
         (["--head", "head", "--head", "head", "--rollouts", "rollouts"], "1 folders of rollouts are given for 2"),
     ],
 )
@@ -522,6 +520,11 @@ def test_several_bases_that_do_not_fit_are_refused_before_any_is_compared(place,
     assert code != 0
     assert said in err and "Traceback" not in err
     assert not (place / "out").exists()
+
+
+def test_folders_of_several_bases_never_share_a_name():
+    assert folder_names(["x/a", "y/b"]) == ["a", "b"]
+    assert folder_names(["x/a", "y/a", "z/a-1"]) == ["a-1", "a-2", "a-1-3"]
 
 
 # Refusals: before anything is drawn, in one line that names what is wrong.

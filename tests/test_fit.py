@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 
 import pytest
 import torch
@@ -241,6 +242,27 @@ def test_train_head_goes_on_from_v_when_it_is_done(base, tmp_path, monkeypatch):
     for name, value in figures["figures"].items():
         if isinstance(value, float):
             assert again["figures"][name] == pytest.approx(value, abs=1e-5)
+
+
+def test_a_prompt_is_the_same_however_it_was_stored():
+    text = "Was heißt\n\n  „schön“?"
+    stored = [
+        text.replace("\n", "\r\n"),
+        f" {text}\n",
+        text.replace("  ", "\u00a0"),
+        unicodedata.normalize("NFD", text),
+    ]
+    same = stored + [[{"role": "user", "content": each, "name": None}] for each in [text, *stored]]
+    same += [[{"role": "user", "content": [{"type": "text", "text": each}]}] for each in stored]
+    assert {prompt_hash(each) for each in same} == {prompt_hash(text)}
+    two = [
+        [{"role": "user", "content": [{"type": "text", "text": each}, {"type": "text", "text": "w"}]}]
+        for each in same[:4]
+    ]
+    assert len(set(map(prompt_hash, two))) == 1
+    others = ["was heißt schön?", text[:-1], [{"role": "system", "content": text}]]
+    others += [[{"role": "system", "content": "Kurz."}, {"role": "user", "content": text}]]
+    assert len({prompt_hash(each) for each in [text, *others, two[0]]}) == 6
 
 
 def test_a_head_says_which_prompts_it_was_trained_and_validated_on(base, tmp_path):

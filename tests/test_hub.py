@@ -2,6 +2,8 @@
 
 import json
 import socket
+from contextlib import suppress
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -801,6 +803,44 @@ def test_a_record_of_prompts_must_be_its_head_s(tmp_path):
     assert ValueHead.from_pretrained(tmp_path / "head").seen_prompts is None
     with pytest.raises(ValueError, match="`prompts_digest` must be a SHA-256"):
         ValueHeadConfig(4, prompts_digest="../x")
+
+
+class Killed(BaseException):
+    """Ends a process where it stands."""
+
+
+def test_a_save_that_is_killed_at_any_rename_leaves_a_head_with_its_record(tmp_path, monkeypatch):
+    rename, stop = Path.replace, 0
+
+    def killed(self, target):
+        nonlocal stop
+        stop -= 1
+        if stop == 0:
+            raise Killed
+        return rename(self, target)
+
+    more = SeenPrompts(SEEN.trained_on, SEEN.validated_on, torch.tensor([9]))
+    for earlier in (None, SEEN):
+        left = []
+        for count in range(1, 7):
+            folder = tmp_path / f"{earlier is None}-{count}"
+            head = head_with_prompts(folder, earlier)
+            head.seen_prompts, stop = more, count
+            with monkeypatch.context() as patched, suppress(Killed):
+                patched.setattr(Path, "replace", killed)
+                # Of a process that is killed the files that it was writing stay.
+                patched.setattr(Path, "unlink", lambda self, missing_ok: None)
+                head.save_pretrained(folder)
+            seen = ValueHead.from_pretrained(folder).seen_prompts
+            left.append(None if seen is None else seen.digest())
+            # The next save is like any other.
+            head.save_pretrained(folder)
+            assert ValueHead.from_pretrained(folder).seen_prompts.digest() == more.digest()
+            assert (folder / "prompts.safetensors").is_file()
+            assert not (folder / "prompts.next.safetensors").exists()
+        before = None if earlier is None else earlier.digest()
+        # Prompts, weights, configuration, prompts by their own name, card.
+        assert left == [before] * 3 + [more.digest()] * 3
 
 
 def test_a_head_from_the_hub_is_tuned_into_the_output(hub, run, tmp_path):

@@ -30,6 +30,9 @@ SMALL = {"max_new_tokens": 6, "temperature": 0.8, "part_size": 8, "quiet": True}
 _CODE = f"""
 def count(completions, **columns):
     return [float(text.split().count("w{WORD}")) for text in completions]
+
+def nothing(completions, **columns):
+    return [None for _ in completions]
 """
 
 
@@ -149,6 +152,24 @@ def test_weights_decide_how_strong_and_the_head_keeps_its_other_settings(place, 
         assert each["gain"][0] == pytest.approx(value - base["reward"])
 
 
+def test_a_penalty_that_forbids_long_steps_is_kept(place, recontrol_warnings):
+    save_head(1.0, 1.0, 10.0, control=ControlConfig("ascent", 0.3, l2=1.5))
+    found = run(methods=["ascent"], kl=0.1, num_steps=[2])
+    assert found["control"]["l2"] == 1.5 and 0 < found["control"]["step_size"] < 1 / 1.5
+    assert found["candidates"][0]["figures"]["kl_per_token"][0] == pytest.approx(0.1, rel=0.3)
+    # Also where the head recommends another method, and in a comparison.
+    options = {"controls": ["base", {"kind": "ascent", "l2": 3.0, "num_steps": 2, "strengths": [0.1]}], **SMALL}
+    save_head(1.0, 1.0, 10.0, control=ControlConfig("static", 0.3))
+    figures = compare(None, ["w70", "w71"], count, "comparison", head="head", **options)
+    assert {(each.control, each.strength) for each in figures} == {("base", None), ("ascent", 0.1)}
+
+
+def test_a_head_that_recommends_a_step_size_for_each_prompt_is_tuned_like_any_other(place):
+    save_head(1.0, 1.0, 1.0, control=ControlConfig("static", (0.1, 0.2)))
+    found = run(methods=["static"], step_sizes=[3.0], criterion={"reward": 1})
+    assert found["control"]["step_size"] == 3.0 and found["replaces"]["step_size"] == [0.1, 0.2]
+
+
 def test_a_mask_of_implausible_tokens_is_tried_too(place):
     save_head(1.0, 1.0, 1.0)
     found = run(methods=["static"], plausibility=[0.5, 0.0], step_sizes=[3.0], criterion={"reward": 1})
@@ -197,6 +218,89 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_end(place, drawn):
     assert ValueHead.from_pretrained("again").config.control == ValueHead.from_pretrained("head").config.control
 
 
+def changed_meanwhile(change):
+    """A reward in whose first call on answers somebody changes the head's folder."""
+    done = []
+
+    def reward(completions, **columns):
+        if len(completions) > 2 and not done:
+            done.append(True)
+            head = ValueHead.from_pretrained("head")
+            change(head)
+            head.save_pretrained("head")
+        return count(completions)
+
+    reward.fingerprint = "1"
+    return reward
+
+
+def test_what_is_written_into_the_head_while_it_is_tuned_is_not_lost(place):
+    options = {"methods": ["static"], "step_sizes": [1.0, 3.0], "criterion": {"reward": 1}}
+    save_head(1.0, 1.0, 1.0)
+
+    def tuned_elsewhere(head):
+        head.seen_prompts = replace(head.seen_prompts, tuned_on=torch.tensor([7]))
+
+    run(**options, rewards=changed_meanwhile(tuned_elsewhere))
+    tuned = ValueHead.from_pretrained("head")
+    assert tuned.seen_prompts.counts() == {"trained_on": 1, "validated_on": 1, "tuned_on": 41}
+    assert tuned.config.control.method == "static"
+
+    def trained_anew(head):
+        head.static_vector.neg_()
+
+    with pytest.raises(ValueError, match="head was changed while its control was searched for, and is left as it is"):
+        run(**options, rewards=changed_meanwhile(trained_anew), output="again")
+    found = ValueHead.from_pretrained("head")
+    assert torch.equal(found.static_vector, -tuned.static_vector)
+    assert (place / "again" / "tuning.json").is_file()
+
+
+def test_another_head_in_the_output_is_not_overwritten(place, drawn, monkeypatch):
+    save_head(1.0, 1.0, 1.0)
+    shutil.copytree("head", "run/head")
+    save_head(-1.0, 1.0, 1.0)
+    before = (place / "run" / "head" / "model.safetensors").read_bytes()
+    load = ValueHead.from_pretrained
+    named = {"me/head": "head"}
+    monkeypatch.setattr(ValueHead, "from_pretrained", lambda name, **options: load(named.get(name, name), **options))
+    with pytest.raises(ValueError, match="run/head holds another head: name another `output`"):
+        run(head="me/head", output="run")
+    assert drawn == [] and (place / "run" / "head" / "model.safetensors").read_bytes() == before
+
+
+def test_the_card_says_what_its_figures_are_worth(place, recontrol_warnings):
+    save_head(1.0, 1.0, 1.0)
+    head = ValueHead.from_pretrained("head")
+    head.seen_prompts = SeenPrompts(torch.tensor([prompt_hash(text) for text in PROMPTS[:3]]))
+    head.save_pretrained("head")
+
+    def some(prompts, completions, **columns):
+        return [None if prompt in PROMPTS[:30] else 1.0 for prompt in prompts]
+
+    some.fingerprint = "1"
+    options = {"methods": ["static"], "step_sizes": [1.0, 3.0], "criterion": {"reward": 1}, "rewards": some}
+    options |= {"on_bad_rows": "skip", "on_seen_prompts": "allow"}
+    found = run(**options)
+    assert "3 of 40 prompts to tune on are among those that the head was trained" in recontrol_warnings[0]
+    assert [(each["prompts"], each["counted"]) for each in found["candidates"]] == [(40, 10)] * 2
+    card = (place / "head" / "README.md").read_text()
+    for said in (
+        "Chosen by reward on 40 prompts, of which these figures are.",
+        "These prompts chose it: on others it may be worse.",
+        "Only the 10 of them counted for which every control had numbers. The head was trained on 3 of them.",
+    ):
+        assert said in card
+    (place / "head" / "README.md").write_text(card + "My own words.")
+    recontrol_warnings.clear()
+    run(**options)
+    assert "README.md is not as this package wrote it, so it is kept" in recontrol_warnings[-1]
+    head.seen_prompts = None
+    head.save_pretrained("unknown")
+    run(**options, head="unknown")
+    assert any("does not say which prompts it was trained on" in said for said in recontrol_warnings)
+
+
 def test_rounds_of_a_budget():
     # Enough for all on all prompts.
     assert plan_rounds(5, 100, 1, 601) == [(5, 100)]
@@ -218,6 +322,15 @@ def test_rounds_of_a_budget():
                 assert [size for size, _ in rounds] == sorted({size for size, _ in rounds}, reverse=True)
 
 
+def test_numbers_that_yaml_takes_for_texts_are_numbers():
+    text = "kl: 5e-2\nplausibility: [0, 1e-1]\ncriterion: {reward: 1, kl_per_response: -1e-1}\n"
+    settings = TuneSettings.from_dict(yaml.safe_load(text), "tune.yaml")
+    assert settings.kl == (0.05,) and settings.plausibility == (0.0, 0.1)
+    assert settings.criterion == {"reward": 1.0, "kl_per_response": -0.1}
+    with pytest.raises(ValueError, match="`kl` must be a list of numbers, got 'x'"):
+        TuneSettings.from_dict({"kl": "x"}, "tune.yaml")
+
+
 REFUSED = {
     "paper": ({"criterion": "paper"}, "counts coherence, which needs a model of sentence-transformers"),
     "metric": (
@@ -231,7 +344,10 @@ REFUSED = {
     "both": ({"kl": [0.1], "step_sizes": [1.0], "criterion": {"reward": 1}}, "use one of them"),
     "method": ({"methods": ["magic"]}, r"`methods\[...\]` must be one of"),
     "budget": ({"budget": 100}, "50 responses are too few to compare 3 controls with: it takes 66 or more"),
-    "trained on": ({"prompts": ["w80", "w81"]}, "1 of 2 prompts to tune on .*(trained on)"),
+    "trained on": (
+        {"prompts": ["w80", "w81"]},
+        r"1 of 2 prompts to tune on are among those that the head was trained on; .*\(trained on\): 'w80'",
+    ),
     "target": ({"output": "base/config.json"}, "is a file"),
 }
 
@@ -332,3 +448,9 @@ def test_the_command_and_its_file(place):
     assert json.loads((place / "out" / "tuning.json").read_text())["weights"] == {"reward": 1, "diversity": 0.1}
     model = ReControlForCausalLM.from_pretrained("head")
     assert model.control.method == "static"
+    # A criterion that no answer needs a reward for.
+    arguments = ["tune", "--config", "tune.yaml", "--head", "head", "--reward", "mine:nothing", "-o", "diverse"]
+    arguments += ["--on-bad-rows", "skip", "--criterion", '{"diversity": 1}']
+    code, out, err = run_fresh(RECONTROL, arguments, os.environ | ALONE, timeout=200, cwd=place)
+    assert code == 0, err
+    assert "nats an answer, on 40 prompts" in out and "reward" not in out and "Warning" not in err

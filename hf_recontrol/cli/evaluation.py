@@ -139,8 +139,12 @@ def tune(
         figures = chosen["figures"]
         where = tuned_head(inputs["head"], inputs["output"])
         typer.echo(f"{where} now recommends {ControlConfig.from_dict(found['control'])}:")
+        earned = ""
+        # A criterion without it does not need it.
+        if "reward" in figures and "reward" in found["base"]:
+            earned = f"reward {figures['reward'][0]:.3f} (the base's {found['base']['reward'][0]:.3f}) at "
         typer.echo(
-            f"reward {figures['reward'][0]:.3f} (the base's {found['base']['reward'][0]:.3f}) at "
-            f"{figures['kl_per_response'][0]:.2f} nats an answer, on {chosen['prompts']} prompts."
+            f"{earned}{figures['kl_per_response'][0]:.2f} nats an answer, on {chosen['prompts']} prompts. These chose "
+            "it: what it is worth on others says `recontrol compare`."
         )
         typer.echo(f"All controls and the plot are in {inputs['output']}.")

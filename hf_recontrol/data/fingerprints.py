@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +83,8 @@ def stable_number(value: str | list) -> int:
 
 def prompt_hash(prompt: str | list) -> int:
     """
-    A 64-bit hash of what a prompt says: a text and the chat of its one user turn have the same one, whatever space
-    stands around them. Splits, and what a head has seen, go by it.
+    A 64-bit hash of what a prompt says: a text and the chat of its one user turn have the same one, and so do texts
+    that differ in space, line ends or the form of Unicode alone. Splits, and what a head has seen, go by it.
     """
     return stable_number(_said(prompt))
 
@@ -95,7 +96,7 @@ def prompt_hashes(prompts: Prompts) -> list[int]:
 
 def _said(prompt: str | list) -> str | list:
     if isinstance(prompt, str):
-        return prompt.strip()
+        return _words(prompt)
     # Tables give every message the same keys, those that it lacks as None.
     turns = [
         {name: _content(value) if name == "content" else value for name, value in message.items() if value is not None}
@@ -107,7 +108,16 @@ def _said(prompt: str | list) -> str | list:
 
 
 def _content(content: Any) -> Any:
-    """A message's content without the space around it; one part that is a text is that text."""
+    """A message's content by its words; one part that is a text is that text."""
     if isinstance(content, list) and len(content) == 1 and content[0].get("type", "text") == "text":
         content = content[0].get("text", content)
-    return content.strip() if isinstance(content, str) else content
+    if isinstance(content, list):
+        return [
+            part | {"text": _words(part["text"])} if isinstance(part.get("text"), str) else part for part in content
+        ]
+    return _words(content) if isinstance(content, str) else content
+
+
+def _words(text: str) -> str:
+    """A text without what tools change when they store it."""
+    return " ".join(unicodedata.normalize("NFC", text).split())

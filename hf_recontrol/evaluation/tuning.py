@@ -48,11 +48,11 @@ class Candidate:
     Args:
         row ([`Row`]), control ([`ControlConfig`]):
             The control at one step size.
-        prompts (`int`):
-            How many it was measured on.
+        prompts, counted (`int`):
+            How many it was measured on, and for how many of them all in its round have the criterion's numbers.
         value, gain (`tuple[float, float, float]`):
-            The criterion, and how much more of it than the base it has, over the prompts that all in its round have
-            numbers for; each with the ends of its 95 % interval.
+            The criterion, and how much more of it than the base it has, over the prompts that count; each with the
+            ends of its 95 % interval.
         figures (`list[Figure]`):
             All its figures.
     """
@@ -60,6 +60,7 @@ class Candidate:
     row: Row
     control: ControlConfig
     prompts: int = 0
+    counted: int = 0
     value: tuple[float, float, float] = (math.nan, -math.inf, math.inf)
     gain: tuple[float, float, float] = (math.nan, -math.inf, math.inf)
     figures: Sequence[Figure] = ()
@@ -145,7 +146,7 @@ def rows_to_try(bench: Bench, settings: TuneSettings, former: ControlConfig | No
                 said = {key: value for key, value in control.to_dict().items() if key not in ("method", "step_size")}
                 entry = Entry(name, KIND_OF_METHOD[method], settings=said)
                 try:
-                    rival = make_rival(entry.kind, bench, said)
+                    rival = make_rival(entry.kind, bench, said | {"step_size": control.step_size})
                     for step_size in settings.step_sizes:
                         replace(control, step_size=step_size)
                 except (TypeError, ValueError) as error:
@@ -276,7 +277,7 @@ def _measure(
 
     of_base, *values = map(criterion, samples)
     for candidate, sample, own in zip(alive, samples[1:], values, strict=True):
-        candidate.prompts = count
+        candidate.prompts, candidate.counted = count, int(shared.sum())
         candidate.value = with_interval(own, int(shared.sum()))
         candidate.gain = with_interval(own - of_base, int(shared.sum()))
         candidate.figures = figures_of([sample], samples[0], count)
@@ -289,6 +290,7 @@ def summary(candidate: Candidate) -> dict[str, Any]:
         "control": candidate.control.to_dict(),
         "target_kl": candidate.row.target_kl,
         "prompts": candidate.prompts,
+        "counted": candidate.counted,
         "criterion": [finite(number) for number in candidate.value],
         "gain": [finite(number) for number in candidate.gain],
         "figures": by_metric(candidate.figures),

@@ -31,42 +31,54 @@ def has_no_record(heads: Iterable[nn.Module]) -> bool:
     return any(record is None or not len(record.trained_on) for record in records)
 
 
-def unseen(
-    prompts: Prompts, heads: Iterable[nn.Module], purpose: str, on_seen_prompts: str, kinds: Sequence[str] = SEEN
-) -> Prompts:
+def seen_among(prompts: Prompts, heads: Iterable[nn.Module], kinds: Sequence[str] = SEEN) -> dict[int, str]:
     """
-    The prompts that no head has seen. A text and the chat of its one user turn are the same prompt.
+    Of each prompt that some head has seen its place among `prompts`, and how it was seen. A text and the chat of its
+    one user turn are the same prompt.
 
     Args:
         heads (iterable of `nn.Module`):
             Those that say nothing of their prompts are taken to have seen none.
-        purpose (`str`):
-            What the prompts are for, in messages.
-        on_seen_prompts (`str`):
-            What to do about others: `"error"`, `"skip"` or `"allow"`.
         kinds (sequence of `str`, *optional*):
             What counts as seen: some of `"trained_on"`, `"validated_on"` and `"tuned_on"`.
-
-    Raises:
-        `ValueError`: if there are others and they are an error, or no prompt is left; names how many, and the first.
     """
-    if on_seen_prompts == "allow":
-        return prompts
     seen: dict[int, str] = {}
     for head in heads:
         record = head.seen_prompts if isinstance(head, ValueHead) else None
         for kind in kinds if record is not None else ():
             for number in getattr(record, kind).tolist():
                 seen.setdefault(number, kind.replace("_", " "))
-    found = {place: seen[number] for place, number in enumerate(prompt_hashes(prompts)) if number in seen}
+    return {place: seen[number] for place, number in enumerate(prompt_hashes(prompts)) if number in seen}
+
+
+def unseen(
+    prompts: Prompts, heads: Iterable[nn.Module], purpose: str, on_seen_prompts: str, kinds: Sequence[str] = SEEN
+) -> Prompts:
+    """
+    The prompts that no head has seen, see [`seen_among`].
+
+    Args:
+        purpose (`str`):
+            What the prompts are for, in messages.
+        on_seen_prompts (`str`):
+            What to do about others: `"error"`, `"skip"` or `"allow"`.
+
+    Raises:
+        `ValueError`: if there are others and they are an error, or no prompt is left; names how many, and the first.
+    """
+    found = seen_among(prompts, heads, kinds)
     if not found:
         return prompts
     first, how = next(iter(found.items()))
     said = str(prompts.rows[first]["prompt"])[:60]
+    counted = " or ".join(kind.replace("_", " ") for kind in kinds)
     which = (
-        f"{len(found)} of {len(prompts)} prompts {purpose} are among those that the head was trained, validated or "
-        f"tuned on; the first is number {prompts.numbers[first]} ({how}): {said!r}"
+        f"{len(found)} of {len(prompts)} prompts {purpose} are among those that the head was {counted}; the first is "
+        f"number {prompts.numbers[first]} ({how}): {said!r}"
     )
+    if on_seen_prompts == "allow":
+        logger.warning(f"{which}. On such prompts a control looks better than it is.")
+        return prompts
     if on_seen_prompts == "error":
         raise ValueError(
             f"{which}. On such prompts a control looks better than it is. Give others; `on_seen_prompts='skip'` "

@@ -265,9 +265,21 @@ def _tuned(config: ValueHeadConfig) -> str:
     return "\n".join(
         [
             "## The recommended control\n",
-            f"Chosen by {known['criterion']} on {known['prompts']} prompts, of which these figures are:\n",
+            f"Chosen by {known['criterion']} on {known['prompts']} prompts, of which these figures are. These prompts "
+            f"chose it: on others it may be worse.{_but(known)}\n",
             "| | value | 95 % interval |",
             "|---|---|---|",
             *rows,
         ]
     )
+
+
+def _but(known: dict[str, Any]) -> str:
+    """What else is to be said of the prompts that a control was chosen on."""
+    counted, trained_on = known.get("counted", known["prompts"]), known.get("trained_on", 0)
+    said = ""
+    if counted < known["prompts"]:
+        said += f" Only the {counted} of them counted for which every control had numbers."
+    if trained_on:
+        said += f" The head was trained on {trained_on} of them."
+    return said

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 PROMPTS_NAME = "prompts.safetensors"
+# What it is called until the head's configuration names it: a stop between two renames leaves either record whole.
+NEXT_PROMPTS_NAME = "prompts.next.safetensors"
 
 
 def _none() -> torch.Tensor:

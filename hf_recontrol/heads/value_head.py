@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..configuration import ValueHeadConfig
 from ..utils.files import atomic_path, make_folder
 from .card import is_untouched, model_card, write_card
 from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, portable_name, push_folder
-from .seen_prompts import PROMPTS_NAME, SeenPrompts
+from .seen_prompts import NEXT_PROMPTS_NAME, PROMPTS_NAME, SeenPrompts
 
 # Those of `transformers.activations`, whose import takes seconds that a head alone does not need.
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -138,7 +138,9 @@ class ValueHead(nn.Module):
             config_path.write_text(config.to_json(), encoding="utf-8")
             save_file(tensors, stack.enter_context(atomic_path(folder / WEIGHTS_NAME)), metadata={"format": "pt"})
             if seen is not None:
-                seen.save(stack.enter_context(atomic_path(folder / PROMPTS_NAME)))
+                seen.save(stack.enter_context(atomic_path(folder / NEXT_PROMPTS_NAME)))
+        if seen is not None:
+            (folder / NEXT_PROMPTS_NAME).replace(folder / PROMPTS_NAME)
         write_card(folder, model_card(config))
 
     @classmethod
@@ -189,8 +191,7 @@ class ValueHead(nn.Module):
         head.check_finite(str(weights_path))
         if config.prompts_digest is not None:
             # The digest says that there is such a file: where it cannot be had nobody knows what the head has seen.
-            prompts_path = find_file(pretrained_model_name_or_path, PROMPTS_NAME, **options)
-            head.seen_prompts = SeenPrompts.load(prompts_path, config.prompts_digest)
+            head.seen_prompts = _seen_prompts(pretrained_model_name_or_path, config.prompts_digest, options)
         place = {
             "pretrained_model_name_or_path": portable_name(os.fspath(pretrained_model_name_or_path)),
             "revision": revision,
@@ -247,6 +248,14 @@ class ValueHead(nn.Module):
                 subfolder=subfolder,
                 may_replace_card=is_untouched,
             )
+
+
+def _seen_prompts(name_or_path: str | os.PathLike, digest: str, options: dict) -> SeenPrompts:
+    if Path(name_or_path, options["subfolder"], NEXT_PROMPTS_NAME).is_file():
+        # Left by a save that was stopped, before or after it wrote the configuration.
+        with suppress(ValueError):
+            return SeenPrompts.load(find_file(name_or_path, NEXT_PROMPTS_NAME, **options), digest)
+    return SeenPrompts.load(find_file(name_or_path, PROMPTS_NAME, **options), digest)
 
 
 def _check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:

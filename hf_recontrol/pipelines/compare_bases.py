@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from ..data.processes import Processes
 from ..evaluation.comparison.assembly import TABLE_NAME
 from ..evaluation.comparison.figures import Figure
 from ..evaluation.comparison.results import FIGURES_NAME
+from ..heads.base_model import check_base
 from ..heads.value_head import ValueHead
 from ..settings import CompareSettings
 from ..utils.files import atomic_path, make_folder
 from .compare import compare
+from .loading import base_source
 
 
 def compare_bases(
@@ -46,8 +48,8 @@ def compare_bases(
         `dict[str, list[Figure]]`: the figures of each, by the name of its folder.
 
     Raises:
-        `ValueError`, `OSError`: before any comparison if the numbers do not fit, or some head or base is not there.
-            Later as `compare` does.
+        `ValueError`, `OSError`: before any comparison if the numbers do not fit, two would be the same, or some head
+            or base is not there. Later as `compare` does.
     """
     count = max(len(bases), len(heads))
     own_bases = bases * count if len(bases) == 1 else bases
@@ -57,23 +59,23 @@ def compare_bases(
                 f"{len(given)} {what} are given for {count} comparisons: give one for each, or none. "
                 f"(Bases: {_listed(bases)}; heads: {_listed(heads)}; rollouts: {_listed(rollouts)}.)"
             )
+    runs = list(zip(*(given or [None] * count for given in (own_bases, heads, rollouts)), strict=True))
+    if twice := [run for run in runs if runs.count(run) > 1]:
+        raise ValueError(f"{_listed(filter(None, twice[0]))} is named twice: it would be the same comparison.")
     for head in heads:
         ValueHead.from_pretrained(head, token=settings.token)
+    source = base_source(settings)
     for base in bases:
+        check_base(base, **source)
         try:
-            AutoConfig.from_pretrained(base, token=settings.token, trust_remote_code=settings.trust_remote_code)
+            AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code, **source)
         except (OSError, ValueError) as error:
             raise OSError(f"The base model {base} cannot be used: {error}") from error
-    names = _names(own_bases if len(set(own_bases)) == count else heads)
+    names = _names(heads if heads and len(set(own_bases)) < count else own_bases)
     found = {}
-    for place, name in enumerate(names):
+    for name, (base, head, folder) in zip(names, runs, strict=True):
         found[name] = compare(
-            own_bases[place] if own_bases else None,
-            output=Path(output) / name,
-            settings=settings,
-            head=heads[place] if heads else None,
-            rollouts=rollouts[place] if rollouts else None,
-            **inputs,
+            base, output=Path(output) / name, settings=settings, head=head, rollouts=folder, **inputs
         )
     if Processes().index == 0:
         _write(make_folder(Path(output)), list(found))
@@ -81,17 +83,16 @@ def compare_bases(
     return found
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
 def _names(sources: Sequence[str]) -> list[str]:
-    """A folder's name for each: its last part, and its number where several have the same."""
+    """A folder's name for each: its last part; if two have the same, each has its number behind it."""
     short = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name).strip(".") or "base" for source in sources]
-    names = [name if short.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(short, 1)]
-    # A number may make of one name another's, and some file systems know no case.
-    alike = [name.lower() for name in names]
-    return [name if alike.count(name.lower()) == 1 else f"{number}-{name}" for number, name in enumerate(names, 1)]
+    if len({name.lower() for name in short}) == len(short):
+        return short
+    return [f"{name}-{number}" for number, name in enumerate(short, 1)]
 
 
 def _write(output: Path, names: Sequence[str]) -> None:

@@ -21,6 +21,11 @@ from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..settings import LoadingSettings
 
 
+def base_source(settings: LoadingSettings) -> dict[str, str]:
+    """The settings that say where a base's files are got, if they are set, as arguments of `from_pretrained`."""
+    return {name: value for name in ("revision", "token") if (value := getattr(settings, name)) is not None}
+
+
 def load_base(
     name_or_path: str | os.PathLike,
     settings: LoadingSettings,
@@ -34,7 +39,7 @@ def load_base(
         `OSError`, `ValueError`: as [`load_base_model`]; if there is no such device.
     """
     device = _device(settings)
-    source = {name: value for name in ("revision", "token") if (value := getattr(settings, name)) is not None}
+    source = base_source(settings)
     # Before the tokenizer, which may be there or not.
     check_base(name_or_path, **source)
     arguments: dict[str, Any] = source | {"trust_remote_code": settings.trust_remote_code}

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers.utils import logging
 from ..collection.labels import check_rows, try_rewards
 from ..collection.rewards import RewardFunction, named_rewards
 from ..configuration import ControlConfig
-from ..data.fingerprints import prompt_hashes
+from ..data.fingerprints import head_fingerprint, prompt_hashes
 from ..data.processes import Processes, no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import shared_folder
@@ -28,8 +27,9 @@ from ..evaluation.comparison.plots import write_plots
 from ..evaluation.comparison.scores import scorers_of
 from ..evaluation.rivals.rival import Bench
 from ..evaluation.tuning import Found, by_metric, plan_rounds, rows_to_try, search, summary, weights_of
-from ..evaluation.unseen import TRAINED_ON, unseen
-from ..heads.hub import CONFIG_NAME
+from ..evaluation.unseen import TRAINED_ON, has_no_record, seen_among, unseen
+from ..heads.card import is_untouched
+from ..heads.hub import CARD_NAME, CONFIG_NAME
 from ..heads.seen_prompts import SeenPrompts
 from ..heads.value_head import ValueHead
 from ..settings import HELD_OUT_PROMPTS, TuneSettings
@@ -107,6 +107,10 @@ def tune(
     loaded = ValueHead.from_pretrained(head, token=settings.token)
     # With the base it may be moved to another device.
     unchanged = copy.deepcopy(loaded)
+    if not Path(head).is_dir():
+        _check_same(target, loaded, "holds another head: name another `output`")
+    if has_no_record([loaded]):
+        logger.warning("The head does not say which prompts it was trained on: that these are others is not checked.")
     prompts = unseen(prompts, [loaded], "to tune on", settings.on_seen_prompts, TRAINED_ON)
     former = _former(output, loaded)
     with base_with_head(base, loaded, tokenizer, settings) as (model, tokenizer):
@@ -139,6 +143,16 @@ def tune(
 def tuned_head(head: str | os.PathLike, output: str | os.PathLike) -> Path:
     """Where a tuned head is written: into its own folder, or, if it is none, into a copy in `output`."""
     return Path(head) if Path(head).is_dir() else Path(output) / "head"
+
+
+def _check_same(folder: Path, head: ValueHead, otherwise: str) -> ValueHead | None:
+    """The head that a folder holds, if there is one; `ValueError` if it makes other edits than `head`."""
+    if not (folder / CONFIG_NAME).is_file():
+        return None
+    found = ValueHead.from_pretrained(folder)
+    if head_fingerprint(found) != head_fingerprint(head):
+        raise ValueError(f"{folder} {otherwise}.")
+    return found
 
 
 def _former(output: Path, head: ValueHead) -> ControlConfig | None:
@@ -206,16 +220,35 @@ def _write(
     write_plots(output, figures, names=["frontier.svg"], marked=(chosen.row.entry.name, chosen.row.strength))
     # Before the head: after a stop between the two the next run knows what the head recommended before.
     write_json(output / TUNING_NAME, result)
-    seen = saved.seen_prompts or SeenPrompts()
-    saved.seen_prompts = replace(seen, tuned_on=torch.cat([seen.tuned_on, torch.tensor(prompt_hashes(prompts))]))
+    # A search takes hours: what was written into the head meanwhile is not to be lost.
+    by_now = _check_same(
+        target,
+        saved,
+        f"was changed while its control was searched for, and is left as it is. What was found for the head that it "
+        f"was is in {output / TUNING_NAME}; for the new one run this again",
+    )
+    records = [head.seen_prompts for head in (saved, by_now) if head is not None and head.seen_prompts is not None]
+    seen = {kind: [getattr(record, kind) for record in records] for kind in SeenPrompts.kinds()}
+    seen["tuned_on"].append(torch.tensor(prompt_hashes(prompts)))
+    trained_on = len(seen_among(prompts, [saved], TRAINED_ON))
+    saved = by_now or saved
+    saved.seen_prompts = SeenPrompts(**{kind: torch.cat(each) for kind, each in seen.items() if each})
     saved.config.control = chosen.control
     saved.config.control_figures = {
         "control": chosen.control.to_dict(),
         "criterion": _said(result["weights"]),
         "prompts": chosen.prompts,
+        "counted": chosen.counted,
+        "trained_on": trained_on,
         "figures": summary(chosen)["figures"],
     }
     saved.save_pretrained(target)
+    card = target / CARD_NAME
+    if not is_untouched(card.read_text(encoding="utf-8", errors="replace")):
+        logger.warning(
+            f"{card} is not as this package wrote it, so it is kept: what it says of the recommended control may be "
+            "true of an earlier one. To have it written anew, delete it and run this again."
+        )
 
 
 def _said(weights: dict[str, float]) -> str:

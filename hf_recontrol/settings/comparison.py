@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..utils.checks import check_choice, check_number
 from ..utils.choices import CONTROL_METHODS
-from ..utils.setting_fields import setting, settings_class
+from ..utils.setting_fields import number_of_text, setting, settings_class
 from .stages import LabelSettings, LoadingSettings, PromptSettings, SamplingSettings
 
 # What a comparison works on, beside its settings.
@@ -156,7 +156,9 @@ def _checked_criterion(criterion: Any) -> str | dict[str, float]:
     if not isinstance(criterion, Mapping):
         check_choice("criterion", criterion, _CRITERIA)
         return criterion
-    weights = {name: check_number(f"criterion[{name!r}]", weight) for name, weight in criterion.items()}
+    weights = {
+        name: check_number(f"criterion[{name!r}]", number_of_text(float, weight)) for name, weight in criterion.items()
+    }
     if not any(weights.values()):
         raise ValueError(f"`criterion` must give some metric a weight, got {criterion!r}.")
     return {name: weight for name, weight in weights.items() if weight}

@@ -77,11 +77,14 @@ def check_digest(name: str, value: Any) -> None:
 def check_measured(name: str, value: Any) -> None:
     """
     Raise unless `value` is a `dict` of what was measured of a control: `control`, `criterion`, `prompts`, and of each
-    of the `figures` its value and the ends of its interval.
+    of the `figures` its value and the ends of its interval; optionally for how many prompts all controls have numbers
+    (`counted`), and how many the head was `trained_on`.
     """
     kinds = {"control": dict, "criterion": str, "prompts": int, "figures": dict}
     if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"`{name}` must be an object with {', '.join(kinds)}, got {value!r}.")
+    for key in ("counted", "trained_on"):
+        check_int(f"{name}[{key!r}]", value.get(key, 0), low=0)
     for figure, ends in value["figures"].items():
         if not isinstance(figure, str) or not isinstance(ends, list) or len(ends) != 3:
             raise ValueError(f"`{name}`: {figure!r} must be a list of a value and two ends, got {ends!r}.")

@@ -156,7 +156,7 @@ class Settings:
         if unknown := [name for name in values if name not in types]:
             raise ValueError(f"{source}: there is no setting {unknown[0]!r}{_similar(str(unknown[0]), types)}.")
         try:
-            return cls(**{name: _number_of_text(types[name], value) for name, value in values.items()})
+            return cls(**{name: number_of_text(types[name], value) for name, value in values.items()})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
 
@@ -166,9 +166,10 @@ def _similar(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f": it must be one of {', '.join(sorted(known))}"
 
 
-def _number_of_text(annotation: Any, value: Any) -> Any:
-    # YAML 1.1 takes 3e-4 for a text.
-    if isinstance(value, str) and kind_of(annotation)[0] is float:
+def number_of_text(annotation: Any, value: Any) -> Any:
+    """A number that YAML 1.1 takes for a text, such as 3e-4, where the annotation has numbers; else the value."""
+    kind = kind_of(annotation)[0]
+    if isinstance(value, str) and (kind is float or typing.get_args(kind)[:1] == (float,)):
         try:
             return float(value)
         except ValueError:
@@ -206,7 +207,7 @@ def _checked_tuple(name: str, item_type: type, value: Any, bounds: Mapping[str, 
         raise TypeError(f"`{name}` must be a list of {_LISTED[item_type]}, got {value!r}.")
     if item_type is float:
         limits = {key: bounds[key] for key in ("low", "high", "above") if key in bounds}
-        return tuple(check_number(f"{name}[...]", _number_of_text(float, each), **limits) for each in values)
+        return tuple(check_number(f"{name}[...]", number_of_text(float, each), **limits) for each in values)
     for each in values:
         if item_type is int:
             check_int(f"{name}[...]", each, bounds.get("low", -math.inf))

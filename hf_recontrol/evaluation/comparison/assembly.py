@@ -16,7 +16,7 @@ from ..judges.person import PersonJudge
 from ..judges.scoring import JudgeScoring
 from ..rivals.plain import BestOfN
 from ..rivals.rival import Bench
-from ..unseen import has_no_record, heads_of
+from ..unseen import has_no_record, heads_of, seen_among
 from .answers import load_answers
 from .entries import Row
 from .figures import Figure, Sample, best_of, figures_of, sample_of
@@ -92,6 +92,11 @@ def write_results(
         if has_no_record(heads_of(bench.model)):
             notes.append(
                 "The head does not say which prompts it was trained on: that these are unseen is not checked."
+            )
+        if seen := seen_among(prompts, heads_of(bench.model)):
+            notes.append(
+                f"{len(seen)} of these prompts are among those that the head was trained, validated or tuned on: on "
+                "them a control looks better than it is."
             )
         if judged:
             notes.append(judging.note(judged))

@@ -111,11 +111,8 @@ def _found(
             if key not in known or (max_responses is None and "failed" in known[key]):
                 row.rival.prepare()
                 of_base = of_base or bench.draw(held_out)
-                left = (
-                    None
-                    if max_responses is None
-                    else max_responses - sum(f.get("responses", 0) for f in found.values())
-                )
+                spent = sum(each.get("responses", 0) for each in found.values())
+                left = None if max_responses is None else max_responses - spent
                 found[key] = _match(drawer, row, held_out, of_base, left)
                 # One that more responses would find is searched for again where more may be drawn.
                 if not found[key].pop("spent", False):

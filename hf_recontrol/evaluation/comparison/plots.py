@@ -71,7 +71,8 @@ def write_plots(
             axes.set_xlabel(label)
             axes.set_ylabel("reward")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
+            if axes.has_data():
+                axes.legend(fontsize="small")
             # No time in it: the same figures make the same file.
             buffer = io.BytesIO()
             with warnings.catch_warnings():

@@ -70,7 +70,7 @@ class EndpointJudge(LanguageJudge):
     price_per_million_output: float | None = None
     request: dict[str, Any] = field(default_factory=dict)
 
-    asked: ClassVar[tuple[str, ...]] = (*LanguageJudge.asked, "base_url", "request")
+    asked: ClassVar[tuple[str, ...]] = (*LanguageJudge.asked, "request")
 
     def __post_init__(self):
         super().__post_init__()

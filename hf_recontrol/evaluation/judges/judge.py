@@ -28,6 +28,12 @@ def _said(message: Mapping[str, Any]) -> str:
     return "\n".join(filter(None, [message_text(message), *called]))
 
 
+def check_settings(given: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise `ValueError` for a setting of a judge that there is not; names it, and those there are."""
+    if unknown := sorted(str(name) for name in set(given) - set(names)):
+        raise ValueError(f"`judge` has no setting {', '.join(unknown)}. It has: kind, {', '.join(names)}.")
+
+
 @dataclass(frozen=True)
 class Question:
     """

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from ...utils.checks import check_choice, check_int, check_text
-from .judge import MODES, REFUSED, UNPARSABLE, Judge, Question, Verdict
+from .judge import MODES, REFUSED, UNPARSABLE, Judge, Question, Verdict, check_settings
 
 _ASK_PAIR = """Two answers to one request follow. Which is better? {criteria}
 Reply with JSON alone: {{"verdict": "A"}}, {{"verdict": "B"}} or {{"verdict": "tie"}}.
@@ -125,9 +125,7 @@ class LanguageJudge(Judge):
         Raises:
             `ValueError`: for a name that there is not, or a setting that cannot be.
         """
-        names = [field.name for field in fields(cls)]
-        if unknown := sorted(str(name) for name in set(given) - set(names)):
-            raise ValueError(f"`judge` has no setting {', '.join(unknown)}. It has: kind, {', '.join(names)}.")
+        check_settings(given, [field.name for field in fields(cls)])
         if "model" not in given:
             raise ValueError("`judge` needs a `model`.")
         return cls(**given)

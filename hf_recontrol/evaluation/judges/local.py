@@ -33,7 +33,7 @@ class LocalJudge(LanguageJudge):
         dtype (`str`, *optional*, defaults to `"auto"`):
             `"auto"` (that of its weights), `"float32"`, `"bfloat16"` or `"float16"`.
         device (`str`, *optional*):
-            Where it computes. By default where the base does.
+            Where it computes. By default this process's accelerator, if it has one.
         batch_size (`int`, *optional*, defaults to 8):
             Questions at once.
         trust_remote_code (`bool`, *optional*, defaults to `False`):

@@ -14,6 +14,7 @@ from ...data.rollouts import Rollout
 from ..comparison.figures import row_label
 from ..comparison.results import written_prompt
 from ..comparison.scores import Scores, matched_references
+from .judge import check_settings
 
 # Of a page's key, which says who wrote which, in the comparison's folder.
 KEY_NAME = "judge-key-{}.json"
@@ -52,8 +53,7 @@ class PersonJudge:
         Raises:
             `ValueError`: if it does not name files.
         """
-        if unknown := sorted(str(name) for name in set(given) - {"verdicts"}):
-            raise ValueError(f"`judge` has no setting {', '.join(unknown)}. It has: kind, verdicts.")
+        check_settings(given, ["verdicts"])
         files = given.get("verdicts")
         files = [files] if isinstance(files, str) else files
         if not isinstance(files, Sequence) or not files or not all(isinstance(file, str) for file in files):

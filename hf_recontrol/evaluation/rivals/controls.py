@@ -12,6 +12,9 @@ from ...data.prompts import Prompts
 from ..likelihoods import acts_only_at_head
 from .rival import Answer, Bench, Rival
 
+# Below what any penalty allows.
+_SMALL = 1e-6
+
 
 class Control(Rival):
     """
@@ -34,13 +37,16 @@ class Control(Rival):
         if "method" in settings:
             raise ValueError(f"The control {self.method!r} has no setting 'method': its kind says it.")
         try:
-            control = replace(recommended, **settings) if same else ControlConfig(self.method, **settings)
+            # Until a strength is named any step size stands for it that no penalty forbids.
+            control = replace(recommended if same else ControlConfig(self.method, _SMALL), **settings)
         except TypeError as error:
             raise ValueError(f"The control {self.method!r} has no such setting: {error}.") from error
         bench.model.check_same_for_all_prompts(control)
         with bench.model.use_control(control):
             pass  # raises where the head has no such part
         self.control = control
+        if control.method == "ascent" and control.l2 > 0:
+            self.start = min(self.start, 0.5 / control.l2)
         self.only_at_head = acts_only_at_head(bench.model, control)
         self.strength = control.step_size if same or "step_size" in settings else None
 
@@ -56,7 +62,7 @@ class Control(Rival):
 
     def depends_on(self) -> dict[str, Any]:
         # Among the settings, so that a control that the head recommends counts as the same one written out.
-        control = replace(self.control, step_size=1.0).to_dict()
+        control = self.control.to_dict() | {"step_size": 1.0}
         return {"head": head_fingerprint(self.bench.model.value_head), "control": control}
 
 
