@@ -56,6 +56,8 @@ class Wrong(Rival):
     def __init__(self, bench, how):
         super().__init__(bench)
         self.how = how
+    def depends_on(self):
+        return {"set": {1}} if self.how == "set" else {}
     def answer(self, prompts, strength):
         right = self.bench.draw(prompts)
         if self.how == "raise":

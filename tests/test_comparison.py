@@ -476,6 +476,7 @@ def test_texts_alone_are_answers(place):
         ("no_text", "'wrong' .* answer 0 .* `completion` must be a text"),
         ("half_text", "'wrong' returned a text that is not UTF-8 as answer 0"),
         ("ids", "'wrong' .* answer 0 .* `completion_ids` must be token ids below"),
+        ("set", "'wrong': its `depends_on` must return what JSON can hold"),
     ],
 )
 def test_what_a_rival_must_not_return(place, how, message):

@@ -39,6 +39,13 @@ ANSWERS_FOLDER = "answers"
 def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
     """Everything that a row's answers depend on, as JSON."""
     config = sampling_config(bench.model, bench.tokenizer, bench.sampling)
+    own = row.rival.depends_on()
+    try:
+        json.dumps(own)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The control {row.entry.name!r}: its `depends_on` must return what JSON can hold ({error})."
+        ) from error
     return {
         **model_settings(bench.model),
         "prompts": prompts.fingerprint,
@@ -47,7 +54,7 @@ def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
         "kind": row.entry.kind,
         "settings": row.entry.settings,
         "code": _class_fingerprint(type(row.rival)) if is_own_class(row.entry.kind) else None,
-        "depends_on": row.rival.depends_on(),
+        "depends_on": own,
         "strength": row.strength,
         "instruction": row.entry.instruction,
         "instruction_role": row.entry.instruction_role if row.entry.instruction else None,
