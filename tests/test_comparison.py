@@ -458,8 +458,15 @@ def test_texts_alone_are_answers(place):
     said = of(lines_of(), "s2")
     assert all(line["completion"] == "w8 w9" and line["completion_ids"] == [8, 9] for line in said)
     assert all(line["kl"] is None and line["base"] > 0 for line in said)
+    assert all(line["finished"] for line in said)
     assert {line["completion"] for line in of(lines_of(), "says")} == {""}
     assert not {f["metric"] for f in figures_in() if f["control"] == "s2"} & {"kl_per_token", "kl_per_response"}
+
+
+def test_a_text_of_as_many_tokens_as_there_may_be_was_cut(place):
+    long = {"name": "long", "kind": "mine:Says", "what": "w8 w9 w8 w9 w8 w9 w8"}
+    figures = {(f.control, f.metric): f.value for f in run(controls=["base", long])}
+    assert (figures["long", "finished"], figures["long", "truncated"]) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -609,7 +616,8 @@ def test_a_template_that_leaves_the_instruction_out_is_refused(place, recontrol_
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("controlls: [base]\n", "controlls"),
+        ("controlls: [base]\n", "did you mean 'controls'"),
+        ("reward: mine:variety\n", "did you mean 'rewards'"),
         ("controls: {kind: base}\n", "controls"),
         ("strengths: much\n", "strengths"),
         ("against: 3\n", "against"),

@@ -200,6 +200,16 @@ def test_rates_by_hand():
     assert value["seconds"] == 0.75
 
 
+def test_times_have_no_interval():
+    a = sample("a", [0.0, 1.0], length=[10, 2], seconds=[0.5, 1.0])
+    found = {f.metric: f for f in figures_of([a], sample("b", [0.0, 0.0]), 2)}
+    for name in ("seconds", "tokens_per_second"):
+        figure = found[name]
+        ends = (figure.low, figure.high, figure.difference_low, figure.difference_high)
+        assert ends == (-math.inf, math.inf) * 2
+    assert math.isfinite(found["reward"].low)
+
+
 def test_an_answer_without_tokens_counts_and_a_policy_that_nobody_knows_has_no_kl():
     a = sample("a", [0.0, 0.0], kl=[0.0, 4.0], length=[0, 8], base=[0.0, 8.0])
     b = sample("b", [0.0, 0.0], kl=[2.0, 2.0], length=[4, 4], base=[4.0, 4.0])

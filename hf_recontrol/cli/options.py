@@ -19,6 +19,10 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(help="YAML file of settings, such as the `fit.yaml` of a run. Options override it."),
 ]
+_InputsOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file of what it works on and of settings. Options override it."),
+]
 
 
 def _option(cls: type[Settings], item: Field) -> inspect.Parameter:
@@ -112,7 +116,8 @@ def with_settings(
                 arguments["inputs"] = {name: value for name, value in loaded.items() if name not in items}
             function(settings=settings, **arguments)
 
-        config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOption)
+        option = ConfigOption if inputs is None else _InputsOption
+        config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
         parameters = [*own, *([config] if from_file else []), *(_option(cls, item) for item in items.values())]
         command.__signature__ = inspect.Signature(parameters)
         command.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -171,5 +171,5 @@ def load_run(
         owner.from_dict({name: value for name, value in settings.items() if name in known}, str(path))
         settings = {name: value for name, value in settings.items() if name not in known}
     # What is left is nobody's: say so.
-    owners[-1].from_dict(settings, str(path))
+    owners[-1].from_dict(settings, str(path), inputs)
     return values

@@ -7,7 +7,7 @@ import inspect
 import math
 import textwrap
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -139,7 +139,9 @@ class Settings:
         return typing.get_args(annotations(cls)[name])
 
     @classmethod
-    def from_dict(cls: type[SettingsType], values: Mapping[str, Any], source: str) -> SettingsType:
+    def from_dict(
+        cls: type[SettingsType], values: Mapping[str, Any], source: str, others: Collection[str] = ()
+    ) -> SettingsType:
         """
         Settings from what a YAML or JSON file holds.
 
@@ -148,13 +150,17 @@ class Settings:
                 By name; what is missing is the default.
             source (`str`):
                 Named in messages.
+            others (collection of `str`, *optional*):
+                What the source may hold beside settings: offered where a name is unknown.
 
         Raises:
             `ValueError`: for an unknown name or a bad value; names `source` and the setting.
         """
         types = annotations(cls)
         if unknown := [name for name in values if name not in types]:
-            raise ValueError(f"{source}: there is no setting {unknown[0]!r}{_similar(str(unknown[0]), types)}.")
+            raise ValueError(
+                f"{source}: there is no setting {unknown[0]!r}{_similar(str(unknown[0]), [*others, *types])}."
+            )
         try:
             return cls(**{name: number_of_text(types[name], value) for name, value in values.items()})
         except (TypeError, ValueError) as error:

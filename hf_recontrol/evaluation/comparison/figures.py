@@ -33,7 +33,8 @@ class Figure:
         value (`float`):
             Over all prompts.
         low, high (`float`):
-            Ends of its 95 % interval: bootstrap over prompts.
+            Ends of its 95 % interval: bootstrap over prompts. Infinite where nothing is known of it: with a single
+            prompt, and for times.
         count (`int`):
             Prompts that it is of.
         difference, difference_low, difference_high (`float`, *optional*):
@@ -149,6 +150,8 @@ _RATIOS = {
     "tokens_per_second": ("length", "seconds"),
 }
 _NO_METRICS = ("kl", "base")
+# The answers of a part share one time, so that prompts say nothing of how certain it is.
+_OF_PARTS = ("seconds", "tokens_per_second")
 _WORST_TENTH = "reward_worst_tenth"
 
 
@@ -222,15 +225,15 @@ def figures_of(samples: Sequence[Sample], against: Sample, count: int) -> list[F
 def _figure(sample: Sample, against: Sample, metric: str, count: int) -> Figure | None:
     """One figure; `None` where the row has no number of it."""
     chosen, present = choices(count), prompts_with(sample, metric, count)
-    prompts = int(present.sum())
-    value = with_interval(values_on(sample, metric, count, chosen), prompts)
+    prompts, is_known = int(present.sum()), metric not in _OF_PARTS
+    value = with_interval(values_on(sample, metric, count, chosen), prompts * is_known)
     if not math.isfinite(value[0]):
         return None
     difference: tuple[float, ...] = ()
     if sample is not against:
         shared = present & prompts_with(against, metric, count)
         own, other = (values_on(each, metric, count, chosen * shared) for each in (sample, against))
-        change = with_interval(own - other, int(shared.sum()))
+        change = with_interval(own - other, int(shared.sum()) * is_known)
         difference = change if math.isfinite(change[0]) else ()
     return Figure(sample.control, sample.strength, metric, *value, prompts, *difference)
 

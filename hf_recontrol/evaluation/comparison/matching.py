@@ -153,6 +153,8 @@ def _match(
         strength = strength_at_kl(kl_on_its_own, start, row.target_kl, near, _TOLERANCE, _MAX_SAMPLINGS)
     except ValueError as error:
         said = f"The control {row.entry.name!r} at {row.target_kl:g} nats a token: {error}"
+        if row.entry.instruction is not None:
+            said += " Its instruction alone moves the policy too: give it `strengths`, or a larger `kl`."
         if max_responses is None:
             raise ValueError(said) from error
         return {"failed": said, "responses": drawn[0], "spent": isinstance(error, _SpentError)}

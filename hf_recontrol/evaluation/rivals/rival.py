@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ...collection.rewards import RewardFunction
 from ...collection.rollouts import generate_rollouts
+from ...collection.sampling import sampling_config
 from ...configuration import ControlConfig
 from ...data.fingerprints import model_settings
 from ...data.processes import no_progress
@@ -127,7 +128,7 @@ class Rival(ABC):
 
         Returns:
             `bench.sampling.num_samples` answers to each prompt, which follow each other, in the order of `prompts`:
-            [`Answer`]s, [`Rollout`]s, or texts alone.
+            [`Answer`]s, [`Rollout`]s, or texts alone: one counts as finished if it is shorter than `max_new_tokens`.
         """
 
     def prepare(self) -> None:
@@ -208,13 +209,14 @@ def _of_text(bench: Bench, prompts: Prompts, place: int, text: str, encoded: dic
     if row not in encoded:
         encoded[row] = encode_prompt(bench.tokenizer, prompts.rows[row], bench.sampling)
     ids = bench.tokenizer(text, add_special_tokens=False)["input_ids"]
+    longest = sampling_config(bench.model, bench.tokenizer, bench.sampling).max_new_tokens
     columns = {key: value for key, value in prompts.rows[row].items() if key != "prompt"}
     return Rollout(
         prompts.rows[row]["prompt"],
         text,
         encoded[row],
         list(ids),
-        True,
+        longest is None or len(ids) < longest,
         columns=columns,
     )
 
