@@ -269,6 +269,23 @@ def test_another_head_in_the_output_is_not_overwritten(place, drawn, monkeypatch
     assert drawn == [] and (place / "run" / "head" / "model.safetensors").read_bytes() == before
 
 
+def test_the_hub_s_cache_stays_as_it_is(place):
+    save_head(1.0, 1.0, 1.0)
+    snapshot = place / "models--me--head" / "snapshots" / "abc"
+    shutil.copytree("head", snapshot.parents[1] / "blobs")
+    snapshot.mkdir(parents=True)
+    for path in (snapshot.parents[1] / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    before = {path.name: path.read_bytes() for path in snapshot.iterdir()}
+    options = {"methods": ["static"], "step_sizes": [3.0], "criterion": {"reward": 1}}
+    found = run(**options, head=snapshot)
+    assert {path.name: path.read_bytes() for path in snapshot.iterdir()} == before
+    assert all(path.is_symlink() for path in snapshot.iterdir())
+    assert ValueHead.from_pretrained("out/head").config.control == ControlConfig.from_dict(found["control"])
+    # Again it is the same head in the output.
+    run(**options, head=snapshot)
+
+
 def test_the_card_says_what_its_figures_are_worth(place, recontrol_warnings):
     save_head(1.0, 1.0, 1.0)
     head = ValueHead.from_pretrained("head")

@@ -125,15 +125,16 @@ def tune(
     """
     from ..configuration import ControlConfig
     from ..pipelines.tune import tune as run_tune
+    from ..pipelines.tune import tuned_head
 
     given = {"head": head, "base": base, "prompts": prompts, "rewards": reward, "output": output}
     options = {"head": "--head", "prompts": "--prompts", "rewards": "--reward", "output": "--output"}
     inputs = _merged(inputs, given, options)
     found = run_tune(**inputs, settings=settings)
     if is_main_process():
-        where = inputs["head"] if Path(inputs["head"]).is_dir() else Path(inputs["output"]) / "head"
         chosen = next(each for each in found["candidates"] if each["control"] == found["control"])
         figures = chosen["figures"]
+        where = tuned_head(inputs["head"], inputs["output"])
         typer.echo(f"{where} now recommends {ControlConfig.from_dict(found['control'])}:")
         earned = ""
         # A criterion without it does not need it.

@@ -28,7 +28,7 @@ from ..evaluation.rivals.rival import Bench
 from ..evaluation.tuning import Found, finite, plan_rounds, rows_to_try, search, summary, weights_of
 from ..evaluation.unseen import TRAINED_ON, has_no_record, seen_among, unseen
 from ..heads.card import is_untouched
-from ..heads.hub import CARD_NAME, CONFIG_NAME
+from ..heads.hub import CARD_NAME, CONFIG_NAME, is_cached
 from ..heads.seen_prompts import SeenPrompts
 from ..heads.value_head import ValueHead
 from ..settings import HELD_OUT_PROMPTS, CompareSettings, TuneSettings
@@ -63,10 +63,10 @@ def tune(
     same noise; as the budget shrinks, the better half goes on to more prompts. Of the last ones that with most of the
     criterion is chosen, or a simpler one if the paired 95 % interval of their difference holds 0.
 
-    The head (`head` itself if it is a folder, else a copy in `output/head`) then recommends that control, its card
-    shows its figures, and it remembers the prompts, so that [`compare`] refuses to compare on them. `output` holds
-    `tuning.json` (all controls with their figures, and what the head recommended before) and `frontier.svg` (reward
-    against nats an answer).
+    The head (`head` itself if it is a folder, else, and from the Hub's cache, a copy in `output/head`) then recommends
+    that control, its card shows its figures, and it remembers the prompts, so that [`compare`] refuses to compare on
+    them. `output` holds `tuning.json` (all controls with their figures, and what the head recommended before) and
+    `frontier.svg` (reward against nats an answer).
 
     Args:
         head (`str` or `os.PathLike`):
@@ -95,7 +95,7 @@ def tune(
     settings, output = TuneSettings.of(settings, changes), Path(output)
     with needs_extra("compare", "Plots"):
         import matplotlib  # noqa: F401
-    target = Path(head) if Path(head).is_dir() else output / "head"
+    target = tuned_head(head, output)
     for path in (output / TUNING_NAME, target / CONFIG_NAME):
         check_target(path)
     prompts = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
@@ -110,7 +110,7 @@ def tune(
     loaded = ValueHead.from_pretrained(head, token=settings.token)
     # With the base it may be moved to another device.
     unchanged = copy.deepcopy(loaded)
-    if not Path(head).is_dir():
+    if target != Path(head):
         _check_same(target, loaded, "holds another head: name another `output`")
     if has_no_record([loaded]):
         logger.warning("The head does not say which prompts it was trained on: that these are others is not checked.")
@@ -140,6 +140,12 @@ def tune(
                 _write(output, unchanged, target, found, result, used)
             Processes().wait()
     return result
+
+
+def tuned_head(head: str | os.PathLike, output: str | os.PathLike) -> Path:
+    """The folder that [`tune`] writes a head into."""
+    folder = Path(head)
+    return folder if folder.is_dir() and not is_cached(folder) else Path(output) / "head"
 
 
 def _check_same(folder: Path, head: ValueHead, otherwise: str) -> ValueHead | None:
