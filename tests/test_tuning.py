@@ -426,7 +426,14 @@ def test_of_several_rewards_each_can_be_weighed_and_one_that_knows_nothing_is_an
         return [None for _ in completions]
 
     options = {"methods": ["static"], "step_sizes": [1.0, 3.0]}
+    found = run(**options, rewards=[count, brevity], criterion={"reward": 1}, output="sum")
+    assert found["candidates"][0]["criterion"][0] == pytest.approx(
+        sum(found["candidates"][0]["figures"][f"reward {name}"][0] for name in ("count", "brevity"))
+    )
+    assert "weighs the sum of count, brevity as they are" in recontrol_warnings[0]
+    recontrol_warnings.clear()
     found = run(**options, rewards=[count, brevity], criterion={"reward brevity": 1})
+    assert not any("weighs the sum" in said for said in recontrol_warnings)
     assert found["candidates"][0]["criterion"] == found["candidates"][0]["figures"]["reward brevity"]
     with pytest.raises(ValueError, match="No answer of some control has a number by 'reward none'"):
         run(**options, rewards=[count, none], criterion={"reward none": 1}, output="none", on_bad_rows="skip")

@@ -108,6 +108,13 @@ def tune(
     if settings.embeddings is not None:
         scorers.append(coherence_scorer(settings.embeddings))
     loaded = ValueHead.from_pretrained(head, token=settings.token)
+    trained_on = loaded.config.training.rewards if loaded.config.training is not None else []
+    summed = "reward" in weights and len(functions) > 1 and settings.combine_rewards == "none"
+    if summed and not set(functions) <= set(trained_on):
+        logger.warning(
+            f"`criterion` weighs the sum of {', '.join(functions)} as they are: the head does not say that it was "
+            "trained on rewards of these names, so their scales are not known. To weigh each: `reward NAME`."
+        )
     # With the base it may be moved to another device.
     unchanged = copy.deepcopy(loaded)
     if target != Path(head):
