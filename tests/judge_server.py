@@ -8,6 +8,13 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 _PROBE = "Reply with the word OK."
+BODIES = {
+    "broken": b"{broken",
+    "list": b"[1]",
+    "deep": b"[" * 100_000,
+    "digits": b'{"choices": ' + b"9" * 5000 + b"}",
+}
+FAULTS = ("half", "slow", "trickle", "flood", *BODIES)
 
 
 def answers_in(asked: str) -> list[str]:
@@ -30,7 +37,7 @@ class JudgeServer(ThreadingHTTPServer):
     """
     Attributes:
         faults (`list`):
-            What the next calls get instead of a verdict: a status, `"broken"`, `"half"`, `"slow"`, `"list"`, a text.
+            What the next calls get instead of a verdict: a status, one of `FAULTS`, a text.
         always:
             The same for all calls.
         hold_after (`int`, *optional*):
@@ -58,6 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = body["messages"][0]["content"]
         is_probe = asked == _PROBE
         with server.lock:
+            server.last = body
             server.keys.add(self.headers.get("Authorization"))
             server.probes += is_probe
             server.calls += not is_probe
@@ -79,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, asked, is_probe, kind):
         status = kind if isinstance(kind, int) else 200
-        text = kind if isinstance(kind, str) and kind not in ("broken", "half", "slow", "list") else None
+        text = kind if isinstance(kind, str) and kind not in FAULTS else None
         if text is None:
             text = "OK" if is_probe else f"Well. {judged_by_length(asked)}"
         reply = {
@@ -88,12 +96,15 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if status != 200:
             reply = {"error": {"message": f"no: {self.headers.get('Authorization')} {status}"}}
-        data = {"broken": b"{broken", "list": b"[1]"}.get(kind, json.dumps(reply).encode())
+        data = BODIES.get(kind, json.dumps(reply).encode())
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Retry-After", "0")
-        self.send_header("Content-Length", str(len(data) + (50 if kind == "half" else 0)))
+        self.send_header("Content-Length", str(len(data) + {"half": 50, "trickle": 50, "flood": 2**40}.get(kind, 0)))
         self.end_headers()
+        while kind in ("trickle", "flood"):
+            self.wfile.write(b" " if kind == "trickle" else bytes(2**20))
+            time.sleep(0.1 if kind == "trickle" else 0)
         self.wfile.write(data)
         self.close_connection = True
 

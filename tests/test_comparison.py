@@ -17,8 +17,9 @@ import torch
 import yaml
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, generate_rollouts
-from hf_recontrol.data.fingerprints import prompt_number
+from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.heads.seen_prompts import SeenPrompts
+from hf_recontrol.pipelines.compare_bases import _names as folder_names
 from hf_recontrol.pipelines.loading import load_base
 from hf_recontrol.settings import CompareSettings
 
@@ -317,6 +318,19 @@ def test_strengths_at_a_kl_are_found_on_prompts_that_are_set_aside(place, recont
     assert "on 4 held-out prompts" in said
 
 
+@pytest.mark.parametrize("others", [{"kl": [0.1]}, {"strengths": [0.5]}])
+def test_a_control_can_have_a_kl_of_its_own(place, recontrol_warnings, others):
+    own = {"kind": "advantage", "kl": 0.05}
+    figures = run(num_held_out=4, controls=["base", own, "static_vector"], **others)
+    about = json.loads((place / "out" / "figures.json").read_text())
+    found = {"advantage at KL 0.05", *(f"static_vector at KL {kl:g}" for kl in others.get("kl", []))}
+    assert set(about["strengths"]) == found
+    assert {f.control for f in figures} == {"base", "advantage", "static_vector"}
+    assert {f.count for f in figures} == {8}
+    with pytest.raises(ValueError, match="'base' has no strength"):
+        run(num_held_out=4, controls=[{"kind": "base", "kl": 1}])
+
+
 def test_held_out_prompts_are_never_compared_on(place, recontrol_warnings):
     with pytest.raises(ValueError, match="1 held-out prompts are also compared on"):
         run(kl=[0.05], held_out=[[{"role": "user", "content": text}] for text in ("w10 w11 ", "w80")])
@@ -332,7 +346,7 @@ def test_held_out_prompts_are_never_compared_on(place, recontrol_warnings):
 def remember(texts, kind):
     """The head says that it has seen these prompts."""
     head = ValueHead.from_pretrained("head")
-    head.seen_prompts = SeenPrompts(**{kind: torch.tensor([prompt_number(text) for text in texts])})
+    head.seen_prompts = SeenPrompts(**{kind: torch.tensor([prompt_hash(text) for text in texts])})
     head.save_pretrained("head")
 
 
@@ -457,12 +471,61 @@ def test_texts_alone_are_answers(place):
         ("text", "'wrong' returned 'text', expected"),
         ("reversed", "'wrong' returned as answer 0 one to another prompt"),
         ("raise", "'wrong' failed: KeyError: 'what it needs'"),
-        ("kl", "'wrong' returned 1 KLs for an answer of another length"),
+        ("kl", "'wrong' .* answer 0 .* `kl` must hold one number for each of its 6 tokens"),
+        ("kl_nan", "'wrong' .* answer 0 .* `kl` must be a finite number, got nan"),
+        ("no_text", "'wrong' .* answer 0 .* `completion` must be a text"),
+        ("half_text", "'wrong' returned a text that is not UTF-8 as answer 0"),
+        ("ids", "'wrong' .* answer 0 .* `completion_ids` must be token ids below"),
+        ("set", "'wrong': its `depends_on` must return what JSON can hold"),
     ],
 )
 def test_what_a_rival_must_not_return(place, how, message):
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         run(controls=["base", {"name": "wrong", "kind": "mine:Wrong", "how": how}])
+
+
+# Several bases.
+
+
+def test_several_bases_are_compared_in_folders_of_their_own(place):
+    shutil.copytree("base", "other")
+    controls = ["base", {"kind": "ascent", "strengths": [0.5]}]
+    found = settings(base=["base", "other"], head=["head", "head"], controls=controls)
+    (place / "compare.yaml").write_text(yaml.safe_dump(found))
+    code, out, err = command(["compare", "--config", "compare.yaml"], place)
+    assert code == 0, err
+    assert (place / "out" / "table.md").read_text() in out
+    for name in ("base", "other"):
+        assert f"## {name}\n\n{(place / 'out' / name / 'table.md').read_text()}" in out
+        assert [{**line, "base": name} for line in figures_in(f"out/{name}")] == [
+            line for line in figures_in() if line["base"] == name
+        ]
+    assert list(figures_in()[0])[:4] == ["base", "control", "strength", "metric"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--head", "head"] * 3 + ["-m", "base"] * 2, "2 bases are given for 3"),
+        (["--head", "head", "--head", "nowhere"], "nowhere"),
+        (["-m", "base", "-m", "nowhere"], "nowhere"),
+        (["-m", "base", "-m", "head"], "head is a value head, not a model"),
+        (["-m", "base", "-m", "base"], "base is named twice"),
+        (["--head", "head", "--head", "head", "--rollouts", "rollouts"], "1 folders of rollouts are given for 2"),
+    ],
+)
+def test_several_bases_that_do_not_fit_are_refused_before_any_is_compared(place, more, said):
+    found = {k: v for k, v in settings().items() if k not in ("base", "head")}
+    (place / "compare.yaml").write_text(yaml.safe_dump(found))
+    code, _, err = command(["compare", "--config", "compare.yaml", *more], place)
+    assert code != 0
+    assert said in err and "Traceback" not in err
+    assert not (place / "out").exists()
+
+
+def test_folders_of_several_bases_never_share_a_name():
+    assert folder_names(["x/a", "y/b"]) == ["a", "b"]
+    assert folder_names(["x/a", "y/a", "z/a-1"]) == ["a-1", "a-2", "a-1-3"]
 
 
 # Refusals: before anything is drawn, in one line that names what is wrong.
@@ -481,6 +544,8 @@ REFUSED = {
     "twice": ({"controls": ["base", "base"]}, "Two controls have the name 'base'"),
     "name": ({"controls": ["base", {"kind": "base", "name": "a\nb"}]}, "`name` must be a text on one line"),
     "NaN": ({"controls": ["base", {"kind": "advantage", "strengths": [float("nan")]}]}, "strengths.* finite number"),
+    "strengths and kl": ({"controls": ["base", {"kind": "advantage", "strengths": 1, "kl": 1}]}, "use one of them"),
+    "odd kl": ({"controls": ["base", {"kind": "advantage", "kl": "much"}]}, "'advantage': `kl` must be a list of num"),
     "no strength": ({"controls": [{"kind": "base", "strengths": [1]}]}, "'base' has no strength"),
     "against": ({"against": "nobody"}, "`against` names the control 'nobody', which is not among"),
     "against several": ({"against": "advantage"}, "`against` names 'advantage', which has 2 strengths"),
@@ -488,8 +553,8 @@ REFUSED = {
     "few": ({"kl": [0.1]}, "There are 12 prompts, and 64 are to be set aside"),
     "role": ({"controls": ["base", {"kind": "prompting", "instruction_role": "boss"}]}, r"\[1\].instruction_role"),
     "no reward": ({"rewards": []}, "No reward is given"),
-    "odd reward": ({"rewards": None}, "Rewards and the judge must be functions or their names, got None"),
-    "odd judge": ({"judge": 3}, r"must be functions or their names, got \[3\]"),
+    "odd reward": ({"rewards": None}, "Rewards must be functions or their names, got None"),
+    "odd judge": ({"judge": 3}, "`judge` must be a function, its name"),
     "no module's name": ({"controls": ["base", ":Thing"]}, "':Thing' cannot be imported"),
     "judge": ({"judge": "mine:variety"}, "The judge is also one of the rewards"),
     "failing reward": ({"rewards": "mine:fails"}, "The reward fails failed: KeyError"),

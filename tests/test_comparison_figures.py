@@ -13,8 +13,7 @@ import torch
 from hf_recontrol import ControlConfig, ReControlForCausalLM, Rollout, generate_rollouts, kl_divergence
 from hf_recontrol.evaluation.comparison.figures import METRICS, Sample, best_of, figures_of, sample_of
 from hf_recontrol.evaluation.comparison.plots import write_plots
-from hf_recontrol.evaluation.comparison.results import best_places, matched_references, wins
-from hf_recontrol.evaluation.comparison.scores import coherence_scorer
+from hf_recontrol.evaluation.comparison.scores import best_places, coherence_scorer, matched_references, wins
 from hf_recontrol.evaluation.comparison.table import table
 from hf_recontrol.evaluation.intervals import NUM_RESAMPLES, paired_interval, ratio_interval, resamples
 from hf_recontrol.evaluation.likelihoods import likelihoods

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, split_by_prompt
-from hf_recontrol.data.fingerprints import prompt_number
+from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.states import StateStore
@@ -207,8 +207,8 @@ def test_what_cannot_work_is_said_before_anything_is_made(base, tmp_path):
         ({"training_arguments": {"adam_epsilon": "1e-8"}}, "texts for the numbers"),
         ({"training_arguments": {"eval_strategy": "nope"}}, "cannot be used"),
         ({"generation_config": 3}, "`generation_config` must be"),
-        ({"reward": []}, "`reward` must be functions"),
-        ({"reward": [3]}, "`reward` must be functions"),
+        ({"reward": []}, "No reward is given"),
+        ({"reward": [3]}, r"must be functions or their names, got \[3\]"),
         ({"prompts": load_prompts(PROMPTS), "limit": 3}, "`limit` is about reading prompts"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
@@ -254,15 +254,15 @@ def test_a_prompt_is_the_same_however_it_was_stored():
     ]
     same = stored + [[{"role": "user", "content": each, "name": None}] for each in [text, *stored]]
     same += [[{"role": "user", "content": [{"type": "text", "text": each}]}] for each in stored]
-    assert {prompt_number(each) for each in same} == {prompt_number(text)}
+    assert {prompt_hash(each) for each in same} == {prompt_hash(text)}
     two = [
         [{"role": "user", "content": [{"type": "text", "text": each}, {"type": "text", "text": "w"}]}]
         for each in same[:4]
     ]
-    assert len(set(map(prompt_number, two))) == 1
+    assert len(set(map(prompt_hash, two))) == 1
     others = ["was heißt schön?", text[:-1], [{"role": "system", "content": text}]]
     others += [[{"role": "system", "content": "Kurz."}, {"role": "user", "content": text}]]
-    assert len({prompt_number(each) for each in [text, *others, two[0]]}) == 6
+    assert len({prompt_hash(each) for each in [text, *others, two[0]]}) == 6
 
 
 def test_a_head_says_which_prompts_it_was_trained_and_validated_on(base, tmp_path):
@@ -287,7 +287,7 @@ def test_a_head_says_which_prompts_it_was_trained_and_validated_on(base, tmp_pat
     assert set(seen.validated_on.tolist()) == set(store.prompts[held_out].tolist())
     assert seen.counts() == {"trained_on": 36, "validated_on": 4, "tuned_on": 0}
     # As texts, they are the same prompts.
-    assert {prompt_number(text) for text in PROMPTS} == {*seen.trained_on.tolist(), *seen.validated_on.tolist()}
+    assert {prompt_hash(text) for text in PROMPTS} == {*seen.trained_on.tolist(), *seen.validated_on.tolist()}
     with pytest.raises(ValueError, match=r"40 of 40 prompts to compare on are among those .* the first is number 0"):
         compare(
             tmp_path / "base",

@@ -68,6 +68,26 @@ def test_what_is_too_long_for_it_has_no_verdict(tmp_path):
     assert (found["win_rate"], counts["unparsable"]) == ([None, 0.5], 1)
 
 
+def test_what_does_not_fit_costs_the_others_no_padding(tmp_path, monkeypatch):
+    judge = judge_of(parrot(tmp_path / "m", "pair"))
+    model, widths = judge.loaded[0], []
+    drawn = model.generate
+    monkeypatch.setattr(model, "generate", lambda **rows: widths.append(rows["input_ids"].shape) or drawn(**rows))
+    talks = [[{"role": "user", "content": "w5 " * count}] for count in (5000, 3, 9)]
+    replies = judge.replies(talks)
+    assert [reply.text is None for reply in replies] == [True, False, False]
+    assert replies[1:] == judge.replies(talks[1:])
+    assert widths == [(2, replies[2].input_tokens)] * 2
+
+
+def test_thoughts_that_the_chat_template_begins_are_no_verdict(tmp_path):
+    given = parrot(tmp_path / "m", "pair")
+    template = tmp_path / "m" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>{% endif %}")
+    found, counts = judged(judge_of(given), tmp_path / "v", PAIRS[:1])
+    assert (found["win_rate"], counts["unparsable"]) == ([None], 1)
+
+
 def test_a_batch_says_what_each_would_alone(tmp_path):
     model = tiny_model("llama", dtype=torch.float32)
     model.config.max_position_embeddings = 4096

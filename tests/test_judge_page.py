@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from hf_recontrol import compare, write_judge_page
+from hf_recontrol.evaluation.judges.person import PersonJudge
 
 from .compared import make_inputs, settings
 from .fresh import RECONTROL, run_fresh
@@ -170,9 +172,40 @@ def test_some_prompts_and_some_verdicts(place):
     said = dict(list(by_length(page).items())[:2])
     again(save(page, said))
     counts = json.loads(Path("out/figures.json").read_text())["judged"]
-    assert (counts["answers"], counts["not_judged"], counts["identical"]) == (2, count - 2, 6 - count)
+    met = list(key["pairs"])[: list(key["pairs"]).index("pair2") + 1]
+    assert (counts["answers"], counts["not_judged"], counts["identical"]) == (2, count - 2, len(met) - 2)
     judged = [line for line in lines_of("advantage", 0.6).values() if line["win_rate"] is not None]
-    assert len(judged) == 2 + 6 - count
+    assert {line["prompt_number"] for line in judged} == {key["pairs"][name]["prompt_number"] for name in met}
+
+
+def test_who_stops_early_adds_no_ties(tmp_path):
+    pairs = {f"pair{i}": {"side": "left", "prompt_number": 2 * i, "digest": ""} for i in range(50)}
+    pairs |= {f"same{i}": {"side": None, "prompt_number": 2 * i + 1, "digest": ""} for i in range(50)}
+    names = random.Random(0).sample(sorted(pairs), 100)
+    key = {"control": "c", "strength": None, "against": "base", "pairs": {name: pairs[name] for name in names}}
+    (tmp_path / "judge-key-0123456789ab.json").write_text(json.dumps(key))
+    for count in (10, 50):
+        said = dict.fromkeys([name for name in names if name.startswith("pair")][:count], "left")
+        (tmp_path / "saved.json").write_text(json.dumps({"page": "0123456789ab", "verdicts": said}))
+        judge = PersonJudge([str(tmp_path / "saved.json")])
+        judge.read(tmp_path, "base")
+        counts = judge.counts()
+        assert (counts["answers"], counts["not_judged"]) == (count, 50 - count)
+        assert counts["identical"] == pytest.approx(count, abs=4)  # half of all prompts tie
+
+
+def test_verdicts_on_answers_of_before_are_refused_beside_others(place):
+    write_judge_page("out", "nasty", "judge.html")
+    before = Page("judge.html")
+    compare(**settings(controls=CONTROLS, seed=1), quiet=True)
+    write_judge_page("out", "nasty", "judge.html")
+    now = Page("judge.html")
+    files = [save(before, by_length(before), "before.json"), save(now, by_length(now), "now.json")]
+    for some in (files, files[::-1]):
+        with pytest.raises(ValueError, match="is of other answers of 'nasty'"):
+            again(some, seed=1)
+    with pytest.raises(ValueError, match="names a file twice"):
+        again(["now.json", "./now.json"], seed=1)
 
 
 def test_of_several_persons_the_mean_counts(place):
@@ -291,7 +324,7 @@ new Function(source.match(/<script>([\\s\\S]*)<\\/script>/)[1])();
 for (const press of presses) {
   if (press.startsWith("#")) byId[press.slice(1)].click();
   else if (press.startsWith("=")) buttons.find((b) => b.dataset.choice === press.slice(1)).click();
-  else keys.keydown({key: press, preventDefault() {}});
+  else keys.keydown({key: press.replace("~", ""), repeat: press.endsWith("~"), preventDefault() {}});
 }
 byId.save.click();
 console.log(JSON.stringify({
@@ -314,7 +347,7 @@ def test_the_script_judges_by_keys_and_buttons_keeps_its_progress_and_saves(plac
 
     names = list(page.pairs)
     assert names == [f"pair{i + 1}" for i in range(count)]
-    found = browse({}, "1", "=right", "0", "x", "ArrowLeft")
+    found = browse({}, "1", "1~", "1~", "=right", "0", "x", "ArrowLeft")  # 1 is held down
     assert found["exported"]["verdicts"] == {"pair1": "left", "pair2": "right", "pair3": "tie"}
     assert found["exported"]["page"] == page.page
     assert found["name"] == f"verdicts-{page.page}.json"

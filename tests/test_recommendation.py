@@ -19,7 +19,7 @@ from hf_recontrol import (
     paired_interval,
     recommend_control,
 )
-from hf_recontrol.evaluation.recommendation import _simplest_of_the_best
+from hf_recontrol.evaluation.recommendation import _chosen
 from hf_recontrol.pipelines.run_report import _compared
 
 from .conftest import make_head
@@ -154,7 +154,7 @@ def test_of_equal_controls_one_that_is_clearly_better_than_the_base_is_recommend
         ([(of("static", unclear), level), (of("ascent", unclear), level)], "static"),
         ([(of("static", clear), worse), (of("ascent", unclear), level)], "ascent"),
     ):
-        assert _simplest_of_the_best(trials).method == expected
+        assert _chosen(trials).method == expected
 
 
 @pytest.mark.usefixtures("recontrol_warnings")

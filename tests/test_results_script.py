@@ -55,7 +55,8 @@ def test_everything_is_made_and_made_once(material):
     done = run()
     assert done.returncode == 0, done.stderr[-3000:]
     page = (material / "results" / "results.md").read_text()
-    for title in ("unseen prompts of HH-RLHF", "HarmfulQA, out of distribution", "step size by steps"):
+    titles = ("unseen prompts of HH-RLHF", "HarmfulQA, out of distribution", "step size by steps", "time and memory")
+    for title in (*titles, "the head's methods against its static vector, at 0.1 nats a token"):
         assert f"## smollm2, vader: {title}" in page
     for control in ("base", "prompting", "best_of_n", "static_vector", "advantage", "ascent + prompting", "lora_dpo"):
         assert f"| {control} |" in page

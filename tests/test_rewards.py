@@ -12,11 +12,11 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_recontrol.collection.classifiers import ClassifierReward
-from hf_recontrol.collection.labels import label_rollouts, score_rollouts
-from hf_recontrol.collection.rewards import by_name, load_reward, text_reward, vader
+from hf_recontrol.collection.labels import check_rows, label_rollouts, score_rollouts
+from hf_recontrol.collection.rewards import by_name, load_reward, named_rewards, text_reward, vader
 from hf_recontrol.collection.rollouts import write_rollouts
 from hf_recontrol.collection.states import write_states
-from hf_recontrol.data.prompts import load_prompts
+from hf_recontrol.data.prompts import Prompts, load_prompts
 from hf_recontrol.data.rollouts import Rollout, load_rollouts, save_rollouts
 from hf_recontrol.data.stage_folder import read_manifest
 from hf_recontrol.data.states import StateStore
@@ -361,3 +361,11 @@ def test_names_are_the_functions_own_however_they_are_given(tmp_path, monkeypatc
     for same in (["score", "column:score"], ["rewards_a:one", "rewards_a:one"]):
         with pytest.raises(ValueError, match="Two rewards have the same name"):
             by_name([load_reward(spec, {"score"}) for spec in same])
+
+
+def test_a_row_without_the_column_of_a_reward_is_named():
+    prompts = Prompts([{"prompt": "w1", "score": 1.0}, {"prompt": "w2"}], [3, 7])
+    rewards = named_rewards("score", prompts.columns)
+    with pytest.raises(ValueError, match="prompt 7: the column score holds None"):
+        check_rows(rewards, prompts, "error")
+    check_rows(rewards, prompts, "skip")

@@ -14,6 +14,7 @@ from hf_recontrol import ReControlForCausalLM, encode_prompt, load_rollouts
 from hf_recontrol.cli import app
 from hf_recontrol.collection.rollouts import generate_rollouts, write_rollouts
 from hf_recontrol.data.prompts import load_prompts
+from hf_recontrol.data.templating import prompt_text
 
 from .conftest import make_head
 from .tiny_models import tiny_model
@@ -336,3 +337,18 @@ def test_the_commands_hand_arguments_on(tmp_path, model, chatml):
     assert run.invoke(app, [*generate, "--prompt-format", "plain"], catch_exceptions=False).exit_code == 0
     refused = run.invoke(app, [*generate, "--chat-template-kwargs", '{"thinking": false}'])
     assert "knows no 'thinking'" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("w1", "w1"),
+        ([{"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "text", "text": "w2"}]}], "w1\nw2"),
+        ([{"role": "user", "content": [{"type": "image", "text": None}, {"text": "w1"}]}], "(image)\nw1"),
+        ([{"role": "user", "content": "w1"}, {"role": "assistant", "content": None, "tool_calls": [1]}], "w1"),
+        ([{"role": "system", "content": ""}, {"role": "user", "content": "w1"}, {"role": "tool"}], "w1"),
+        ([{"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}], "w1\n\nw2"),
+    ],
+)
+def test_a_chat_as_one_text(prompt, text):
+    assert prompt_text(prompt) == text

@@ -12,7 +12,7 @@ import yaml
 from transformers import GenerationConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, TuneSettings, ValueHead, compare, tune
-from hf_recontrol.data.fingerprints import prompt_number
+from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.evaluation.rivals.rival import Bench
 from hf_recontrol.evaluation.tuning import plan_rounds
 from hf_recontrol.heads.seen_prompts import SeenPrompts
@@ -55,7 +55,7 @@ def save_head(static: float, advantage: float, ascent: float, **config) -> None:
         head.value_mlp.layers[0].weight.copy_(ascent * push)
         head.advantage_mlp.layers[-1].weight.mul_(1e-6)
         head.advantage_mlp.layers[-1].bias.copy_(advantage * push)
-    head.seen_prompts = SeenPrompts(torch.tensor([prompt_number("w80")]), torch.tensor([prompt_number(PROMPTS[0])]))
+    head.seen_prompts = SeenPrompts(torch.tensor([prompt_hash("w80")]), torch.tensor([prompt_hash(PROMPTS[0])]))
     head.save_pretrained("head")
 
 
@@ -113,7 +113,7 @@ def test_the_control_that_earns_most_at_one_kl_is_written_into_the_head(place, d
     head = ValueHead.from_pretrained("head")
     assert head.config.control == ControlConfig.from_dict(found["control"])
     assert head.config.control_figures["figures"] == chosen["figures"]
-    assert set(head.seen_prompts.tuned_on.tolist()) == set(map(prompt_number, PROMPTS))
+    assert set(head.seen_prompts.tuned_on.tolist()) == set(map(prompt_hash, PROMPTS))
     assert head.seen_prompts.counts() == {"trained_on": 1, "validated_on": 1, "tuned_on": 40}
     card = (place / "head" / "README.md").read_text()
     assert "Chosen by reward on 40 prompts" in card and f"| reward | {chosen['figures']['reward'][0]:.3f} |" in card
@@ -289,7 +289,7 @@ def test_the_hub_s_cache_stays_as_it_is(place):
 def test_the_card_says_what_its_figures_are_worth(place, recontrol_warnings):
     save_head(1.0, 1.0, 1.0)
     head = ValueHead.from_pretrained("head")
-    head.seen_prompts = SeenPrompts(torch.tensor([prompt_number(text) for text in PROMPTS[:3]]))
+    head.seen_prompts = SeenPrompts(torch.tensor([prompt_hash(text) for text in PROMPTS[:3]]))
     head.save_pretrained("head")
 
     def some(prompts, completions, **columns):

@@ -9,7 +9,11 @@ import typer
 
 from ..settings import COMPARE_INPUTS, TUNE_INPUTS, CompareSettings, TuneSettings
 from .app import app, is_main_process
-from .options import with_settings
+from .options import merged_inputs, with_settings
+
+_RewardOption = Annotated[
+    list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
+]
 
 
 @app.command()
@@ -18,13 +22,14 @@ def compare(
     settings: CompareSettings,
     inputs: dict,
     base: Annotated[
-        str | None, typer.Option("--base", "-m", help="Base model: a folder or a Hub name; default: the head's.")
+        list[str] | None,
+        typer.Option("--base", "-m", help="Base model: a folder or a Hub name; default: the head's. May be repeated."),
     ] = None,
-    head: Annotated[str | None, typer.Option(help="The value head: a folder or a Hub name.")] = None,
+    head: Annotated[
+        list[str] | None, typer.Option(help="The value head: a folder or a Hub name. May be repeated.")
+    ] = None,
     prompts: Annotated[str | None, typer.Option(help="Unseen prompts, as for `fit`.")] = None,
-    reward: Annotated[
-        list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
-    ] = None,
+    reward: _RewardOption = None,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -35,18 +40,20 @@ def compare(
         str | None, typer.Option(help="Prompts to find strengths on; default: some of --prompts are set aside.")
     ] = None,
     rollouts: Annotated[
-        str | None, typer.Option(help="Folder of scored rollouts, for controls that learn from them.")
+        list[str] | None,
+        typer.Option(help="Folder of scored rollouts, for controls that learn from them. Of several bases: one each."),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for everything made.")] = None,
 ) -> None:
     """What a control is worth, against the base, prompting, best-of-n and everything else named in the file of
     `--config`: one table, with intervals and KL to the base. The same command again resumes a comparison that was
-    stopped.
+    stopped. Several bases or heads are compared one after the other, each in a folder of its own.
 
     Example: `recontrol compare --head run/head --prompts unseen.jsonl --reward hf_recontrol:vader -o comparison`
     """
     from ..pipelines.compare import TABLE_NAME
     from ..pipelines.compare import compare as run_compare
+    from ..pipelines.compare_bases import compare_bases
 
     given = {
         "base": base,
@@ -58,15 +65,23 @@ def compare(
         "rollouts": rollouts,
         "output": output,
     }
-    inputs = _merged(inputs, given, {"prompts": "--prompts", "rewards": "--reward", "output": "--output"})
+    inputs = merged_inputs(inputs, given, {"prompts": "--prompts", "rewards": "--reward", "output": "--output"})
     if "base" not in inputs and "head" not in inputs:
         raise typer.BadParameter("missing; name a base model, or a head that names its own", param_hint="--head")
-    inputs.setdefault("base", None)
-    run_compare(**inputs, settings=settings)
+    several = {name: _list(inputs.pop(name, [])) for name in ("base", "head", "rollouts")}
+    if all(len(names) <= 1 for names in several.values()):
+        single = {name: names[0] if names else None for name, names in several.items()}
+        run_compare(**single, **inputs, settings=settings)
+    else:
+        compare_bases(several["base"], several["head"], several["rollouts"], **inputs, settings=settings)
     if is_main_process():
         folder = Path(inputs["output"])
         typer.echo((folder / TABLE_NAME).read_text(encoding="utf-8"))
         typer.echo(f"Answers, figures and plots are in {folder}.")
+
+
+def _list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 @app.command("judge-page")
@@ -91,16 +106,6 @@ def judge_page(
     )
 
 
-def _merged(inputs: dict, given: dict, needed: dict[str, str]) -> dict:
-    """What the file names, and the options above it; `needed` are those that must be there, with their options."""
-    inputs = inputs | {name: value for name, value in given.items() if value}
-    if missing := [option for name, option in needed.items() if name not in inputs]:
-        raise typer.BadParameter(
-            f"missing; give {', '.join(missing)} here or in the file of --config", param_hint=missing[0]
-        )
-    return inputs
-
-
 @app.command()
 @with_settings(TuneSettings, inputs=TUNE_INPUTS)
 def tune(
@@ -113,9 +118,7 @@ def tune(
     prompts: Annotated[
         str | None, typer.Option(help="Prompts that the head was not trained on, as for `fit`; no test prompts.")
     ] = None,
-    reward: Annotated[
-        list[str] | None, typer.Option(help="What the head was trained on, as for `fit`; may be repeated.")
-    ] = None,
+    reward: _RewardOption = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for what is made.")] = None,
 ) -> None:
     """Find the control that a head should recommend, on prompts that it was not trained on, and write it into the
@@ -129,7 +132,7 @@ def tune(
 
     given = {"head": head, "base": base, "prompts": prompts, "rewards": reward, "output": output}
     options = {"head": "--head", "prompts": "--prompts", "rewards": "--reward", "output": "--output"}
-    inputs = _merged(inputs, given, options)
+    inputs = merged_inputs(inputs, given, options)
     found = run_tune(**inputs, settings=settings)
     if is_main_process():
         chosen = next(each for each in found["candidates"] if each["control"] == found["control"])

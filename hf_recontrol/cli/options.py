@@ -121,6 +121,29 @@ def with_settings(
     return decorate
 
 
+def merged_inputs(inputs: Mapping[str, Any], given: Mapping[str, Any], needed: Mapping[str, str]) -> dict[str, Any]:
+    """
+    What a command works on: what its file holds beside settings, and above that the options.
+
+    Args:
+        inputs (`dict`):
+            Of the file, by name.
+        given (`dict`):
+            The options' values, by the same names; what is empty was not given.
+        needed (`dict[str, str]`):
+            Names of those that must be there, with their options.
+
+    Raises:
+        `typer.BadParameter`: names the options of those that are missing.
+    """
+    inputs = {**inputs, **{name: value for name, value in given.items() if value}}
+    if missing := [option for name, option in needed.items() if name not in inputs]:
+        raise typer.BadParameter(
+            f"missing; give {', '.join(missing)} here or in the file of --config", param_hint=missing[0]
+        )
+    return inputs
+
+
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Base model: a folder or a Hub name.")]
 PromptsOption = Annotated[
     str,

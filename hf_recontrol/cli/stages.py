@@ -19,7 +19,7 @@ from ..settings import (
 )
 from ..utils.setting_fields import settings_class
 from .app import app, is_main_process, own_command, print_json
-from .options import HeadOption, ModelOption, PromptsOption, RewardOption, with_settings
+from .options import HeadOption, ModelOption, PromptsOption, RewardOption, merged_inputs, with_settings
 
 
 @app.command()
@@ -43,11 +43,7 @@ def fit(
     from ..pipelines.fit import fit as run_fit
 
     given = {"model": model, "prompts": prompts, "reward": reward, "output": output}
-    inputs = inputs | {name: value for name, value in given.items() if value}
-    if missing := [f"--{name}" for name in given if name not in inputs]:
-        raise typer.BadParameter(
-            f"missing; give {', '.join(missing)} here or in the file of --config", param_hint=missing[0]
-        )
+    inputs = merged_inputs(inputs, given, {name: f"--{name}" for name in given})
     figures = run_fit(**inputs, settings=settings, command=own_command())
     if is_main_process():
         _print_figures(figures)
@@ -109,7 +105,7 @@ def label(
     Example: `recontrol label run/rollouts --reward hf_recontrol:vader`
     """
     from ..collection.labels import label_rollouts
-    from ..collection.rewards import by_name, load_reward
+    from ..collection.rewards import named_rewards
     from ..data.rollouts import columns_of
     from ..data.stage_folder import read_manifest
 
@@ -117,7 +113,7 @@ def label(
     columns = columns_of(sorted(rollouts.glob("part-*.parquet")))
     counts = label_rollouts(
         rollouts,
-        by_name([load_reward(spec, columns) for spec in reward]),
+        named_rewards(reward, columns),
         again=again,
         on_bad_rows=settings.on_bad_rows,
         combine_rewards=settings.combine_rewards,

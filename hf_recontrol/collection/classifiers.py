@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from ..data.prompts import Prompt
+from ..data.templating import prompt_text
 from ..utils.code_fingerprints import model_fingerprint
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class ClassifierReward:
             added = [0] * len(inputs["input_ids"])
         else:
             options = {"return_special_tokens_mask": True, "verbose": False}
-            text = prompt if isinstance(prompt, str) else "\n\n".join(map(_text_of, prompt))
+            text = prompt_text(prompt)
             if self.takes_pairs:
                 encoded = tokenizer(text, completion, **options)
             else:
@@ -185,7 +186,8 @@ class ClassifierReward:
         render = partial(
             self.tokenizer.apply_chat_template, chat, return_dict=True, tokenizer_kwargs={"verbose": False}
         )
-        mentioned = any(token in _text_of(message) for message in chat for token in self.tokenizer.all_special_tokens)
+        text = prompt_text(chat)
+        mentioned = any(token in text for token in self.tokenizer.all_special_tokens)
         if mentioned and "sanitize_control_tokens" in inspect.signature(render).parameters:
             # It fails where the tokenizer reads such a token out of any text.
             with contextlib.suppress(ValueError):
@@ -246,11 +248,3 @@ def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int 
         ]
         limits.append(positions - max(first, default=0))
     return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
-
-
-def _text_of(message: dict[str, Any]) -> str:
-    """The text of a chat message, whose content may also be a list of parts."""
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    return content or ""

@@ -55,14 +55,22 @@ def finite_reward(value: Any) -> float | None:
         return None
 
 
-def check_rows(rewards: dict[str, RewardFunction], prompts: Prompts, combine_rewards: str = "none") -> None:
+def check_rows(
+    rewards: dict[str, RewardFunction], prompts: Prompts, on_bad_rows: str, combine_rewards: str = "none"
+) -> None:
     """
     Check what is known of each row's reward before any response is sampled: that a column holds it, and that the chat
     template of a classifier takes the chat.
 
+    Args:
+        on_bad_rows (`str`):
+            `"error"`; with `"skip"` nothing is checked, since scoring leaves such rows out.
+
     Raises:
         `ValueError`: if not; names the rows.
     """
+    if on_bad_rows != "error":
+        return
     bad = []
     for function in rewards.values():
         for number, row in zip(prompts.numbers, prompts.rows, strict=True):
@@ -74,7 +82,7 @@ def check_rows(rewards: dict[str, RewardFunction], prompts: Prompts, combine_rew
 
 def _known_fault(function: RewardFunction, row: dict[str, Any], combine_rewards: str) -> str | None:
     if isinstance(function, ColumnReward):
-        value = row[function.column]
+        value = row.get(function.column)
         is_routed = value is None and combine_rewards != "none"
         if finite_reward(value) is None and not is_routed:
             return f"the column {function.column} holds {value!r}, expected a finite number"

@@ -362,3 +362,30 @@ def by_name(rewards: Sequence[RewardFunction]) -> dict[str, RewardFunction]:
             "(its `__name__`)."
         )
     return dict(zip(names, rewards, strict=True))
+
+
+def named_rewards(
+    rewards: str | RewardFunction | Sequence[str | RewardFunction], columns: Collection[str]
+) -> dict[str, RewardFunction]:
+    """
+    Rewards as users give them, by name, see [`by_name`].
+
+    Args:
+        rewards (`str`, function, or sequence of these):
+            As for [`load_reward`], or functions.
+        columns (collection of `str`):
+            What the rows hold beside prompt and completion.
+
+    Raises:
+        `ValueError`: if there is none, one is neither a function nor a name, or one cannot be called with these
+            columns; names it.
+    """
+    specs = [rewards] if isinstance(rewards, str) or callable(rewards) else rewards
+    if not isinstance(specs, Sequence) or not all(isinstance(spec, str) or callable(spec) for spec in specs):
+        raise ValueError(f"Rewards must be functions or their names, got {rewards!r}.")
+    if not specs:
+        raise ValueError("No reward is given: name at least one.")
+    functions = by_name([load_reward(spec, columns) if isinstance(spec, str) else spec for spec in specs])
+    for function in functions.values():
+        check_reward(function, columns)
+    return functions

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data.fingerprints import hook_point_settings, model_settings, prompt_number
+from ..data.fingerprints import hook_point_settings, model_settings, prompt_hash
 from ..data.processes import Progress, progress_bar
 from ..data.rollouts import Rollout, count_rollouts, load_rollouts, rollout_parts
 from ..data.stage_folder import StageFolder, read_manifest
@@ -132,7 +132,7 @@ def _small(rollouts: Sequence[Rollout], every: int, num_objectives: int) -> dict
         "lengths": torch.tensor([math.ceil(len(r.completion_ids) / every) for r in rollouts], dtype=torch.int64),
         # In float64: of rewards that are large next to their spread float32 would keep nothing.
         "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float64).reshape(-1, num_objectives),
-        "prompts": torch.tensor([prompt_number(r.prompt) for r in rollouts], dtype=torch.int64),
+        "prompts": torch.tensor([prompt_hash(r.prompt) for r in rollouts], dtype=torch.int64),
         "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
     }
 

@@ -17,6 +17,8 @@ from ..utils.code_fingerprints import model_fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .prompts import Prompts
+
 # The control of responses of the base alone.
 NO_CONTROL = {"control": False, "heads": {}}
 # Of a head's configuration.
@@ -79,12 +81,17 @@ def stable_number(value: str | list) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)
 
 
-def prompt_number(prompt: str | list) -> int:
+def prompt_hash(prompt: str | list) -> int:
     """
-    A 64-bit number of what a prompt says: a text and the chat of its one user turn have the same one, and so do texts
+    A 64-bit hash of what a prompt says: a text and the chat of its one user turn have the same one, and so do texts
     that differ in space, line ends or the form of Unicode alone. Splits, and what a head has seen, go by it.
     """
     return stable_number(_said(prompt))
+
+
+def prompt_hashes(prompts: Prompts) -> list[int]:
+    """The [`prompt_hash`] of each prompt, in their order."""
+    return [prompt_hash(row["prompt"]) for row in prompts.rows]
 
 
 def _said(prompt: str | list) -> str | list:

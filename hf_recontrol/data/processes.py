@@ -23,6 +23,10 @@ _LONGEST_WAIT = timedelta(days=7)
 Progress = Callable[[int, int], None]
 
 
+def no_progress(done: int, total: int) -> None:
+    """A [`Progress`] that shows nothing."""
+
+
 class Processes:
     """
     The processes that work on one stage: those of `accelerate launch`, else this one alone.

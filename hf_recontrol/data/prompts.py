@@ -72,6 +72,11 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def columns(self) -> set[str]:
+        """Names of what the rows hold beside `prompt`."""
+        return {name for row in self.rows for name in row} - {"prompt"}
+
     def take(self, indices: Iterable[int]) -> Prompts:
         """Some of the prompts, by their places in `rows`; each keeps its number."""
         indices = list(indices)

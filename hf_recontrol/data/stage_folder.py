@@ -7,7 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,20 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def shared_folder(folder: Path) -> Iterator[None]:
+    """
+    A folder for all processes of a run: the first one makes and locks it, the others wait for that.
+
+    Raises:
+        `OSError`: if it cannot be made, or another run holds it.
+    """
+    processes = Processes()
+    with lock_folder(make_folder(folder)) if processes.index == 0 else nullcontext():
+        processes.wait()
+        yield
 
 
 def _versions() -> dict[str, str]:

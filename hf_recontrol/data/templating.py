@@ -42,6 +42,19 @@ _UNREACHED = "{!r} reaches no chat template: the tokenizer has none, or the text
 _LOSES = "the chat template leaves out or changes a message, such as one of the role {!r}."
 
 
+def message_text(message: Mapping[str, Any]) -> str:
+    """What a chat message says: of a content in parts each part's text, or the type of what is no text, on a line."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(f"({part.get('type')})" if part.get("text") is None else part["text"] for part in content)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text: of a chat what its messages say."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(filter(None, map(message_text, prompt)))
+
+
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value

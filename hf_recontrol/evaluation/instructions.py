@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ..data.prompts import Prompt, Prompts
-from ..data.templating import PromptEncoder
+from ..data.templating import PromptEncoder, message_text
 from ..utils.checks import check_choice
 
 INSTRUCTION_ROLES = ("system", "user")
@@ -55,10 +54,5 @@ def _in_chat(messages: list[dict[str, Any]], instruction: str, role: str) -> lis
     if place is None:
         return [{"role": role, "content": instruction}, *messages]
     message = messages[place]
-    first, second = (instruction, _text(message)) if role == "user" else (_text(message), instruction)
+    first, second = (instruction, message_text(message)) if role == "user" else (message_text(message), instruction)
     return [*messages[:place], {**message, "content": f"{first}\n\n{second}"}, *messages[place + 1 :]]
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)

@@ -25,7 +25,7 @@ def resamples(count: int) -> np.ndarray:
 
 
 def finite(value: Any) -> Any:
-    """A value for JSON: `None` for a number that is not finite."""
+    """A value as JSON has it: `None` for a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -37,6 +37,20 @@ def interval(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float,
     outside = (1 - confidence) / 2
     low, high = np.quantile(values, [outside, 1 - outside])
     return float(low), float(high)
+
+
+def choices(count: int) -> np.ndarray:
+    """All of `count` prompts once, and below that their [`resamples`], `(2001, count)`."""
+    return np.concatenate([np.ones((1, count)), resamples(count)])
+
+
+def with_interval(values: np.ndarray, prompts: int) -> tuple[float, float, float]:
+    """
+    A statistic's value and the ends of its interval, from its values on the [`choices`] of prompts. A single prompt
+    tells nothing: its interval is unbounded.
+    """
+    ends = interval(values[1:]) if prompts > 1 else (-math.inf, math.inf)
+    return float(values[0]), *ends
 
 
 def paired_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Figures of responses: diversity over word n-grams, and how far control moved the policy."""
+"""Figures of responses: diversity over word n-grams, rewards as one number, and how far control moved the policy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import math
 import re
 from collections.abc import Sequence
 
+import torch
+
 from ..collection.batches import check_in_force
+from ..configuration import ValueHeadConfig
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
 from .likelihoods import likelihoods_in_force
@@ -46,6 +49,29 @@ def repetition(text: str) -> float:
     """
     grams = _grams(text, 4)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def summed_reward(reward: Sequence[float], config: ValueHeadConfig, names: Sequence[str] | None = None) -> float:
+    """
+    A response's rewards as one number: their sum, each in standard deviations of a head's training.
+
+    Args:
+        reward (sequence of `float`):
+            In the rewards' own units.
+        config ([`ValueHeadConfig`]):
+            Of the head.
+        names (sequence of `str`, *optional*):
+            Of the rewards. If the head was not trained on rewards of these names, they are summed as they are. By
+            default they are all that it was trained on, in the order of its objectives.
+    """
+    values, mean, std = (torch.tensor(x, dtype=torch.float64) for x in (reward, config.reward_mean, config.reward_std))
+    if names is not None:
+        trained_on = config.training.rewards if config.training is not None else []
+        if not set(names) <= set(trained_on):
+            return float(values.sum())
+        order = [trained_on.index(name) for name in names]
+        mean, std = (x.expand(len(trained_on))[order] for x in (mean, std))
+    return float(((values - mean) / std).sum())
 
 
 def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, batch_size: int = 8) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -14,13 +13,14 @@ from ..collection.labels import score_rollouts
 from ..collection.rewards import RewardFunction
 from ..collection.rollouts import generate_rollouts
 from ..configuration import ControlConfig
-from ..data.processes import Progress, progress_bar
+from ..data.processes import Progress, no_progress, progress_bar
 from ..data.prompts import Prompts
 from ..data.rollouts import Rollout
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import SamplingSettings
 from .intervals import finite, paired_interval
+from .metrics import summed_reward
 from .strength import control_at_kl, few_prompts
 
 logger = logging.get_logger(__name__)
@@ -145,9 +145,7 @@ def recommend_control(
     prompts, sampling = few_prompts(model, tokenizer, prompts, sampling or SamplingSettings())
 
     def draw(control: ControlConfig | bool) -> list[Rollout]:
-        return generate_rollouts(
-            model, tokenizer, prompts, sampling, control=control, progress=lambda done, total: None
-        )
+        return generate_rollouts(model, tokenizer, prompts, sampling, control=control, progress=no_progress)
 
     def scores(rollouts: list[Rollout]) -> list[Rollout]:
         return score_rollouts(
@@ -178,23 +176,18 @@ def recommend_control(
             advance(1)
     if not found:
         raise ValueError(f"No control could be compared at {target_kl:g} nats a token.")
-    chosen = _simplest_of_the_best(found)
+    chosen = _chosen(found)
     return Recommendation(
         chosen, [Trial(None, 0.0, _means(base)), *(trial for trial, _ in found)], len(prompts), len(base)
     )
 
 
-def _standardised(head: ValueHead, reward: Sequence[float]) -> float:
-    mean, std = (torch.tensor(x, dtype=torch.float64) for x in (head.config.reward_mean, head.config.reward_std))
-    return float(((torch.tensor(reward, dtype=torch.float64) - mean) / std).sum())
-
-
 def _by_prompt(head: ValueHead, rollouts: Sequence[Rollout]) -> dict[int, float]:
-    """Mean standardised reward of each prompt, by its number."""
+    """Mean [`summed_reward`] of each prompt, by its number."""
     values: dict[int, list[float]] = {}
     for rollout in rollouts:
         if rollout.reward is not None:
-            values.setdefault(rollout.prompt_number, []).append(_standardised(head, rollout.reward))
+            values.setdefault(rollout.prompt_number, []).append(summed_reward(rollout.reward, head.config))
     return {number: sum(each) / len(each) for number, each in values.items()}
 
 
@@ -210,12 +203,27 @@ def _means(rollouts: Sequence[Rollout]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*scored, strict=True)]
 
 
-def _simplest_of_the_best(found: Sequence[tuple[Trial, dict[int, float]]]) -> ControlConfig:
+def _chosen(found: Sequence[tuple[Trial, dict[int, float]]]) -> ControlConfig:
     """Of controls and their rewards by prompt, the simplest first."""
     # Rewards may leave responses without a score: only prompts that all have are compared.
     shared = set.intersection(*(set(rewards) for _, rewards in found))
     if not shared:
         raise ValueError("No prompt has a response with a reward under every control, so they cannot be compared.")
     _, best = max(found, key=lambda item: sum(item[1][number] for number in shared))
-    level = [trial for trial, rewards in found if paired_interval(_differences(best, rewards))[0] <= 0]
-    return next((trial for trial in level if trial.gain[1] > 0), level[0]).control
+    behind = [paired_interval(_differences(best, rewards))[0] for _, rewards in found]
+    return found[simplest_of_the_best(behind, [trial.gain[1] for trial, _ in found])][0].control
+
+
+def simplest_of_the_best(behind: Sequence[float], gains: Sequence[float]) -> int:
+    """
+    The place of the simplest control that is as good as the best: the first one whose difference to the best may be 0,
+    and which is clearly better than the base or, if none is, whether or not it is.
+
+    Args:
+        behind (sequence of `float`):
+            Of each control, the simplest first, the lower end of the interval of how far it is behind the best.
+        gains (sequence of `float`):
+            Of each the lower end of the interval of how much better than the base it is.
+    """
+    level = [place for place, low in enumerate(behind) if low <= 0]
+    return next((place for place in level if gains[place] > 0), level[0])

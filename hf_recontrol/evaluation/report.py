@@ -11,6 +11,7 @@ from html import escape
 from numbers import Integral, Real
 from pathlib import Path
 
+from ..data.templating import message_text
 from ..heads.figures import FIGURES
 from ..utils.extras import needs_extra
 from ..utils.files import atomic_path
@@ -283,10 +284,9 @@ def _example(number: int, example: dict, middle: float, reach: float) -> str:
 
 def _said(message: dict) -> str:
     """A message's text, and as JSON what else it holds, such as calls of tools."""
-    content = message.get("content")
-    texts = [part["text"] for part in content] if isinstance(content, list) else [content] if content else []
+    text = message_text(message)
     more = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
-    return "\n".join([*texts, *([json.dumps(more, ensure_ascii=False)] if more else [])])
+    return "\n".join([*([text] if text else []), *([json.dumps(more, ensure_ascii=False)] if more else [])])
 
 
 def _token(token: str, value: float, middle: float, reach: float) -> str:

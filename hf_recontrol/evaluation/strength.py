@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..collection.rollouts import generate_rollouts
 from ..collection.sampling import sampling_config
 from ..configuration import ControlConfig
+from ..data.processes import no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
@@ -110,9 +111,7 @@ def match_kl(
         )
 
     def draw(drawn_under: ControlConfig | bool) -> list[Rollout]:
-        return generate_rollouts(
-            model, tokenizer, prompts, sampling, control=drawn_under, progress=lambda done, total: None
-        )
+        return generate_rollouts(model, tokenizer, prompts, sampling, control=drawn_under, progress=no_progress)
 
     found, _ = control_at_kl(model, draw(False), control, target_kl, draw, tolerance, max_samplings)
     return found

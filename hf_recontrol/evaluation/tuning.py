@@ -17,20 +17,19 @@ from ..data.prompts import Prompts
 from ..data.rollouts import Rollout
 from ..heads.value_head import ValueHead
 from ..modeling.checks import check_not_idle
-from ..settings import CompareSettings, TuneSettings
+from ..settings import TuneSettings
 from .comparison.answers import draw_answers, load_answers
 from .comparison.entries import KIND_OF_METHOD, Entry, Row
 from .comparison.figures import METRICS, Figure, Sample, figures_of, prompts_with, sample_of, values_on
-from .comparison.results import with_reward
-from .comparison.scores import Scorer, Scores, score_answers
-from .intervals import interval, resamples
-from .recommendation import candidates
+from .comparison.scores import Scorer, Scores, score_answers, with_reward
+from .intervals import choices, finite, with_interval
+from .recommendation import candidates, simplest_of_the_best
 from .rivals.kinds import make_rival
 from .rivals.rival import Bench
 
 logger = logging.get_logger(__name__)
 
-BASE = "base"
+_BASE = "base"
 # What the named criteria are sums of.
 _WEIGHTS = {"reward_at_kl": {"reward": 1.0}, "paper": {"coherence": 1.0, "diversity": 1.0, "reward": 1.0}}
 # Metrics that a control is no better for: what it is held against another one by, or what is no sum over answers.
@@ -193,7 +192,7 @@ def search(
     prompts: Prompts,
     scorers: Sequence[Scorer],
     weights: Mapping[str, float],
-    settings: CompareSettings,
+    settings: TuneSettings,
     budget: int,
     progress: Progress | None = None,
 ) -> Found:
@@ -215,7 +214,7 @@ def search(
     Raises:
         `ValueError`: as [`plan_rounds`]; if no prompt has all numbers that the criterion needs, under all controls.
     """
-    base = Row(Entry(BASE, BASE), make_rival(BASE, bench, {}))
+    base = Row(Entry(_BASE, _BASE), make_rival(_BASE, bench, {}))
     tried = [Candidate(row, row.rival.at(row.strength)) for row in rows]
     rounds = plan_rounds(len(rows), len(prompts), bench.sampling.num_samples, budget)
     answers: dict[tuple[str, float | None], tuple[list[Rollout], Scores]] = {}
@@ -225,7 +224,7 @@ def search(
         block, used = prompts.take(range(used, used + more)), used + more
         drawn += (more * (len(alive) + 1) + 1) * bench.sampling.num_samples
         in_round = [base, *(candidate.row for candidate in alive)]
-        stages = draw_answers(folder, in_round, bench, block, settings, progress)
+        stages = draw_answers(folder, in_round, bench, block, settings.part_size, "perplexity" in weights, progress)
         scores = score_answers(stages, stages[0], scorers, progress)
         for row, stage, own in zip(in_round, stages, scores, strict=True):
             rollouts, measured = load_answers(stage)
@@ -239,7 +238,10 @@ def search(
         ]
         values, shared = _measure(alive, samples, weights, used)
     found = figures_of(samples[:1], samples[0], used)
-    return Found(_simplest_of_the_best(alive, values, shared), tried, alive, found, used, drawn)
+    best = values[int(np.argmax(values[:, 0]))]
+    behind = [with_interval(best - own, shared)[1] for own in values]
+    chosen = alive[simplest_of_the_best(behind, [candidate.gain[1] for candidate in alive])]
+    return Found(chosen, tried, alive, found, used, drawn)
 
 
 def _best(tried: list[Candidate], count: int) -> list[Candidate]:
@@ -259,13 +261,16 @@ def _measure(
     these are.
     """
     for name in weights:
-        _check_measured(samples, name)
+        if not all(prompts_with(sample, name, count).any() for sample in samples):
+            raise ValueError(
+                f"No answer of some control has a number by {name!r}, so controls cannot be compared by it."
+            )
     shared = np.logical_and.reduce([prompts_with(sample, name, count) for sample in samples for name in weights])
     if not shared.any():
         raise ValueError(
             f"No prompt has {', '.join(weights)} of an answer under every control, so they cannot be compared."
         )
-    chosen = np.concatenate([np.ones((1, count)), resamples(count)]) * shared
+    chosen = choices(count) * shared
 
     def criterion(sample: Sample) -> np.ndarray:
         return sum(weight * values_on(sample, name, count, chosen) for name, weight in weights.items())
@@ -273,33 +278,10 @@ def _measure(
     of_base, *values = map(criterion, samples)
     for candidate, sample, own in zip(alive, samples[1:], values, strict=True):
         candidate.prompts, candidate.counted = count, int(shared.sum())
-        candidate.value = _with_interval(own, int(shared.sum()))
-        candidate.gain = _with_interval(own - of_base, int(shared.sum()))
+        candidate.value = with_interval(own, int(shared.sum()))
+        candidate.gain = with_interval(own - of_base, int(shared.sum()))
         candidate.figures = figures_of([sample], samples[0], count)
     return np.stack(values), int(shared.sum())
-
-
-def _check_measured(samples: Sequence[Sample], metric: str) -> None:
-    needed = {"kl_per_token": "kl", "kl_per_response": "kl", "perplexity": "base", "tokens_per_second": "seconds"}
-    if any(np.isnan(sample.values[needed.get(metric, metric)]).all() for sample in samples):
-        raise ValueError(
-            f"No answer of some control has a number by {metric!r}, so controls cannot be compared by it."
-        )
-
-
-def _with_interval(values: np.ndarray, prompts: int) -> tuple[float, float, float]:
-    ends = interval(values[1:]) if prompts > 1 else (-math.inf, math.inf)
-    return float(values[0]), *ends
-
-
-def _simplest_of_the_best(finalists: Sequence[Candidate], values: np.ndarray, prompts: int) -> Candidate:
-    best = values[int(np.argmax(values[:, 0]))]
-    level = [
-        candidate
-        for candidate, own in zip(finalists, values, strict=True)
-        if _with_interval(best - own, prompts)[1] <= 0
-    ]
-    return next((candidate for candidate in level if candidate.gain[1] > 0), level[0])
 
 
 def summary(candidate: Candidate) -> dict[str, Any]:
@@ -309,12 +291,12 @@ def summary(candidate: Candidate) -> dict[str, Any]:
         "target_kl": candidate.row.target_kl,
         "prompts": candidate.prompts,
         "counted": candidate.counted,
-        "criterion": finite(candidate.value),
-        "gain": finite(candidate.gain),
-        "figures": {figure.metric: finite((figure.value, figure.low, figure.high)) for figure in candidate.figures},
+        "criterion": [finite(number) for number in candidate.value],
+        "gain": [finite(number) for number in candidate.gain],
+        "figures": by_metric(candidate.figures),
     }
 
 
-def finite(values: Sequence[float]) -> list[float | None]:
-    """Numbers as JSON has them."""
-    return [value if math.isfinite(value) else None for value in values]
+def by_metric(figures: Sequence[Figure]) -> dict[str, list[float | None]]:
+    """Of each figure of a control its value and the ends of its interval, as JSON has them."""
+    return {f.metric: [finite(number) for number in (f.value, f.low, f.high)] for f in figures}

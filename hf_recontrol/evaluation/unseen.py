@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data.fingerprints import prompt_number
+from ..data.fingerprints import prompt_hashes
 from ..data.prompts import Prompts
 from ..heads.seen_prompts import SeenPrompts
 from ..heads.value_head import ValueHead
@@ -48,11 +48,7 @@ def seen_among(prompts: Prompts, heads: Iterable[nn.Module], kinds: Sequence[str
         for kind in kinds if record is not None else ():
             for number in getattr(record, kind).tolist():
                 seen.setdefault(number, kind.replace("_", " "))
-    return {
-        place: seen[number]
-        for place, row in enumerate(prompts.rows)
-        if (number := prompt_number(row["prompt"])) in seen
-    }
+    return {place: seen[number] for place, number in enumerate(prompt_hashes(prompts)) if number in seen}
 
 
 def unseen(

@@ -23,7 +23,7 @@ def _none() -> torch.Tensor:
 @dataclass(frozen=True)
 class SeenPrompts:
     """
-    The prompts that a head has seen, each by its number (`data.fingerprints.prompt_number`): 8 bytes a prompt, and no
+    The prompts that a head has seen, each by its hash (`data.fingerprints.prompt_hash`): 8 bytes a prompt, and no
     text of anybody's.
 
     Args:

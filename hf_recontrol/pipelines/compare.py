@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..collection.labels import check_rows, try_rewards
-from ..collection.rewards import RewardFunction, by_name, check_reward, load_reward
-from ..collection.rollouts import encode_all
-from ..collection.sampling import sampling_config
-from ..data.fingerprints import prompt_number
-from ..data.processes import Processes
-from ..data.prompts import Prompts, load_prompts, report_bad_rows
-from ..data.stage_folder import lock_folder
-from ..evaluation.comparison.answers import Drawer, draw_answers
+from ..collection.rewards import RewardFunction, named_rewards
+from ..data.fingerprints import prompt_hashes
+from ..data.processes import no_progress
+from ..data.prompts import Prompts, load_prompts
+from ..data.stage_folder import shared_folder
+from ..evaluation.comparison.answers import draw_answers, usable_prompts
 from ..evaluation.comparison.assembly import TABLE_NAME, write_results
-from ..evaluation.comparison.entries import Row, default_controls, entries_of, rows_of, without_twins
+from ..evaluation.comparison.entries import default_controls, entries_of, rows_of, without_twins
 from ..evaluation.comparison.figures import Figure
 from ..evaluation.comparison.matching import with_strengths
-from ..evaluation.comparison.scores import coherence_scorer, reward_scorer, score_answers
+from ..evaluation.comparison.scores import reward_scorer, score_answers, scorers_of
 from ..evaluation.judges.judge import Judge
 from ..evaluation.judges.kinds import judge_of
 from ..evaluation.judges.person import PersonJudge
@@ -34,11 +31,9 @@ from ..evaluation.judges.scoring import JudgeScoring
 from ..evaluation.rivals.plain import BestOfN
 from ..evaluation.rivals.rival import Bench
 from ..evaluation.unseen import TRAINED_ON, heads_of, unseen
-from ..heads.value_head import ValueHead
-from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..settings import HELD_OUT_PROMPTS, CompareSettings
-from ..utils.files import check_target, make_folder
-from .loading import load_base
+from ..utils.files import check_target
+from .loading import base_with_head
 
 logger = logging.get_logger(__name__)
 
@@ -111,12 +106,13 @@ def compare(
         settings = replace(settings, kl=(_DEFAULT_KL,))
     output = Path(output)
     check_target(output / TABLE_NAME)
-    test, held = _prompts(prompts, held_out, settings)
-    functions = named_rewards(rewards, test)
-    if settings.on_bad_rows == "error":
-        check_rows(functions, test, settings.combine_rewards)
+    entries = None if controls is None else entries_of(controls, settings)
+    finds_strengths = bool(settings.kl) or any(entry.kl for entry in entries or ())
+    test, held = _prompts(prompts, held_out, settings, finds_strengths)
+    functions = named_rewards(rewards, test.columns)
+    check_rows(functions, test, settings.on_bad_rows, settings.combine_rewards)
     try_rewards(functions, test, settings.on_bad_rows)
-    scorers = [reward_scorer("reward", functions, settings.on_bad_rows, settings.combine_rewards)]
+    scorers = scorers_of(functions, settings)
     judge, judging = judge_of(judge) if isinstance(judge, dict) else judge, None
     if isinstance(judge, PersonJudge):
         judging = judge
@@ -127,8 +123,6 @@ def compare(
         scorers.append(judging.scorer())
     elif judge is not None:
         scorers.append(reward_scorer("judge", {"judge": _judge(judge, functions, test)}, settings.on_bad_rows))
-    if settings.embeddings is not None:
-        scorers.append(coherence_scorer(settings.embeddings))
     with base_with_head(base, head, tokenizer, settings) as (model, tokenizer):
         heads = heads_of(model)
         test = unseen(test, heads, "to compare on", settings.on_seen_prompts)
@@ -139,11 +133,12 @@ def compare(
             tokenizer,
             settings,
             functions,
-            output / "made",
-            None if rollouts is None else Path(rollouts),
-            settings.combine_rewards,
+            folder=output / "made",
+            rollouts=None if rollouts is None else Path(rollouts),
+            combine_rewards=settings.combine_rewards,
         )
-        entries = entries_of(default_controls(bench) if controls is None else controls, settings)
+        if entries is None:
+            entries = entries_of(default_controls(bench), settings)
         rows = rows_of(entries, bench, settings)
         if (
             isinstance(judge, Judge)
@@ -155,38 +150,25 @@ def compare(
                 "draws several: name another control."
             )
         test, held = (usable_prompts(bench, rows, part, settings.on_bad_rows) for part in (test, held))
-        progress = (lambda done, total: None) if quiet else None
-        with locked_output(output):
+        progress = no_progress if quiet else None
+        with shared_folder(output):
             rows, matches = with_strengths(output, rows, bench, held, progress)
             rows = without_twins(rows)
-            stages = draw_answers(output, rows, bench, test, settings, progress)
+            stages = draw_answers(output, rows, bench, test, settings.part_size, settings.perplexity, progress)
             reference = next(i for i, row in enumerate(rows) if row.entry.name == settings.against)
             scores = score_answers(stages, stages[reference], scorers, progress)
             return write_results(output, bench, rows, stages, scores, reference, test, matches, settings, judging)
 
 
-@contextmanager
-def locked_output(folder: Path) -> Iterator[None]:
-    """The output folder, made and locked by the first process."""
-    processes = Processes()
-    with ExitStack() as stack:
-        if processes.index == 0:
-            stack.enter_context(lock_folder(make_folder(folder)))
-        processes.wait()
-        yield
-
-
-def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Prompts, Prompts]:
+def _prompts(prompts: Any, held_out: Any, settings: CompareSettings, finds_strengths: bool) -> tuple[Prompts, Prompts]:
     """(those that are compared on, those that strengths are found on: none if no strength is to be found)."""
     test = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
-    if not settings.kl:
+    if not finds_strengths:
         return test, test.take([])
     if held_out is not None:
         held = held_out if isinstance(held_out, Prompts) else load_prompts(held_out, settings)
-        seen = {prompt_number(row["prompt"]) for row in test.rows}
-        if shared := [
-            number for number, row in zip(held.numbers, held.rows, strict=True) if prompt_number(row["prompt"]) in seen
-        ]:
+        seen = set(prompt_hashes(test))
+        if shared := [n for n, said in zip(held.numbers, prompt_hashes(held), strict=True) if said in seen]:
             raise ValueError(
                 f"{len(shared)} held-out prompts are also compared on (the first is number {shared[0]}): strengths "
                 "must not be found on the prompts that they are measured on."
@@ -199,9 +181,9 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
             )
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(settings.seed)).tolist()
         held = test.take(sorted(order[: settings.num_held_out]))
-        seen = {prompt_number(row["prompt"]) for row in held.rows}
+        hashes, seen = prompt_hashes(test), set(prompt_hashes(held))
         others = sorted(order[settings.num_held_out :])
-        kept = [i for i in others if prompt_number(test.rows[i]["prompt"]) not in seen]
+        kept = [i for i in others if hashes[i] not in seen]
         if len(kept) < len(others):
             logger.warning(
                 f"{len(others) - len(kept)} prompts stand among those set aside too, and are not compared on."
@@ -217,77 +199,12 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings) -> tuple[Pr
     return test, held
 
 
-def named_rewards(rewards: Any, prompts: Prompts) -> dict[str, RewardFunction]:
-    """Rewards by name, checked for these prompts."""
-    columns = {name for row in prompts.rows for name in row if name != "prompt"}
-    specs = [rewards] if isinstance(rewards, str) or callable(rewards) else rewards
-    if not isinstance(specs, Sequence) or not all(isinstance(spec, str) or callable(spec) for spec in specs):
-        raise ValueError(f"Rewards and the judge must be functions or their names, got {rewards!r}.")
-    functions = by_name([load_reward(spec, columns) if isinstance(spec, str) else spec for spec in specs])
-    if not functions:
-        raise ValueError("No reward is given, so there is nothing to compare by.")
-    for function in functions.values():
-        check_reward(function, columns)
-    return functions
-
-
 def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> RewardFunction:
     if isinstance(judge, type) and issubclass(judge, Judge):
         raise ValueError(f"The judge is a class: give an instance of it, `{judge.__name__}(...)`.")
-    [(_, function)] = named_rewards([judge], prompts).items()
+    if not (isinstance(judge, str) or callable(judge)):
+        raise ValueError(f"`judge` must be a function, its name, a Judge or an object with a `kind`, got {judge!r}.")
+    [(_, function)] = named_rewards(judge, prompts.columns).items()
     if any(function is reward for reward in rewards.values()):
         raise ValueError("The judge is also one of the rewards: name one that no head was trained on.")
     return function
-
-
-@contextmanager
-def base_with_head(
-    base: Any, head: Any, tokenizer: PreTrainedTokenizerBase | None, settings: CompareSettings
-) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-    """The base, with the head if there is one, and its tokenizer. A model that was given is afterwards as it was."""
-    if isinstance(base, PreTrainedModel):
-        if tokenizer is None:
-            raise ValueError("A loaded model needs its tokenizer: give it (`tokenizer=`).")
-        if head is None:
-            yield base, tokenizer
-            return
-        with without_heads(base):
-            model = ReControlForCausalLM.from_model(base, head)
-            try:
-                yield model, tokenizer
-            finally:
-                model.unload()
-        return
-    if head is not None and not isinstance(head, ValueHead):
-        head = ValueHead.from_pretrained(head, token=settings.token)
-    if base is None:
-        base = head and head.config.base_model_name_or_path
-        if base is None:
-            raise ValueError("No base model is named, and no head that names one.")
-    model, own = load_base(base, settings, head)
-    yield model, own if tokenizer is None else tokenizer
-
-
-def usable_prompts(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: str) -> Prompts:
-    """The prompts that the model can take, with each instruction too."""
-    if not len(prompts):
-        return prompts
-    drawer, most = Drawer(bench), sampling_config(bench.model, bench.tokenizer, bench.sampling).max_new_tokens
-    encoder = drawer.encoder
-    usable, bad = encode_all(encoder, bench.model, prompts, range(len(prompts)), most)
-    report_bad_rows(bad, on_bad_rows)
-    instructed = {
-        (row.entry.instruction, row.entry.instruction_role): row for row in rows if row.entry.instruction is not None
-    }
-    for (_, role), row in instructed.items():
-        encoded, bad = encode_all(encoder, bench.model, drawer.asked(row, prompts), sorted(usable), most)
-        report_bad_rows(bad, on_bad_rows)
-        if encoded and all(ids == usable[i] for i, ids in encoded.items()):
-            raise ValueError(
-                f"The instruction of the control {row.entry.name!r} does not reach the model: its chat template "
-                f"leaves out the {role}'s turn. Give it an `instruction_role: user`."
-            )
-        usable = {i: usable[i] for i in encoded}
-    if not usable:
-        raise ValueError("No prompt can be used.")
-    return prompts if len(usable) == len(prompts) else prompts.take(sorted(usable))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ..data.processes import Progress
+from ..data.processes import Progress, no_progress
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def display(stages: Sequence[str], quiet: bool) -> Iterator[Callable[[str], Prog
         What gives, for a stage that begins, its `progress`: a function of (done, total), or `None` for its own bar.
     """
     if quiet or not sys.stderr.isatty():
-        yield lambda stage: (lambda done, total: None) if quiet else None
+        yield lambda stage: no_progress if quiet else None
         return
     from rich import progress as rich_progress
     from rich.console import Console

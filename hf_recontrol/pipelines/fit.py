@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ from transformers.utils import logging
 
 from ..collection.kept_states import remove_kept
 from ..collection.labels import check_rows, label_rollouts, try_rewards
-from ..collection.rewards import RewardFunction, by_name, check_reward, load_reward
+from ..collection.rewards import RewardFunction, named_rewards
 from ..collection.rollouts import write_rollouts
 from ..collection.states import write_states
 from ..configuration import ValueHeadConfig
-from ..data.fingerprints import prompt_number
-from ..data.processes import Processes
+from ..data.fingerprints import prompt_hashes
+from ..data.processes import Processes, no_progress
 from ..data.prompts import Prompts, load_prompts
-from ..data.stage_folder import MANIFEST_NAME, lock_folder
+from ..data.stage_folder import MANIFEST_NAME, shared_folder
 from ..data.states import StateStore
 from ..evaluation.recommendation import recommend_control
 from ..heads.base_model import check_nameable
@@ -35,7 +34,7 @@ from ..training.held_out import split_by_prompt
 from ..training.stage import FIGURES_NAME, train_head
 from ..training.trainer import check_training
 from ..utils.extras import needs_extra
-from ..utils.files import check_target, make_folder, read_json, write_json
+from ..utils.files import check_target, read_json, write_json
 from ..utils.setting_fields import Settings
 from .display import display
 from .loading import load_base
@@ -98,16 +97,15 @@ def fit(
         _check_default(settings, LoadingSettings, "loading a base, this one is loaded: leave it out")
     reward = list(reward) if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
     rows = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
-    rewards = _rewards(reward, rows, settings)
+    rewards = named_rewards(reward, rows.columns)
+    check_rows(rewards, rows, settings.on_bad_rows, settings.combine_rewards)
     processes = Processes()
     _check(rows, settings, processes)
     if not (output / "rollouts" / MANIFEST_NAME).exists():
         try_rewards(rewards, rows, settings.on_bad_rows)
     if processes.index == 0:
         check_target(output / "report.html")
-        make_folder(output)
-    with lock_folder(output) if processes.index == 0 else nullcontext():
-        processes.wait()
+    with shared_folder(output):
         base, tokenizer = _base(model, tokenizer, settings)
         given, settings = settings, _for_base(base, settings)
         # Of a run that is refused later nothing is written, of one that is killed what it was to be.
@@ -168,9 +166,8 @@ def _check(prompts: Prompts, settings: FitSettings, processes: Processes) -> Non
         import matplotlib  # noqa: F401
         import pyarrow  # noqa: F401
     check_training(settings, processes)
-    numbers = torch.tensor(list({prompt_number(row["prompt"]) for row in prompts.rows}))
     # The split itself says what is wrong with it.
-    split_by_prompt(numbers, settings.validation_split, settings.seed)
+    split_by_prompt(torch.tensor(list(set(prompt_hashes(prompts)))), settings.validation_split, settings.seed)
 
 
 def _check_default(settings: FitSettings, cls: type[Settings], what: str) -> None:
@@ -200,18 +197,6 @@ def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
         layer=settings.layer,
     )
     return settings
-
-
-def _rewards(reward, prompts: Prompts, settings: FitSettings) -> dict[str, RewardFunction]:
-    if not reward or not all(isinstance(item, str) or callable(item) for item in reward):
-        raise ValueError(f"`reward` must be functions or their names, got {reward!r}.")
-    columns = set(prompts.rows[0]) - {"prompt"}
-    functions = by_name([load_reward(item, columns) if isinstance(item, str) else item for item in reward])
-    for function in functions.values():
-        check_reward(function, columns)
-    if settings.on_bad_rows == "error":
-        check_rows(functions, prompts, settings.combine_rewards)
-    return functions
 
 
 def _base(model, tokenizer, settings: FitSettings):
@@ -253,7 +238,7 @@ def _recommend(
             sampling,
             target_kl=settings.target_kl,
             combine_rewards=settings.combine_rewards,
-            progress=(lambda done, total: None) if quiet else None,
+            progress=no_progress if quiet else None,
         )
     # A reward may also fail on responses that only control makes.
     except (RuntimeError, ValueError) as error:
@@ -280,8 +265,7 @@ def _held_out(output: Path, prompts: Prompts, settings: FitSettings) -> Prompts:
     _, episodes = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
     wanted = set(store.prompts[episodes].tolist())
     chosen = []
-    for index, row in enumerate(prompts.rows):
-        number = prompt_number(row["prompt"])
+    for index, number in enumerate(prompt_hashes(prompts)):
         if number in wanted:
             wanted.remove(number)
             chosen.append(index)

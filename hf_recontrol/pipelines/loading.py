@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +17,13 @@ from ..data.processes import Processes
 from ..data.stage_folder import read_manifest
 from ..heads.base_model import check_base, load_base_model
 from ..heads.value_head import ValueHead
-from ..modeling.causal_lm import ReControlForCausalLM
+from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..settings import LoadingSettings
+
+
+def base_source(settings: LoadingSettings) -> dict[str, str]:
+    """The settings that say where a base's files are got, if they are set, as arguments of `from_pretrained`."""
+    return {name: value for name in ("revision", "token") if (value := getattr(settings, name)) is not None}
 
 
 def load_base(
@@ -32,7 +39,7 @@ def load_base(
         `OSError`, `ValueError`: as [`load_base_model`]; if there is no such device.
     """
     device = _device(settings)
-    source = {name: value for name in ("revision", "token") if (value := getattr(settings, name)) is not None}
+    source = base_source(settings)
     # Before the tokenizer, which may be there or not.
     check_base(name_or_path, **source)
     arguments: dict[str, Any] = source | {"trust_remote_code": settings.trust_remote_code}
@@ -52,6 +59,48 @@ def load_base(
     if "device_map" not in arguments and model.device != device:
         model = model.to(device)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def base_with_head(
+    base: str | os.PathLike | PreTrainedModel | None,
+    head: str | os.PathLike | nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: LoadingSettings,
+) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """
+    The base, with the head if there is one, and its tokenizer. A model that was given is afterwards as it was.
+
+    Args:
+        base (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
+            A folder or Hub name, or a loaded model. By default that which the head names.
+        head (`str`, `os.PathLike` or `nn.Module`, *optional*):
+            A folder or Hub name, or a loaded head.
+
+    Raises:
+        `OSError`, `ValueError`: as [`load_base`]; if no base is named, or a loaded one comes without its tokenizer.
+    """
+    if isinstance(base, PreTrainedModel):
+        if tokenizer is None:
+            raise ValueError("A loaded model needs its tokenizer: give it (`tokenizer=`).")
+        if head is None:
+            yield base, tokenizer
+            return
+        with without_heads(base):
+            model = ReControlForCausalLM.from_model(base, head)
+            try:
+                yield model, tokenizer
+            finally:
+                model.unload()
+        return
+    if head is not None and not isinstance(head, ValueHead):
+        head = ValueHead.from_pretrained(head, token=settings.token)
+    if base is None:
+        base = head and head.config.base_model_name_or_path
+        if base is None:
+            raise ValueError("No base model is named, and no head that names one.")
+    model, own = load_base(base, settings, head)
+    yield model, own if tokenizer is None else tokenizer
 
 
 def load_as_sampled(

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..collection.labels import check_rows, try_rewards
-from ..collection.rewards import RewardFunction
+from ..collection.rewards import RewardFunction, named_rewards
 from ..configuration import ControlConfig
-from ..data.fingerprints import head_fingerprint, prompt_number
-from ..data.processes import Processes
+from ..data.fingerprints import head_fingerprint, prompt_hashes
+from ..data.processes import Processes, no_progress
 from ..data.prompts import Prompts, load_prompts
+from ..data.stage_folder import shared_folder
+from ..evaluation.comparison.answers import usable_prompts
 from ..evaluation.comparison.entries import without_twins
 from ..evaluation.comparison.matching import with_strengths
 from ..evaluation.comparison.plots import write_plots
-from ..evaluation.comparison.scores import coherence_scorer, reward_scorer
+from ..evaluation.comparison.scores import scorers_of
 from ..evaluation.rivals.rival import Bench
-from ..evaluation.tuning import Found, finite, plan_rounds, rows_to_try, search, summary, weights_of
+from ..evaluation.tuning import Found, by_metric, plan_rounds, rows_to_try, search, summary, weights_of
 from ..evaluation.unseen import TRAINED_ON, has_no_record, seen_among, unseen
 from ..heads.card import is_untouched
 from ..heads.hub import CARD_NAME, CONFIG_NAME, is_cached
 from ..heads.seen_prompts import SeenPrompts
 from ..heads.value_head import ValueHead
-from ..settings import HELD_OUT_PROMPTS, CompareSettings, TuneSettings
-from ..settings.comparison import AnswerSettings
+from ..settings import HELD_OUT_PROMPTS, TuneSettings
 from ..utils.extras import needs_extra
 from ..utils.files import check_target, read_json, write_json
-from .compare import base_with_head, locked_output, named_rewards, usable_prompts
+from .loading import base_with_head
 
 logger = logging.get_logger(__name__)
 
@@ -99,14 +99,11 @@ def tune(
     for path in (output / TUNING_NAME, target / CONFIG_NAME):
         check_target(path)
     prompts = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
-    functions = named_rewards(rewards, prompts)
-    if settings.on_bad_rows == "error":
-        check_rows(functions, prompts, settings.combine_rewards)
+    functions = named_rewards(rewards, prompts.columns)
+    check_rows(functions, prompts, settings.on_bad_rows, settings.combine_rewards)
     weights = weights_of(settings, list(functions))
     try_rewards(functions, prompts, settings.on_bad_rows)
-    scorers = [reward_scorer("reward", functions, settings.on_bad_rows, settings.combine_rewards)]
-    if settings.embeddings is not None:
-        scorers.append(coherence_scorer(settings.embeddings))
+    scorers = scorers_of(functions, settings)
     loaded = ValueHead.from_pretrained(head, token=settings.token)
     trained_on = loaded.config.training.rewards if loaded.config.training is not None else []
     summed = "reward" in weights and len(functions) > 1 and settings.combine_rewards == "none"
@@ -123,9 +120,10 @@ def tune(
         logger.warning("The head does not say which prompts it was trained on: that these are others is not checked.")
     prompts = unseen(prompts, [loaded], "to tune on", settings.on_seen_prompts, TRAINED_ON)
     former = _former(output, loaded)
-    inner = _for_answers(settings, "perplexity" in weights)
-    with base_with_head(base, loaded, tokenizer, inner) as (model, tokenizer):
-        bench = Bench(model, tokenizer, inner, functions, output / "made", None, settings.combine_rewards)
+    with base_with_head(base, loaded, tokenizer, settings) as (model, tokenizer):
+        bench = Bench(
+            model, tokenizer, settings, functions, folder=output / "made", combine_rewards=settings.combine_rewards
+        )
         rows = rows_to_try(bench, settings, former)
         prompts = _in_order(usable_prompts(bench, [], prompts, settings.on_bad_rows), settings.seed)
         num_samples, for_strengths = settings.num_samples, settings.budget // 2 if settings.kl else 0
@@ -133,14 +131,14 @@ def tune(
         of_base = len(few) * num_samples if settings.kl else 0
         # Before anything is drawn: what half of the budget is left for.
         plan_rounds(len(rows), len(prompts), num_samples, settings.budget - for_strengths)
-        progress = (lambda done, total: None) if quiet else None
-        with locked_output(output):
+        progress = no_progress if quiet else None
+        with shared_folder(output):
             rows, matches = with_strengths(output, rows, bench, few, progress, for_strengths - of_base)
             rows = without_twins(rows)
             if not rows:
                 raise ValueError("No control could be tried: see the warnings.")
             spent = of_base + sum(match["responses"] for match in matches.values())
-            found = search(output, rows, bench, prompts, scorers, weights, inner, settings.budget - spent, progress)
+            found = search(output, rows, bench, prompts, scorers, weights, settings, settings.budget - spent, progress)
             result = _result(found, former, matches, weights, spent, settings)
             if Processes().index == 0:
                 used = prompts.take(range(max(found.prompts, len(few) if matches else 0)))
@@ -150,7 +148,7 @@ def tune(
 
 
 def tuned_head(head: str | os.PathLike, output: str | os.PathLike) -> Path:
-    """The folder that [`tune`] writes a head into."""
+    """Where a tuned head is written: into its own folder, or, if it is none or is cached, into a copy in `output`."""
     folder = Path(head)
     return folder if folder.is_dir() and not is_cached(folder) else Path(output) / "head"
 
@@ -175,16 +173,11 @@ def _former(output: Path, head: ValueHead) -> ControlConfig | None:
     return present
 
 
-def _for_answers(settings: TuneSettings, perplexity: bool) -> CompareSettings:
-    shared = {item.name: getattr(settings, item.name) for item in fields(AnswerSettings)}
-    return CompareSettings(**shared, perplexity=perplexity)
-
-
 def _in_order(prompts: Prompts, seed: int) -> Prompts:
     """Each prompt once, in an order that depends on the seed."""
     once: dict[int, int] = {}
-    for place, row in enumerate(prompts.rows):
-        once.setdefault(prompt_number(row["prompt"]), place)
+    for place, number in enumerate(prompt_hashes(prompts)):
+        once.setdefault(number, place)
     places = list(once.values())
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).tolist()
     return prompts.take([places[i] for i in order])
@@ -205,7 +198,7 @@ def _result(
         "weights": weights,
         "prompts": found.prompts,
         "responses": spent + found.responses,
-        "base": {figure.metric: finite((figure.value, figure.low, figure.high)) for figure in found.base},
+        "base": by_metric(found.base),
         "candidates": [
             summary(candidate) | {"last_round": any(candidate is each for each in found.finalists)}
             for candidate in found.candidates
@@ -242,10 +235,9 @@ def _write(
         f"was changed while its control was searched for, and is left as it is. What was found for the head that it "
         f"was is in {output / TUNING_NAME}; for the new one run this again",
     )
-    numbers = torch.tensor([prompt_number(row["prompt"]) for row in prompts.rows])
     records = [head.seen_prompts for head in (saved, by_now) if head is not None and head.seen_prompts is not None]
     seen = {kind: [getattr(record, kind) for record in records] for kind in SeenPrompts.kinds()}
-    seen["tuned_on"].append(numbers)
+    seen["tuned_on"].append(torch.tensor(prompt_hashes(prompts)))
     trained_on = len(seen_among(prompts, [saved], TRAINED_ON))
     saved = by_now or saved
     saved.seen_prompts = SeenPrompts(**{kind: torch.cat(each) for kind, each in seen.items() if each})

@@ -13,23 +13,23 @@ from .stages import LabelSettings, LoadingSettings, PromptSettings, SamplingSett
 
 # What a comparison works on, beside its settings.
 COMPARE_INPUTS = {
-    "base": "text",
-    "head": "text",
+    "base": "texts",
+    "head": "texts",
     "prompts": "text",
     "held_out": "text",
     "rewards": "texts",
     "judge": "any",
     "controls": "any",
-    "rollouts": "text",
+    "rollouts": "texts",
     "output": "text",
 }
 # What a search for a control works on, beside its settings.
 TUNE_INPUTS = {"head": "text", "base": "text", "prompts": "text", "rewards": "texts", "output": "text"}
-CRITERIA = ("reward_at_kl", "paper")
+_CRITERIA = ("reward_at_kl", "paper")
 # Nats a token that controls are tried at where nothing else is said.
 _TUNED_AT = (0.05, 0.1, 0.2)
 # What `quick` sets where nothing else is said.
-QUICK = {"limit": 128, "max_new_tokens": 48}
+_QUICK = {"limit": 128, "max_new_tokens": 48}
 # Fewer prompts say little of a KL.
 HELD_OUT_PROMPTS = 64
 
@@ -59,14 +59,15 @@ class CompareSettings(AnswerSettings):
 
     strengths: tuple[float, ...] = setting(
         (),
-        "Strengths (step sizes) at which each control that has one is measured, unless it has `strengths` of its own.",
+        "Strengths (step sizes) at which each control that has one is measured, unless it has `strengths` or `kl` of "
+        "its own.",
         above=0,
         default_text="what the head recommends",
     )
     kl: tuple[float, ...] = setting(
         (),
-        "Instead of `strengths`: nats a token to the base, at which every control is measured that can be scaled. The "
-        "strength is found on held-out prompts.",
+        "Instead of `strengths`: nats a token to the base, at which every control is measured that can be scaled and "
+        "has neither of its own. The strength is found on held-out prompts.",
         above=0,
         default_text="none",
     )
@@ -94,7 +95,7 @@ class CompareSettings(AnswerSettings):
             raise ValueError("`strengths` and `kl` both say how strong controls are: use one of them.")
         if not self.instruction.strip():
             raise ValueError("`instruction` must be a text that is not empty.")
-        for name, value in QUICK.items() if self.quick else ():
+        for name, value in _QUICK.items() if self.quick else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
@@ -153,7 +154,7 @@ def _checked_criterion(criterion: Any) -> str | dict[str, float]:
         except ValueError as error:
             raise ValueError(f"`criterion` is no JSON object ({error}).") from error
     if not isinstance(criterion, Mapping):
-        check_choice("criterion", criterion, CRITERIA)
+        check_choice("criterion", criterion, _CRITERIA)
         return criterion
     weights = {
         name: check_number(f"criterion[{name!r}]", number_of_text(float, weight)) for name, weight in criterion.items()

@@ -15,14 +15,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ...collection.rollouts import encode_all
 from ...collection.sampling import draw_settings, sampling_config
 from ...data.fingerprints import model_settings
 from ...data.processes import Progress, progress_bar
-from ...data.prompts import Prompts
+from ...data.prompts import Prompts, report_bad_rows
 from ...data.rollouts import Rollout, load_measured, load_rollouts, save_rollouts
 from ...data.stage_folder import StageFolder
 from ...data.templating import PromptEncoder
-from ...settings import CompareSettings
 from ...utils.code_fingerprints import UnknownStateError, code_fingerprint
 from ..instructions import with_instruction
 from ..likelihoods import Likelihood, likelihoods
@@ -39,6 +39,13 @@ ANSWERS_FOLDER = "answers"
 def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
     """Everything that a row's answers depend on, as JSON."""
     config = sampling_config(bench.model, bench.tokenizer, bench.sampling)
+    own = row.rival.depends_on()
+    try:
+        json.dumps(own)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The control {row.entry.name!r}: its `depends_on` must return what JSON can hold ({error})."
+        ) from error
     return {
         **model_settings(bench.model),
         "prompts": prompts.fingerprint,
@@ -47,7 +54,7 @@ def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
         "kind": row.entry.kind,
         "settings": row.entry.settings,
         "code": _class_fingerprint(type(row.rival)) if is_own_class(row.entry.kind) else None,
-        "depends_on": row.rival.depends_on(),
+        "depends_on": own,
         "strength": row.strength,
         "instruction": row.entry.instruction,
         "instruction_role": row.entry.instruction_role if row.entry.instruction else None,
@@ -179,12 +186,43 @@ def kl_of(row: Row, answer: Answer, likelihood: Likelihood) -> float | None:
     return likelihood.kl if answer.kl is None else sum(answer.kl)
 
 
+def usable_prompts(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_rows: str) -> Prompts:
+    """
+    The prompts that the model can take, also with each instruction of the rows.
+
+    Raises:
+        `ValueError`: for others if they are an error; if none is left, or an instruction does not reach the model.
+    """
+    if not len(prompts):
+        return prompts
+    drawer, most = Drawer(bench), sampling_config(bench.model, bench.tokenizer, bench.sampling).max_new_tokens
+    encoder = drawer.encoder
+    usable, bad = encode_all(encoder, bench.model, prompts, range(len(prompts)), most)
+    report_bad_rows(bad, on_bad_rows)
+    instructed = {
+        (row.entry.instruction, row.entry.instruction_role): row for row in rows if row.entry.instruction is not None
+    }
+    for (_, role), row in instructed.items():
+        encoded, bad = encode_all(encoder, bench.model, drawer.asked(row, prompts), sorted(usable), most)
+        report_bad_rows(bad, on_bad_rows)
+        if encoded and all(ids == usable[i] for i, ids in encoded.items()):
+            raise ValueError(
+                f"The instruction of the control {row.entry.name!r} does not reach the model: its chat template "
+                f"leaves out the {role}'s turn. Give it an `instruction_role: user`."
+            )
+        usable = {i: usable[i] for i in encoded}
+    if not usable:
+        raise ValueError("No prompt can be used.")
+    return prompts if len(usable) == len(prompts) else prompts.take(sorted(usable))
+
+
 def draw_answers(
     folder: Path,
     rows: Sequence[Row],
     bench: Bench,
     prompts: Prompts,
-    settings: CompareSettings,
+    part_size: int,
+    perplexity: bool = False,
     progress: Progress | None = None,
 ) -> list[StageFolder]:
     """
@@ -194,6 +232,10 @@ def draw_answers(
     Args:
         folder (`Path`):
             Each row gets a folder of its own in it, by all that its answers depend on.
+        part_size (`int`):
+            Prompts that each row answers before the next one's turn.
+        perplexity (`bool`, *optional*, defaults to `False`):
+            As for [`Drawer`].
 
     Returns:
         `list[StageFolder]`, of each row: its finished folder.
@@ -201,14 +243,13 @@ def draw_answers(
     Raises:
         As [`generate_rollouts`] and [`StageFolder`].
     """
-    size = settings.part_size
-    num_parts = -(-len(prompts) // size)
-    drawer = Drawer(bench, settings.perplexity)
+    num_parts = -(-len(prompts) // part_size)
+    drawer = Drawer(bench, perplexity)
     with ExitStack() as stack:
         stages: list[StageFolder] = []
         opened: dict[Path, StageFolder] = {}
         for row in rows:
-            known = row_settings(row, bench, prompts) | {"part_size": size, "perplexity": settings.perplexity}
+            known = row_settings(row, bench, prompts) | {"part_size": part_size, "perplexity": perplexity}
             path = folder / ANSWERS_FOLDER / row.folder_name(known)
             if path not in opened:  # rows that are the same under two names share their answers
                 opened[path] = stack.enter_context(StageFolder(path, "answers", known, num_parts, ".parquet"))
@@ -223,7 +264,7 @@ def draw_answers(
         with progress_bar("answers", total, progress, stages[0].processes.index) as advance:
             advance(total - sum(map(len, missing)))
             for part in stages[0].own_parts():
-                some = prompts.take(range(len(prompts))[part * size : (part + 1) * size])
+                some = prompts.take(range(len(prompts))[part * part_size : (part + 1) * part_size])
                 for row, stage, parts in zip(rows, stages, missing, strict=True):
                     if part in parts and not stage.part_path(part).is_file():
                         _write_part(drawer, row, some, stage.part_path(part))

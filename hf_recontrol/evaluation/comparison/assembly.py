@@ -21,16 +21,8 @@ from .answers import load_answers
 from .entries import Row
 from .figures import Figure, Sample, best_of, figures_of, sample_of
 from .plots import write_plots
-from .results import (
-    ANSWERS_NAME,
-    best_places,
-    matched_references,
-    wins,
-    with_reward,
-    write_answers,
-    write_figures,
-)
-from .scores import Scores
+from .results import ANSWERS_NAME, write_answers, write_figures
+from .scores import Scores, best_places, matched_references, wins, with_reward
 from .table import table
 
 TABLE_NAME = "table.md"

@@ -16,10 +16,11 @@ from ..instructions import INSTRUCTION_ROLES
 from ..recommendation import candidates
 from ..rivals.kinds import make_rival, rival_class
 from ..rivals.rival import Bench, Rival
+from .figures import row_label
 
 # The kinds of the head's own methods.
 KIND_OF_METHOD = {"static": "static_vector", "advantage": "advantage", "ascent": "ascent"}
-_COMMON = ("name", "kind", "instruction", "instruction_role", "strengths")
+_COMMON = ("name", "kind", "instruction", "instruction_role", "strengths", "kl")
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Entry:
             One of [`KINDS`], or `module:Class`.
         instruction (`str`, *optional*), instruction_role (`str`, *optional*, defaults to `"system"`):
             What its prompts ask for beside what the user asked, and in whose turn.
-        strengths (`tuple[float, ...]`):
-            Its own strengths, if it has any.
+        strengths (`tuple[float, ...]`), kl (`tuple[float, ...]`):
+            Its own strengths, or the nats a token that its own strengths are to be found for, if it has any.
         settings (`dict`):
             What its class is called with.
     """
@@ -45,6 +46,7 @@ class Entry:
     instruction: str | None = None
     instruction_role: str = "system"
     strengths: tuple[float, ...] = ()
+    kl: tuple[float, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -70,7 +72,7 @@ class Row:
     @property
     def label(self) -> str:
         """Its name in messages."""
-        return self.entry.name if self.strength is None else f"{self.entry.name} {self.strength:g}"
+        return row_label(self.entry.name, self.strength)
 
     def folder_name(self, depends_on: Mapping[str, Any]) -> str:
         """A name for what belongs to this row, by all that it depends on: what the row is called is not among it."""
@@ -95,7 +97,7 @@ def entries_of(controls: Sequence[Any], settings: CompareSettings) -> list[Entry
     Args:
         controls (sequence of `dict`):
             Each with `kind`, and if need be `name` (by default the kind), `instruction`, `instruction_role`,
-            `strengths` and the settings of that kind. A text alone is a kind.
+            `strengths` or `kl`, and the settings of that kind. A text alone is a kind.
 
     Raises:
         `ValueError`: if there are none, one is no such object, two have one name, or the one that differences are to
@@ -126,17 +128,22 @@ def _entry(number: int, item: Any, settings: CompareSettings) -> Entry:
     if instruction is not None and not (isinstance(instruction, str) and instruction.strip()):
         raise ValueError(f"The control {name!r}: `instruction` must be a text that is not empty.")
     check_choice(f"controls[{number}].instruction_role", role, INSTRUCTION_ROLES)
-    strengths = item.get("strengths", ())
-    strengths = [strengths] if isinstance(strengths, (int, float)) else strengths
-    if isinstance(strengths, str) or not isinstance(strengths, Sequence):
-        raise ValueError(f"The control {name!r}: `strengths` must be a list of numbers, got {strengths!r}.")
-    strengths = tuple(check_number(f"controls[{number}].strengths", each, above=0) for each in strengths)
+    strengths, kl = (_numbers(number, name, key, item.get(key, ())) for key in ("strengths", "kl"))
+    if strengths and kl:
+        raise ValueError(f"The control {name!r}: `strengths` and `kl` both say how strong it is: use one of them.")
     rest = {key: value for key, value in item.items() if key not in _COMMON}
     try:
         json.dumps(rest)
     except (TypeError, ValueError) as error:
         raise ValueError(f"The control {name!r}: its settings must be what JSON can hold ({error}).") from error
-    return Entry(name, item["kind"], instruction, role, strengths, rest)
+    return Entry(name, item["kind"], instruction, role, strengths, kl, rest)
+
+
+def _numbers(number: int, name: str, key: str, value: Any) -> tuple[float, ...]:
+    value = [value] if isinstance(value, (int, float)) else value
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"The control {name!r}: `{key}` must be a list of numbers, got {value!r}.")
+    return tuple(check_number(f"controls[{number}].{key}", each, above=0) for each in value)
 
 
 def rows_of(entries: Sequence[Entry], bench: Bench, settings: CompareSettings) -> list[Row]:
@@ -156,15 +163,13 @@ def rows_of(entries: Sequence[Entry], bench: Bench, settings: CompareSettings) -
         except (TypeError, ValueError) as error:
             raise ValueError(f"The control {entry.name!r} cannot be used: {error}") from error
         if rival.start is None:
-            if entry.strengths:
-                raise ValueError(
-                    f"The control {entry.name!r} has no strength, so `strengths` say nothing: leave it out."
-                )
+            if entry.strengths or entry.kl:
+                raise ValueError(f"The control {entry.name!r} has no strength: leave out its `strengths` or `kl`.")
             rows.append(Row(entry, rival))
         elif entry.strengths:
             rows += [Row(entry, rival, strength) for strength in entry.strengths]
-        elif settings.kl:
-            rows += [Row(entry, rival, None, target) for target in settings.kl]
+        elif entry.kl or settings.kl:
+            rows += [Row(entry, rival, None, target) for target in entry.kl or settings.kl]
         elif settings.strengths:
             rows += [Row(entry, rival, strength) for strength in settings.strengths]
         else:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...data.rollouts import Rollout
-from ..intervals import interval, resamples
+from ..intervals import choices, with_interval
 from ..metrics import diversity, repetition
 from ..rivals.plain import best_of_n_kl, best_of_n_weights
 from .scores import Scores
+
+
+def row_label(control: str, strength: float | None) -> str:
+    """What a row is called in messages and under the table."""
+    return control if strength is None else f"{control} {strength:g}"
 
 
 @dataclass(frozen=True)
@@ -136,28 +141,7 @@ def best_of(pool: Sample, n: int) -> Sample:
     return Sample(pool.control, float(n), pool.prompts, weights, pool.values | more)
 
 
-def _ratio(numerator: str, denominator: str | None) -> Callable:
-    """
-    Of each prompt the weighted mean of its answers' numerators, that of their denominators (without one: 1), and
-    whether it has an answer with both: a figure is the sum of the former over the sum of the latter.
-    """
-
-    def sums(sample: Sample, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        values = sample.values[numerator]
-        below = np.ones_like(values) if denominator is None else sample.values[denominator]
-        weights = np.where(np.isnan(values) | np.isnan(below), 0.0, sample.weights)
-        total = np.bincount(sample.prompts, weights, count)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            top, bottom = (
-                np.bincount(sample.prompts, weights * np.nan_to_num(x), count) / total for x in (values, below)
-            )
-        present = total > 0
-        return np.where(present, top, 0.0), np.where(present, bottom, 0.0), present
-
-    return sums
-
-
-# Of each metric the values that it is the mean of, or (numerator, denominator).
+# Of a metric that is no mean of values of its own name the numerator and the denominator; without one, 1.
 _RATIOS = {
     "kl_per_token": ("kl", "length"),
     "kl_per_response": ("kl", None),
@@ -165,6 +149,23 @@ _RATIOS = {
     "tokens_per_second": ("length", "seconds"),
 }
 _NO_METRICS = ("kl", "base")
+_WORST_TENTH = "reward_worst_tenth"
+
+
+def _sums(sample: Sample, metric: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Of each prompt the weighted mean of its answers' numerators, that of their denominators, and whether it has an
+    answer with both, each `(count,)`: a metric is the sum of the first over that of the second.
+    """
+    numerator, denominator = _RATIOS.get(metric, (metric, None))
+    values = sample.values[numerator]
+    below = np.ones_like(values) if denominator is None else sample.values[denominator]
+    weights = np.where(np.isnan(values) | np.isnan(below), 0.0, sample.weights)
+    total = np.bincount(sample.prompts, weights, count)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        top, bottom = (np.bincount(sample.prompts, weights * np.nan_to_num(x), count) / total for x in (values, below))
+    present = total > 0
+    return np.where(present, top, 0.0), np.where(present, bottom, 0.0), present
 
 
 def values_on(sample: Sample, metric: str, count: int, chosen: np.ndarray) -> np.ndarray:
@@ -180,7 +181,9 @@ def values_on(sample: Sample, metric: str, count: int, chosen: np.ndarray) -> np
     Returns:
         `numpy.ndarray` of shape `(choices,)`, NaN where no prompt in it has a number.
     """
-    numerators, denominators, _ = _ratio(*_RATIOS.get(metric, (metric, None)))(sample, count)
+    if metric == _WORST_TENTH:
+        return _worst_tenth(sample, chosen)
+    numerators, denominators, _ = _sums(sample, metric, count)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         values = (chosen @ numerators) / (chosen @ denominators)
         return np.exp(values) if metric == "perplexity" else values
@@ -188,7 +191,7 @@ def values_on(sample: Sample, metric: str, count: int, chosen: np.ndarray) -> np
 
 def prompts_with(sample: Sample, metric: str, count: int) -> np.ndarray:
     """Which prompts have a number of a metric, as booleans."""
-    return _ratio(*_RATIOS.get(metric, (metric, None)))(sample, count)[2]
+    return _sums(sample, "reward" if metric == _WORST_TENTH else metric, count)[2]
 
 
 def figures_of(samples: Sequence[Sample], against: Sample, count: int) -> list[Figure]:
@@ -205,15 +208,10 @@ def figures_of(samples: Sequence[Sample], against: Sample, count: int) -> list[F
     """
     found = []
     for sample in samples:
-        names = [name for name in sample.values if name not in _NO_METRICS] + ["kl_per_token", "kl_per_response"]
-        for metric in dict.fromkeys([*names, "perplexity", "tokens_per_second"]):
-            numerator, denominator = _RATIOS.get(metric, (metric, None))
-            if not (_has(sample, numerator).any()):
-                continue
-            own = _ratio(numerator, denominator)(sample, count)
-            other = None if sample is against else _ratio(numerator, denominator)(against, count)
-            found.append(_figure(sample, metric, own, other, np.exp if metric == "perplexity" else None))
-        found += [_worst_tenth(sample, against, name, count) for name in ("reward",) if name in names]
+        metrics = dict.fromkeys([*(name for name in sample.values if name not in _NO_METRICS), *_RATIOS])
+        if "reward" in metrics:
+            metrics[_WORST_TENTH] = None
+        found += [_figure(sample, against, metric, count) for metric in metrics]
     order = list(METRICS)
     return sorted(
         (figure for figure in found if figure is not None),
@@ -221,70 +219,29 @@ def figures_of(samples: Sequence[Sample], against: Sample, count: int) -> list[F
     )
 
 
-def _figure(
-    sample: Sample,
-    metric: str,
-    own: tuple[np.ndarray, np.ndarray, np.ndarray],
-    other: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
-    transform: Callable | None,
-) -> Figure | None:
-    def statistic(sums: Sequence[np.ndarray], chosen: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            value = (chosen @ sums[0]) / (chosen @ sums[1])
-            return value if transform is None else transform(value)
-
-    times = resamples(len(own[0]))
-    present = own[2]
-    value = float(statistic(own, np.ones(len(present))))
-    if not math.isfinite(value):
-        return None
-    low, high = _interval(statistic(own, times), int(present.sum()))
-    difference: tuple[float, ...] = ()
-    if other is not None:
-        shared = present & other[2]
-        pair = [tuple(np.where(shared, x, 0.0) for x in sums[:2]) for sums in (own, other)]
-        ones = np.ones(len(shared))
-        change = float(statistic(pair[0], ones) - statistic(pair[1], ones))
-        if math.isfinite(change):
-            changes = statistic(pair[0], times) - statistic(pair[1], times)
-            difference = (change, *_interval(changes, int(shared.sum())))
-    return Figure(sample.control, sample.strength, metric, value, low, high, int(present.sum()), *difference)
-
-
-def _has(sample: Sample, name: str) -> np.ndarray:
-    """Which answers count and have a number."""
-    return ~np.isnan(sample.values[name]) & (sample.weights > 0)
-
-
-def _interval(values: np.ndarray, prompts: int) -> tuple[float, float]:
-    return interval(values) if prompts > 1 else (-math.inf, math.inf)
-
-
-def _worst_tenth(sample: Sample, against: Sample, name: str, count: int) -> Figure | None:
-    """Mean of the tenth of all answers with the lowest values."""
-    times = resamples(count)
-
-    def lowest(of: Sample, chosen: np.ndarray) -> np.ndarray:
-        values = of.values[name]
-        known = np.flatnonzero(_has(of, name))
-        order = known[np.argsort(values[known], kind="stable")]
-        weights = chosen[:, of.prompts[order]] * of.weights[order]
-        before = np.cumsum(weights, axis=1) - weights
-        room = 0.1 * weights.sum(1, keepdims=True)
-        used = np.clip(room - before, 0, weights)
-        with np.errstate(invalid="ignore"):
-            return (used @ values[order]) / used.sum(1)
-
-    present, others = (np.bincount(of.prompts, _has(of, name), count) > 0 for of in (sample, against))
+def _figure(sample: Sample, against: Sample, metric: str, count: int) -> Figure | None:
+    """One figure; `None` where the row has no number of it."""
+    chosen, present = choices(count), prompts_with(sample, metric, count)
     prompts = int(present.sum())
-    if not prompts:
+    value = with_interval(values_on(sample, metric, count, chosen), prompts)
+    if not math.isfinite(value[0]):
         return None
-    value = float(lowest(sample, np.ones((1, count)))[0])
-    low, high = _interval(lowest(sample, times), prompts)
     difference: tuple[float, ...] = ()
-    shared = present & others
-    if sample is not against and shared.any():
-        change = lowest(sample, shared[None].astype(float)) - lowest(against, shared[None].astype(float))
-        changes = lowest(sample, times * shared) - lowest(against, times * shared)
-        difference = (float(change[0]), *_interval(changes, int(shared.sum())))
-    return Figure(sample.control, sample.strength, f"{name}_worst_tenth", value, low, high, prompts, *difference)
+    if sample is not against:
+        shared = present & prompts_with(against, metric, count)
+        own, other = (values_on(each, metric, count, chosen * shared) for each in (sample, against))
+        change = with_interval(own - other, int(shared.sum()))
+        difference = change if math.isfinite(change[0]) else ()
+    return Figure(sample.control, sample.strength, metric, *value, prompts, *difference)
+
+
+def _worst_tenth(sample: Sample, chosen: np.ndarray) -> np.ndarray:
+    """As [`values_on`]: the mean of the tenth of all answers with the lowest rewards."""
+    rewards = sample.values["reward"]
+    known = np.flatnonzero(~np.isnan(rewards) & (sample.weights > 0))
+    order = known[np.argsort(rewards[known], kind="stable")]
+    weights = chosen[:, sample.prompts[order]] * sample.weights[order]
+    before = np.cumsum(weights, axis=1) - weights
+    used = np.clip(0.1 * weights.sum(1, keepdims=True) - before, 0, weights)
+    with np.errstate(invalid="ignore"):
+        return (used @ rewards[order]) / used.sum(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ...data.rollouts import Rollout
 from ...utils.files import read_json, write_json
 from ..rivals.rival import Bench
 from ..strength import kl_with_interval, strength_at_kl
-from .answers import Drawer, row_settings
+from .answers import Drawer, kl_of, row_settings
 from .entries import Row
 
 logger = logging.get_logger(__name__)
@@ -25,27 +25,6 @@ STRENGTHS_NAME = "strengths.json"
 # How near the KL must be, relative to what is wanted, and how often a control is sampled until it is.
 _TOLERANCE = 0.1
 _MAX_SAMPLINGS = 10
-
-
-@dataclass(frozen=True)
-class Match:
-    """
-    A strength that was found for a KL.
-
-    Attributes:
-        strength (`float`):
-            The strength.
-        kl, low, high (`float`):
-            Nats a token that it reached on held-out prompts, and the 95 % interval over these.
-        responses (`int`):
-            How many were drawn to find it.
-    """
-
-    strength: float
-    kl: float
-    low: float
-    high: float
-    responses: int
 
 
 class _SpentError(ValueError):
@@ -74,8 +53,9 @@ def with_strengths(
             left out, with a warning, instead of being an error.
 
     Returns:
-        The rows, and what was found: for each of these rows, by its label and KL, the [`Match`] as a `dict`; of one
-        that is left out the reason as `failed`, and `responses`.
+        The rows, and what was found for each of these, by its name and KL: `strength`; `kl`, `low` and `high`, the
+        nats a token that it reached on held-out prompts, and their 95 % interval over these; `responses`, how many
+        were drawn to find it. Of one that is left out the reason as `failed`, and `responses`.
 
     Raises:
         `ValueError`: if a control cannot reach a KL, or its KL cannot be measured; names it.
@@ -131,11 +111,8 @@ def _found(
             if key not in known or (max_responses is None and "failed" in known[key]):
                 row.rival.prepare()
                 of_base = of_base or bench.draw(held_out)
-                left = (
-                    None
-                    if max_responses is None
-                    else max_responses - sum(f.get("responses", 0) for f in found.values())
-                )
+                spent = sum(each.get("responses", 0) for each in found.values())
+                left = None if max_responses is None else max_responses - spent
                 found[key] = _match(drawer, row, held_out, of_base, left)
                 # One that more responses would find is searched for again where more may be drawn.
                 if not found[key].pop("spent", False):
@@ -160,10 +137,7 @@ def _match(
             )
         drawn[0] += len(of_base)
         answers, found, _ = drawer.draw(replace(row, strength=strength), held_out)
-        kls = [
-            likelihood.kl if answer.kl is None else sum(answer.kl)
-            for answer, likelihood in zip(answers, found, strict=True)
-        ]
+        kls = [kl_of(row, answer, likelihood) for answer, likelihood in zip(answers, found, strict=True)]
         if None in kls:
             raise ValueError("its KL to the base is not known (it has no `policy`): give it `strengths`")
         last[:] = [kl_with_interval([answer.rollout for answer in answers], kls)]
@@ -182,4 +156,4 @@ def _match(
         if max_responses is None:
             raise ValueError(said) from error
         return {"failed": said, "responses": drawn[0], "spent": isinstance(error, _SpentError)}
-    return vars(Match(strength, *last[0], drawn[0]))
+    return {"strength": strength, **dict(zip(("kl", "low", "high"), last[0], strict=True)), "responses": drawn[0]}

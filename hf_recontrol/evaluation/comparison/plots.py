@@ -23,10 +23,9 @@ def write_plots(
     folder: Path,
     figures: Sequence[Figure],
     pools: Sequence[str] = (),
-    metric: str = "reward",
     names: Sequence[str] = tuple(PLOTS),
     marked: tuple[str, float | None] | None = None,
-) -> list[Path]:
+) -> None:
     """
     Draw reward against what it costs, one file for each of [`PLOTS`]: a point with its 95 % interval for each control
     and strength, a line through the strengths of one, and the best of n as a curve.
@@ -40,23 +39,19 @@ def write_plots(
             Which of the plots.
         marked (`tuple[str, float]`, *optional*):
             The control and the strength that a ring is drawn around.
-
-    Returns:
-        `list[Path]`: the files.
     """
     with needs_extra("compare", "Plots"):
         import matplotlib
         from matplotlib.figure import Figure as Canvas
     found = {(f.control, f.strength, f.metric): f for f in figures}
     controls = list(dict.fromkeys(f.control for f in figures))
-    paths = []
     for name in names:
         along, label = PLOTS[name]
         with matplotlib.rc_context({"svg.hashsalt": "hf_recontrol", "svg.fonttype": "none"}):
             canvas = Canvas(figsize=(7, 4.5), layout="constrained")
             axes = canvas.subplots()
             for control in controls:
-                points = _points(found, control, along, metric)
+                points = _points(found, control, along)
                 if not points:
                     continue
                 x, y = [p.value for p, _ in points], [q.value for _, q in points]
@@ -70,11 +65,11 @@ def write_plots(
                 ]
                 finite = all(e < float("inf") for side in errors for e in side)
                 axes.errorbar(x, y, errors if finite else None, marker="o", capsize=3, label=shown)
-            if marked is not None and (*marked, metric) in found and (*marked, along) in found:
-                place = [found[(*marked, along)].value], [found[(*marked, metric)].value]
+            if marked is not None and (*marked, "reward") in found and (*marked, along) in found:
+                place = [found[(*marked, along)].value], [found[(*marked, "reward")].value]
                 axes.plot(*place, "o", markersize=16, fillstyle="none", color="black", label="recommended")
             axes.set_xlabel(label)
-            axes.set_ylabel(metric)
+            axes.set_ylabel("reward")
             axes.grid(alpha=0.3)
             if axes.has_data():
                 axes.legend(fontsize="small")
@@ -86,8 +81,6 @@ def write_plots(
                 canvas.savefig(buffer, format="svg", metadata={"Date": None})
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(buffer.getvalue())
-        paths.append(folder / name)
-    return paths
 
 
 def _shown(control: str) -> str:
@@ -98,11 +91,11 @@ def _shown(control: str) -> str:
 
 
 def _points(
-    found: dict[tuple[str, float | None, str], Figure], control: str, along: str, metric: str
+    found: dict[tuple[str, float | None, str], Figure], control: str, along: str
 ) -> list[tuple[Figure, Figure]]:
     """(where along x, how high) of a control's strengths, the weakest first."""
-    strengths = [s for own, s, what in found if own == control and what == metric and (own, s, along) in found]
+    strengths = [s for own, s, what in found if own == control and what == "reward" and (own, s, along) in found]
     return [
-        (found[control, s, along], found[control, s, metric])
+        (found[control, s, along], found[control, s, "reward"])
         for s in sorted(strengths, key=lambda s: -1.0 if s is None else s)
     ]

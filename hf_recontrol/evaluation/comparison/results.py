@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,58 +13,11 @@ from ...data.rollouts import Rollout
 from ...utils.extras import needs_extra
 from ...utils.files import atomic_path
 from ..intervals import finite
-from ..rivals.rival import Bench, standardised
 from .figures import Figure
-from .scores import Scores
 
 ANSWERS_NAME = "answers.parquet"
 FIGURES_NAME = "figures.csv"
 FIGURES_JSON_NAME = "figures.json"
-
-
-def with_reward(bench: Bench, found: Scores) -> Scores:
-    """What was measured and scored of each answer, with `reward` as the one number that answers are ranked by."""
-    if "reward" in found:
-        return found
-    values = zip(*(found[f"reward {name}"] for name in bench.rewards), strict=True)
-    return found | {"reward": [None if None in each else standardised(bench, each) for each in values]}
-
-
-def wins(own: Sequence[float | None], other: Sequence[float | None]) -> tuple[list[float | None], list[float | None]]:
-    """Of answers and what each is held against, by their scores: (1 above it, 0.5 a tie, 0 below it; 1 a tie)."""
-    pairs = list(zip(own, other, strict=True))
-    known = [None not in pair for pair in pairs]
-    won = [(0.5 if a == b else float(a > b)) if both else None for (a, b), both in zip(pairs, known, strict=True)]
-    return won, [None if each is None else float(each == 0.5) for each in won]
-
-
-def best_places(rollouts: Sequence[Rollout], rewards: Sequence[float | None]) -> list[int]:
-    """Of each prompt the place of its answer with the highest reward, the first one of several."""
-    best: dict[int, int] = {}
-    ranked = [-math.inf if reward is None else reward for reward in rewards]
-    for place, rollout in enumerate(rollouts):
-        if ranked[place] > ranked[best.setdefault(rollout.prompt_number, place)]:
-            best[rollout.prompt_number] = place
-    return list(best.values())
-
-
-def matched_references(
-    rollouts: Sequence[Rollout], references: Sequence[Rollout], among: Sequence[int] | None = None
-) -> list[int]:
-    """
-    Of each answer the place of the reference's answer to the same prompt: its same sample, if there is one.
-
-    Args:
-        among (sequence of `int`, *optional*):
-            The reference's answers that count; by default all.
-    """
-    by_prompt: dict[int, list[int]] = {}
-    for place in range(len(references)) if among is None else among:
-        by_prompt.setdefault(references[place].prompt_number, []).append(place)
-    return [
-        by_prompt[rollout.prompt_number][rollout.sample % len(by_prompt[rollout.prompt_number])]
-        for rollout in rollouts
-    ]
 
 
 def written_prompt(prompt: Any) -> str:

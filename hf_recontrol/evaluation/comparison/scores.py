@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,16 @@ from ...collection.rewards import RewardFunction, note_calls, reward_fingerprint
 from ...data.processes import Processes, Progress, progress_bar
 from ...data.rollouts import Rollout, load_rollouts
 from ...data.stage_folder import StageFolder
+from ...data.templating import prompt_text
+from ...settings import AnswerSettings
 from ...utils.code_fingerprints import UnknownStateError, model_fingerprint
 from ...utils.extras import needs_extra
 from ...utils.files import read_json, write_json
+from ..rivals.rival import Bench, standardised
 
 logger = logging.get_logger(__name__)
 
-# Of answers, and the reference's answers to the same prompts, by name one number for each answer.
+# Of answers, by name one number each.
 Scores = dict[str, list[float | None]]
 
 
@@ -37,7 +41,7 @@ class Scorer:
             Everything that the numbers depend on beside the answers, as JSON; `None` where nobody can know, or the
             scorer keeps them itself: then it is called by each run.
         score (`Callable`):
-            `f(rollouts, references)`: the numbers of each answer, by name.
+            `f(rollouts, references)`: the numbers of each answer, by name. Of the reference itself both are one list.
         uses_references (`bool`, *optional*, defaults to `False`):
             Whether the numbers depend on the reference's answers too.
     """
@@ -46,6 +50,12 @@ class Scorer:
     depends_on: dict[str, Any] | None
     score: Callable[[list[Rollout], list[Rollout]], Scores]
     uses_references: bool = False
+
+
+def scorers_of(rewards: dict[str, RewardFunction], settings: AnswerSettings) -> list[Scorer]:
+    """What every answer is scored by: the rewards, and coherence if a model for it is named."""
+    scorers = [reward_scorer("reward", rewards, settings.on_bad_rows, settings.combine_rewards)]
+    return scorers if settings.embeddings is None else [*scorers, coherence_scorer(settings.embeddings)]
 
 
 def reward_scorer(
@@ -121,17 +131,6 @@ def coherence_scorer(model_name: str) -> Scorer:
     return Scorer("coherence", {"embeddings": str(model_name), "fingerprint": model_fingerprint(model)}, score)
 
 
-def prompt_text(prompt: Any) -> str:
-    """A prompt as one text: of a chat its messages' contents."""
-    if isinstance(prompt, str):
-        return prompt
-    contents = (message.get("content") or "" for message in prompt)
-    texts = (
-        content if isinstance(content, str) else "\n".join(part["text"] for part in content) for content in contents
-    )
-    return "\n\n".join(text for text in texts if text)
-
-
 def score_answers(
     stages: Sequence[StageFolder],
     reference: StageFolder,
@@ -168,11 +167,15 @@ def _row_scores(stage: StageFolder, reference: StageFolder, scorer: Scorer, adva
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
     folder = StageFolder(stage.path / f"{scorer.name}-{digest}", "scores", known, stage.num_parts, ".json")
     with folder:
-        for part in folder.own_parts() if scorer.depends_on is None else folder.missing_parts():
+        parts = folder.own_parts() if scorer.depends_on is None else folder.missing_parts()
+        advance(len(folder.own_parts()) - len(parts))
+        for part in parts:
             rollouts = load_rollouts(stage.part_path(part))
-            references = load_rollouts(reference.part_path(part)) if scorer.uses_references else []
+            references = []
+            if scorer.uses_references:
+                references = rollouts if stage is reference else load_rollouts(reference.part_path(part))
             write_json(folder.part_path(part), scorer.score(rollouts, references))
-        advance(len(folder.own_parts()))
+            advance(1)
         if scorer.depends_on is None or not folder.is_counted():
             folder.finish(lambda path: {})
         scores: Scores = {}
@@ -180,3 +183,48 @@ def _row_scores(stage: StageFolder, reference: StageFolder, scorer: Scorer, adva
             for name, values in read_json(folder.part_path(part)).items():
                 scores.setdefault(name, []).extend(values)
     return scores
+
+
+def with_reward(bench: Bench, found: Scores) -> Scores:
+    """What was measured and scored of each answer, with `reward` as the one number that answers are ranked by."""
+    if "reward" in found:
+        return found
+    values = zip(*(found[f"reward {name}"] for name in bench.rewards), strict=True)
+    return found | {"reward": [None if None in each else standardised(bench, each) for each in values]}
+
+
+def wins(own: Sequence[float | None], other: Sequence[float | None]) -> tuple[list[float | None], list[float | None]]:
+    """Of answers and what each is held against, by their scores: (1 above it, 0.5 a tie, 0 below it; 1 a tie)."""
+    pairs = list(zip(own, other, strict=True))
+    known = [None not in pair for pair in pairs]
+    won = [(0.5 if a == b else float(a > b)) if both else None for (a, b), both in zip(pairs, known, strict=True)]
+    return won, [None if each is None else float(each == 0.5) for each in won]
+
+
+def best_places(rollouts: Sequence[Rollout], rewards: Sequence[float | None]) -> list[int]:
+    """Of each prompt the place of its answer with the highest reward, the first one of several."""
+    best: dict[int, int] = {}
+    ranked = [-math.inf if reward is None else reward for reward in rewards]
+    for place, rollout in enumerate(rollouts):
+        if ranked[place] > ranked[best.setdefault(rollout.prompt_number, place)]:
+            best[rollout.prompt_number] = place
+    return list(best.values())
+
+
+def matched_references(
+    rollouts: Sequence[Rollout], references: Sequence[Rollout], among: Sequence[int] | None = None
+) -> list[int]:
+    """
+    Of each answer the place of the reference's answer to the same prompt: its same sample, if there is one.
+
+    Args:
+        among (sequence of `int`, *optional*):
+            The reference's answers that count; by default all.
+    """
+    by_prompt: dict[int, list[int]] = {}
+    for place in range(len(references)) if among is None else among:
+        by_prompt.setdefault(references[place].prompt_number, []).append(place)
+    return [
+        by_prompt[rollout.prompt_number][rollout.sample % len(by_prompt[rollout.prompt_number])]
+        for rollout in rollouts
+    ]

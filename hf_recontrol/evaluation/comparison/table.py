@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .figures import Figure
+from .figures import Figure, row_label
 
 # Metrics of the table, in its order, with their columns' heads and digits. Those that differ between prompts have
 # their intervals.
@@ -96,7 +96,7 @@ def _cell(values: tuple[float, float, float] | None, digits: int, with_interval:
 def _wide(rows: dict, rewards: Sequence[str]) -> list[str]:
     """Which differences of rewards nobody can tell from none."""
     open_ones = [
-        (control if strength is None else f"{control} {strength:g}")
+        row_label(control, strength)
         for (control, strength), found in rows.items()
         for name in rewards[:1]
         if name in found

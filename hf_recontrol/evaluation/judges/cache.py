@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ...utils.checks import check_int, check_number
 from .judge import Verdict
 
 
@@ -69,10 +70,19 @@ class VerdictCache:
             try:
                 entry = json.loads(line)
                 key, judge = entry.pop("key"), entry.pop("judge")
-                self._known[key] = Verdict(**entry)
+                self._known[key] = _checked(Verdict(**entry))
                 self._judges.add(judge)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
+
+
+def _checked(verdict: Verdict) -> Verdict:
+    """A verdict from a file that may be damaged; `ValueError` if it is none."""
+    if verdict.value is not None:
+        check_number("value", verdict.value)
+    for name in ("calls", "input_tokens", "output_tokens", "retries"):
+        check_int(name, getattr(verdict, name), low=0)
+    return verdict
 
 
 def _last_byte(file) -> bytes:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -13,22 +15,31 @@ from urllib.parse import parse_qsl, urlsplit
 
 from ...utils.checks import check_int, check_number, check_text
 from ...utils.extras import needs_extra
+from .judge import Question, Verdict
 from .language import LanguageJudge, Reply
 
 # Names of a query that hold secrets, and how long a value without a meaning is.
 _SECRET_NAMES = re.compile(r"key|token|secret|pass|auth|sig|cred|code", re.IGNORECASE)
 _SECRET_LENGTH = 20
-# Arguments of a request that are ours, or hold secrets.
-_OWN_ARGUMENTS = ("model", "messages", "n", "stream", "extra_headers", "extra_query", "timeout")
+# Names of a request's fields that hold secrets; not `max_tokens`.
+_SECRET_FIELDS = re.compile(
+    r'"[^"]*(api.?key|secret|passw|authori[sz]ation|credential|bearer)[^"]*": |"[^"]*token": "', re.IGNORECASE
+)
+# Fields of a request that are ours, and what is none of its fields or holds secrets.
+_OWN_ARGUMENTS = ("model", "messages", "n", "stream", "extra_headers", "extra_query", "extra_body", "timeout")
 # What an endpoint answers to one question that it will not take, and to all of them if its settings are wrong.
-_NOT_TAKEN = (400, 413, 422)
+_NOT_TAKEN = (400, 403, 413, 422)
 _HINTS = {
     401: " Is the key right?",
     403: " May this key use the model?",
     404: " Are `base_url` and `model` right?",
 }
+# Characters of what an endpoint says that an error repeats.
+_SHOWN = 500
 # So much of a key tells what it is.
 _PIECE = 6
+# Bytes of an answer, far more than any verdict has.
+_LARGEST = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +49,7 @@ class EndpointJudge(LanguageJudge):
 
     Args:
         base_url (`str`, *optional*):
-            Of the endpoint. By default OpenAI's.
+            Of the endpoint. By default what the environment variable `OPENAI_BASE_URL` says, else OpenAI's.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             The environment variable that holds the key; `None` where none is needed. The key is never written.
         timeout (`float`, *optional*, defaults to 60):
@@ -48,7 +59,7 @@ class EndpointJudge(LanguageJudge):
         price_per_million_input, price_per_million_output (`float`, *optional*):
             What tokens cost.
         request (`dict`, *optional*):
-            More arguments of each request, or others instead of ours; `None` leaves one out.
+            More fields of each request's body, or others instead of ours; `None` leaves one out.
     """
 
     base_url: str | None = None
@@ -59,7 +70,7 @@ class EndpointJudge(LanguageJudge):
     price_per_million_output: float | None = None
     request: dict[str, Any] = field(default_factory=dict)
 
-    asked: ClassVar[tuple[str, ...]] = (*LanguageJudge.asked, "base_url", "request")
+    asked: ClassVar[tuple[str, ...]] = (*LanguageJudge.asked, "request")
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,20 +90,28 @@ class EndpointJudge(LanguageJudge):
         ):
             # Not shown: it may be the key itself.
             raise ValueError("`judge.api_key_env` must be the name of an environment variable, or null.")
-        if not isinstance(self.request, dict):
-            raise ValueError("`judge.request` must be an object: arguments of each request, by name.")
+        if not isinstance(self.request, dict) or not all(isinstance(name, str) for name in self.request):
+            raise ValueError("`judge.request` must be an object: fields of each request, by name.")
         if own := [name for name in _OWN_ARGUMENTS if name in self.request]:
             raise ValueError(f"`judge.request` must not hold `{own[0]}`.")
         try:
-            json.dumps(self.request)
+            written = json.dumps(self.request, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError):
             raise ValueError("`judge.request` must be what JSON can hold.") from None
+        if _SECRET_FIELDS.search(written):
+            raise ValueError(
+                "`judge.request` must hold no key, since it is written to files: put it into the environment variable "
+                "that `judge.api_key_env` names."
+            )
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> EndpointJudge:
         if "api_key" in given:
             raise ValueError("A key does not belong in a file: name its environment variable (`judge.api_key_env`).")
         return super().of(given)
+
+    def depends_on(self) -> dict[str, Any]:
+        return super().depends_on() | {"base_url": self._url}
 
     @property
     def input_price(self) -> float | None:
@@ -108,25 +127,54 @@ class EndpointJudge(LanguageJudge):
         What asks.
 
         Raises:
-            `ImportError`: names the extra. `ValueError`: if there is no key, or it stands among the settings.
+            `ImportError`: names the extra. `ValueError`: if there is no key, it cannot be sent, or it stands among the
+            settings.
         """
         with needs_extra("compare", "A judge behind an endpoint"):
-            from openai import OpenAI
+            from openai import DefaultHttpxClient, OpenAI
         key = self._key
         if self.api_key_env is not None and not key:
             raise ValueError(
                 "The judge's key is missing: set the environment variable that `judge.api_key_env` names "
                 "(default: OPENAI_API_KEY), or `api_key_env: null` where none is needed."
             )
+        if key and not (key.isascii() and key.isprintable()):
+            raise ValueError("The judge's key has characters that no key has: only printable ASCII can be sent.")
+        if self.base_url is None and self._url is not None:
+            _check_url(self._url)
         if key and key in json.dumps(self.depends_on(), ensure_ascii=False):
             raise ValueError("The judge's key stands in its settings, which are written to files: take it out.")
         return OpenAI(
-            api_key=key or "none", base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries
+            api_key=key or "none",
+            base_url=self._url,
+            timeout=self.timeout,
+            max_retries=self.max_retries,
+            http_client=DefaultHttpxClient(event_hooks={"response": [self._bound]}),
         )
 
     @property
     def _key(self) -> str | None:
-        return None if self.api_key_env is None else os.environ.get(self.api_key_env)
+        return None if self.api_key_env is None else os.environ.get(self.api_key_env, "").strip()
+
+    @property
+    def _url(self) -> str | None:
+        return os.environ.get("OPENAI_BASE_URL", "").strip() or None if self.base_url is None else self.base_url
+
+    def _bound(self, response: Any) -> None:
+        """Give a body up that does not end: the client's own limit is for each piece of it."""
+        pieces, end = response.iter_bytes, time.monotonic() + self.timeout
+        # Which library for HTTP it is depends on the release of openai.
+        http = sys.modules[type(response).__module__.partition(".")[0]]
+
+        def bounded(*arguments: Any) -> Iterator[bytes]:
+            size = 0
+            for piece in pieces(*arguments):
+                size += len(piece)
+                if size > _LARGEST or time.monotonic() > end:
+                    raise http.ReadTimeout("The answer does not end.", request=response.request)
+                yield piece
+
+        response.iter_bytes = bounded
 
     def check(self) -> None:
         """
@@ -142,14 +190,25 @@ class EndpointJudge(LanguageJudge):
             found = self._create([{"role": "user", "content": "Reply with the word OK."}])
         except APIStatusError as error:
             raise OSError(
-                f"The judge's endpoint does not take the request (status {error.status_code}): "
-                f"{self._without_key(str(error.message))}"
+                f"The judge's endpoint at {client.base_url} does not take the request (status {error.status_code})."
+                f"{_HINTS.get(error.status_code, '')} It says: {self._without_key(str(error.message)[:_SHOWN])}"
             ) from None
         if found is None or not found.choices:
             raise OSError(
                 f"What the judge's endpoint at {client.base_url} answers is no chat completion: is `base_url` "
                 "right? It mostly ends in /v1."
             )
+
+    def verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
+        """
+        Raises:
+            `OSError`: if the endpoint is dead. One that says nothing to a question is asked something small, to know
+            whether it is the question.
+        """
+        found = super().verdicts(questions)
+        if any(verdict.value is None and not verdict.input_tokens for verdict in found):
+            self.check()
+        return found
 
     def replies(self, talks: Sequence[list[dict[str, str]]]) -> list[Reply]:
         """
@@ -185,11 +244,14 @@ class EndpointJudge(LanguageJudge):
         """
         from openai import APIError, APIResponseValidationError
 
-        arguments = {"temperature": 0, "max_tokens": self.max_tokens} | self.request
-        arguments = {name: value for name, value in arguments.items() if value is not None}
+        body = {"temperature": 0, "max_tokens": self.max_tokens} | self.request
+        body = {name: value for name, value in body.items() if value is not None}
+        # Half of a character cannot be sent.
+        messages = [turn | {"content": turn["content"].encode("utf-8", "replace").decode()} for turn in messages]
+        client = self.client
         try:
-            found = self.client.chat.completions.create(model=self.model, messages=messages, **arguments)
-        except (APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError):
+            found = client.chat.completions.create(model=self.model, messages=messages, extra_body=body)
+        except (APIResponseValidationError, ValueError, RecursionError):  # no JSON, or none that can be read
             return None
         except APIError as error:
             if getattr(error, "status_code", None) in _NOT_TAKEN:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ...data.templating import message_text
 
 MODES = ("pair", "score")
 # Why there is no verdict.
@@ -15,13 +18,20 @@ def shown_prompt(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """A prompt as a judge reads it: a chat as `role: text`, of one turn the text alone."""
     if isinstance(prompt, str):
         return prompt
-    turns = [(message.get("role"), _said(message.get("content"))) for message in prompt]
+    turns = [(message.get("role"), _said(message)) for message in prompt]
     return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
 
 
-def _said(content: Any) -> str:
-    parts = content if isinstance(content, list) else [{"text": content or ""}]
-    return "\n".join(part["text"] if "text" in part else f"({part.get('type')})" for part in parts)
+def _said(message: Mapping[str, Any]) -> str:
+    """What a message says, and the tools that it calls."""
+    called = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join(filter(None, [message_text(message), *called]))
+
+
+def check_settings(given: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise `ValueError` for a setting of a judge that there is not; names it, and those there are."""
+    if unknown := sorted(str(name) for name in set(given) - set(names)):
+        raise ValueError(f"`judge` has no setting {', '.join(unknown)}. It has: kind, {', '.join(names)}.")
 
 
 @dataclass(frozen=True)

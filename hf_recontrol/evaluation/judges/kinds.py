@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .judge import Judge
+    from .person import PersonJudge
 
 # Of each kind its module and class: imported when it is used.
 KINDS = {
@@ -14,7 +18,7 @@ KINDS = {
 }
 
 
-def judge_of(given: Mapping[str, Any]) -> Any:
+def judge_of(given: Mapping[str, Any]) -> Judge | PersonJudge:
     """
     A judge from what a comparison's file says under `judge`.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from ...utils.checks import check_choice, check_int, check_text
-from .judge import MODES, REFUSED, UNPARSABLE, Judge, Question, Verdict
+from .judge import MODES, REFUSED, UNPARSABLE, Judge, Question, Verdict, check_settings
 
 _ASK_PAIR = """Two answers to one request follow. Which is better? {criteria}
 Reply with JSON alone: {{"verdict": "A"}}, {{"verdict": "B"}} or {{"verdict": "tie"}}.
@@ -32,10 +34,22 @@ Reply with JSON alone, such as {{"score": 5}}.
 <answer>
 {answer}
 </answer>"""
+# Where what an answer says would end it.
+_TAGS = re.compile(r"<(?=/?(?:answer|request)\b)", re.IGNORECASE)
+_ASK = {"pair": _ASK_PAIR, "score": _ASK_SCORE}
+# What is asked for, which some models repeat: that is no verdict.
+_CHOICES = {"pair": '{"verdict": "A"}, {"verdict": "B"} or {"verdict": "tie"}', "score": 'such as {"score": 5}'}
 _AGAIN = {
-    "pair": 'That held no verdict. Reply with {"verdict": "A"}, {"verdict": "B"} or {"verdict": "tie"} alone.',
-    "score": 'That held no score. Reply with JSON alone, such as {"score": 5}: a number from 1 to 10.',
+    "pair": f"That held no verdict. Reply with {_CHOICES['pair']} alone.",
+    "score": f"That held no score. Reply with JSON alone, {_CHOICES['score']}: a number from 1 to 10.",
 }
+# Texts in JSON with line breaks are read too.
+_JSON = json.JSONDecoder(strict=False)
+# Where thoughts end, also those that a chat template has begun, and those that have no end.
+_THOUGHTS_END = re.compile(r"</think(?:ing)?>|\[/THINK\]", re.IGNORECASE)
+_THOUGHTS_BEGIN = re.compile(r"\s*(?:<think(?:ing)?>|\[THINK\])", re.IGNORECASE)
+# Characters at the end of a reply that are read.
+_READ = 20_000
 _PAIR_VALUES = {"A": 1.0, "B": 0.0, "TIE": 0.5}
 _LOWEST, _HIGHEST = 1, 10
 # How replies begin that decline. They count as refusals only if they hold no verdict.
@@ -111,15 +125,14 @@ class LanguageJudge(Judge):
         Raises:
             `ValueError`: for a name that there is not, or a setting that cannot be.
         """
-        names = [field.name for field in fields(cls)]
-        if unknown := sorted(str(name) for name in set(given) - set(names)):
-            raise ValueError(f"`judge` has no setting {', '.join(unknown)}. It has: kind, {', '.join(names)}.")
+        check_settings(given, [field.name for field in fields(cls)])
         if "model" not in given:
             raise ValueError("`judge` needs a `model`.")
         return cls(**given)
 
     def depends_on(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.asked}
+        wording = hashlib.sha256(f"{_ASK[self.mode]} {_AGAIN[self.mode]}".encode()).hexdigest()[:8]
+        return {name: getattr(self, name) for name in self.asked} | {"wording": wording}
 
     def replies(self, talks: Sequence[list[dict[str, str]]]) -> list[Reply]:
         """One reply to each talk (messages with `role` and `content`)."""
@@ -148,31 +161,42 @@ class LanguageJudge(Judge):
         ]
 
     def _ask(self, question: Question) -> str:
-        text = _ASK_SCORE if question.other is None else _ASK_PAIR
-        return text.format(
-            criteria=self.criteria, prompt=question.prompt, answer=question.answer, other=question.other
-        )
+        texts = {"prompt": question.prompt, "answer": question.answer, "other": question.other or ""}
+        texts = {name: _TAGS.sub("&lt;", text) for name, text in texts.items()}
+        return _ASK[self.mode].format(criteria=self.criteria, **texts)
 
 
 def parsed(reply: str, mode: str = "pair") -> float | None:
-    """The last verdict or score in a reply, also among prose, thoughts and code fences; `None` without one."""
-    for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
+    """
+    The last verdict or score that a reply holds behind its thoughts, also among prose and code fences; `None` without
+    one.
+    """
+    said = _THOUGHTS_END.split(reply)[-1]
+    if _THOUGHTS_BEGIN.match(said):
+        return None
+    said, place, value = said[-_READ:].replace(_CHOICES[mode], ""), 0, None
+    while (place := said.find("{", place)) >= 0:
         try:
-            found = json.loads(text)
+            found, end = _JSON.raw_decode(said, place)
         except (ValueError, RecursionError):
+            place += 1
             continue
-        if mode == "pair":
-            value = _PAIR_VALUES.get(str(found.get("verdict")).strip().upper())
-        else:
-            value = _score(found.get("score"))
-        if value is not None:
-            return value
-    return None
+        own = _verdict(found.get("verdict")) if mode == "pair" else _score(found.get("score"))
+        # It may stand in an object inside.
+        place = place + 1 if own is None else end
+        value = value if own is None else own
+    return value
+
+
+def _verdict(found: Any) -> float | None:
+    said = found.strip(" \n.").upper() if isinstance(found, str) else ""
+    return _PAIR_VALUES.get(said.removeprefix("ANSWER "))
 
 
 def _score(found: Any) -> float | None:
     try:
-        value = float(found)
-    except (TypeError, ValueError):
+        # A whole number may have more digits than a float holds.
+        value = float(str(found).strip().removesuffix("/10")) if isinstance(found, (str, int, float)) else math.nan
+    except ValueError:
         return None
-    return value if not isinstance(found, bool) and _LOWEST <= value <= _HIGHEST else None
+    return value if _LOWEST <= value <= _HIGHEST else None

@@ -16,6 +16,7 @@ from ...utils.checks import check_choice, check_int, check_text
 from ...utils.code_fingerprints import model_fingerprint
 from .language import LanguageJudge, Reply
 
+_THINK = "<think>"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -32,7 +33,7 @@ class LocalJudge(LanguageJudge):
         dtype (`str`, *optional*, defaults to `"auto"`):
             `"auto"` (that of its weights), `"float32"`, `"bfloat16"` or `"float16"`.
         device (`str`, *optional*):
-            Where it computes. By default where the base does.
+            Where it computes. By default this process's accelerator, if it has one.
         batch_size (`int`, *optional*, defaults to 8):
             Questions at once.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
@@ -90,7 +91,12 @@ class LocalJudge(LanguageJudge):
         places = [place for place, fit in enumerate(fits) if fit]
         if not places:
             return replies
-        rows = {name: given[name][places].to(model.device) for name in ("input_ids", "attention_mask")}
+        # Without the padding that those would need which do not fit.
+        longest = max(lengths[place] for place in places)
+        rows = {name: given[name][places, -longest:].to(model.device) for name in ("input_ids", "attention_mask")}
+        # Some chat templates begin the thoughts.
+        asked = tokenizer.apply_chat_template(talks[0], add_generation_prompt=True, tokenize=False)
+        begun = _THINK if asked.rstrip().endswith(_THINK) else ""
         drawn = model.generate(
             **rows,
             do_sample=False,
@@ -102,7 +108,7 @@ class LocalJudge(LanguageJudge):
             pad_token_id=tokenizer.pad_token_id,
         )[:, rows["input_ids"].shape[1] :].cpu()
         for place, ids in zip(places, drawn, strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
+            text = begun + tokenizer.decode(ids, skip_special_tokens=True)
             written = int((ids != tokenizer.pad_token_id).sum())
             replies[place] = Reply(text, input_tokens=lengths[place], output_tokens=written)
         return replies

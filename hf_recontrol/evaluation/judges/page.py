@@ -86,7 +86,8 @@ document.getElementById("on").addEventListener("click", () => show(shown + 1));
 document.getElementById("save").addEventListener("click", save);
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey) return;
-  if (event.key in choices) choose(choices[event.key]);
+  // A key that is held down judges one pair.
+  if (event.key in choices) { if (!event.repeat) choose(choices[event.key]); }
   else if (event.key === "ArrowLeft") show(shown - 1);
   else if (event.key === "ArrowRight") show(shown + 1);
   else return;

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ...data.rollouts import Rollout
-from ..comparison.results import matched_references, written_prompt
-from ..comparison.scores import Scores
+from ..comparison.figures import row_label
+from ..comparison.results import written_prompt
+from ..comparison.scores import Scores, matched_references
+from .judge import check_settings
 
 # Of a page's key, which says who wrote which, in the comparison's folder.
 KEY_NAME = "judge-key-{}.json"
@@ -40,7 +42,8 @@ class PersonJudge:
     verdicts: Sequence[str]
     _digests: dict[_Place, str] = field(default_factory=dict, init=False)
     _values: dict[_Place, list[float]] = field(default_factory=dict, init=False)
-    _identical: int = field(default=0, init=False)
+    _identical: set[_Place] = field(default_factory=set, init=False)
+    _pairs: set[_Place] = field(default_factory=set, init=False)
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> PersonJudge:
@@ -50,12 +53,13 @@ class PersonJudge:
         Raises:
             `ValueError`: if it does not name files.
         """
-        if unknown := sorted(str(name) for name in set(given) - {"verdicts"}):
-            raise ValueError(f"`judge` has no setting {', '.join(unknown)}. It has: kind, verdicts.")
+        check_settings(given, ["verdicts"])
         files = given.get("verdicts")
         files = [files] if isinstance(files, str) else files
         if not isinstance(files, Sequence) or not files or not all(isinstance(file, str) for file in files):
             raise ValueError("`judge.verdicts` must be the file that a page has saved, or a list of such files.")
+        if len({Path(file).resolve() for file in files}) < len(files):
+            raise ValueError("`judge.verdicts` names a file twice, which would count double.")
         return cls(files)
 
     def read(self, comparison: Path, against: str) -> None:
@@ -69,7 +73,8 @@ class PersonJudge:
                 What it is against.
 
         Raises:
-            `OSError`, `ValueError`: for a file that no page of this comparison has saved.
+            `OSError`, `ValueError`: for a file that no page of this comparison has saved, or of two pages with other
+            answers.
         """
         for file in self.verdicts:
             page, said = read_saved(Path(file))
@@ -84,15 +89,25 @@ class PersonJudge:
                 )
             if unknown := sorted(set(said) - set(key["pairs"])):
                 raise ValueError(f"{file} has a verdict on {unknown[0]!r}, which is not on the page {page}.")
-            for name, pair in key["pairs"].items():
+            names = list(key["pairs"])
+            is_done = all(name in said for name in names if key["pairs"][name]["side"] is not None)
+            # Where somebody stopped early, ties that came later count as little as pairs that came later.
+            reached = len(names) if is_done else 1 + max(map(names.index, said))
+            for position, (name, pair) in enumerate(key["pairs"].items()):
                 place = (key["control"], key["strength"], pair["prompt_number"])
-                self._digests[place] = pair["digest"]
-                if pair["side"] is None:
-                    self._identical += place not in self._values
+                if self._digests.setdefault(place, pair["digest"]) != pair["digest"]:
+                    raise ValueError(
+                        f"{file} is of other answers of {key['control']!r} than a file before it (first at prompt "
+                        f"{pair['prompt_number']}): leave out the one that was judged before answers changed."
+                    )
+                if pair["side"] is not None:
+                    self._pairs.add(place)
+                    if name in said:
+                        value = 0.5 if said[name] == "tie" else float(said[name] == pair["side"])
+                        self._values.setdefault(place, []).append(value)
+                elif position < reached:
+                    self._identical.add(place)
                     self._values[place] = [0.5]
-                elif name in said:
-                    value = 0.5 if said[name] == "tie" else float(said[name] == pair["side"])
-                    self._values.setdefault(place, []).append(value)
 
     def scores(
         self, control: str, strength: float | None, rollouts: Sequence[Rollout], references: Sequence[Rollout]
@@ -124,27 +139,24 @@ class PersonJudge:
         """Raise `ValueError` if a row that was judged is not among those compared."""
         for control, strength, _ in self._digests:
             if (control, strength) not in rows:
-                label = control if strength is None else f"{control} {strength:g}"
+                label = row_label(control, strength)
                 raise ValueError(f"The control {label!r} was judged, and is not compared here.")
 
     def counts(self) -> dict[str, Any]:
         """What is said of the judge in the results."""
         rows = list(dict.fromkeys(place[:2] for place in self._digests))
-        judged = len(self._values) - self._identical
+        judged = len(self._values) - len(self._identical)
         return {
             "mode": "person",
             "controls": [{"control": control, "strength": strength} for control, strength in rows],
             "answers": judged,
-            "not_judged": len(self._digests) - len(self._values),
-            "identical": self._identical,
+            "not_judged": len(self._pairs) - judged,
+            "identical": len(self._identical),
         }
 
     def note(self, counts: dict[str, Any]) -> str:
         """What stands under the table."""
-        rows = [
-            row["control"] if row["strength"] is None else f"{row['control']} {row['strength']:g}"
-            for row in counts["controls"]
-        ]
+        rows = [row_label(row["control"], row["strength"]) for row in counts["controls"]]
         return (
             f"Judge: a person, of {', '.join(rows)} alone; {counts['answers']} answers judged, {counts['not_judged']} "
             f"on the page not judged: left out; {counts['identical']} more are the same as the one compared against: "
@@ -155,7 +167,7 @@ class PersonJudge:
 def read_saved(path: Path) -> tuple[str, dict[str, str]]:
     """(page, verdicts) in a file that may be anybody's."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(path.read_text(encoding="utf-8-sig"))
         page, said = saved["page"], saved["verdicts"]
         fits = isinstance(page, str) and _PAGE.fullmatch(page) and all(said[name] in _CHOICES for name in said)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:

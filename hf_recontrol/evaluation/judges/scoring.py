@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,9 @@ from typing import Any
 from ...data.processes import Processes
 from ...data.rollouts import Rollout
 from ...utils.checks import check_choice, check_number
-from ..comparison.results import matched_references
-from ..comparison.scores import Scorer, Scores
+from ..comparison.scores import Scorer, Scores, matched_references
 from .cache import VerdictCache
-from .judge import MODES, REFUSED, Judge, Question, Verdict, shown_prompt
+from .judge import MODES, REFUSED, UNPARSABLE, Judge, Question, Verdict, shown_prompt
 
 _PAIR_VALUES = (0.0, 0.5, 1.0)
 
@@ -37,8 +36,15 @@ class JudgeScoring:
         check_choice("mode", judge.mode, MODES)
         self.judge, self.cache = judge, VerdictCache(cache)
         known = judge.depends_on()
-        self._depends_on = None if known is None else json.dumps(known, sort_keys=True)
-        self._name = hashlib.sha256((self._depends_on or "").encode()).hexdigest()[:16]
+        try:
+            self._depends_on = None if known is None else json.dumps(known, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`depends_on` of {type(judge).__name__} must be what JSON can hold ({error})."
+            ) from error
+        # Two judges may well say the same of what they depend on, such as their version.
+        told = f"{type(judge).__qualname__} {self._depends_on}"
+        self._name = hashlib.sha256(told.encode()).hexdigest()[:16]
         self._counts: Counter[str] = Counter()
         self._used: dict[str, Verdict] = {}
 
@@ -64,7 +70,7 @@ class JudgeScoring:
             for name in ("calls", "input_tokens", "output_tokens")
         )
         prices = self.judge.input_price, self.judge.output_price
-        names = ["answers", "refused", "unparsable"]
+        names = ["answers", REFUSED, UNPARSABLE]
         if self.judge.mode == "pair":
             names += ["identical", "orders_disagree"]
         return {
@@ -92,7 +98,7 @@ class JudgeScoring:
             f"{counts['unparsable']} not readable): left out. {counts['calls']:,} calls, {counts['new_calls']:,} of "
             f"them in this run; {counts['input_tokens']:,} tokens in, {counts['output_tokens']:,} out"
         )
-        return text + ("." if counts["cost"] is None else f"; cost {counts['cost']:.2f}.")
+        return text + ("." if counts["cost"] is None else f"; cost {counts['cost']:.4f}.")
 
     def _scores(self, rollouts: list[Rollout], references: list[Rollout]) -> Scores:
         found = self._asked([Question(shown_prompt(r.prompt), r.completion) for r in rollouts])
@@ -116,7 +122,7 @@ class JudgeScoring:
             else:
                 self._counts["orders_disagree"] += 1
         self._count([max(pair, key=_weight) for pair in zip(found[::2], found[1::2], strict=True)])
-        if rollouts != references:
+        if rollouts is not references:
             self._counts["identical"] += len(rollouts) - len(asked)
         return {"win_rate": values, "ties": [None if value is None else float(value == 0.5) for value in values]}
 
@@ -124,7 +130,7 @@ class JudgeScoring:
         self._counts["answers"] += len(verdicts)
         for verdict in verdicts:
             if verdict.value is None:
-                self._counts[REFUSED if verdict.why == REFUSED else "unparsable"] += 1
+                self._counts[REFUSED if verdict.why == REFUSED else UNPARSABLE] += 1
 
     def _asked(self, questions: Sequence[Question]) -> list[Verdict]:
         """A verdict on each question. Each is written before the next question is asked."""
@@ -152,15 +158,17 @@ class JudgeScoring:
 
     def _ask(self, batch: Sequence[tuple[str, Question]]) -> tuple[dict[str, Verdict], int]:
         """(verdicts by key, written to the cache; how many calls they took)"""
-        returned = list(self.judge.verdicts([question for _, question in batch]))
-        if len(returned) != len(batch):
+        returned = self.judge.verdicts([question for _, question in batch])
+        returned = list(returned) if isinstance(returned, Iterable) else returned
+        if not isinstance(returned, list) or len(returned) != len(batch):
+            found = len(returned) if isinstance(returned, list) else f"{returned!r}, not"
             raise ValueError(
-                f"The judge {type(self.judge).__name__} returned {len(returned)} verdicts on {len(batch)} questions."
+                f"The judge {type(self.judge).__name__} returned {found} verdicts on {len(batch)} questions."
             )
         found, calls = {}, 0
         for (key, _), each in zip(batch, returned, strict=True):
             verdict = each if isinstance(each, Verdict) else Verdict(each, retries=self.judge.max_retries)
-            self._check_value(verdict.value)
+            verdict = replace(verdict, value=self._checked(verdict.value))
             calls += verdict.calls
             if (before := self._known(key)) is not None:  # asked again: what was paid stays paid
                 spent = ("calls", "input_tokens", "output_tokens")
@@ -170,14 +178,17 @@ class JudgeScoring:
             found[key] = verdict
         return found, calls
 
-    def _check_value(self, value: Any) -> None:
+    def _checked(self, value: Any) -> float | None:
+        """A verdict's value as a plain number."""
         name = f"The verdict of {type(self.judge).__name__}"
+        value = value.item() if hasattr(value, "item") else value
         if value is None:
-            return
+            return None
         if self.judge.mode == "score":
-            check_number(name, value)
-        elif value not in _PAIR_VALUES:
+            return check_number(name, value)
+        if value not in _PAIR_VALUES:
             raise ValueError(f"{name} on a pair must be 1, 0.5, 0 or None, got {value!r}.")
+        return float(value)
 
     def _known(self, key: str) -> Verdict | None:
         if key in self._used or self._depends_on is None:

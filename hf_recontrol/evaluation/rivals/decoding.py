@@ -23,6 +23,7 @@ from ...collection.sampling import (
     vocabulary_size,
 )
 from ...data.fingerprints import head_fingerprint
+from ...data.processes import no_progress
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout
 from ...modeling.causal_lm import ReControlForCausalLM
@@ -180,7 +181,7 @@ class ControlledDecoding(Rival):
 
         bench = self.bench
         rollouts = draw_rollouts(
-            bench.model, bench.tokenizer, prompts, bench.sampling, progress=lambda done, total: None, reweigh=reweigh
+            bench.model, bench.tokenizer, prompts, bench.sampling, progress=no_progress, reweigh=reweigh
         )
         kls: dict[tuple[int, int], list[float]] = {}
         for drawn, batch in begun:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -17,13 +16,17 @@ from ...collection.rewards import RewardFunction
 from ...collection.rollouts import generate_rollouts
 from ...configuration import ControlConfig
 from ...data.fingerprints import model_settings
+from ...data.processes import no_progress
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout, load_rollouts
 from ...data.stage_folder import read_manifest
 from ...data.templating import encode_prompt
+from ...data.text_files import is_text
 from ...heads.value_head import ValueHead
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...settings import SamplingSettings
+from ...utils.checks import check_number
+from ..metrics import summed_reward
 
 logger = logging.get_logger(__name__)
 
@@ -87,7 +90,7 @@ class Bench:
             prompts,
             self.sampling,
             control=control,
-            progress=lambda done, total: None,
+            progress=no_progress,
         )
 
 
@@ -156,13 +159,16 @@ def answers_of(bench: Bench, prompts: Prompts, returned: Sequence[Any], name: st
         found = len(returned) if hasattr(returned, "__len__") and not isinstance(returned, str) else returned
         raise ValueError(f"The control {name!r} returned {found!r}, expected a list of {wanted} answers.")
     encoded: dict[int, list[int]] = {}
+    vocabulary = bench.model.config.get_text_config().vocab_size
     answers = []
     for place, answer in enumerate(returned):
-        if isinstance(answer, str):
+        if isinstance(answer, str) and is_text(answer):
             answer = _of_text(bench, prompts, place, answer, encoded)
         if isinstance(answer, Rollout):
             answer = Answer(answer)
-        if not isinstance(answer, Answer):
+        if isinstance(answer, str):
+            raise ValueError(f"The control {name!r} returned a text that is not UTF-8 as answer {place}.")
+        if not isinstance(answer, Answer) or not isinstance(answer.rollout, Rollout):
             raise TypeError(
                 f"The control {name!r} returned a {type(answer).__name__} among its answers, expected Answer, Rollout "
                 "or a text."
@@ -175,10 +181,26 @@ def answers_of(bench: Bench, prompts: Prompts, returned: Sequence[Any], name: st
                 "of the prompts, those to one prompt behind each other."
             )
         answer = replace(answer, rollout=replace(rollout, prompt_number=prompts.numbers[number], sample=sample))
-        if answer.kl is not None and len(answer.kl) != len(answer.rollout.completion_ids):
-            raise ValueError(f"The control {name!r} returned {len(answer.kl)} KLs for an answer of another length.")
-        answers.append(answer)
+        try:
+            answers.append(_checked(answer, vocabulary))
+        except ValueError as error:
+            raise ValueError(f"The control {name!r} returned as answer {place} one that cannot be: {error}") from error
     return answers
+
+
+def _checked(answer: Answer, vocabulary: int) -> Answer:
+    """An answer with plain numbers; `ValueError` if one is none, or the text cannot be kept."""
+    rollout, kl = answer.rollout, answer.kl
+    if not isinstance(rollout.completion, str) or not is_text(rollout.completion):
+        raise ValueError("its `completion` must be a text that UTF-8 can hold.")
+    ids, kl = (values.tolist() if hasattr(values, "tolist") else values for values in (rollout.completion_ids, kl))
+    if not isinstance(ids, Sequence) or not all(isinstance(each, int) and 0 <= each < vocabulary for each in ids):
+        raise ValueError(f"its `completion_ids` must be token ids below {vocabulary}.")
+    if kl is not None:
+        if not isinstance(kl, Sequence) or len(kl) != len(ids):
+            raise ValueError(f"its `kl` must hold one number for each of its {len(ids)} tokens.")
+        kl = [check_number("kl", each) for each in kl]
+    return replace(answer, rollout=replace(rollout, completion_ids=list(ids), finished=bool(rollout.finished)), kl=kl)
 
 
 def _of_text(bench: Bench, prompts: Prompts, place: int, text: str, encoded: dict[int, list[int]]) -> Rollout:
@@ -198,24 +220,12 @@ def _of_text(bench: Bench, prompts: Prompts, place: int, text: str, encoded: dic
 
 
 def standardised(bench: Bench, reward: Sequence[float] | None) -> float | None:
-    """
-    A response's rewards as one number: their sum, each in standard deviations of the head's training, if the head was
-    trained on rewards of these names; else as they are.
-    """
+    """The [`summed_reward`] of a response, in the units of the comparison's head if it has one."""
     if reward is None:
         return None
-    values = torch.tensor(reward, dtype=torch.float64)
-    if isinstance(bench.model, ReControlForCausalLM):
-        config = bench.model.value_head.config
-        trained_on = config.training.rewards if config.training is not None else []
-        if set(bench.rewards) <= set(trained_on):
-            order = [trained_on.index(name) for name in bench.rewards]
-            mean, std = (
-                torch.tensor(x, dtype=torch.float64).expand(len(trained_on))[order]
-                for x in (config.reward_mean, config.reward_std)
-            )
-            values = (values - mean) / std
-    return float(values.sum())
+    if not isinstance(bench.model, ReControlForCausalLM):
+        return float(sum(reward))
+    return summed_reward(reward, bench.model.value_head.config, list(bench.rewards))
 
 
 def rollouts_for(bench: Bench, folder: str | Path, what: str) -> dict[str, Any]:

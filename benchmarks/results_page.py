@@ -1,0 +1,123 @@
+"""The page of results.py: docs/results.md, from what the folders of its studies hold."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+PUBLISHED = Path(__file__).with_name("published.md")
+BATCH_SIZES = (1, 8, 32)
+TITLES = {
+    "comparison": "unseen prompts of HH-RLHF",
+    "against-static": "the head's methods against its static vector, at 0.1 nats a token",
+    "harmfulqa": "HarmfulQA, out of distribution",
+    "grid": "step size by steps",
+}
+REWARDS = {
+    "vader": "Reward: VADER sentiment; judge: the preference reward model",
+    "preference": "Reward: the preference reward model; judge: 1 less the probability of offensive language",
+}
+INTRODUCTION = """# Results
+
+Made by `make results` (`benchmarks/results.py`): small models, short answers, small rewards, one seed. Every table is
+the `table.md` of one comparison; [comparing.md](comparing.md) says what its columns mean, and what KL is worth.
+Strengths were found on 64 held-out prompts, never by the reward. Differences are paired over prompts.
+
+The models are SmolLM2-135M-Instruct and Gemma-3-270M (a base model, asked in HH-RLHF's form of a dialogue). Heads are
+those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens to each. The
+preference reward model is a MiniLM of 6 layers, trained on the same pairs by `benchmarks/reward_model.py`: it ranks
+{accuracy:.0%} of {held_out_pairs} unseen pairs right, and its reward correlates with an answer's length by
+{correlation_with_length:.2f}. No judge here reads and understands: win rates are by these reward models.
+"""
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """The lines of a figures.csv."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def said(path: Path, metric: str) -> list[str]:
+    """Which rows beat the one compared against in a metric, and which do not, by their paired intervals."""
+    better, worse, open_ones = [], [], []
+    for row in rows(path):
+        if row["metric"] != metric or not row["difference"]:
+            continue
+        shown = f"{row['control']} {row['strength']}".strip()
+        if row["strength"]:
+            shown = f"{row['control']} {float(row['strength']):.3g}"
+        shown = f"{shown} ({float(row['difference']):+.2f})"
+        low, high = float(row["difference_low"]), float(row["difference_high"])
+        (better if low > 0 else worse if high < 0 else open_ones).append(shown)
+    found = [("above", better), ("below", worse), ("not to be told from it", open_ones)]
+    return [f"  - {what}: {', '.join(names)}" for what, names in found if names]
+
+
+def in_words(folder: Path, against: str) -> list[str]:
+    """What a comparison's intervals say, for reward and judge."""
+    lines = []
+    for metric in ("reward", "judge"):
+        if found := said(folder / "figures.csv", metric):
+            lines += [f"- In {metric}, held against {against}:", *found]
+    return lines
+
+
+def by_batch(study: Path) -> list[str]:
+    """Seconds an answer by batch size, and their ratio to the base's."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for size in BATCH_SIZES:
+        path = study / f"batch-{size}" / "figures.csv"
+        for row in rows(path) if path.is_file() else ():
+            if row["metric"] == "seconds":
+                found.setdefault((row["control"], row["strength"]), {})[size] = float(row["value"])
+    if not found:
+        return []
+    sizes = [size for size in BATCH_SIZES if size in next(iter(found.values()))]
+    [base] = [seconds for (control, _), seconds in found.items() if control == "base"]
+    lines = [
+        f"| control | {' | '.join(f'batch {size}' for size in sizes)} |",
+        f"|---|{'---:|' * len(sizes)}",
+        *(
+            f"| {name} | {' | '.join(f'{each[size]:.3f} s ({each[size] / base[size]:.2f}×)' for size in sizes)} |"
+            for (name, _), each in found.items()
+        ),
+    ]
+    return ["", "Seconds an answer, and as a ratio to the base's (the paper's Fig. 6):", "", *lines]
+
+
+def costs(study: Path) -> list[str]:
+    """What training the head and the adapter took."""
+    if not (study / "costs.json").is_file():
+        return []
+    found = json.loads((study / "costs.json").read_text(encoding="utf-8"))
+    head, lora = found["head"], found["lora_dpo"]
+    return [
+        "",
+        f"Training on the same scored rollouts (the paper's Fig. 3): the head {head['seconds']:.0f} s and "
+        f"{head['peak_memory_bytes'] / 2**30:.1f} GiB at most, reading its states included; the LoRA adapter by DPO "
+        f"{lora['seconds']:.0f} s and {lora['peak_memory_bytes'] / 2**30:.1f} GiB ({lora['pairs']} pairs, one epoch). "
+        "Their rewards stand in the first table above. PPO was not run.",
+    ]
+
+
+def page(output: Path, names: Sequence[str]) -> str:
+    """The whole page."""
+    figures = output / "reward-model" / "figures.json"
+    text = [INTRODUCTION.format(**json.loads(figures.read_text(encoding="utf-8")))]
+    for name in names:
+        base, reward = name.split("-")
+        study = output / name
+        for part, title in TITLES.items():
+            folder = study / part
+            if (folder / "table.md").is_file():
+                table = (folder / "table.md").read_text(encoding="utf-8").strip()
+                against = "static_vector" if part == "against-static" else "the base"
+                text += [f"## {base}, {reward}: {title}", "", f"{REWARDS[reward]}.", "", table, ""]
+                text += [*in_words(folder, against), ""]
+        if timed := [*by_batch(study), *costs(study)]:
+            text += [f"## {base}, {reward}: time and memory", *timed, ""]
+    if PUBLISHED.is_file():
+        text.append(PUBLISHED.read_text(encoding="utf-8").strip())
+    return "\n".join(text).strip() + "\n"

@@ -1,0 +1,109 @@
+"""Comparisons of several bases or heads: a folder for each, and one table of all."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from ..data.processes import Processes
+from ..evaluation.comparison.assembly import TABLE_NAME
+from ..evaluation.comparison.figures import Figure
+from ..evaluation.comparison.results import FIGURES_NAME
+from ..heads.base_model import check_base
+from ..heads.value_head import ValueHead
+from ..settings import CompareSettings
+from ..utils.files import atomic_path, make_folder
+from .compare import compare
+from .loading import base_source
+
+
+def compare_bases(
+    bases: Sequence[str],
+    heads: Sequence[str],
+    rollouts: Sequence[str],
+    output: str,
+    settings: CompareSettings,
+    **inputs,
+) -> dict[str, list[Figure]]:
+    """
+    [`compare`] for each base, each in a folder of `output` that is named after it, on the same prompts. `output` holds
+    the tables of all in `table.md`, and all figures in `figures.csv`, with a column `base`.
+
+    Args:
+        bases (sequence of `str`):
+            Folders or Hub names: none, one for all heads, or one for each head.
+        heads (sequence of `str`):
+            None, or one for each base; several of one base are compared as if it were several bases.
+        rollouts (sequence of `str`):
+            None, or a folder for each.
+        inputs:
+            All else that [`compare`] takes.
+
+    Returns:
+        `dict[str, list[Figure]]`: the figures of each, by the name of its folder.
+
+    Raises:
+        `ValueError`, `OSError`: before any comparison if the numbers do not fit, two would be the same, or some head
+            or base is not there. Later as `compare` does.
+    """
+    count = max(len(bases), len(heads))
+    own_bases = bases * count if len(bases) == 1 else bases
+    for what, given in (("bases", own_bases), ("heads", heads), ("folders of rollouts", rollouts)):
+        if given and len(given) != count:
+            raise ValueError(
+                f"{len(given)} {what} are given for {count} comparisons: give one for each, or none. "
+                f"(Bases: {_listed(bases)}; heads: {_listed(heads)}; rollouts: {_listed(rollouts)}.)"
+            )
+    runs = list(zip(*(given or [None] * count for given in (own_bases, heads, rollouts)), strict=True))
+    if twice := [run for run in runs if runs.count(run) > 1]:
+        raise ValueError(f"{_listed(filter(None, twice[0]))} is named twice: it would be the same comparison.")
+    for head in heads:
+        ValueHead.from_pretrained(head, token=settings.token)
+    source = base_source(settings)
+    for base in bases:
+        check_base(base, **source)
+        try:
+            AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code, **source)
+        except (OSError, ValueError) as error:
+            raise OSError(f"The base model {base} cannot be used: {error}") from error
+    names = _names(heads if heads and len(set(own_bases)) < count else own_bases)
+    found = {}
+    for name, (base, head, folder) in zip(names, runs, strict=True):
+        found[name] = compare(
+            base, output=Path(output) / name, settings=settings, head=head, rollouts=folder, **inputs
+        )
+    if Processes().index == 0:
+        _write(make_folder(Path(output)), list(found))
+    Processes().wait()
+    return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """A folder's name for each: its last part; if two have the same, each has its number behind it."""
+    short = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name).strip(".") or "base" for source in sources]
+    if len({name.lower() for name in short}) == len(short):
+        return short
+    return [f"{name}-{number}" for number, name in enumerate(short, 1)]
+
+
+def _write(output: Path, names: Sequence[str]) -> None:
+    lines: list[dict[str, Any]] = []
+    for name in names:
+        with (output / name / FIGURES_NAME).open(encoding="utf-8", newline="") as file:
+            lines += [{"base": name, **line} for line in csv.DictReader(file)]
+    with atomic_path(output / FIGURES_NAME) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    tables = [f"## {name}\n\n{(output / name / TABLE_NAME).read_text(encoding='utf-8')}" for name in names]
+    with atomic_path(output / TABLE_NAME) as temporary:
+        temporary.write_text("\n".join(tables), encoding="utf-8")
