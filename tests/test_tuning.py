@@ -269,6 +269,23 @@ def test_another_head_in_the_output_is_not_overwritten(place, drawn, monkeypatch
     assert drawn == [] and (place / "run" / "head" / "model.safetensors").read_bytes() == before
 
 
+def test_the_hub_s_cache_stays_as_it_is(place):
+    save_head(1.0, 1.0, 1.0)
+    snapshot = place / "models--me--head" / "snapshots" / "abc"
+    shutil.copytree("head", snapshot.parents[1] / "blobs")
+    snapshot.mkdir(parents=True)
+    for path in (snapshot.parents[1] / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    before = {path.name: path.read_bytes() for path in snapshot.iterdir()}
+    options = {"methods": ["static"], "step_sizes": [3.0], "criterion": {"reward": 1}}
+    found = run(**options, head=snapshot)
+    assert {path.name: path.read_bytes() for path in snapshot.iterdir()} == before
+    assert all(path.is_symlink() for path in snapshot.iterdir())
+    assert ValueHead.from_pretrained("out/head").config.control == ControlConfig.from_dict(found["control"])
+    # Again it is the same head in the output.
+    run(**options, head=snapshot)
+
+
 def test_the_card_says_what_its_figures_are_worth(place, recontrol_warnings):
     save_head(1.0, 1.0, 1.0)
     head = ValueHead.from_pretrained("head")
@@ -409,7 +426,14 @@ def test_of_several_rewards_each_can_be_weighed_and_one_that_knows_nothing_is_an
         return [None for _ in completions]
 
     options = {"methods": ["static"], "step_sizes": [1.0, 3.0]}
+    found = run(**options, rewards=[count, brevity], criterion={"reward": 1}, output="sum")
+    assert found["candidates"][0]["criterion"][0] == pytest.approx(
+        sum(found["candidates"][0]["figures"][f"reward {name}"][0] for name in ("count", "brevity"))
+    )
+    assert "weighs the sum of count, brevity as they are" in recontrol_warnings[0]
+    recontrol_warnings.clear()
     found = run(**options, rewards=[count, brevity], criterion={"reward brevity": 1})
+    assert not any("weighs the sum" in said for said in recontrol_warnings)
     assert found["candidates"][0]["criterion"] == found["candidates"][0]["figures"]["reward brevity"]
     with pytest.raises(ValueError, match="No answer of some control has a number by 'reward none'"):
         run(**options, rewards=[count, none], criterion={"reward none": 1}, output="none", on_bad_rows="skip")

@@ -108,10 +108,18 @@ def _check_subfolder(name_or_path: str, subfolder: str) -> None:
 def _check_link(path: Path, folder: Path) -> None:
     """Raise `OSError` if a folder, which may be from anybody, has its file elsewhere by a link."""
     target, root = path.resolve(), folder.resolve()
-    # A snapshot in the Hub's cache is links to the blobs beside the snapshots.
-    blobs = [parent.parent / "blobs" for parent in (root, *root.parents) if parent.name == "snapshots"]
-    if not target.is_relative_to(root) and target.parent not in blobs:
+    if not target.is_relative_to(root) and target.parent not in _blobs(root):
         raise OSError(f"{path} is a link to {target}, outside {folder}: put the file itself there.")
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """Where the files are that a snapshot in the Hub's cache is links to: beside the snapshots."""
+    return [parent.parent / "blobs" for parent in (folder, *folder.parents) if parent.name == "snapshots"]
+
+
+def is_cached(folder: Path) -> bool:
+    """Whether a folder is a snapshot in the Hub's cache, which must stay as the Hub has it."""
+    return any(blobs.is_dir() for blobs in _blobs(folder.resolve()))
 
 
 @contextmanager

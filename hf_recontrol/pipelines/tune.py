@@ -29,7 +29,7 @@ from ..evaluation.rivals.rival import Bench
 from ..evaluation.tuning import Found, by_metric, plan_rounds, rows_to_try, search, summary, weights_of
 from ..evaluation.unseen import TRAINED_ON, has_no_record, seen_among, unseen
 from ..heads.card import is_untouched
-from ..heads.hub import CARD_NAME, CONFIG_NAME
+from ..heads.hub import CARD_NAME, CONFIG_NAME, is_cached
 from ..heads.seen_prompts import SeenPrompts
 from ..heads.value_head import ValueHead
 from ..settings import HELD_OUT_PROMPTS, TuneSettings
@@ -63,10 +63,10 @@ def tune(
     same noise; as the budget shrinks, the better half goes on to more prompts. Of the last ones that with most of the
     criterion is chosen, or a simpler one if the paired 95 % interval of their difference holds 0.
 
-    The head (`head` itself if it is a folder, else a copy in `output/head`) then recommends that control, its card
-    shows its figures, and it remembers the prompts, so that [`compare`] refuses to compare on them. `output` holds
-    `tuning.json` (all controls with their figures, and what the head recommended before) and `frontier.svg` (reward
-    against nats an answer).
+    The head (`head` itself if it is a folder, else, and from the Hub's cache, a copy in `output/head`) then recommends
+    that control, its card shows its figures, and it remembers the prompts, so that [`compare`] refuses to compare on
+    them. `output` holds `tuning.json` (all controls with their figures, and what the head recommended before) and
+    `frontier.svg` (reward against nats an answer).
 
     Args:
         head (`str` or `os.PathLike`):
@@ -105,9 +105,16 @@ def tune(
     try_rewards(functions, prompts, settings.on_bad_rows)
     scorers = scorers_of(functions, settings)
     loaded = ValueHead.from_pretrained(head, token=settings.token)
+    trained_on = loaded.config.training.rewards if loaded.config.training is not None else []
+    summed = "reward" in weights and len(functions) > 1 and settings.combine_rewards == "none"
+    if summed and not set(functions) <= set(trained_on):
+        logger.warning(
+            f"`criterion` weighs the sum of {', '.join(functions)} as they are: the head does not say that it was "
+            "trained on rewards of these names, so their scales are not known. To weigh each: `reward NAME`."
+        )
     # With the base it may be moved to another device.
     unchanged = copy.deepcopy(loaded)
-    if not Path(head).is_dir():
+    if target != Path(head):
         _check_same(target, loaded, "holds another head: name another `output`")
     if has_no_record([loaded]):
         logger.warning("The head does not say which prompts it was trained on: that these are others is not checked.")
@@ -141,8 +148,9 @@ def tune(
 
 
 def tuned_head(head: str | os.PathLike, output: str | os.PathLike) -> Path:
-    """Where a tuned head is written: into its own folder, or, if it is none, into a copy in `output`."""
-    return Path(head) if Path(head).is_dir() else Path(output) / "head"
+    """Where a tuned head is written: into its own folder, or, if it is none or is cached, into a copy in `output`."""
+    folder = Path(head)
+    return folder if folder.is_dir() and not is_cached(folder) else Path(output) / "head"
 
 
 def _check_same(folder: Path, head: ValueHead, otherwise: str) -> ValueHead | None:
