@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from hf_recontrol import ControlConfig, ReControlForCausalLM, TuneSettings, ValueHead, compare, tune
 from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.evaluation.rivals.rival import Bench
-from hf_recontrol.evaluation.tuning import plan_rounds
+from hf_recontrol.evaluation.tuning import fewest_responses, plan_rounds
 from hf_recontrol.heads.seen_prompts import SeenPrompts
 
 from .conftest import make_head
@@ -144,7 +144,10 @@ def test_weights_decide_how_strong_and_the_head_keeps_its_other_settings(place, 
     weak = run(**options, criterion='{"reward": 1, "kl_per_response": -100}', output="weak")
     assert weak["control"]["step_size"] == 0.5
     assert weak["weights"] == {"reward": 1, "kl_per_response": -100}
-    assert "is not clearly better than the base by reward + -100 kl_per_response" in recontrol_warnings[-1]
+    # What is clearly worse than no control replaces nothing.
+    assert "is clearly worse than the base by reward + -100 kl_per_response" in recontrol_warnings[-1]
+    assert strong["written"] and not weak["written"]
+    assert ValueHead.from_pretrained("head").config.control.to_dict() == strong["control"]
     for each in weak["candidates"]:
         own, base = ({name: value[0] for name, value in f.items()} for f in (each["figures"], weak["base"]))
         value = own["reward"] - 100 * own["kl_per_response"]
@@ -328,12 +331,13 @@ def test_rounds_of_a_budget():
     for controls in range(1, 12):
         for prompts in (3, 8, 50, 400):
             for budget in (300, 1000, 5000):
-                try:
-                    rounds = plan_rounds(controls, prompts, 2, budget)
-                except ValueError as error:
-                    needed = int(str(error).split("it takes ")[1].split()[0])
-                    assert needed > budget and plan_rounds(controls, prompts, 2, needed)
+                rounds = plan_rounds(controls, prompts, 2, budget)
+                fewest = fewest_responses(controls, prompts, 2)
+                assert plan_rounds(controls, prompts, 2, fewest) and not plan_rounds(controls, prompts, 2, fewest - 1)
+                assert bool(rounds) == (budget >= fewest)
+                if not rounds:
                     continue
+                assert rounds[0][1] >= min(prompts, 8)
                 assert sum((size + 1) * 2 * more + 2 for size, more in rounds) <= budget
                 assert sum(more for _, more in rounds) <= prompts and rounds[0][0] == controls
                 assert [size for size, _ in rounds] == sorted({size for size, _ in rounds}, reverse=True)
@@ -360,7 +364,7 @@ REFUSED = {
     "several KLs": ({"kl": [0.1, 0.2]}, "compares controls at one KL"),
     "both": ({"kl": [0.1], "step_sizes": [1.0], "criterion": {"reward": 1}}, "use one of them"),
     "method": ({"methods": ["magic"]}, r"`methods\[...\]` must be one of"),
-    "budget": ({"budget": 100}, "50 responses are too few to compare 3 controls with: it takes 66 or more"),
+    "budget": ({"budget": 100}, "too small to compare 3 controls: it takes 320 or more, half of them"),
     "trained on": (
         {"prompts": ["w80", "w81"]},
         r"1 of 2 prompts to tune on are among those that the head was trained on; .*\(trained on\): 'w80'",
@@ -395,12 +399,12 @@ def test_controls_that_cannot_be_tried_are_left_out(place, drawn, recontrol_warn
 
 def test_step_sizes_are_found_with_half_of_the_budget_at_most(place, drawn, recontrol_warnings):
     save_head(1.0, 1.0, 1.0)
-    found = run(kl=0.5, num_steps=[2], budget=240)
-    assert sum(drawn) == found["responses"] <= 240
+    found = run(kl=3.0, num_steps=[2], budget=320)
+    assert sum(drawn) == found["responses"] <= 320
     assert 0 < len(found["candidates"]) < 3
     assert "no responses are left to find its strength with" in recontrol_warnings[0]
     # With more, those that were left out are tried after all.
-    found = run(kl=0.5, num_steps=[2], budget=2000)
+    found = run(kl=3.0, num_steps=[2], budget=2000)
     assert len(found["candidates"]) == 3
 
 

@@ -138,7 +138,12 @@ def tune(
         chosen = next(each for each in found["candidates"] if each["control"] == found["control"])
         figures = chosen["figures"]
         where = tuned_head(inputs["head"], inputs["output"])
-        typer.echo(f"{where} now recommends {ControlConfig.from_dict(found['control'])}:")
+        control, count = ControlConfig.from_dict(found["control"]), len(found["candidates"])
+        typer.echo(
+            f"{where} now recommends {control}, the best of {count} controls that were measured:"
+            if found["written"]
+            else f"No control is better than the base, so the head is as it was. The best of {count} was {control}:"
+        )
         earned = ""
         # A criterion without it does not need it.
         if "reward" in figures and "reward" in found["base"]:

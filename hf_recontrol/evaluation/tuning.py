@@ -161,28 +161,31 @@ def plan_rounds(controls: int, prompts: int, num_samples: int, budget: int) -> l
     Of each round how many controls are in it, and how many prompts come on top. All answer all prompts if the budget
     allows it. Else it is shared evenly by rounds (successive halving, Jamieson and Talwalkar 2016), each with the
     better half of the one before, down to two. Each round begins with answers of the base to one prompt, which pay for
-    what is made at the first use.
-
-    Raises:
-        `ValueError`: if the budget is too small to tell anything; says how large it must be.
+    what is made at the first use. Of a budget of less than [`fewest_responses`] there are no rounds.
     """
     if budget >= ((controls + 1) * prompts + 1) * num_samples:
         return [(controls, prompts)]
-    sizes = [controls]
-    while sizes[-1] > _LAST:
-        sizes.append(max(_LAST, -(-sizes[-1] // 2)))
+    sizes = _sizes(controls)
     share, left, rounds = budget // len(sizes) - num_samples, prompts, []
-    needed = min(prompts, _FEWEST_PROMPTS) * (controls + 1) * num_samples
-    if share < needed:
-        raise ValueError(
-            f"{budget} responses are too few to compare {controls} controls with: it takes "
-            f"{(needed + num_samples) * len(sizes)} or more. Raise the `budget`, or try fewer controls."
-        )
-    for size in sizes:
+    for size in sizes if budget >= fewest_responses(controls, prompts, num_samples) else ():
         if more := min(left, share // ((size + 1) * num_samples)):
             rounds.append((size, more))
             left -= more
     return rounds
+
+
+def fewest_responses(controls: int, prompts: int, num_samples: int) -> int:
+    """The smallest budget of [`plan_rounds`] that tells anything: 8 prompts in the first round."""
+    first = (_FEWEST_PROMPTS * (controls + 1) + 1) * num_samples
+    return min(((controls + 1) * prompts + 1) * num_samples, first * len(_sizes(controls)))
+
+
+def _sizes(controls: int) -> list[int]:
+    """How many controls are in each round."""
+    sizes = [controls]
+    while sizes[-1] > _LAST:
+        sizes.append(max(_LAST, -(-sizes[-1] // 2)))
+    return sizes
 
 
 def search(
@@ -212,7 +215,7 @@ def search(
             Responses to draw at most.
 
     Raises:
-        `ValueError`: as [`plan_rounds`]; if no prompt has all numbers that the criterion needs, under all controls.
+        `ValueError`: if no prompt has all numbers that the criterion needs, under all controls.
     """
     base = Row(Entry(_BASE, _BASE), make_rival(_BASE, bench, {}))
     tried = [Candidate(row, row.rival.at(row.strength)) for row in rows]

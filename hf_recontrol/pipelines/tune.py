@@ -26,7 +26,7 @@ from ..evaluation.comparison.matching import with_strengths
 from ..evaluation.comparison.plots import write_plots
 from ..evaluation.comparison.scores import scorers_of
 from ..evaluation.rivals.rival import Bench
-from ..evaluation.tuning import Found, by_metric, plan_rounds, rows_to_try, search, summary, weights_of
+from ..evaluation.tuning import Found, by_metric, fewest_responses, rows_to_try, search, summary, weights_of
 from ..evaluation.unseen import TRAINED_ON, has_no_record, seen_among, unseen
 from ..heads.card import is_untouched
 from ..heads.hub import CARD_NAME, CONFIG_NAME, is_cached
@@ -61,7 +61,8 @@ def tune(
 
     Of all controls to try those at a KL have their step sizes found first. Then all answer the same prompts with the
     same noise; as the budget shrinks, the better half goes on to more prompts. Of the last ones that with most of the
-    criterion is chosen, or a simpler one if the paired 95 % interval of their difference holds 0.
+    criterion is chosen, or a simpler one if the paired 95 % interval of their difference holds 0. If the base has
+    clearly more of it than that one, the head is left as it was.
 
     The head (`head` itself if it is a folder, else, and from the Hub's cache, a copy in `output/head`) then recommends
     that control, its card shows its figures, and it remembers the prompts, so that [`compare`] refuses to compare on
@@ -129,8 +130,16 @@ def tune(
         num_samples, for_strengths = settings.num_samples, settings.budget // 2 if settings.kl else 0
         few = prompts.take(range(min(len(prompts), HELD_OUT_PROMPTS)))
         of_base = len(few) * num_samples if settings.kl else 0
-        # Before anything is drawn: what half of the budget is left for.
-        plan_rounds(len(rows), len(prompts), num_samples, settings.budget - for_strengths)
+        fewest = fewest_responses(len(rows), len(prompts), num_samples)
+        if settings.kl:
+            # Each step size takes one round of responses at least.
+            fewest = 2 * max(fewest, (len(rows) + 1) * of_base)
+        if settings.budget < fewest:
+            halves = ", half of them to find step sizes" if settings.kl else ""
+            raise ValueError(
+                f"A `budget` of {settings.budget} responses is too small to compare {len(rows)} controls: it takes "
+                f"{fewest} or more{halves}. Raise it, or try fewer controls."
+            )
         progress = no_progress if quiet else None
         with shared_folder(output):
             rows, matches = with_strengths(output, rows, bench, few, progress, for_strengths - of_base)
@@ -193,6 +202,7 @@ def _result(
 ) -> dict[str, Any]:
     return {
         "control": found.chosen.control.to_dict(),
+        "written": found.chosen.gain[2] >= 0,
         "replaces": former and former.to_dict(),
         "criterion": settings.criterion,
         "weights": weights,
@@ -216,18 +226,21 @@ def _write(
     result: dict[str, Any],
     prompts: Prompts,
 ) -> None:
-    """The result, its plot, and the head with what was found."""
+    """The result, its plot, and the head with what was found, unless the base is clearly better."""
     chosen = found.chosen
     if chosen.gain[1] <= 0:
         logger.warning(
-            f"On {chosen.prompts} prompts the chosen control ({chosen.row.label}) is not clearly better than the base "
-            f"by {_said(result['weights'])}: {chosen.gain[0]:+.3f} [{chosen.gain[1]:.3f}, {chosen.gain[2]:.3f}]. More "
-            "prompts would tell."
+            f"On {chosen.prompts} prompts the best control ({chosen.row.label}) is "
+            f"{'not clearly better' if result['written'] else 'clearly worse'} than the base by "
+            f"{_said(result['weights'])}: {chosen.gain[0]:+.3f} [{chosen.gain[1]:.3f}, {chosen.gain[2]:.3f}]. "
+            f"{'More prompts would tell.' if result['written'] else 'The head is left as it was.'}"
         )
     figures = [*found.base, *(figure for candidate in found.candidates for figure in candidate.figures)]
     write_plots(output, figures, names=["frontier.svg"], marked=(chosen.row.entry.name, chosen.row.strength))
     # Before the head: after a stop between the two the next run knows what the head recommended before.
     write_json(output / TUNING_NAME, result)
+    if not result["written"]:
+        return
     # A search takes hours: what was written into the head meanwhile is not to be lost.
     by_now = _check_same(
         target,
