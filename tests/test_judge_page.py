@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import pytest
 
-from hf_recontrol import compare, write_judge_page
-from hf_recontrol.evaluation.judges.person import PersonJudge
+from hf_recontrol import Rollout, compare, write_judge_page
+from hf_recontrol.evaluation.judges.person import PersonJudge, digest_of
 
 from .compared import make_inputs, settings
 from .fresh import RECONTROL, run_fresh
@@ -178,9 +178,28 @@ def test_some_prompts_and_some_verdicts(place):
     assert {line["prompt_number"] for line in judged} == {key["pairs"][name]["prompt_number"] for name in met}
 
 
+def test_verdicts_on_prompts_that_left_the_comparison_are_told(place):
+    write_judge_page("out", "nasty", "judge.html")
+    page = Page("judge.html")
+    key = json.loads(Path(f"out/judge-key-{page.page}.json").read_text())["pairs"]
+    gone = [name for name in page.pairs if key[name]["prompt_number"] >= 9]
+    said = {name: side for name, side in by_length(page).items() if name not in (gone[0], "pair1", "pair2")}
+    prompts = Path("prompts.jsonl")
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:9]))
+    again(save(page, said))
+    counts = json.loads(Path("out/figures.json").read_text())["judged"]
+    left = set(page.pairs) - set(gone)
+    assert (counts["answers"], counts["not_judged"]) == (len(left & set(said)), len(left - set(said)))
+    assert counts["not_compared"] == len(set(gone) & set(said)) > 0
+    told = f"{counts['not_compared']} more were judged, to prompts that are not among those compared on"
+    assert told in Path("out/table.md").read_text()
+
+
 def test_who_stops_early_adds_no_ties(tmp_path):
-    pairs = {f"pair{i}": {"side": "left", "prompt_number": 2 * i, "digest": ""} for i in range(50)}
-    pairs |= {f"same{i}": {"side": None, "prompt_number": 2 * i + 1, "digest": ""} for i in range(50)}
+    digest = digest_of("p", "own", "other")
+    pairs = {f"pair{i}": {"side": "left", "prompt_number": 2 * i, "digest": digest} for i in range(50)}
+    pairs |= {f"same{i}": {"side": None, "prompt_number": 2 * i + 1, "digest": digest} for i in range(50)}
+    own, others = ([Rollout("p", x, [1], [2], True, prompt_number=i) for i in range(100)] for x in ("own", "other"))
     names = random.Random(0).sample(sorted(pairs), 100)
     key = {"control": "c", "strength": None, "against": "base", "pairs": {name: pairs[name] for name in names}}
     (tmp_path / "judge-key-0123456789ab.json").write_text(json.dumps(key))
@@ -189,6 +208,7 @@ def test_who_stops_early_adds_no_ties(tmp_path):
         (tmp_path / "saved.json").write_text(json.dumps({"page": "0123456789ab", "verdicts": said}))
         judge = PersonJudge([str(tmp_path / "saved.json")])
         judge.read(tmp_path, "base")
+        judge.scores("c", None, own, others)
         counts = judge.counts()
         assert (counts["answers"], counts["not_judged"]) == (count, 50 - count)
         assert counts["identical"] == pytest.approx(count, abs=4)  # half of all prompts tie
