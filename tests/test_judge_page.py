@@ -257,8 +257,9 @@ def test_what_no_page_of_this_comparison_has_saved_is_refused_before_any_work(pl
         Path("wrong.json").write_text(text)
         with pytest.raises(ValueError, match=said):
             again("wrong.json")
-    with pytest.raises(OSError, match=re.escape("missing.json")):
-        again("missing.json")
+    for name, said in [("missing.json", "No such file"), ("out", "Is a directory")]:
+        with pytest.raises(OSError, match=rf"`judge\.verdicts` names {name}, which cannot be read \({said}"):
+            again(name)
     with pytest.raises(ValueError, match=re.escape("`judge.verdicts`")):
         again([])
     with pytest.raises(ValueError, match="no setting model"):
@@ -274,8 +275,8 @@ def test_what_no_page_of_this_comparison_has_saved_is_refused_before_any_work(pl
 
 def test_what_cannot_be_judged_is_refused(place):
     for arguments, said in [
-        (("out", "nothing"), "`control` must be one of 'best_of_n', 'advantage', 'nasty'"),
-        (("out", "base"), "`control` must be one of"),
+        (("out", "nothing"), "`control` must be one of 'advantage', 'nasty', which are compared with 'base'"),
+        (("out", "base"), "`control` must be one of 'advantage', 'nasty', which"),
         (("out", "best_of_n"), "A best of n has several answers"),
         (("out", "advantage"), "0.312346, 0.6. Name one"),
     ]:
@@ -290,6 +291,9 @@ def test_what_cannot_be_judged_is_refused(place):
         write_judge_page("out", "nasty", "judge.html", num_prompts=0)
     with pytest.raises(OSError, match="no finished comparison"):
         write_judge_page("base", "nasty", "judge.html")
+    compare(**settings(controls=CONTROLS[:2]), quiet=True)
+    with pytest.raises(ValueError, match="compares no control with 'base' that a person can judge"):
+        write_judge_page("out", "base", "judge.html")
     again_same = [*CONTROLS[:1], {"name": "twin", "kind": "mine:Drawn"}]
     compare(**settings(controls=again_same), quiet=True)
     with pytest.raises(ValueError, match="nothing to judge"):

@@ -179,6 +179,11 @@ def read_saved(path: Path) -> tuple[str, dict[str, str]]:
         saved = json.loads(path.read_text(encoding="utf-8-sig"))
         page, said = saved["page"], saved["verdicts"]
         fits = isinstance(page, str) and _PAGE.fullmatch(page) and all(said[name] in _CHOICES for name in said)
+    except OSError as error:
+        raise OSError(
+            f"`judge.verdicts` names {path}, which cannot be read ({error.strerror}): give the file that the page has "
+            "saved, where it is now. A browser puts it among the downloads."
+        ) from error
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no file of verdicts that a page has saved ({type(error).__name__}).") from None
     if not fits or not isinstance(said, dict):
