@@ -176,6 +176,31 @@ def test_the_best_of_n_of_a_pool_costs_n_answers_and_never_takes_one_without_a_r
     assert value["kl_per_response"] == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_what_a_judge_refuses_pulls_no_best_of_n_towards_a_tie(n):
+    """The first answer of each pool is the base's own: it ties without a verdict."""
+    against = sample("b", [0.0] * 3, win_rate=[0.5] * 3, ties=[1] * 3)
+    prompts, rewards = np.repeat(range(3), 3), [0.0, 1.0, 2.0, 2.0, 1.0, 0.0, 3.0, 2.0, 4.0]
+    refused = [0.5, math.nan, math.nan] * 3
+    pool = best_of(sample("p", rewards, prompts, win_rate=refused, ties=refused), n)
+    assert not {"win_rate", "ties"} & {f.metric for f in figures_of([pool], against, 3)}
+    # Of the second prompt one answer has no verdict: it counts for no n, also where another one is the best.
+    partly = [0.5, 1.0, 1.0, 0.5, 1.0, math.nan, 0.5, 0.0, 1.0]
+    found = figure("win_rate", [best_of(sample("p", rewards, prompts, win_rate=partly), n)], against, 3)
+    expected = [np.array(partly)[i : i + 3] @ best_of_n_weights(rewards[i : i + 3], n) for i in (0, 6)]
+    assert (found.value, found.count) == (pytest.approx(np.mean(expected)), 2)
+
+
+def test_a_best_of_n_counts_where_answers_that_lack_a_number_can_never_be_it():
+    own = {"win_rate": [0.5, math.nan, 1.0], "coherence": [math.nan, 0.5, 0.7]}
+    pool, against = sample("p", [0.0, None, 2.0], [0] * 3, **own), sample("b", [0.0], win_rate=[0.5], coherence=[1])
+    value = {f.metric: f.value for f in figures_of([best_of(pool, 3)], against, 1)}
+    assert (value["win_rate"], value["coherence"]) == (1, 0.7)
+    # One alone may be that without a reward; an empty answer has no coherence, which is no gap.
+    value = {f.metric: f.value for f in figures_of([best_of(pool, 1)], against, 1)}
+    assert "win_rate" not in value and value["coherence"] == pytest.approx(0.6)
+
+
 # Metrics by hand.
 
 

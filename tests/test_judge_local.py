@@ -106,6 +106,8 @@ def test_a_batch_says_what_each_would_alone(tmp_path):
         ({"dtype": "int3"}, "`judge.dtype` must be one of"),
         ({"batch_size": 0}, "`judge.batch_size`"),
         ({"device": 3}, "`judge.device`"),
+        ({"device": "cuda:99"}, "`judge.device` must be one that torch has here, got 'cuda:99'"),
+        ({"device": "toaster"}, "`judge.device` must be one that torch has here, got 'toaster'"),
         ({"trust_remote_code": "yes"}, "`judge.trust_remote_code`"),
         ({"base_url": "http://x"}, "no setting base_url"),
     ],

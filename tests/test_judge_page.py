@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import pytest
 
-from hf_recontrol import compare, write_judge_page
-from hf_recontrol.evaluation.judges.person import PersonJudge
+from hf_recontrol import Rollout, compare, write_judge_page
+from hf_recontrol.evaluation.judges.person import PersonJudge, digest_of
 
 from .compared import make_inputs, settings
 from .fresh import RECONTROL, run_fresh
@@ -178,9 +178,28 @@ def test_some_prompts_and_some_verdicts(place):
     assert {line["prompt_number"] for line in judged} == {key["pairs"][name]["prompt_number"] for name in met}
 
 
+def test_verdicts_on_prompts_that_left_the_comparison_are_told(place):
+    write_judge_page("out", "nasty", "judge.html")
+    page = Page("judge.html")
+    key = json.loads(Path(f"out/judge-key-{page.page}.json").read_text())["pairs"]
+    gone = [name for name in page.pairs if key[name]["prompt_number"] >= 9]
+    said = {name: side for name, side in by_length(page).items() if name not in (gone[0], "pair1", "pair2")}
+    prompts = Path("prompts.jsonl")
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:9]))
+    again(save(page, said))
+    counts = json.loads(Path("out/figures.json").read_text())["judged"]
+    left = set(page.pairs) - set(gone)
+    assert (counts["answers"], counts["not_judged"]) == (len(left & set(said)), len(left - set(said)))
+    assert counts["not_compared"] == len(set(gone) & set(said)) > 0
+    told = f"{counts['not_compared']} more were judged, to prompts that are not among those compared on"
+    assert told in Path("out/table.md").read_text()
+
+
 def test_who_stops_early_adds_no_ties(tmp_path):
-    pairs = {f"pair{i}": {"side": "left", "prompt_number": 2 * i, "digest": ""} for i in range(50)}
-    pairs |= {f"same{i}": {"side": None, "prompt_number": 2 * i + 1, "digest": ""} for i in range(50)}
+    digest = digest_of("p", "own", "other")
+    pairs = {f"pair{i}": {"side": "left", "prompt_number": 2 * i, "digest": digest} for i in range(50)}
+    pairs |= {f"same{i}": {"side": None, "prompt_number": 2 * i + 1, "digest": digest} for i in range(50)}
+    own, others = ([Rollout("p", x, [1], [2], True, prompt_number=i) for i in range(100)] for x in ("own", "other"))
     names = random.Random(0).sample(sorted(pairs), 100)
     key = {"control": "c", "strength": None, "against": "base", "pairs": {name: pairs[name] for name in names}}
     (tmp_path / "judge-key-0123456789ab.json").write_text(json.dumps(key))
@@ -189,6 +208,7 @@ def test_who_stops_early_adds_no_ties(tmp_path):
         (tmp_path / "saved.json").write_text(json.dumps({"page": "0123456789ab", "verdicts": said}))
         judge = PersonJudge([str(tmp_path / "saved.json")])
         judge.read(tmp_path, "base")
+        judge.scores("c", None, own, others)
         counts = judge.counts()
         assert (counts["answers"], counts["not_judged"]) == (count, 50 - count)
         assert counts["identical"] == pytest.approx(count, abs=4)  # half of all prompts tie
@@ -237,8 +257,9 @@ def test_what_no_page_of_this_comparison_has_saved_is_refused_before_any_work(pl
         Path("wrong.json").write_text(text)
         with pytest.raises(ValueError, match=said):
             again("wrong.json")
-    with pytest.raises(OSError, match=re.escape("missing.json")):
-        again("missing.json")
+    for name, said in [("missing.json", "No such file"), ("out", "Is a directory")]:
+        with pytest.raises(OSError, match=rf"`judge\.verdicts` names {name}, which cannot be read \({said}"):
+            again(name)
     with pytest.raises(ValueError, match=re.escape("`judge.verdicts`")):
         again([])
     with pytest.raises(ValueError, match="no setting model"):
@@ -254,8 +275,8 @@ def test_what_no_page_of_this_comparison_has_saved_is_refused_before_any_work(pl
 
 def test_what_cannot_be_judged_is_refused(place):
     for arguments, said in [
-        (("out", "nothing"), "`control` must be one of 'best_of_n', 'advantage', 'nasty'"),
-        (("out", "base"), "`control` must be one of"),
+        (("out", "nothing"), "`control` must be one of 'advantage', 'nasty', which are compared with 'base'"),
+        (("out", "base"), "`control` must be one of 'advantage', 'nasty', which"),
         (("out", "best_of_n"), "A best of n has several answers"),
         (("out", "advantage"), "0.312346, 0.6. Name one"),
     ]:
@@ -270,6 +291,9 @@ def test_what_cannot_be_judged_is_refused(place):
         write_judge_page("out", "nasty", "judge.html", num_prompts=0)
     with pytest.raises(OSError, match="no finished comparison"):
         write_judge_page("base", "nasty", "judge.html")
+    compare(**settings(controls=CONTROLS[:2]), quiet=True)
+    with pytest.raises(ValueError, match="compares no control with 'base' that a person can judge"):
+        write_judge_page("out", "base", "judge.html")
     again_same = [*CONTROLS[:1], {"name": "twin", "kind": "mine:Drawn"}]
     compare(**settings(controls=again_same), quiet=True)
     with pytest.raises(ValueError, match="nothing to judge"):

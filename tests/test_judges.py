@@ -24,6 +24,7 @@ from hf_recontrol.evaluation.judges.cache import VerdictCache
 from hf_recontrol.evaluation.judges.kinds import judge_of
 from hf_recontrol.evaluation.judges.language import parsed
 from hf_recontrol.evaluation.judges.scoring import JudgeScoring
+from hf_recontrol.evaluation.rivals.kinds import rival_class
 
 from .compared import make_inputs, settings, write_file
 from .fresh import RECONTROL, FreshProcess, run_fresh
@@ -612,6 +613,69 @@ def test_a_judge_of_a_users_own(place):
     count = len(judge.asked)
     compare(**settings(judge=judge), quiet=True)
     assert len(judge.asked) == 2 * count  # it says nothing of what its verdicts depend on
+
+
+_SHORTER = """
+from hf_recontrol import Judge
+
+class Shorter(Judge):
+    def __init__(self, by=1, mode="pair"):
+        self.by, self.mode = by, mode
+
+    def verdicts(self, questions):
+        with open("asked.log", "a") as log:
+            log.write("asked\\n" * len(questions))
+        gaps = [len(q.other) - len(q.answer) for q in questions]
+        return [0.5 if abs(gap) < self.by else float(gap > 0) for gap in gaps]
+
+    def depends_on(self):
+        return {"version": 1}
+"""
+
+
+def test_a_judge_of_a_users_own_is_named_in_a_file(place):
+    (place / "own_judge.py").write_text(_SHORTER)
+    asked = place / "asked.log"
+    for by, is_asked in [(1, True), (1, False), (10**6, True)]:
+        asked.write_text("")
+        command = write_file(place, judge={"kind": "own_judge:Shorter", "by": by})
+        code, _, err = run_fresh(RECONTROL, command, os.environ | ALONE, timeout=100, cwd=place)
+        assert code == 0, err
+        assert bool(asked.read_text()) == is_asked  # other settings are another judge
+        for line, other in lines_of():
+            own, base = len(line["completion"]), len(other["completion"])
+            assert line["win_rate"] == (0.5 if by > 1 or own == base else float(own < base))
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        (
+            {"kind": "own_judge:Shorter", "of": 1},
+            "'own_judge:Shorter': got an unexpected keyword argument 'of'",
+        ),
+        ({"kind": "own_judge:Shorter", "by": {1}}, "its settings must be what JSON can hold"),
+        ({"kind": "own_judge:Absent"}, "The judge 'own_judge:Absent' cannot be imported"),
+        ({"kind": "no_such:Shorter"}, "The judge 'no_such:Shorter' cannot be imported: No module named 'no_such'"),
+        ({"kind": "mine:Says"}, "'mine:Says' is no class that derives from `hf_recontrol.Judge`"),
+        ({"kind": "Shorter"}, "it must be one of llm, local, person, or module:Class"),
+        ("own_judge:Shorter", "The judge is a class: give its name as a kind, `judge: {kind: own_judge:Shorter}`"),
+    ],
+)
+def test_what_is_no_judge_of_a_users_own_is_named(place, judge, said):
+    (place / "own_judge.py").write_text(_SHORTER)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        compare(**settings(judge=judge), quiet=True)
+    assert not (place / "out").exists()
+    sys.modules.pop("own_judge", None)
+
+
+def test_the_current_folder_is_looked_into_whatever_the_reward(place, monkeypatch):
+    (place / "own_judge.py").write_text(_SHORTER)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(place))])
+    assert judge_of({"kind": "own_judge:Shorter", "by": 3}).by == 3
+    assert rival_class("mine:Says").__name__ == "Says"
+    sys.modules.pop("own_judge", None)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import importlib
 import inspect
 import math
 import os
-import sys
 import types
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,7 @@ from ..data.processes import Processes
 from ..data.prompts import Prompt
 from ..utils.code_fingerprints import UnknownStateError, code_fingerprint
 from ..utils.extras import needs_extra
+from ..utils.imports import named_module
 from .classifiers import ClassifierReward
 
 # f(prompts=, completions=, completion_ids=, **columns) -> list[float | None], as in TRL: one reward for each response,
@@ -101,10 +100,8 @@ def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
         return ColumnReward(spec if spec in columns else spec.removeprefix("column:"))
     module_name, colon, function_name = spec.partition(":")
     if colon and all(part.isidentifier() for part in module_name.split(".")) and function_name.isidentifier():
-        if "" not in sys.path:
-            sys.path.insert(0, "")
         try:
-            module = importlib.import_module(module_name)
+            module = named_module(module_name)
         except ModuleNotFoundError as error:
             if error.name != module_name.split(".")[0] and error.name != module_name:
                 raise

@@ -68,6 +68,19 @@ class Processes:
         return gather_object([value])
 
 
+def device_of(given: str | None, name: str = "device") -> torch.device:
+    """
+    The device that a setting names, with its number; by default this process's.
+
+    Raises:
+        `ValueError`: if torch has no such device here; names the setting.
+    """
+    try:
+        return torch.empty(0, device=given or Processes().device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`{name}` must be one that torch has here, got {given!r} ({error}).") from error
+
+
 def float64_device(device: torch.device) -> torch.device:
     """Where what must be computed in float64 is, of tensors on a device: there, or on the CPU if it has no float64."""
     try:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..collection.labels import check_rows, try_rewards
-from ..collection.rewards import RewardFunction, named_rewards
+from ..collection.rewards import RewardFunction, load_reward, named_rewards
 from ..data.fingerprints import prompt_hashes
 from ..data.processes import no_progress
 from ..data.prompts import Prompts, load_prompts
@@ -25,7 +25,7 @@ from ..evaluation.comparison.figures import Figure
 from ..evaluation.comparison.matching import with_strengths
 from ..evaluation.comparison.scores import reward_scorer, score_answers, scorers_of
 from ..evaluation.judges.judge import Judge
-from ..evaluation.judges.kinds import judge_of
+from ..evaluation.judges.kinds import judge_of, own_settings
 from ..evaluation.judges.person import PersonJudge
 from ..evaluation.judges.scoring import JudgeScoring
 from ..evaluation.rivals.plain import BestOfN
@@ -82,8 +82,8 @@ def compare(
         head (`str` or `os.PathLike`, *optional*):
             The value head, for the controls that need one.
         judge (`str`, function, `dict` or [`Judge`], *optional*):
-            A reward that no head was trained on; a language model, as an object with its `kind`; or a judge of your
-            own. See [docs/judging.md](judging.md).
+            A reward that no head was trained on; a language model or a class of your own, as an object with its
+            `kind`; or a judge of your own. See [docs/judging.md](judging.md).
         controls (sequence of `dict`, *optional*):
             What is compared, see [docs/comparing.md](comparing.md). By default the base, prompting, best of 4, and
             each method that the head has, at 0.1 nats a token if no strength is named.
@@ -113,12 +113,13 @@ def compare(
     check_rows(functions, test, settings.on_bad_rows, settings.combine_rewards)
     try_rewards(functions, test, settings.on_bad_rows)
     scorers = scorers_of(functions, settings)
-    judge, judging = judge_of(judge) if isinstance(judge, dict) else judge, None
+    named, judging = own_settings(judge), None
+    judge = judge_of(judge) if isinstance(judge, dict) else judge
     if isinstance(judge, PersonJudge):
         judging = judge
         judging.read(output, settings.against)
     elif isinstance(judge, Judge):
-        judging = JudgeScoring(judge, output / VERDICTS_NAME)
+        judging = JudgeScoring(judge, output / VERDICTS_NAME, named)
         judging.check()
         scorers.append(judging.scorer())
     elif judge is not None:
@@ -200,11 +201,15 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings, finds_stren
 
 
 def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> RewardFunction:
-    if isinstance(judge, type) and issubclass(judge, Judge):
-        raise ValueError(f"The judge is a class: give an instance of it, `{judge.__name__}(...)`.")
     if not (isinstance(judge, str) or callable(judge)):
         raise ValueError(f"`judge` must be a function, its name, a Judge or an object with a `kind`, got {judge!r}.")
-    [(_, function)] = named_rewards(judge, prompts.columns).items()
+    function = load_reward(judge, prompts.columns) if isinstance(judge, str) else judge
+    if isinstance(function, type) and issubclass(function, Judge):
+        instead = f"an instance of it, `{function.__name__}(...)`"
+        if isinstance(judge, str):
+            instead = f"its name as a kind, `judge: {{kind: {judge}}}`, with its settings beside it"
+        raise ValueError(f"The judge is a class: give {instead}.")
+    named_rewards(function, prompts.columns)
     if any(function is reward for reward in rewards.values()):
         raise ValueError("The judge is also one of the rewards: name one that no head was trained on.")
     return function

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..collection.batches import recorded_control, shown_control, weights_as_sampled
 from ..configuration import ControlConfig
-from ..data.processes import Processes
+from ..data.processes import device_of
 from ..data.stage_folder import read_manifest
 from ..heads.base_model import check_base, load_base_model
 from ..heads.value_head import ValueHead
@@ -38,7 +37,7 @@ def load_base(
     Raises:
         `OSError`, `ValueError`: as [`load_base_model`]; if there is no such device.
     """
-    device = _device(settings)
+    device = device_of(settings.device)
     source = base_source(settings)
     # Before the tokenizer, which may be there or not.
     check_base(name_or_path, **source)
@@ -138,11 +137,3 @@ def load_as_sampled(
     for number, head in enumerate(heads[1:]):
         model.add_value_head(f"head-{number}", head)
     return model
-
-
-def _device(settings: LoadingSettings) -> torch.device:
-    try:
-        # With its number.
-        return torch.empty(0, device=settings.device or Processes().device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device` must be one that torch has here, got {settings.device!r} ({error}).") from error

@@ -46,7 +46,6 @@ def write_results(
     Raises:
         `ValueError`: if no answer has a number by one of the scorers, or a person has judged other answers.
     """
-    judged = None if judging is None else judging.counts()
     loaded = [load_answers(stage) for stage in stages]
     numbers = [with_reward(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
     for name in dict.fromkeys(name for own in scores for name in own):
@@ -63,6 +62,7 @@ def write_results(
         places = matched_references(rollouts, held_against, held_by)
         if "win_rate" not in own:
             own["win_rate"], own["ties"] = wins(own[judged_by], [others[judged_by][place] for place in places])
+    judged = None if judging is None else judging.counts()
     places = {number: place for place, number in enumerate(prompts.numbers)}
     drawn = [
         sample_of(row.entry.name, row.strength, rollouts, own, places)

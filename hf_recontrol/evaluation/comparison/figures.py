@@ -129,8 +129,18 @@ def sample_of(
     return Sample(control, strength, prompts, np.ones(len(rollouts)), values)
 
 
+# How metrics begin that an answer lacks by what it is: the reward scores no such answer, or it has no word.
+_BY_NATURE_MISSING = ("reward", "coherence")
+
+
 def best_of(pool: Sample, n: int) -> Sample:
-    """The best of n of a pool of the base's answers, by `reward`: answers without one are never the best."""
+    """
+    The best of n of a pool of the base's answers, by `reward`: answers without one are never the best.
+
+    A prompt has a number only where all answers of its pool have one that may be the best of any n. What is missing
+    is not so by chance: the base's own answer ties with itself and needs no verdict, so that a judge which refuses all
+    else would put every best of n at a tie.
+    """
     weights, rewards = np.zeros(len(pool.prompts)), pool.values["reward"]
     for prompt in np.unique(pool.prompts):
         own = np.flatnonzero(pool.prompts == prompt)
@@ -139,7 +149,12 @@ def best_of(pool: Sample, n: int) -> Sample:
     # Until here the pool's KL is that of its best of all.
     largest = best_of_n_kl(int(np.bincount(pool.prompts).max()))
     more = {"kl": pool.values["kl"] - largest + best_of_n_kl(n), "seconds": pool.values["seconds"] * n}
-    return Sample(pool.control, float(n), pool.prompts, weights, pool.values | more)
+    values, may_win = pool.values | more, ~np.isnan(rewards) | (weights > 0)
+    for name in values:
+        if not name.startswith(_BY_NATURE_MISSING):
+            gaps = np.bincount(pool.prompts, np.isnan(values[name]) & may_win) > 0
+            values[name] = np.where(gaps[pool.prompts], math.nan, values[name])
+    return Sample(pool.control, float(n), pool.prompts, weights, values)
 
 
 # Of a metric that is no mean of values of its own name the numerator and the denominator; without one, 1.

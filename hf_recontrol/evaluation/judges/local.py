@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...data.processes import Processes
+from ...data.processes import device_of
 from ...heads.base_model import load_base_model
 from ...utils.checks import check_choice, check_int, check_text
 from ...utils.code_fingerprints import model_fingerprint
@@ -53,6 +53,8 @@ class LocalJudge(LanguageJudge):
         for name in ("revision", "device"):
             if getattr(self, name) is not None:
                 check_text(f"judge.{name}", getattr(self, name))
+        if self.device is not None:
+            device_of(self.device, "judge.device")
         check_choice("judge.dtype", self.dtype, _DTYPES)
         check_int("judge.batch_size", self.batch_size, low=1)
         check_choice("judge.trust_remote_code", self.trust_remote_code, (True, False))
@@ -73,7 +75,7 @@ class LocalJudge(LanguageJudge):
             raise ValueError(f"The judge {self.model} has no chat template: name a chat model.")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return model.to(self.device or Processes().device).eval(), tokenizer
+        return model.to(device_of(self.device, "judge.device")).eval(), tokenizer
 
     def depends_on(self) -> dict[str, Any]:
         return super().depends_on() | {"weights": model_fingerprint(self.loaded[0])}

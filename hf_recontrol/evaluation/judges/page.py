@@ -193,14 +193,17 @@ def _answers(
     about = read_json(comparison / FIGURES_JSON_NAME)
     against = about["against"]
     rows = [(row["name"], row["strength"], row["kind"]) for row in about["controls"]]
-    others = [name for name in dict.fromkeys(name for name, *_ in rows) if name != against]
+    pools = {name for name, _, kind in rows if kind == "best_of_n"}
+    if pools & {control, against}:
+        raise ValueError("A best of n has several answers to each prompt: a person judges one of another control.")
+    others = [name for name in dict.fromkeys(name for name, *_ in rows) if name not in pools | {against}]
+    if not others:
+        raise ValueError(f"{comparison} compares no control with {against!r} that a person can judge.")
     if control not in others:
         raise ValueError(
             f"`control` must be one of {', '.join(map(repr, others))}, which are compared with {against!r}, got "
             f"{control!r}."
         )
-    if any(name in (control, against) and kind == "best_of_n" for name, _, kind in rows):
-        raise ValueError("A best of n has several answers to each prompt: a person judges one of another control.")
     strengths = [own for name, own, _ in rows if name == control]
     fits = strengths
     if strength is not None:

@@ -44,6 +44,7 @@ class PersonJudge:
     _values: dict[_Place, list[float]] = field(default_factory=dict, init=False)
     _identical: set[_Place] = field(default_factory=set, init=False)
     _pairs: set[_Place] = field(default_factory=set, init=False)
+    _compared: set[_Place] = field(default_factory=set, init=False)
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> PersonJudge:
@@ -123,6 +124,7 @@ class PersonJudge:
         tied: list[float | None] = []
         for rollout, reference in zip(rollouts, matched_references(rollouts, references), strict=True):
             place = (control, strength, rollout.prompt_number)
+            self._compared.add(place)
             values = self._values.get(place, []) if rollout.sample == 0 else []
             if values and self._digests[place] != digest_of(
                 written_prompt(rollout.prompt), rollout.completion, references[reference].completion
@@ -143,24 +145,31 @@ class PersonJudge:
                 raise ValueError(f"The control {label!r} was judged, and is not compared here.")
 
     def counts(self) -> dict[str, Any]:
-        """What is said of the judge in the results."""
+        """What is said of the judge in the results, once all rows have their `scores`."""
         rows = list(dict.fromkeys(place[:2] for place in self._digests))
-        judged = len(self._values) - len(self._identical)
+        judged = self._values.keys() - self._identical
+        compared = judged & self._compared
         return {
             "mode": "person",
             "controls": [{"control": control, "strength": strength} for control, strength in rows],
-            "answers": judged,
-            "not_judged": len(self._pairs) - judged,
-            "identical": len(self._identical),
+            "answers": len(compared),
+            "not_judged": len((self._pairs - judged) & self._compared),
+            "not_compared": len(judged - compared),
+            "identical": len(self._identical & self._compared),
         }
 
     def note(self, counts: dict[str, Any]) -> str:
         """What stands under the table."""
         rows = [row_label(row["control"], row["strength"]) for row in counts["controls"]]
+        gone = (
+            f" {counts['not_compared']} more were judged, to prompts that are not among those compared on: left out."
+            if counts["not_compared"]
+            else ""
+        )
         return (
             f"Judge: a person, of {', '.join(rows)} alone; {counts['answers']} answers judged, {counts['not_judged']} "
             f"on the page not judged: left out; {counts['identical']} more are the same as the one compared against: "
-            "ties."
+            f"ties.{gone}"
         )
 
 
@@ -170,6 +179,11 @@ def read_saved(path: Path) -> tuple[str, dict[str, str]]:
         saved = json.loads(path.read_text(encoding="utf-8-sig"))
         page, said = saved["page"], saved["verdicts"]
         fits = isinstance(page, str) and _PAGE.fullmatch(page) and all(said[name] in _CHOICES for name in said)
+    except OSError as error:
+        raise OSError(
+            f"`judge.verdicts` names {path}, which cannot be read ({error.strerror}): give the file that the page has "
+            "saved, where it is now. A browser puts it among the downloads."
+        ) from error
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no file of verdicts that a page has saved ({type(error).__name__}).") from None
     if not fits or not isinstance(said, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +30,11 @@ class JudgeScoring:
             The judge.
         cache (`Path`):
             The file of verdicts, in a folder that exists when answers are scored.
+        settings (mapping, *optional*):
+            What else its verdicts depend on, as JSON, if anything.
     """
 
-    def __init__(self, judge: Judge, cache: Path):
+    def __init__(self, judge: Judge, cache: Path, settings: Mapping[str, Any] | None = None):
         check_choice("mode", judge.mode, MODES)
         self.judge, self.cache = judge, VerdictCache(cache)
         known = judge.depends_on()
@@ -44,6 +46,8 @@ class JudgeScoring:
             ) from error
         # Two judges may well say the same of what they depend on, such as their version.
         told = f"{type(judge).__qualname__} {self._depends_on}"
+        if settings:
+            told += f" {json.dumps(settings, sort_keys=True)}"
         self._name = hashlib.sha256(told.encode()).hexdigest()[:16]
         self._counts: Counter[str] = Counter()
         self._used: dict[str, Verdict] = {}

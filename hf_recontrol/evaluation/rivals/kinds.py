@@ -6,6 +6,7 @@ import importlib
 import inspect
 from typing import Any
 
+from ...utils.imports import named_class
 from .rival import Bench, Rival
 
 # Of each kind its module and class: imported when it is used.
@@ -38,18 +39,11 @@ def rival_class(kind: str) -> type[Rival]:
     if kind in KINDS:
         module, name = KINDS[kind]
         return getattr(importlib.import_module(f".{module}", __package__), name)
-    module, colon, name = kind.partition(":")
-    if not colon:
+    if ":" not in kind:
         raise ValueError(
             f"There is no control of the kind {kind!r}: it must be one of {', '.join(KINDS)}, or module:Class."
         )
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"The control {kind!r} cannot be imported: {error}.") from error
-    if not inspect.isclass(found) or not issubclass(found, Rival):
-        raise ValueError(f"{kind!r} is no class that derives from `hf_recontrol.Rival`.")
-    return found
+    return named_class(kind, Rival, "control")
 
 
 def make_rival(kind: str, bench: Bench, settings: dict[str, Any]) -> Rival:
