@@ -587,6 +587,27 @@ def test_compare_takes_scores_and_wins_from_a_judge_that_scores(server, place):
     assert "| judge |" in (place / "out/table.md").read_text()
 
 
+def test_a_judge_without_any_verdict_says_how_many_and_how_a_reply_begins(server, place):
+    compare(**settings(judge=given_for(server)), quiet=True)
+    server.always = f"I would say: {KEY} a good one. " + "word " * 100
+    given = settings(judge=given_for(server, mode="score", api_key_env="OPENAI_API_KEY")) | {"quiet": True}
+    with pytest.raises(ValueError, match="number by 'judge'") as caught:
+        compare(**given)
+    said = str(caught.value)
+    count = len(parquet.read_table("out/answers.parquet"))
+    assert f"no verdict on any of the {count} answers (0 refused, {count} not readable)" in said
+    assert "One reply begins: 'I would say: *** a good one. word" in said and len(said) < 800
+    assert "`max_tokens`" in said and "`max_retries`" in said
+    assert f"{Path('out/table.md')} says is of an earlier run" in said
+    assert not any(b"I would say" in path.read_bytes() for path in Path("out").rglob("*") if path.is_file())
+    # Kept verdicts hold no replies.
+    with pytest.raises(ValueError, match=rf"0 refused, {count} not readable\)\. Name another model"):
+        compare(**given)
+    (place / "out/table.md").unlink()
+    with pytest.raises(ValueError, match=r"Look at what its `verdicts` returns\.$"):
+        compare(**given | {"judge": Silent(mode="score")})
+
+
 # Judges of a user's own.
 
 
@@ -599,6 +620,11 @@ class Longer(Judge):
         self.asked += questions
         lengths = [(len(q.answer), len(q.other or "")) for q in questions]
         return [0.5 if a == b else float(a > b) for a, b in lengths]
+
+
+class Silent(Longer):
+    def verdicts(self, questions):
+        return [None] * len(questions)
 
 
 def test_a_judge_of_a_users_own(place):

@@ -50,7 +50,12 @@ def write_results(
     numbers = [with_reward(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
     for name in dict.fromkeys(name for own in scores for name in own):
         if all(value is None for own in scores for value in own[name]):
-            raise ValueError(f"No answer of any control has a number by {name!r}, so there is nothing to compare.")
+            said = f"No answer of any control has a number by {name!r}, so there is nothing to compare."
+            if name == "judge" and isinstance(judging, JudgeScoring):
+                said += f" {judging.without_verdicts()}"
+            if (output / TABLE_NAME).exists():
+                said += f" What {output / TABLE_NAME} says is of an earlier run."
+            raise ValueError(said)
     others, held_against = numbers[reference], loaded[reference][0]
     judged_by = "judge" if "judge" in others else "reward"
     if isinstance(judging, PersonJudge):

@@ -176,6 +176,9 @@ class EndpointJudge(LanguageJudge):
 
         response.iter_bytes = bounded
 
+    def shown(self, text: str) -> str:
+        return self._without_key(super().shown(text))
+
     def check(self) -> None:
         """
         Ask something small.

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 from ...utils.checks import check_choice, check_int, check_text
@@ -48,6 +49,8 @@ _JSON = json.JSONDecoder(strict=False)
 # Where thoughts end, also those that a chat template has begun, and those that have no end.
 _THOUGHTS_END = re.compile(r"</think(?:ing)?>|\[/THINK\]", re.IGNORECASE)
 _THOUGHTS_BEGIN = re.compile(r"\s*(?:<think(?:ing)?>|\[THINK\])", re.IGNORECASE)
+# Characters of a reply that an error repeats.
+_SHOWN = 200
 # Characters at the end of a reply that are read.
 _READ = 20_000
 _PAIR_VALUES = {"A": 1.0, "B": 0.0, "TIE": 0.5}
@@ -134,6 +137,15 @@ class LanguageJudge(Judge):
         wording = hashlib.sha256(f"{_ASK[self.mode]} {_AGAIN[self.mode]}".encode()).hexdigest()[:8]
         return {name: getattr(self, name) for name in self.asked} | {"wording": wording}
 
+    @cached_property
+    def without_verdict(self) -> list[str]:
+        """How the first reply that held no verdict begins, if there was one: kept in memory alone."""
+        return []
+
+    def shown(self, text: str) -> str:
+        """What an error may repeat of a reply."""
+        return text[:_SHOWN]
+
     def replies(self, talks: Sequence[list[dict[str, str]]]) -> list[Reply]:
         """One reply to each talk (messages with `role` and `content`)."""
         raise NotImplementedError
@@ -150,6 +162,8 @@ class LanguageJudge(Judge):
                 values[place] = parsed(reply.text or "", self.mode)
                 refused[place] = reply.refused or bool(_DECLINES.match(reply.text or ""))
                 if values[place] is None and reply.text:
+                    if not self.without_verdict:
+                        self.without_verdict.append(self.shown(reply.text))
                     again = {"role": "user", "content": _AGAIN[self.mode]}
                     talks[place] = [talks[place][0], {"role": "assistant", "content": reply.text}, again]
             missing = [place for place in missing if values[place] is None]

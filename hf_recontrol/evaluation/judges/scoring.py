@@ -17,6 +17,7 @@ from ...utils.checks import check_choice, check_number
 from ..comparison.scores import Scorer, Scores, matched_references
 from .cache import VerdictCache
 from .judge import MODES, REFUSED, UNPARSABLE, Judge, Question, Verdict, shown_prompt
+from .language import LanguageJudge
 
 _PAIR_VALUES = (0.0, 0.5, 1.0)
 
@@ -103,6 +104,23 @@ class JudgeScoring:
             f"them in this run; {counts['input_tokens']:,} tokens in, {counts['output_tokens']:,} out"
         )
         return text + ("." if counts["cost"] is None else f"; cost {counts['cost']:.4f}.")
+
+    def without_verdicts(self) -> str:
+        """What an error says if there is no verdict at all, over all processes."""
+        counts, is_language = self.counts(), isinstance(self.judge, LanguageJudge)
+        text = (
+            f"The judge gave no verdict on any of the {counts['answers']} answers ({counts['refused']} refused, "
+            f"{counts['unparsable']} not readable)."
+        )
+        begun = Processes().gather(self.judge.without_verdict if is_language else [])
+        if replies := [reply for own in begun for reply in own]:
+            text += f" One reply begins: {replies[0]!r}."
+        if not is_language:
+            return f"{text} Look at what its `verdicts` returns."
+        return (
+            f"{text} Name another model, give its replies more room (`max_tokens`) or change `criteria`; with more "
+            "`max_retries` the same questions are asked again."
+        )
 
     def _scores(self, rollouts: list[Rollout], references: list[Rollout]) -> Scores:
         found = self._asked([Question(shown_prompt(r.prompt), r.completion) for r in rollouts])
