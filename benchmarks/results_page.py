@@ -45,10 +45,8 @@ def said(path: Path, metric: str) -> list[str]:
     for row in rows(path):
         if row["metric"] != metric or not row["difference"]:
             continue
-        shown = f"{row['control']} {row['strength']}".strip()
-        if row["strength"]:
-            shown = f"{row['control']} {float(row['strength']):.3g}"
-        shown = f"{shown} ({float(row['difference']):+.2f})"
+        strength = f" {float(row['strength']):.3g}" if row["strength"] else ""
+        shown = f"{row['control']}{strength} ({float(row['difference']):+.2f})"
         low, high = float(row["difference_low"]), float(row["difference_high"])
         (better if low > 0 else worse if high < 0 else open_ones).append(shown)
     found = [("above", better), ("below", worse), ("not to be told from it", open_ones)]

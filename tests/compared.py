@@ -1,8 +1,12 @@
 """What tests of comparisons run: a tiny base and head in folders, prompts, rewards, rivals of a user's own, a file."""
 
 import json
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -84,6 +88,15 @@ def make_inputs(folder: Path, count: int = 12, layer: int | None = None) -> None
     rows = [json.dumps({"prompt": f"w{i} w{i + 1}", "kl": i, "seconds": -1}) + "\n" for i in range(10, 10 + count)]
     (folder / "prompts.jsonl").write_text("".join(rows))
     (folder / "mine.py").write_text(_CODE)
+
+
+def in_copy(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """For a fixture: a copy of what [`make_inputs`] made, as the current folder."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    sys.modules.pop("mine", None)
 
 
 def settings(**changes) -> dict:

@@ -23,7 +23,7 @@ from hf_recontrol.pipelines.compare_bases import _names as folder_names
 from hf_recontrol.pipelines.loading import load_base
 from hf_recontrol.settings import CompareSettings
 
-from .compared import make_inputs, settings, write_file
+from .compared import in_copy, make_inputs, settings, write_file
 from .fresh import RECONTROL, FreshProcess, run_fresh
 from .test_processes import ALONE, run_two
 
@@ -39,11 +39,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def place(inputs, tmp_path, monkeypatch):
-    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    sys.modules.pop("mine", None)
+    yield from in_copy(inputs, tmp_path, monkeypatch)
 
 
 def run(**changes):

@@ -18,7 +18,7 @@ import pytest
 from hf_recontrol import Rollout, compare, write_judge_page
 from hf_recontrol.evaluation.judges.person import PersonJudge, digest_of
 
-from .compared import make_inputs, settings
+from .compared import in_copy, make_inputs, settings
 from .fresh import RECONTROL, run_fresh
 from .test_processes import ALONE
 
@@ -45,11 +45,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def place(finished, tmp_path, monkeypatch):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    sys.modules.pop("mine", None)
+    yield from in_copy(finished, tmp_path, monkeypatch)
 
 
 def again(verdicts, **changes):

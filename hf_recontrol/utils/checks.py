@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -66,6 +67,14 @@ def check_text(name: str, value: Any, empty: bool = False) -> None:
     """Raise unless `value` is a text, which may be empty if `empty`. It is not shown: it may be a secret."""
     if not isinstance(value, str) or not (empty or value.strip()):
         raise ValueError(f"`{name}` must be a text{'' if empty else ' that is not empty'}.")
+
+
+def check_json(what: str, value: Any) -> str:
+    """A value as JSON, with sorted names; `ValueError`, which begins with `what`, for one that JSON cannot hold."""
+    try:
+        return json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} what JSON can hold ({error}).") from error
 
 
 def check_digest(name: str, value: Any) -> None:

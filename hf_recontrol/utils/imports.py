@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
 
 
 def named_module(name: str) -> ModuleType:
@@ -13,6 +17,20 @@ def named_module(name: str) -> ModuleType:
     if "" not in sys.path:
         sys.path.insert(0, "")
     return importlib.import_module(name)
+
+
+def made(cls: type[Made], what: str, settings: Mapping[str, Any], *arguments: Any) -> Made:
+    """
+    An object of a class with the settings of a file.
+
+    Raises:
+        `ValueError`: if the class does not take these settings; begins with `what`.
+    """
+    try:
+        inspect.signature(cls).bind(*arguments, **settings)
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}.") from error
+    return cls(*arguments, **settings)
 
 
 def named_class(given: str, parent: type, what: str) -> type:

@@ -23,6 +23,7 @@ from ...data.prompts import Prompts, report_bad_rows
 from ...data.rollouts import Rollout, load_measured, load_rollouts, save_rollouts
 from ...data.stage_folder import StageFolder
 from ...data.templating import PromptEncoder
+from ...utils.checks import check_json
 from ...utils.code_fingerprints import UnknownStateError, code_fingerprint
 from ..instructions import with_instruction
 from ..likelihoods import Likelihood, likelihoods
@@ -40,12 +41,7 @@ def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
     """Everything that a row's answers depend on, as JSON."""
     config = sampling_config(bench.model, bench.tokenizer, bench.sampling)
     own = row.rival.depends_on()
-    try:
-        json.dumps(own)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"The control {row.entry.name!r}: its `depends_on` must return what JSON can hold ({error})."
-        ) from error
+    check_json(f"The control {row.entry.name!r}: its `depends_on` must return", own)
     return {
         **model_settings(bench.model),
         "prompts": prompts.fingerprint,

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...settings import CompareSettings
-from ...utils.checks import check_choice, check_number
+from ...utils.checks import check_choice, check_json, check_number
 from ..instructions import INSTRUCTION_ROLES
 from ..recommendation import candidates
 from ..rivals.kinds import make_rival, rival_class
@@ -132,10 +132,7 @@ def _entry(number: int, item: Any, settings: CompareSettings) -> Entry:
     if strengths and kl:
         raise ValueError(f"The control {name!r}: `strengths` and `kl` both say how strong it is: use one of them.")
     rest = {key: value for key, value in item.items() if key not in _COMMON}
-    try:
-        json.dumps(rest)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The control {name!r}: its settings must be what JSON can hold ({error}).") from error
+    check_json(f"The control {name!r}: its settings must be", rest)
     return Entry(name, item["kind"], instruction, role, strengths, kl, rest)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...utils.imports import named_class
+from ...utils.checks import check_json
+from ...utils.imports import made, named_class
 from .judge import Judge
 
 if TYPE_CHECKING:
@@ -54,12 +53,5 @@ def own_settings(given: Any) -> dict[str, Any]:
 
 def _own_judge(kind: str, settings: dict[str, Any]) -> Judge:
     cls = named_class(kind, Judge, "judge")
-    try:
-        json.dumps(settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The judge {kind!r}: its settings must be what JSON can hold ({error}).") from error
-    try:
-        inspect.signature(cls).bind(**settings)
-    except TypeError as error:
-        raise ValueError(f"The judge {kind!r}: {error}.") from error
-    return cls(**settings)
+    check_json(f"The judge {kind!r}: its settings must be", settings)
+    return made(cls, f"The judge {kind!r}", settings)

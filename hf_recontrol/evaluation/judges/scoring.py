@@ -13,7 +13,7 @@ from typing import Any
 
 from ...data.processes import Processes
 from ...data.rollouts import Rollout
-from ...utils.checks import check_choice, check_number
+from ...utils.checks import check_choice, check_json, check_number
 from ..comparison.scores import Scorer, Scores, matched_references
 from .cache import VerdictCache
 from .judge import MODES, REFUSED, UNPARSABLE, Judge, Question, Verdict, shown_prompt
@@ -39,12 +39,8 @@ class JudgeScoring:
         check_choice("mode", judge.mode, MODES)
         self.judge, self.cache = judge, VerdictCache(cache)
         known = judge.depends_on()
-        try:
-            self._depends_on = None if known is None else json.dumps(known, sort_keys=True)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"`depends_on` of {type(judge).__name__} must be what JSON can hold ({error})."
-            ) from error
+        said = f"`depends_on` of {type(judge).__name__} must be"
+        self._depends_on = None if known is None else check_json(said, known)
         # Two judges may well say the same of what they depend on, such as their version.
         told = f"{type(judge).__qualname__} {self._depends_on}"
         if settings:

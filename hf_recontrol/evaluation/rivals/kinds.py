@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from typing import Any
 
-from ...utils.imports import named_class
+from ...utils.imports import made, named_class
 from .rival import Bench, Rival
 
 # Of each kind its module and class: imported when it is used.
@@ -53,9 +52,4 @@ def make_rival(kind: str, bench: Bench, settings: dict[str, Any]) -> Rival:
     Raises:
         `ValueError`: as [`rival_class`]; for settings that it does not have, or that cannot work.
     """
-    cls = rival_class(kind)
-    try:
-        inspect.signature(cls).bind(bench, **settings)
-    except TypeError as error:
-        raise ValueError(f"The control {kind!r}: {error}.") from error
-    return cls(bench, **settings)
+    return made(rival_class(kind), f"The control {kind!r}", settings, bench)
