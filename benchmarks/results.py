@@ -5,11 +5,13 @@ What control is worth at a small scale: the studies of docs/results.md, and that
     python benchmarks/results.py --pairs PAIRS --harmfulqa FILE --output results [--only NAME ...] [--quick]
     python benchmarks/results.py ... --only smollm2-vader --parts comparison     # some studies, some parts of them
     python benchmarks/results.py ... --base FOLDER --encoder FOLDER              # others than SmolLM2 and MiniLM
-    python benchmarks/results.py --output results --page docs/results.md         # the page alone, from what is there
+    python benchmarks/results.py --figures benchmarks/results --page docs/results.md    # the page alone
 
 Each study is a head (`recontrol fit`) and comparisons (`recontrol compare`) in a folder of its own in `--output`. All
-of it goes on where it was stopped. `--pairs` as for `reward_model.py`, which is run first: it holds 200 prompts out of
-everything. `--harmfulqa` holds rows with a `prompt`. `--quick` does everything on a few prompts, to see that it runs.
+of it goes on where it was stopped. What a finished comparison says goes to `--figures` (by default in `--output`),
+small enough to be committed; the page is made from that alone. `--pairs` as for `reward_model.py`, which is run first:
+it holds 200 prompts out of everything. `--harmfulqa` holds rows with a `prompt`. `--quick` does everything on a few
+prompts, to see that it runs.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_recontrol import CompareSettings, FitSettings, compare, embedded_model, fit, load_prompts, vader
 
-KL = (0.05, 0.1, 0.2)
+KL = (0.05, 0.1)
 INSTRUCTION = CompareSettings().instruction
 
 
@@ -105,22 +107,25 @@ class Study:
 
 HEADS_OWN: list[dict[str, Any]] = [{"kind": "static_vector"}, {"kind": "advantage"}, {"kind": "ascent"}]
 FEW: list[dict[str, Any]] = [{"kind": "base"}, {"kind": "prompting"}, {"kind": "best_of_n", "n": 8}, *HEADS_OWN]
-# The rows of the paper's Table 1, and those that a user would think of beside them. What costs most is compared at
-# one KL.
-ALL = [
+# The rows of the paper's Table 1 are these and those of RIVALS.
+MORE = [
     *FEW,
+    {"kind": "ascent", "name": "ascent + prompting", "instruction": INSTRUCTION},
+    {"kind": "advantage", "name": "advantage + prompting", "instruction": INSTRUCTION},
+]
+# What is trained on the same rollouts, or asks the head or the reward about each token, beside the head's own methods.
+RIVALS: list[dict[str, Any]] = [
+    {"kind": "base"},
+    *HEADS_OWN,
     {"kind": "steering_vector", "kl": 0.1},
     {"kind": "cd_prefix", "kl": 0.1},
     {"kind": "cd", "kl": 0.1},
-    {"kind": "lora_dpo", "strengths": 1.0},
-    {"kind": "ascent", "name": "ascent + prompting", "instruction": INSTRUCTION},
-    {"kind": "advantage", "name": "advantage + prompting", "instruction": INSTRUCTION},
 ]
 # HH-RLHF's own form of a dialogue, for a base model without a chat template.
 DIALOGUE = {"stop_strings": ("\n\nHuman:",)}
 STUDIES = [
-    Study("smollm2", "vader", ALL),
-    Study("smollm2", "preference", ALL),
+    Study("smollm2", "vader", MORE),
+    Study("smollm2", "preference", MORE),
     Study("gemma", "vader", FEW, num_prompts=512, kl=(0.1,), options=DIALOGUE),
     Study("gemma", "preference", FEW, num_prompts=512, kl=(0.1,), options=DIALOGUE),
 ]
@@ -147,6 +152,7 @@ class Runner:
     """Runs studies in a folder."""
 
     output: Path
+    figures: Path
     pairs: Path
     harmfulqa: Path
     quick: bool
@@ -161,6 +167,8 @@ class Runner:
             subprocess.run(
                 [sys.executable, script, "--pairs", self.pairs, "--output", self.rewards, *encoder], check=True
             )
+        self.figures.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.rewards / "figures.json", self.figures / "reward-model.json")
 
     @property
     def rewards(self) -> Path:
@@ -183,6 +191,12 @@ class Runner:
     def model(self, study: Study) -> Path:
         return gemma(self.output / "gemma-3-270m") if study.base == "gemma" else self.base or embedded_model()
 
+    def head(self, study: Study) -> None:
+        """Train it, if it is not there."""
+        reward: Any = vader if study.reward == "vader" else str(self.rewards)
+        settings = FitSettings(num_samples=2, part_size=128, keep_states=True, **self.settings(study))
+        fit(self.model(study), self.training(study)[0], reward, self.output / study.name / "fit", settings)
+
     def controls(self, study: Study) -> list[dict[str, Any]]:
         """Its controls; under an instruction at the strength that `fit` found without: a prompt has its own KL."""
         head = self.output / study.name / "fit" / "head"
@@ -202,7 +216,7 @@ class Runner:
         """One comparison of a study. It takes the answers of other studies of the same base that are the same."""
         folder = self.output / study.name / name
         if not (folder / "table.md").is_file() and "part_size" not in changes:
-            for answers in self.output.glob(f"{study.base}-*/comparison/answers/*"):
+            for answers in self.output.glob(f"{study.base}-*/*/answers/*"):
                 # The folder's name holds all that the answers depend on.
                 if not (folder / "answers" / answers.name).exists():
                     shutil.copytree(answers, folder / "answers" / answers.name)
@@ -222,73 +236,96 @@ class Runner:
             held_out=self.training(study)[1],
             rollouts=self.output / study.name / "fit" / "rollouts",
         )
+        kept = self.figures / study.name / name
+        kept.mkdir(parents=True, exist_ok=True)
+        for file in ("table.md", "figures.csv"):
+            shutil.copy(folder / file, kept / file)
+        if found := json.loads((folder / "figures.json").read_text(encoding="utf-8"))["strengths"]:
+            (kept / "strengths.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+    def as_found(self, study: Study, controls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Controls at the strengths that the first comparison found for 0.1 nats a token."""
+        path = self.figures / study.name / "comparison" / "strengths.json"
+        matches = json.loads(path.read_text(encoding="utf-8"))
+        found = {name.removesuffix(" at KL 0.1"): match["strength"] for name, match in matches.items()}
+        named = [(control, control.get("name", control["kind"])) for control in controls]
+        return [control | ({"strengths": [found[name]]} if name in found else {}) for control, name in named]
 
     def comparison(self, study: Study) -> None:
-        """A head, and what it is worth on unseen prompts; the head's methods also against its static vector."""
-        reward: Any = vader if study.reward == "vader" else str(self.rewards)
-        folder = self.output / study.name
-        settings = FitSettings(num_samples=2, part_size=128, **self.settings(study))
-        fit(self.model(study), self.training(study)[0], reward, folder / "fit", settings)
+        """What a head is worth on unseen prompts; its methods also against its static vector."""
+        self.head(study)
         kl = (0.1,) if self.quick else study.kl
         self.compared(study, "comparison", self.unseen(study), self.controls(study), kl=kl)
-        own = as_found(HEADS_OWN, folder / "comparison")
-        self.compared(study, "against-static", self.unseen(study), own, against="static_vector")
+        self.compared(
+            study, "against-static", self.unseen(study), self.as_found(study, HEADS_OWN), against="static_vector"
+        )
+
+    def rivals(self, study: Study) -> None:
+        """What else learns from the same responses, or asks about each token."""
+        self.head(study)
+        adapter = {"kind": "lora_dpo", "adapter": str(self.adapter(study))}
+        self.compared(study, "rivals", self.unseen(study), [*self.as_found(study, RIVALS), adapter])
 
     def elsewhere(self, study: Study) -> None:
         """The same controls at the same strengths, on questions of another kind."""
-        controls = as_found(self.controls(study), self.output / study.name / "comparison")
+        self.head(study)
         prompts = self.prompts(self.harmfulqa, study.base, 16 if self.quick else 200)
-        self.compared(study, "harmfulqa", prompts, controls)
+        self.compared(study, "harmfulqa", prompts, self.as_found(study, self.controls(study)))
 
     def grid(self, study: Study) -> None:
         """Step sizes by numbers of steps."""
+        self.head(study)
         self.compared(study, "grid", self.unseen(study)[:64], GRID)
 
     def times(self, study: Study) -> None:
         """Time by batch size, and what training costs. Nothing else should run meanwhile."""
+        self.head(study)
         new = 8 if self.quick else 24
         for size in BATCH_SIZES:
             prompts = self.unseen(study)[:32]
             options = {"batch_size": size, "part_size": 32, "max_new_tokens": new, "perplexity": False}
             self.compared(study, f"batch-{size}", prompts, TIMED, **options)
-        path = self.output / study.name / "costs.json"
+        path = self.figures / study.name / "costs.json"
         if not path.is_file():
-            costs = {name: self.cost(study, name) for name in ("head", "lora_dpo")}
-            path.write_text(json.dumps(costs, indent=2), encoding="utf-8")
+            trained = (self.adapter(study) / "training.json").read_text(encoding="utf-8")
+            costs = {"head": self.cost_of_head(study), "lora_dpo": json.loads(trained)}
+            path.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
 
-    def cost(self, study: Study, name: str) -> dict[str, float]:
-        """
-        Seconds and peak memory of training a head (its states included) or an adapter on a study's scored rollouts,
-        in processes of their own. Of the adapter the seconds are those of the trainer alone.
-        """
-        fitted, place = self.output / study.name / "fit", self.output / study.name / "costs" / name
+    def cost_of_head(self, study: Study) -> dict[str, float]:
+        """Seconds and peak memory of training a head on a study's scored rollouts, reading their states included."""
+        fitted, place = self.output / study.name / "fit", self.output / study.name / "cost-of-head"
         shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        command = [sys.executable, "-m", "hf_recontrol"]
-        if name == "head":
-            base = ["-m", self.model(study), "--dtype", "float32"]
-            begin, peaks = time.perf_counter(), []
-            peaks.append(peak_of([*command, "states", fitted / "rollouts", *base, "-o", place / "states"]))
-            peaks.append(peak_of([*command, "train", place / "states", "-o", place / "head"]))
-            return {"seconds": time.perf_counter() - begin, "peak_memory_bytes": max(peaks)}
-        (place / "prompts.jsonl").write_text(json.dumps(self.unseen(study)[0]) + "\n", encoding="utf-8")
-        asked = {
-            "base": str(self.model(study)),
-            "prompts": str(place / "prompts.jsonl"),
-            "rewards": "hf_recontrol:vader" if study.reward == "vader" else str(self.rewards),
-            "rollouts": str(fitted / "rollouts"),
-            "controls": [{"kind": "base"}, {"kind": "lora_dpo", "strengths": 1.0}],
-            "output": str(place / "comparison"),
-            **self.settings(study),
-        }
-        (place / "compare.yaml").write_text(json.dumps(asked), encoding="utf-8")
-        subprocess.run([*command, "compare", "--config", place / "compare.yaml"], check=True)
-        [trained] = (place / "comparison" / "made").glob("lora-dpo-*/training.json")
-        return json.loads(trained.read_text(encoding="utf-8"))
+        command, base = [sys.executable, "-m", "hf_recontrol"], ["-m", self.model(study), "--dtype", "float32"]
+        begin = time.perf_counter()
+        reading = peak_of([*command, "states", fitted / "rollouts", *base, "-o", place / "states"])
+        training = peak_of([*command, "train", place / "states", "-o", place / "head"])
+        return {"seconds": time.perf_counter() - begin, "peak_memory_bytes": max(reading, training)}
+
+    def adapter(self, study: Study) -> Path:
+        """Folder of the adapter trained by DPO on a study's scored rollouts, by a process that does nothing else."""
+        place = self.output / study.name / "adapter"
+        if not (place / "comparison" / "table.md").is_file():
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "prompts.jsonl").write_text(json.dumps(self.unseen(study)[0]) + "\n", encoding="utf-8")
+            asked = {
+                "base": str(self.model(study)),
+                "prompts": str(place / "prompts.jsonl"),
+                "rewards": "hf_recontrol:vader" if study.reward == "vader" else str(self.rewards),
+                "rollouts": str(self.output / study.name / "fit" / "rollouts"),
+                "controls": [{"kind": "base"}, {"kind": "lora_dpo", "strengths": 1.0}],
+                "output": str(place / "comparison"),
+                **self.settings(study),
+            }
+            (place / "compare.yaml").write_text(json.dumps(asked), encoding="utf-8")
+            command = [sys.executable, "-m", "hf_recontrol", "compare", "--config", place / "compare.yaml"]
+            subprocess.run(command, check=True)
+        [trained] = (place / "comparison" / "made").glob("lora-dpo-*")
+        return trained
 
 
 PARTS = {
     "comparison": (Runner.comparison, ("smollm2", "gemma")),
+    "rivals": (Runner.rivals, ("smollm2",)),
     "harmfulqa": (Runner.elsewhere, ("smollm2",)),
     "grid": (Runner.grid, ("smollm2",)),
     "times": (Runner.times, ("smollm2",)),
@@ -304,23 +341,10 @@ def peak_of(command: list[Any]) -> int:
     return usage.ru_maxrss * 1024
 
 
-def as_found(controls: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Controls at the strengths that an earlier comparison found for 0.1 nats a token, with the adapter it trained."""
-    matches = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["strengths"]
-    found = {name.removesuffix(" at KL 0.1"): match["strength"] for name, match in matches.items()}
-    named = [(control, control.get("name", control["kind"])) for control in controls]
-    adapters = [{"adapter": str(path.parent)} for path in (folder / "made").glob("lora-dpo-*/training.json")]
-    return [
-        {key: value for key, value in control.items() if key != "kl"}
-        | ({"strengths": [found[name]]} if name in found else {})
-        | (adapters[0] if control["kind"] == "lora_dpo" else {})
-        for control, name in named
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--figures", type=Path, help="where figures are kept (default: in --output)")
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--harmfulqa", type=Path)
     parser.add_argument("--only", nargs="*", help="names of studies, such as smollm2-vader")
@@ -331,9 +355,12 @@ def main() -> None:
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
     names = [study.name for study in STUDIES]
+    if arguments.figures is None and arguments.output is None:
+        parser.error("name --output, or --figures for the page alone")
+    figures = arguments.figures or arguments.output / "figures"
     if arguments.page is None:
-        if arguments.pairs is None or arguments.harmfulqa is None:
-            parser.error("name --pairs and --harmfulqa, or --page for the page alone")
+        if None in (arguments.output, arguments.pairs, arguments.harmfulqa):
+            parser.error("name --output, --pairs and --harmfulqa, or --page for the page alone")
         if unknown := sorted(set(arguments.only or ()) - set(names)):
             parser.error(f"no study {unknown[0]}: there are {', '.join(names)}")
         wanted = [study for study in STUDIES if not arguments.only or study.name in arguments.only]
@@ -343,14 +370,15 @@ def main() -> None:
         if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
             parser.error(f"not installed: {', '.join(missing)}; `make results` installs them")
         paths = (arguments.base, arguments.encoder)
-        runner = Runner(arguments.output, arguments.pairs, arguments.harmfulqa, arguments.quick, *paths)
+        runner = Runner(arguments.output, figures, arguments.pairs, arguments.harmfulqa, arguments.quick, *paths)
         runner.prepare()
         for part in arguments.parts or PARTS:
             run, bases = PARTS[part]
             for study in wanted:
                 if study.base in bases:
                     run(runner, study)
-    (arguments.page or arguments.output / "results.md").write_text(page(arguments.output, names), encoding="utf-8")
+    target = arguments.page or arguments.output / "results.md"
+    target.write_text(page(figures, names), encoding="utf-8")
 
 
 if __name__ == "__main__":

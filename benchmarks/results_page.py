@@ -11,6 +11,7 @@ PUBLISHED = Path(__file__).with_name("published.md")
 BATCH_SIZES = (1, 8, 32)
 TITLES = {
     "comparison": "unseen prompts of HH-RLHF",
+    "rivals": "what else learns from the same responses, or asks about each token",
     "against-static": "the head's methods against its static vector, at 0.1 nats a token",
     "harmfulqa": "HarmfulQA, out of distribution",
     "grid": "step size by steps",
@@ -100,13 +101,12 @@ def costs(study: Path) -> list[str]:
     ]
 
 
-def page(output: Path, names: Sequence[str]) -> str:
-    """The whole page."""
-    figures = output / "reward-model" / "figures.json"
-    text = [INTRODUCTION.format(**json.loads(figures.read_text(encoding="utf-8")))]
+def page(kept: Path, names: Sequence[str]) -> str:
+    """The whole page, from the folder of figures."""
+    text = [INTRODUCTION.format(**json.loads((kept / "reward-model.json").read_text(encoding="utf-8")))]
     for name in names:
         base, reward = name.split("-")
-        study = output / name
+        study = kept / name
         for part, title in TITLES.items():
             folder = study / part
             if (folder / "table.md").is_file():

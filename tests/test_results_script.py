@@ -49,17 +49,27 @@ def test_everything_is_made_and_made_once(material):
 
     def run(*more):
         return subprocess.run(
-            [sys.executable, SCRIPT, *words, *more], cwd=material, capture_output=True, text=True, timeout=500
+            [sys.executable, SCRIPT, *words, *more], cwd=material, capture_output=True, text=True, timeout=900
         )
 
     done = run()
     assert done.returncode == 0, done.stderr[-3000:]
     page = (material / "results" / "results.md").read_text()
-    titles = ("unseen prompts of HH-RLHF", "HarmfulQA, out of distribution", "step size by steps", "time and memory")
+    rivals = "what else learns from the same responses, or asks about each token"
+    titles = (
+        rivals,
+        "unseen prompts of HH-RLHF",
+        "HarmfulQA, out of distribution",
+        "step size by steps",
+        "time and memory",
+    )
     for title in (*titles, "the head's methods against its static vector, at 0.1 nats a token"):
         assert f"## smollm2, vader: {title}" in page
     for control in ("base", "prompting", "best_of_n", "static_vector", "advantage", "ascent + prompting", "lora_dpo"):
         assert f"| {control} |" in page
+    alone = ["--figures", "results/figures", "--page", "again.md"]
+    subprocess.run([sys.executable, SCRIPT, *alone], cwd=material, check=True, timeout=100)
+    assert (material / "again.md").read_text() == page
     made = {path: path.stat().st_mtime_ns for path in material.rglob("part-*")}
     assert run().returncode == 0
     assert {path: path.stat().st_mtime_ns for path in material.rglob("part-*")} == made
