@@ -100,13 +100,33 @@ def reference_edit(
         return (scale * edit).detach()
 
 
+def reference_within(
+    base: torch.Tensor, controlled: torch.Tensor, max_kl: float, masked: torch.Tensor
+) -> torch.Tensor:
+    """The logits on the way from the base's to the controlled ones at which the KL is `max_kl`, by halving."""
+    base = base.double()
+    log_base, shift = torch.log_softmax(base, -1), controlled.double() - base
+
+    def kl_at(share):
+        log_policy = torch.log_softmax((base + share * shift).masked_fill(masked, -math.inf), -1)
+        return (log_policy.exp() * (log_policy - log_base)).masked_fill(masked, 0).sum(-1, keepdim=True)
+
+    low, high = torch.zeros_like(base[..., :1]), torch.ones_like(base[..., :1])
+    fits = kl_at(high) <= max_kl
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = kl_at(middle) <= max_kl
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return torch.where(fits, controlled, (base + low * shift).to(controlled.dtype))
+
+
 @contextmanager
 def reference_control(
     model: PreTrainedModel, head: ValueHead, control: ControlConfig | None, start: int = 0
 ) -> Iterator[PreTrainedModel]:
     """
     Puts naive hooks on a plain base: every position from `start` on is edited. For forwards without a cache only. With
-    plausibility the base runs a second time.
+    a guard the base runs a second time.
     """
     if control is None:
         yield model
@@ -128,14 +148,17 @@ def reference_control(
 
     def on_model(module, args, kwargs, output):
         nonlocal paused
-        if paused or not control.plausibility:
+        if paused or not control.is_guarded:
             return None
         paused = True
         base = module(*args, **kwargs).logits.float()
         paused = False
-        output.logits = output.logits.masked_fill(
-            base < base.amax(-1, keepdim=True) + math.log(control.plausibility), -math.inf
-        )
+        masked = torch.zeros_like(base, dtype=torch.bool)
+        if control.plausibility:
+            masked = base < base.amax(-1, keepdim=True) + math.log(control.plausibility)
+        if control.max_kl is not None:
+            output.logits = reference_within(base, output.logits, control.max_kl, masked)
+        output.logits = output.logits.masked_fill(masked, -math.inf)
         return output
 
     handles = [model.register_forward_hook(on_model, with_kwargs=True)]

@@ -116,11 +116,13 @@ def test_a_pushed_head_gives_the_same_tokens_to_a_plain_transformers(hub, run, t
     [
         ControlConfig(step_size=0.7, num_steps=8, l2=0.1),
         ControlConfig(step_size=2.0, num_steps=8, plausibility=0.3),
+        ControlConfig("advantage", 1.5, max_kl=0.1),
+        ControlConfig(step_size=2.0, num_steps=8, plausibility=0.1, max_kl=0.3),
         ControlConfig("advantage", 1.5),
         ControlConfig("static", 1.5),
         ControlConfig(step_size=0.7, num_steps=8, target=3.0),
     ],
-    ids=["ascent", "plausibility", "advantage", "static", "target"],
+    ids=["ascent", "plausibility", "max_kl", "both guards", "advantage", "static", "target"],
 )
 def test_the_file_draws_what_the_package_draws(family, place, control, tmp_path):
     if control.method != "ascent" and place[0] != "lm_head":

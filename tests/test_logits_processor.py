@@ -16,6 +16,8 @@ CONTROLS = {
     "advantage": ControlConfig("advantage", 1.5),
     "static": ControlConfig("static", 1.5),
     "plausibility": ControlConfig("advantage", 4.0, plausibility=0.3),
+    "max_kl": ControlConfig("advantage", 4.0, max_kl=0.3),
+    "both guards": ControlConfig("advantage", 4.0, plausibility=0.3, max_kl=0.3),
     "per row": ControlConfig("advantage", (0.0, 1.0, 2.0)),
 }
 SOFT_CAPPED = {"gemma2", "xlstm"}

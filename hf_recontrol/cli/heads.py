@@ -30,6 +30,7 @@ def generate(
     step_size: Annotated[float | None, typer.Option(help="α, or 1/τ; default: the head's.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Ascent steps; default: the head's.")] = None,
     plausibility: Annotated[float | None, typer.Option(help="p; default: the head's.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Nats a token at most; default: the head's.")] = None,
     target: Annotated[
         list[float] | None, typer.Option(help="Value to approach (ascent); once for each objective.")
     ] = None,
@@ -49,6 +50,7 @@ def generate(
     from ..pipelines.loading import load_base
 
     options = {"method": method, "step_size": step_size, "num_steps": num_steps, "plausibility": plausibility}
+    options |= {"max_kl": max_kl}
     changes = {name: value for name, value in options.items() if value is not None}
     if target:
         changes["target"] = target

@@ -1,184 +1,23 @@
-"""What a head is ([`ValueHeadConfig`]), how it is applied ([`ControlConfig`]), how made ([`TrainingRecord`])."""
+"""What a head is, and the text of its `config.json`."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .utils.checks import (
-    check_choice,
-    check_digest,
-    check_int,
-    check_measured,
-    check_number,
-    check_numbers,
-    check_widths,
-)
-from .utils.choices import ACTIVATIONS, CONTROL_METHODS, HOOK_POINTS
-from .utils.json_objects import known_items
+from ..utils.checks import check_choice, check_digest, check_int, check_measured, check_number, check_widths
+from ..utils.choices import ACTIVATIONS, HOOK_POINTS
+from ..utils.json_objects import known_items
+from .control import ControlConfig
+from .record import TrainingRecord
 
 FORMAT_VERSION = 1
-# A configuration may be anybody's: these keep a few bytes of it from asking for hours, or for all the memory.
-_MAX_STEPS = 10_000
+# A configuration may be anybody's: this keeps a few bytes of it from asking for all the memory.
 _MAX_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class ControlConfig:
-    r"""
-    How a head edits the hidden state `h` while the model generates. Immutable: change a copy with
-    `dataclasses.replace(control, step_size=0.3)`.
-
-    - `method="ascent"` (RE-Control, Kong et al. 2024): from `x = (h - state_mean) / state_scale` and `d = 0`,
-      `num_steps` steps of `d ← d + α (∇V(x + d) - 2 λ d)`; then `u = state_scale * d`.
-      With a `target` they minimise `½‖V(x + d) - target‖²` instead, in standardised values (PRE-Control, arXiv
-      2510.12121).
-    - `method="advantage"`: `u = α g(h)` in one step, with `α = 1/τ`; then `softmax(W (h + u))` is the optimum of
-      `E[A] - τ KL(π ‖ π0)` for the advantage `A(h, y) = (w_y - E_π0[w])ᵀ g(h)`. This holds for logits `W h` at
-      temperature 1; where a base scales or soft-caps its logits the edit of the state is the same, the optimum is not.
-    - `method="static"`: the same with one vector b for all states, `u = α b`. It shifts the logits by `α W b`, the
-      same shift at every token.
-
-    Args:
-        method (`str`, *optional*, defaults to `"ascent"`):
-            `"ascent"`, `"advantage"` or `"static"`.
-        step_size (`float` or a sequence of `float`, *optional*, defaults to 0.5):
-            α: the ascent's step size, or 1/τ of the other two, in units where the values are standardised. A sequence
-            holds one value for each prompt of the batch. At 0 the base's logits are untouched.
-        num_steps (`int`, *optional*, defaults to 30):
-            Number of ascent steps, at most 10,000. Only the ascent uses it. At 0 the base's logits are untouched.
-        l2 (`float`, *optional*, defaults to 0.0):
-            λ of the ascent's penalty `λ‖d‖²` on the edit in scaled coordinates. `step_size * l2` must be below 1, or
-            the steps would run away. Only the ascent uses it.
-        plausibility (`float`, *optional*, defaults to 0.0):
-            p in [0, 1]: a token whose probability under the base is below p × that of the base's most likely token is
-            masked (logit -inf) after control. At 0 nothing is masked.
-        target (`float` or a sequence of `float`, *optional*):
-            For the ascent: values to approach, in the reward's own units, one for each objective. Above a target the
-            edit lowers the value. Steps that are too long overshoot it further each time, which is an error.
-
-    Raises:
-        `ValueError`: for a value outside the ranges above, naming the field.
-    """
-
-    method: str = "ascent"
-    step_size: float | tuple[float, ...] = 0.5
-    num_steps: int = 30
-    l2: float = 0.0
-    plausibility: float = 0.0
-    target: float | tuple[float, ...] | None = None
-
-    def __post_init__(self):
-        check_choice("method", self.method, CONTROL_METHODS)
-        object.__setattr__(self, "step_size", check_numbers("step_size", self.step_size, "prompt", low=0))
-        if self.target is not None:
-            object.__setattr__(self, "target", check_numbers("target", self.target, "objective"))
-            if self.method != "ascent":
-                raise ValueError("`target` is for `method='ascent'`: the other methods know no values.")
-        check_int("num_steps", self.num_steps, low=0)
-        if self.num_steps > _MAX_STEPS:
-            raise ValueError(f"`num_steps` must be at most {_MAX_STEPS}, got {self.num_steps}.")
-        object.__setattr__(self, "l2", check_number("l2", self.l2, low=0))
-        object.__setattr__(self, "plausibility", check_number("plausibility", self.plausibility, low=0, high=1))
-        if self.method == "ascent" and self.largest_step_size * self.l2 >= 1:
-            raise ValueError(
-                f"`step_size * l2` must be below 1, got {self.largest_step_size:g} * {self.l2:g}: each step would "
-                "overshoot the penalty's minimum and the edit would grow without bound. Lower one of the two."
-            )
-
-    @property
-    def per_row(self) -> bool:
-        """Whether `step_size` holds one value for each prompt."""
-        return isinstance(self.step_size, tuple)
-
-    @property
-    def largest_step_size(self) -> float:
-        """`step_size`, or the largest one of the batch."""
-        return max(self.step_size) if self.per_row else self.step_size
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether these settings leave every state as it is, so that no work is done at all."""
-        return self.largest_step_size == 0 or (self.method == "ascent" and self.num_steps == 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable `dict`, the inverse of [`ControlConfig.from_dict`]."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "ControlConfig") -> ControlConfig:
-        """Build from a `dict`. Unknown keys are warned about; `source` is named in messages."""
-        return cls(**known_items(cls, values, source))
-
-
-@dataclass(frozen=True)
-class TrainingRecord:
-    """
-    What a head was trained on and what was measured, for its card. Whatever is not known is `None` or empty.
-
-    Args:
-        rewards (`list[str]`):
-            Names of the rewards, one for each objective.
-        dataset (`str`, *optional*):
-            The Hub data set that the prompts are from.
-        prompts, responses, finished, tokens, states (`int`, *optional*):
-            Numbers of prompts, responses, responses that ended by themselves, tokens drawn, hidden states kept.
-        states_dtype (`str`, *optional*):
-            What the states were stored as.
-        sampling (`dict`):
-            The generation config that the responses were drawn with.
-        control (`dict`):
-            What they were sampled under: `control`, the settings of [`ControlConfig`], `heads`, for each head that
-            acted its name, weight and fingerprint, and `sources`, where these were loaded from. Empty: the base alone.
-        figures (`dict[str, float]`), warnings (`list[str]`):
-            Held-out figures, see [`train_head`], and what is to be said of them.
-        command (`str`, *optional*):
-            What measured them.
-
-    Raises:
-        `ValueError`: for a value of another type, naming the field.
-    """
-
-    rewards: list[str] = field(default_factory=list)
-    dataset: str | None = None
-    prompts: int | None = None
-    responses: int | None = None
-    finished: int | None = None
-    tokens: int | None = None
-    states: int | None = None
-    states_dtype: str | None = None
-    sampling: dict[str, Any] = field(default_factory=dict)
-    control: dict[str, Any] = field(default_factory=dict)
-    figures: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    command: str | None = None
-
-    def __post_init__(self):
-        for name in ("rewards", "warnings"):
-            value = getattr(self, name)
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"`{name}` must be a list of strings, got {value!r}.")
-        for name in ("dataset", "states_dtype", "command"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"`{name}` must be a string or None, got {value!r}.")
-        for name in ("prompts", "responses", "finished", "tokens", "states"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), low=0)
-        for name in ("sampling", "control", "figures"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"`{name}` must be a dict, got {getattr(self, name)!r}.")
-        for name in ("control", "heads", "sources") if self.control else ():
-            if not isinstance(self.control.get(name), dict):
-                raise ValueError(f"`control` must hold a dict `{name}`, got {self.control!r}.")
-        if self.control:
-            ControlConfig.from_dict(self.control["control"], source="`control` of the training")
-        for name, value in self.figures.items():
-            check_number(f"figures[{name!r}]", value)
 
 
 @dataclass

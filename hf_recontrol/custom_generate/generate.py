@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 REPO = None
-DEFAULTS = {"method": "ascent", "step_size": 0.5, "num_steps": 30, "l2": 0.0, "plausibility": 0.0, "target": None}
-HIGHEST = {"step_size": 1e30, "num_steps": 10_000, "l2": 1e30, "plausibility": 1}
+DEFAULTS = {"method": "ascent", "step_size": 0.5, "num_steps": 30, "l2": 0.0, "plausibility": 0.0, "max_kl": None}
+DEFAULTS |= {"target": None}
+HIGHEST = {"step_size": 1e30, "num_steps": 10_000, "l2": 1e30, "plausibility": 1, "max_kl": 1e30}
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "silu": nn.functional.silu, "gelu": nn.functional.gelu}
 
 
@@ -34,7 +35,8 @@ def generate(model, value_head=None, control=None, **kwargs):
     config, tensors = load_head(value_head or REPO, kwargs)
     settings = DEFAULTS | (config["control"] or {}) | (control or {})
     check(config, tensors, settings)
-    no_steps = settings["step_size"] == 0 or (settings["method"] == "ascent" and settings["num_steps"] == 0)
+    no_steps = settings["method"] == "ascent" and settings["num_steps"] == 0
+    no_steps = no_steps or 0 in (settings["step_size"], settings["max_kl"])
     with ExitStack() as hooks:
         if control is not False and not no_steps:
             for handle in add_hooks(model, config, tensors, settings):
@@ -60,6 +62,8 @@ def check(config, tensors, settings):
     if unknown := sorted(settings.keys() - DEFAULTS.keys()):
         raise ValueError(f"`control` holds {unknown}, expected some of {sorted(DEFAULTS)}.")
     for name, highest in HIGHEST.items():
+        if name == "max_kl" and settings[name] is None:
+            continue
         kinds = (int,) if name == "num_steps" else (int, float)
         if type(settings[name]) not in kinds or not 0 <= settings[name] <= highest:
             raise ValueError(f"`{name}` must be one number from 0 to {highest:g}, got {settings[name]!r}.")
@@ -130,13 +134,34 @@ def edit(hidden, config, tensors, settings):
     return scale * step.detach()
 
 
+def within(base, controlled, max_kl, masked):
+    """Controlled logits, their change scaled down until KL(controlled || base) is at most `max_kl`."""
+    own = base.float()
+    log_base = torch.log_softmax(own, -1).masked_fill(masked, -math.inf)
+    shift = torch.where(torch.isfinite(own), controlled.float() - own, 0)
+
+    def kl_at(share):
+        moved = log_base + share * shift
+        log_sum = moved.logsumexp(-1, keepdim=True)
+        return share * ((moved - log_sum).exp() * shift).sum(-1, keepdim=True) - log_sum
+
+    low, high = torch.zeros_like(own[..., :1]), torch.ones_like(own[..., :1])
+    fits = kl_at(high) <= max_kl
+    for _ in range(40):
+        middle = (low + high) / 2
+        below = kl_at(middle) <= max_kl
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return torch.where(fits, controlled, (own + low * shift).to(controlled.dtype))
+
+
 def add_hooks(model, config, tensors, settings):
-    """Hooks that edit the state at the head's place, and mask what the base finds implausible."""
+    """Hooks that edit the state at the head's place, mask what the base finds implausible, and keep within the KL."""
+    guarded = settings["plausibility"] or settings["max_kl"] is not None
 
     def edited(hidden):
         moved = (hidden + edit(hidden, config, tensors, settings)).to(hidden.dtype)
-        # With a plausibility, base and controlled states go on together, as a doubled batch.
-        return torch.cat([hidden, moved]) if settings["plausibility"] else moved
+        # For the guards, base and controlled states go on together, as a doubled batch.
+        return torch.cat([hidden, moved]) if guarded else moved
 
     def edit_head_input(module, args):
         return (edited(args[0]), *args[1:])
@@ -144,10 +169,14 @@ def add_hooks(model, config, tensors, settings):
     def edit_layer_output(module, args, output):
         return (edited(output[0]), *output[1:]) if isinstance(output, tuple) else edited(output)
 
-    def mask(module, args, output):
+    def guard(module, args, output):
         base, logits = output.logits.chunk(2)
-        limit = base.float().amax(-1, keepdim=True) + math.log(settings["plausibility"])
-        output.logits = logits.masked_fill(base.float() < limit, -math.inf)
+        masked = torch.zeros_like(base, dtype=torch.bool)
+        if settings["plausibility"]:
+            masked = base.float() < base.float().amax(-1, keepdim=True) + math.log(settings["plausibility"])
+        if settings["max_kl"] is not None:
+            logits = within(base, logits, settings["max_kl"], masked)
+        output.logits = logits.masked_fill(masked, -math.inf)
         return output
 
     if config["hook_point"] == "lm_head":
@@ -158,4 +187,4 @@ def add_hooks(model, config, tensors, settings):
         if config["layer"] not in (-1, count - 1):
             raise ValueError("A head on a layer other than the last needs hf_recontrol.")
         handles = [lists[0][-1].register_forward_hook(edit_layer_output)]
-    return [*handles, *([model.register_forward_hook(mask)] if settings["plausibility"] else [])]
+    return [*handles, *([model.register_forward_hook(guard)] if guarded else [])]

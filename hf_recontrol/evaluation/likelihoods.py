@@ -97,8 +97,8 @@ def likelihoods(
 
 
 def acts_only_at_head(model: PreTrainedModel, control: ControlConfig | None) -> bool:
-    """Whether a control of a model's heads differs from the base at the LM head alone: a mask acts behind it."""
-    return model.hook_point.layer is None and (control is None or not control.plausibility)
+    """Whether a control of a model's heads differs from the base at the LM head alone: guards act behind it."""
+    return model.hook_point.layer is None and (control is None or not control.is_guarded)
 
 
 def likelihoods_in_force(

@@ -56,7 +56,7 @@ class ReControlLM(HFLM):
         value_head_revision, value_head_subfolder (`str`, *optional*):
             Where the head is in its repo, if `value_head` names it.
         method (`str`, *optional*), step_size (`float`, *optional*), num_steps (`int`, *optional*),
-        l2 (`float`, *optional*), plausibility (`float`, *optional*):
+        l2 (`float`, *optional*), plausibility (`float`, *optional*), max_kl (`float`, *optional*):
             What to change in the settings that the head recommends, as in [`ControlConfig`]. `step_size=0` evaluates
             the base.
         revision, subfolder (`str`, *optional*):
@@ -80,6 +80,7 @@ class ReControlLM(HFLM):
         num_steps: int | None = None,
         l2: float | None = None,
         plausibility: float | None = None,
+        max_kl: float | None = None,
         revision: str | None = None,
         subfolder: str = "",
         **kwargs,
@@ -109,6 +110,7 @@ class ReControlLM(HFLM):
             "num_steps": num_steps,
             "l2": l2,
             "plausibility": plausibility,
+            "max_kl": max_kl,
         }
         given = {name: value for name, value in given.items() if value is not None}
         self._head, self._control = head, head.config.changed_control(given, default=ControlConfig())

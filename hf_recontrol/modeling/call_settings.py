@@ -157,10 +157,10 @@ class CallSettings:
             check_not_idle(head, control)
         if control.target is not None:
             _check_target(control, {name: (self.controller.heads[name], weight) for name, weight in active.items()})
-        if control.plausibility and not self.hook_point.is_last:
+        if control.is_guarded and not self.hook_point.is_last:
             raise ValueError(
-                f"`plausibility` needs a head at the LM head or the last decoder layer, this one acts on layer "
-                f"{self.hook_point.layer}: later layers would have to run twice."
+                "`plausibility` and `max_kl` need a head at the LM head or the last decoder layer, this one acts on "
+                f"layer {self.hook_point.layer}: later layers would have to run twice."
             )
 
     def nonzero(self, weights: HeadWeights) -> HeadWeights:

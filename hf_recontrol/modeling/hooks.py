@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..configuration import ControlConfig
 from ..control.controller import Controller
+from ..control.guards import guarded_logits
 from .call_settings import CallSettings
 from .hook_points import HookPoint
 
@@ -223,13 +223,13 @@ class ControlHooks:
 
     def _with_base(self, base: torch.Tensor, controlled: torch.Tensor, control: ControlConfig) -> torch.Tensor:
         """What goes on through the model: the controlled states, or base and controlled ones as a doubled batch."""
-        if not control.plausibility:
+        if not control.is_guarded:
             return controlled
         forward = self.forward
         if forward is None:
             raise RuntimeError(
-                "`plausibility` compares base and controlled logits behind the model's forward: call `model(...)`, "
-                "not `model.forward(...)` or a part of the model."
+                "`plausibility` and `max_kl` compare base and controlled logits behind the model's forward: call "
+                "`model(...)`, not `model.forward(...)` or a part of the model."
             )
         forward.doubled = True
         return torch.cat([base, controlled])
@@ -251,12 +251,12 @@ class ControlHooks:
         control = self.settings.active_control()
         if control is not None and not torch.compiler.is_compiling():
             self.follow(model)
-        if control is None or not control.plausibility:
+        if control is None or not control.is_guarded:
             return None
         if kwargs.get("labels") is not None:
             raise ValueError(
-                "`plausibility` masks tokens, so the loss of `labels` could be infinite: compute it from the logits, "
-                "or set `plausibility=0` for this call."
+                "`plausibility` and `max_kl` act behind the forward that would compute the loss of `labels`: compute "
+                "it from the logits, or set `plausibility=0` and `max_kl=None` for this call."
             )
         if self.hook_point.layer is not None and isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2:
             # The model slices the doubled batch, so it needs the positions of both halves.
@@ -283,7 +283,7 @@ class ControlHooks:
         return (self._with_base(args[0], self._edit(args[0], control), control), *args[1:])
 
     def end_forward(self, model: nn.Module, args: tuple, output: Any):
-        """Post-hook of the model, called also when its forward fails: split a doubled batch and mask."""
+        """Post-hook of the model, called also when its forward fails: split a doubled batch and apply the guards."""
         forward = self.forward
         self._thread.forward = None
         control = self.settings.active_control()
@@ -298,12 +298,7 @@ class ControlHooks:
             return None
         logits = output[0] if isinstance(output, tuple) else output.logits
         base, logits = logits.chunk(2)
-        base = base.float()
-        implausible = base < base.amax(-1, keepdim=True) + math.log(control.plausibility)
-        if forward.controlled is not None:
-            # A row of step size 0 is the base's.
-            implausible &= forward.controlled.to(implausible.device)
-        logits = logits.masked_fill(implausible, -math.inf)
+        logits = guarded_logits(base, logits, control.plausibility, control.max_kl, forward.controlled)
         if isinstance(output, tuple):
             return (logits, *output[1:])
         output.logits = logits

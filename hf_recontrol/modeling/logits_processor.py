@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import weakref
@@ -15,6 +14,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from ..configuration import ControlConfig
 from ..control.controller import Controller
+from ..control.guards import guarded_logits
 from ..heads.value_head import ValueHead
 from .causal_lm import ReControlForCausalLM
 from .checks import matched_head
@@ -116,11 +116,8 @@ class ReControlLogitsProcessor(LogitsProcessor):
         change = self._lm_head.forward(torch.cat([edit, torch.zeros_like(edit[:1])]))
         change = change[:-1] - change[-1:]
         edited = scores + self._factor * change.to(scores.device, scores.dtype)
-        if control.plausibility:
-            implausible = scores < scores.amax(-1, keepdim=True) + math.log(control.plausibility)
-            if control.per_row:
-                implausible &= step_size.to(scores.device) > 0
-            edited = edited.masked_fill(implausible, -math.inf)
+        acts = step_size > 0 if isinstance(step_size, torch.Tensor) else None
+        edited = guarded_logits(scores, edited, control.plausibility, control.max_kl, acts)
         # Beam search adds up log-probabilities; elsewhere a constant of the row changes nothing.
         return edited.log_softmax(-1)
 

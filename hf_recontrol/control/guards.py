@@ -1,0 +1,106 @@
+"""Guards at the logits: which tokens may be drawn, and how far the controlled distribution may be from the base's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# How often a row's KL is looked at, at most.
+_TRIALS = 16
+# A row's KL is near enough to the limit from this share of it on.
+_ENOUGH = 0.999
+# Below any KL, β and variance that matter.
+_TINY = 1e-30
+
+
+def implausible_tokens(base: torch.Tensor, plausibility: float) -> torch.Tensor:
+    """
+    Which tokens are below `plausibility` times the probability of the base's most likely one.
+
+    Args:
+        base (`torch.Tensor` of shape `(..., vocabulary)`):
+            The base's logits.
+        plausibility (`float`):
+            p in (0, 1].
+
+    Returns:
+        Bool `torch.Tensor` of the shape of `base`.
+    """
+    base = base.float()
+    return base < base.amax(-1, keepdim=True) + math.log(plausibility)
+
+
+def guarded_logits(
+    base: torch.Tensor,
+    controlled: torch.Tensor,
+    plausibility: float = 0.0,
+    max_kl: float | None = None,
+    acts: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Controlled logits under guards: `log π0 + β (controlled - base)`, up to a constant, with the largest β in [0, 1] at
+    which `KL(π ‖ π0)` is at most `max_kl`; implausible tokens are masked with -inf.
+
+    Where the logits are linear in the state, β scales the edit itself. β is found from below: but for rounding the KL
+    is never above `max_kl`, unless the mask alone is further than that from the base. A row that keeps within the
+    limit has its controlled logits unchanged, bit for bit.
+
+    Args:
+        base (`torch.Tensor` of shape `(..., vocabulary)`), controlled (the same):
+            Logits. The KL is at temperature 1.
+        plausibility (`float`, *optional*, defaults to 0.0):
+            As for [`ControlConfig`].
+        max_kl (`float`, *optional*):
+            Nats a token.
+        acts (`torch.Tensor`, *optional*):
+            Bool, broadcasts to `base.shape[:-1] + (1,)`: which rows are controlled. Nothing of the others is masked.
+    """
+    masked = None
+    if plausibility:
+        masked = implausible_tokens(base, plausibility)
+        if acts is not None:
+            masked = masked & acts.to(masked.device)
+    logits = controlled if max_kl is None else _within(base, controlled, max_kl, masked)
+    return logits if masked is None else logits.masked_fill(masked, -math.inf)
+
+
+def _within(base: torch.Tensor, controlled: torch.Tensor, max_kl: float, masked: torch.Tensor | None) -> torch.Tensor:
+    dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+    own = base.to(dtype)
+    log_base = torch.log_softmax(own, dim=-1)
+    # A base may itself mask tokens with -inf, and infinity less infinity is no number.
+    shift = torch.where(torch.isfinite(own), controlled.to(dtype) - own, 0)
+    if masked is not None:
+        log_base = log_base.masked_fill(masked, -math.inf)
+
+    def kl_at(beta: torch.Tensor) -> torch.Tensor:
+        moved = log_base + beta * shift
+        log_sum = moved.logsumexp(-1, keepdim=True)
+        return beta * ((moved - log_sum).exp() * shift).sum(-1, keepdim=True) - log_sum
+
+    one = torch.ones_like(own[..., :1])
+    kl = kl_at(one)
+    fits = kl <= max_kl
+    if not torch.compiler.is_compiling() and fits.all():
+        return controlled
+    aim = max_kl * (1 + _ENOUGH) / 2
+    weights = log_base.exp()
+    mean = (weights * shift).sum(-1, keepdim=True)
+    variance = (weights * (shift - mean).square()).sum(-1, keepdim=True)
+    # Of a small β the KL is half the shift's variance under the base, times β².
+    beta = (2 * aim / variance.clamp_min(_TINY)).sqrt().clamp(max=0.5)
+    # The bracket: the longest edit known to keep the limit, the shortest known to break it, and their KL.
+    low, low_kl, high, high_kl = 0 * one, 0 * one, one, kl
+    for trial in range(_TRIALS):
+        kl = kl_at(beta)
+        below = kl <= max_kl
+        low, low_kl = torch.where(below, beta, low), torch.where(below, kl, low_kl)
+        high, high_kl = torch.where(below, high, beta), torch.where(below, high_kl, kl)
+        if not torch.compiler.is_compiling() and (fits | (low_kl >= _ENOUGH * max_kl)).all():
+            break
+        # A line through both ends in logarithms and, where the KL is too bent for it, the middle: in turn.
+        share = (aim / low_kl.clamp_min(_TINY)).log() / (high_kl / low_kl.clamp_min(_TINY)).log()
+        share = torch.full_like(share, 0.5) if trial % 2 else share.clamp(0.05, 0.95)
+        beta = torch.where(low > 0, low * (high / low.clamp_min(_TINY)) ** share, high / 8)
+    return torch.where(fits, controlled, (own + low * shift).to(controlled.dtype))
