@@ -201,7 +201,7 @@ def test_a_store_in_several_files_is_fetched_by_workers_as_by_one(tmp_path):
         small = {name: getattr(states, name)[part] for name in ("lengths", "rewards", "prompts", "finished")}
         path = tmp_path / f"part-{number:05d}.safetensors"
         names = ("hidden", "directions")
-        with StateWriter(path, small, WIDTH, torch.float32, names, {}) as writer:
+        with StateWriter(path, small, dict.fromkeys(names, WIDTH), torch.float32, {}) as writer:
             for name in names:
                 writer.write(name, 0, getattr(states, name)[rows])
     manifest = {

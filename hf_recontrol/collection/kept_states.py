@@ -156,7 +156,7 @@ class KeptStates:
     """
 
     def __init__(self, folder: str | os.PathLike, part: int, settings: dict, names: Sequence[str], width: int):
-        self._found: dict[int, list[torch.Tensor]] = {}
+        self._found: dict[int, dict[str, torch.Tensor]] = {}
         for path in _files(folder, part):
             with _opened(path) as file:
                 if not _fits(file, settings, names):
@@ -166,9 +166,11 @@ class KeptStates:
                 if len(tokens) != len(lengths) or any(tensor.shape != (sum(lengths), width) for tensor in tensors):
                     raise ValueError("its tensors do not fit together")
                 rows = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
-                self._found |= dict(zip(tokens, map(list, rows), strict=True))
+                self._found |= {
+                    token: dict(zip(names, row, strict=True)) for token, row in zip(tokens, rows, strict=True)
+                }
 
-    def find(self, rollout: Rollout) -> list[torch.Tensor] | None:
-        """What was kept of a rollout, a tensor for each name, or `None`."""
+    def find(self, rollout: Rollout) -> dict[str, torch.Tensor] | None:
+        """What was kept of a rollout, by name, or `None`."""
         values = self._found.get(_token_number(rollout))
-        return values if values and len(values[0]) == len(rollout.completion_ids) else None
+        return values if values and len(values["hidden"]) == len(rollout.completion_ids) else None

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ logger = logging.get_logger(__name__)
 # Beyond this share of the features' spread int8 is not worth what it saves.
 _LARGE_INT8_ERROR = 0.05
 
-# (number of the rollout, its states, and its directions if they are read).
-ReadStates = Iterator[tuple[int, torch.Tensor, "torch.Tensor | None"]]
+# (number of the rollout, what was read of it by the names of [`States`]).
+ReadStates = Iterator[tuple[int, dict[str, torch.Tensor]]]
 
 
 class _Reader:
@@ -50,12 +51,20 @@ class _Reader:
             Where, and whether the directions too.
         control (`dict`):
             What the rollouts were sampled under, see [`control_of`].
+        critic_layer (`int`, *optional*):
+            A layer whose states are read too.
 
     Raises:
-        `ValueError`: if the model lacks a head that acted then.
+        `ValueError`: if the model lacks a head that acted then, or the layer.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: HookPointSettings, control: dict[str, Any]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: HookPointSettings,
+        control: dict[str, Any],
+        critic_layer: int | None = None,
+    ):
         check_nameable(model)
         self.model, self.control, self.batch_size = model, control, settings.batch_size
         with as_sampled(model, control):
@@ -63,6 +72,9 @@ class _Reader:
         self.hook_point = HookPoint.find(model, settings)
         # The LM head's rows, if directions are read.
         self.weight = lm_head_rows(model) if settings.with_directions else None
+        self.context = None
+        if critic_layer is not None:
+            self.context = HookPoint.find(model, HookPointSettings(hook_point="decoder_layer", layer=critic_layer))
 
     @cached_property
     def model_settings(self) -> dict[str, Any]:
@@ -70,9 +82,11 @@ class _Reader:
         return model_settings(self.model)
 
     @property
-    def names(self) -> list[str]:
-        """What is read."""
-        return ["hidden"] if self.weight is None else ["hidden", "directions"]
+    def widths(self) -> dict[str, int]:
+        """What is read, and how wide it is."""
+        own, context = self.hook_point.width, self.context
+        directions = {} if self.weight is None else {"directions": own}
+        return {"hidden": own} | directions | ({} if context is None else {"context": context.width})
 
     def check(self, rollouts: Sequence[Rollout]) -> None:
         """Raise `ValueError` if rollouts are of another model."""
@@ -91,27 +105,30 @@ class _Reader:
             together, edits_reach_on = forward_batches(self.model, rollouts, self.batch_size)
             for batch in together:
                 chosen = [rollouts[i] for i in batch]
-                for i, rollout, states in zip(batch, chosen, self._forward(chosen, edits_reach_on), strict=True):
-                    yield i, *self._of_response(rollout, *states)
+                for i, rollout, read in zip(batch, chosen, self._forward(chosen, edits_reach_on), strict=True):
+                    logits = read.pop("logits")
+                    if self.weight is not None:
+                        mean = mean_rows(logits, rollout.temperature, self.weight)
+                        read["directions"] = directions(rollout.completion_ids, mean, self.weight)
+                    yield i, read
 
-    def _forward(self, rollouts: Sequence[Rollout], edits_reach_on: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _forward(self, rollouts: Sequence[Rollout], edits_reach_on: bool) -> list[dict[str, torch.Tensor]]:
         """Of each rollout of one batch: its states and its logits, one for each drawn token."""
         in_layer = self.hook_point.layer is not None
         inputs, kept = teacher_forced(self.model, rollouts, keep_logits=not in_layer)
         if in_layer and self.model._supports_logits_to_keep():
             edited = inputs["input_ids"].shape[1] - len(rollouts[0].prompt_ids) + 1
             inputs["logits_to_keep"] = edited if edits_reach_on else 1
-        with read_states(self.hook_point, keep_logits=self.weight is not None) as states:
+        with ExitStack() as stack:
+            states = stack.enter_context(read_states(self.hook_point, keep_logits=self.weight is not None))
+            context = None if self.context is None else stack.enter_context(read_states(self.context))
             logits = self.model(**inputs, use_cache=False).logits
-        return [(states[0][row, part], logits[row, part]) for row, part in enumerate(kept)]
-
-    def _of_response(
-        self, rollout: Rollout, states: torch.Tensor, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.weight is None:
-            return states, None
-        mean = mean_rows(logits, rollout.temperature, self.weight)
-        return states, directions(rollout.completion_ids, mean, self.weight)
+        found = [{"hidden": states[0][row, part], "logits": logits[row, part]} for row, part in enumerate(kept)]
+        for row, rollout in enumerate(rollouts if context else ()):
+            # A layer is run at all positions, whatever logits are kept.
+            start = len(rollout.prompt_ids) - 1
+            found[row]["context"] = context[0][row, start : start + len(rollout.completion_ids)]
+        return found
 
     def read_or_copy(self, rollouts: Sequence[Rollout], kept: KeptStates | None) -> ReadStates:
         """As [`_Reader.read`], with the states that were kept while sampling where there are any."""
@@ -121,9 +138,9 @@ class _Reader:
             if values is None:
                 rest.append(i)
             else:
-                yield i, *values
-        for i, *values in self.read([rollouts[i] for i in rest]):
-            yield rest[i], *values
+                yield i, values
+        for i, values in self.read([rollouts[i] for i in rest]):
+            yield rest[i], values
 
 
 def _small(rollouts: Sequence[Rollout], every: int, num_objectives: int) -> dict[str, torch.Tensor]:
@@ -171,15 +188,13 @@ def collect_states(
         raise ValueError("No rollout has a token: nothing to learn from.")
     reader = _Reader(model, settings, control_of(rollouts))
     reader.check(rollouts)
-    found: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    found: dict[int, dict[str, torch.Tensor]] = {}
     with progress_bar("states", len(rollouts)) as advance:
-        for i, states, direction in reader.read(rollouts):
-            found[i] = states.float().cpu(), None if direction is None else direction.cpu()
+        for i, read in reader.read(rollouts):
+            found[i] = {name: (x if name == "directions" else x.float()).cpu() for name, x in read.items()}
             advance(1)
-    hidden, kept_directions = zip(*(found[i] for i in range(len(rollouts))), strict=True)
     return States(
-        hidden=torch.cat(hidden),
-        directions=None if reader.weight is None else torch.cat(kept_directions),
+        **{name: torch.cat([found[i][name] for i in range(len(rollouts))]) for name in reader.widths},
         **_small(rollouts, 1, len(rollouts[0].reward)),
         **hook_point_settings(model, settings.hook_point, settings.layer),
     )
@@ -226,7 +241,7 @@ def write_states(
     if manifest["rewards"] is None:
         raise ValueError(f"The rollouts in {rollouts} have no rewards: score them first (`recontrol label`).")
     _check_rewards(rollouts, parts, manifest["rewards"])
-    reader = _Reader(model, settings, recorded_control(manifest))
+    reader = _Reader(model, settings, recorded_control(manifest), settings.critic_layer)
     _warn_of_mismatch(reader, manifest["settings"])
     known = _stage_settings(reader, manifest, settings)
     kept = _usable_kept(reader, Path(rollouts), manifest["settings"])
@@ -236,10 +251,10 @@ def write_states(
             return stage.counts()
         make_writer = partial(
             StateWriter,
-            hidden_size=reader.hook_point.width,
+            widths=reader.widths,
             dtype=getattr(torch, known["dtype"]),
-            names=reader.names,
-            metadata=hook_point_settings(model, settings.hook_point, settings.layer) | {"every": known["every"]},
+            metadata=hook_point_settings(model, settings.hook_point, settings.layer)
+            | {"every": known["every"], "context_layer": settings.critic_layer},
         )
         _write_parts(stage, reader, parts, len(manifest["rewards"]), kept, make_writer, progress)
         return _finish(stage, manifest, rollouts)
@@ -275,10 +290,10 @@ def _write_part(
     """Write the states of one part's rollouts."""
     with writer:
         reader.check(rollouts)
-        for i, *values in reader.read_or_copy(rollouts, kept):
+        for i, values in reader.read_or_copy(rollouts, kept):
             chosen = slice((len(rollouts[i].completion_ids) - 1) % every, None, every)
-            for name, value in zip(reader.names, values, strict=False):
-                writer.write(name, i, value[chosen])
+            for name in reader.widths:
+                writer.write(name, i, values[name][chosen])
 
 
 def _stage_settings(reader: _Reader, manifest: dict, settings: StatesSettings) -> dict[str, Any]:
@@ -286,14 +301,15 @@ def _stage_settings(reader: _Reader, manifest: dict, settings: StatesSettings) -
     stored = getattr(torch, settings.states_dtype) if settings.states_dtype != "auto" else reader.model.dtype
     every = settings.every
     if settings.max_gigabytes is not None:
-        size = manifest["counts"]["tokens"] * reader.hook_point.width * stored.itemsize * len(reader.names)
+        size = manifest["counts"]["tokens"] * sum(reader.widths.values()) * stored.itemsize
         every = max(every, math.ceil(size / (settings.max_gigabytes * 1e9)))
     return {
         **reader.model_settings,
         "rollouts": hashlib.sha256(json.dumps(manifest["parts"], sort_keys=True).encode()).hexdigest(),
         "hook_point": settings.hook_point,
         "layer": settings.layer,
-        "tensors": reader.names,
+        "tensors": list(reader.widths),
+        **({} if settings.critic_layer is None else {"critic_layer": settings.critic_layer}),
         "dtype": str(stored).removeprefix("torch."),
         "every": every,
         **reader.control,
@@ -319,12 +335,12 @@ def _usable_kept(reader: _Reader, rollouts: Path, sampled: dict) -> Callable[[in
     """What gives, for a part's number, the states that were kept for it while sampling, if they are the same ones."""
     wanted = kept_settings(reader.hook_point, sampled)
     ours = reader.model_settings
-    if {name: sampled.get(name) for name in ours} == ours and has_kept(rollouts, wanted, reader.names):
-        return lambda index: KeptStates(rollouts, index, wanted, reader.names, reader.hook_point.width)
+    if {name: sampled.get(name) for name in ours} == ours and has_kept(rollouts, wanted, list(reader.widths)):
+        return lambda index: KeptStates(rollouts, index, wanted, list(reader.widths), reader.hook_point.width)
     if has_kept(rollouts):
         logger.warning(
             f"The states kept in {rollouts / KEPT_FOLDER} are of another hook point or model, or lack "
-            "directions, so states are read anew."
+            "directions or a critic's layer, so states are read anew."
         )
     return lambda index: None
 
@@ -369,7 +385,9 @@ def _check_rewards(rollouts: str | os.PathLike, parts: Sequence[Path], names: Se
 def _count_part(path: Path) -> dict[str, float]:
     states = States.open(path)
     size = sum(
-        tensor.numel() * tensor.element_size() for tensor in (states.hidden, states.directions) if tensor is not None
+        tensor.numel() * tensor.element_size()
+        for tensor in (states.hidden, states.directions, states.context)
+        if tensor is not None
     )
     counts = {"episodes": len(states.lengths), "states": len(states.hidden), "bytes": size}
     if states.int8_error is not None:

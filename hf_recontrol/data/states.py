@@ -50,11 +50,16 @@ class States:
         directions (`torch.Tensor` of shape `(states, hidden_size)`, *optional*):
             `w_y - w̄(h)`: the LM head's row of the drawn token less its mean under the policy. Needed by the advantage
             part.
+        context (`torch.Tensor` of shape `(states, context_size)`, *optional*):
+            The states of another layer at the same tokens, for a critic.
         hook_point (`str`), layer (`int`), base_model_name_or_path, base_model_revision (`str`, *optional*):
             Where the states were read.
         every (`int`, *optional*, defaults to 1):
             One state in how many is kept, counted back from the last one, which always is.
-        hidden_row_scale, hidden_feature_scale, directions_row_scale, directions_feature_scale (*optional*):
+        context_layer (`int`, *optional*):
+            Where the context was read.
+        hidden_row_scale, hidden_feature_scale, directions_row_scale, directions_feature_scale, context_row_scale,
+        context_feature_scale (*optional*):
             Scales of int8 states, of shapes `(states, 1)` and `(hidden_size,)`.
         int8_error (`torch.Tensor` of shape `(1,)`, *optional*):
             Root mean square error of int8 states, relative to each feature's spread.
@@ -66,15 +71,19 @@ class States:
     prompts: torch.Tensor
     finished: torch.Tensor | None = None
     directions: torch.Tensor | None = None
+    context: torch.Tensor | None = None
     hook_point: str = "lm_head"
     layer: int = -1
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     every: int = 1
+    context_layer: int | None = None
     hidden_row_scale: torch.Tensor | None = None
     hidden_feature_scale: torch.Tensor | None = None
     directions_row_scale: torch.Tensor | None = None
     directions_feature_scale: torch.Tensor | None = None
+    context_row_scale: torch.Tensor | None = None
+    context_feature_scale: torch.Tensor | None = None
     int8_error: torch.Tensor | None = None
 
     def __post_init__(self):
@@ -82,7 +91,7 @@ class States:
             self.finished = torch.ones(len(self.lengths), dtype=torch.bool)
 
     def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of `"hidden"` or `"directions"` in float32; only these are read."""
+        """Rows of `"hidden"`, `"directions"` or `"context"` in float32; only these are read."""
         values = getattr(self, name)[rows].float()
         row_scale = getattr(self, f"{name}_row_scale")
         if row_scale is None:
@@ -169,6 +178,10 @@ class StateStore:
     def has_directions(self) -> bool:
         return all(part.directions is not None for part in self.parts)
 
+    @property
+    def has_context(self) -> bool:
+        return all(part.context is not None for part in self.parts)
+
     @cached_property
     def read_at(self) -> dict:
         """Where in the model the states were read, and how densely."""
@@ -177,7 +190,8 @@ class StateStore:
 
     def gather(self, name: str, episodes: torch.Tensor) -> torch.Tensor:
         """
-        `"hidden"` or `"directions"` of whole episodes, one after the other, in float32: shape `(states, hidden_size)`.
+        `"hidden"`, `"directions"` or `"context"` of whole episodes, one after the other, in float32: shape `(states,
+        hidden_size)`.
         """
         lengths = self.lengths[episodes]
         ends = lengths.cumsum(0)
@@ -187,7 +201,7 @@ class StateStore:
         if len(self.parts) == 1 or bool((parts == parts[0]).all()):
             return self.parts[int(parts[0])].rows(name, rows)
         owner = torch.repeat_interleave(parts, lengths)
-        values = torch.empty(len(rows), self.hidden_size)
+        values = torch.empty(len(rows), getattr(self.parts[0], name).shape[1])
         for part in parts.unique().tolist():
             chosen = (owner == part).nonzero()[:, 0]
             values[chosen] = self.parts[part].rows(name, rows[chosen])
@@ -204,10 +218,10 @@ class StateWriter:
             The file.
         small (`dict[str, torch.Tensor]`):
             The tensors with one row for each episode; `lengths` says how many states each has.
-        hidden_size (`int`), dtype (`torch.dtype`):
-            Width and dtype of the states; int8 is scaled by row and feature.
-        names (sequence of `str`):
-            `"hidden"`, and `"directions"` if they are kept.
+        widths (`dict[str, int]`):
+            Of `"hidden"` and, if they are kept, `"directions"` and `"context"`.
+        dtype (`torch.dtype`):
+            Of the states; int8 is scaled by row and feature.
         metadata (`dict`):
             The other fields of [`States`].
     """
@@ -216,9 +230,8 @@ class StateWriter:
         self,
         path: Path,
         small: dict[str, torch.Tensor],
-        hidden_size: int,
+        widths: dict[str, int],
         dtype: torch.dtype,
-        names: Sequence[str],
         metadata: dict,
     ):
         self.dtype = dtype
@@ -228,11 +241,11 @@ class StateWriter:
         if dtype == torch.int8:
             small = small | {"int8_error": torch.zeros(1)}
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
-        for name in names:
-            shapes[name] = (dtype, (num_states, hidden_size))
+        for name, width in widths.items():
+            shapes[name] = (dtype, (num_states, width))
             if dtype == torch.int8:
                 shapes[f"{name}_row_scale"] = (torch.float32, (num_states, 1))
-                shapes[f"{name}_feature_scale"] = (torch.float32, (hidden_size,))
+                shapes[f"{name}_feature_scale"] = (torch.float32, (width,))
         header: dict = {"__metadata__": {"hf_recontrol": json.dumps(metadata)}}
         self._offsets, end = {}, 0
         # Wide dtypes first, so that every tensor is aligned.
@@ -244,9 +257,9 @@ class StateWriter:
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
         self._feature_scales: dict[str, torch.Tensor] = {}
-        self._held: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in names}
+        self._held: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in widths}
         # For each feature: squared error of int8, sum, sum of squares; in float64.
-        self._moments = torch.zeros(3, hidden_size, dtype=torch.float64)
+        self._moments = torch.zeros(3, widths["hidden"], dtype=torch.float64)
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(self._start + end)
@@ -273,7 +286,7 @@ class StateWriter:
 
     def write(self, name: str, episode: int, values: torch.Tensor) -> None:
         """
-        Write `"hidden"` or `"directions"` of an episode, by its number in the file.
+        Write `"hidden"`, `"directions"` or `"context"` of an episode, by its number in the file.
 
         Raises:
             `ValueError`: if they leave the range of the dtype.

@@ -28,8 +28,13 @@ FIGURES = {
         "V's correlation with the reward, first token", "known from the prompt alone", "pearsonr"
     ),
     "correlation_last": Figure("V's correlation with the reward, last token", "1 is perfect", "pearsonr"),
+    "critic_value_error": Figure(
+        "the critic's error along the response", "of what sees more than V; g and the static vector learned from it"
+    ),
+    "critic_value_error_last": Figure("the critic's error at the last token", "to be held against V's"),
+    "critic_correlation_last": Figure("the critic's correlation with the reward, last token", "1 is perfect"),
     "advantage_correlation": Figure(
-        "g's correlation with V's differences", "how much each token changes V", "pearsonr"
+        "g's correlation with V's differences", "how much each token changes V, or the critic's value", "pearsonr"
     ),
     "constant_correlation": Figure(
         "the same, of the static vector", "what one vector for all states does", "pearsonr"

@@ -29,7 +29,7 @@ from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..modeling.generation import check_causal
 from ..modeling.hook_points import HookPoint, lm_head_rows
-from ..settings import FitSettings, LoadingSettings, PromptSettings
+from ..settings import FitSettings, HookPointSettings, LoadingSettings, PromptSettings
 from ..training.held_out import split_by_prompt
 from ..training.stage import FIGURES_NAME, train_head
 from ..training.trainer import check_training
@@ -133,7 +133,9 @@ def _run_stages(
     command: str | None,
 ) -> dict[str, Any]:
     """The four stages, each in its folder; returns the figures of the last."""
-    stages = ["rollouts", "rewards", "states", "value head", *(["advantage"] if settings.with_directions else [])]
+    stages = ["rollouts", "rewards", "states", "value head"]
+    stages += ["critic"] if settings.critic_layer is not None and settings.critic else []
+    stages += ["advantage"] if settings.with_directions else []
     # Once states are being written no part of the rollouts is missing.
     keep_states = settings.keep_states and not (output / "states" / MANIFEST_NAME).is_file()
     with display(stages, quiet or processes.index > 0) as show:
@@ -166,6 +168,8 @@ def _check(prompts: Prompts, settings: FitSettings, processes: Processes) -> Non
         import matplotlib  # noqa: F401
         import pyarrow  # noqa: F401
     check_training(settings, processes)
+    if settings.keep_states and settings.critic_layer is not None:
+        raise ValueError("`keep_states` keeps no critic's layer: leave one of the two (`critic_layer`) out.")
     # The split itself says what is wrong with it.
     split_by_prompt(torch.tensor(list(set(prompt_hashes(prompts)))), settings.validation_split, settings.seed)
 
@@ -187,6 +191,8 @@ def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
     settings = replace(
         settings, directions=directions, advantage_sizes=settings.advantage_sizes if directions else None
     )
+    if settings.critic_layer is not None:
+        HookPoint.find(base, HookPointSettings(hook_point="decoder_layer", layer=settings.critic_layer))
     # Says so if no head can have this shape.
     ValueHeadConfig(
         HookPoint.find(base, settings).width,

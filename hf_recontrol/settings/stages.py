@@ -253,6 +253,12 @@ class StatesSettings(HookPointSettings):
     states_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = setting(
         "auto", "Dtype of stored states; `auto`: that of the base. int8 halves bfloat16 and reports its error."
     )
+    critic_layer: int | None = setting(
+        None,
+        "Decoder layer (negative: from the end) whose states are stored too, for a critic: a value function that sees "
+        "more than the head can, and exists in training alone. A middle one is a good first try.",
+        default_text="no critic",
+    )
     every: int = setting(
         1,
         "Keep every k-th state, counted back from the last one. Neighbours say nearly the same, so disk is saved.",
@@ -261,6 +267,14 @@ class StatesSettings(HookPointSettings):
     max_gigabytes: float | None = setting(
         None, "Keep as many states as fit into so many 10⁹ bytes.", above=0, default_text="no limit"
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.critic_layer is not None and not self.with_directions:
+            raise ValueError(
+                "`critic_layer` is for the static vector and the advantage part, which need `hook_point='lm_head'` "
+                "and `directions`."
+            )
 
 
 @settings_class("Head")
@@ -342,6 +356,11 @@ class AdvantageSettings(TrainingSettings):
     """How the advantage part g is trained."""
 
     gae_lambda: float = setting(0.0, "λ of GAE, for g's targets.", low=0, high=1)
+    critic: bool = setting(
+        True,
+        "Where the states of another layer were stored (`critic_layer`): train a critic on them, and take g's targets "
+        "from its values instead of V's.",
+    )
     advantage_learning_rate: float = setting(1e-4, "AdamW's, for g.", above=0)
     advantage_num_epochs: int = setting(
         6, "Epochs at most, for g; the best one is kept. 0: g is the static vector.", low=0

@@ -16,6 +16,7 @@ from ..data.processes import Processes, Progress, float64_device
 from ..data.states import States, StateStore
 from ..heads.value_head import ValueHead
 from ..settings import AdvantageSettings
+from .critic import critic_values
 from .held_out import split_by_prompt
 from .targets import episode_mask, pad_episodes, value_differences
 from .trainer import Episodes, EpisodeTrainer, check_training, own_randomness, training_options
@@ -47,9 +48,13 @@ class AdvantageModel(nn.Module):
 def advantage_targets(
     head: ValueHead, batch: dict[str, torch.Tensor], gae_lambda: float, discount: float
 ) -> torch.Tensor:
-    """The targets of a batch of episodes, one after the other: `(states,)`, summed over the objectives."""
+    """
+    The targets of a batch of episodes, one after the other: `(states,)`, summed over the objectives. They are of the
+    batch's own `values` or, where it has none, of V's.
+    """
     with torch.no_grad():
-        values = pad_episodes(head(batch["hidden"]).float(), batch["lengths"])
+        flat = batch["values"] if "values" in batch else head(batch["hidden"]).float()
+        values = pad_episodes(flat, batch["lengths"])
         differences = value_differences(
             values,
             batch["rewards"],
@@ -148,6 +153,7 @@ def fit_advantage(
     states: States | StateStore | str | os.PathLike,
     settings: AdvantageSettings | None = None,
     *,
+    critic: ValueHead | None = None,
     output_dir: str | os.PathLike | None = None,
     progress: Progress | None = None,
     **changes,
@@ -167,6 +173,8 @@ def fit_advantage(
         settings ([`AdvantageSettings`], *optional*), changes:
             How to train; single settings as keywords. Use the `validation_split` and `seed` of V, so that the same
             prompts are held out.
+        critic ([`ValueHead`], *optional*):
+            Of [`train_critic`] on the same states: the targets are then its values' differences instead of V's.
         output_dir, progress:
             As for [`train_value_head`].
 
@@ -188,8 +196,9 @@ def fit_advantage(
     store = StateStore.of(states)
     if not store.has_directions:
         raise ValueError("The states have no directions: collect them at `lm_head`, with `directions`.")
+    values = None if critic is None else critic_values(critic, store, Processes())
     train, held_out = (
-        Episodes(store, episodes, head, ["hidden", "directions"], settings.open_truncated)
+        Episodes(store, episodes, head, ["hidden", "directions"], settings.open_truncated, values)
         for episodes in split_by_prompt(store.prompts, settings.validation_split, settings.seed)
     )
     with ExitStack() as stack:

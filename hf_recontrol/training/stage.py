@@ -23,11 +23,14 @@ from ..heads.value_head import ValueHead
 from ..settings import AdvantageSettings, HeadSettings, TrainSettings, ValueSettings
 from ..utils.files import check_target, make_folder, read_json, write_json
 from .advantage import fit_advantage
+from .critic import train_critic
 from .held_out import split_by_prompt
 from .trainer import check_training
 from .value import train_value_head
 
 FIGURES_NAME = "training.json"
+# What is said of a critic, of the figures of a value head.
+CRITIC_FIGURES = ("value_error", "value_error_last", "correlation_last")
 # What a head was trained with, in the folder of its checkpoints.
 _SETTINGS_NAME = "settings.json"
 # Settings, and arguments of TrainingArguments, that change nothing of the result.
@@ -173,21 +176,32 @@ def _train_both(
     def shown(description: str) -> Progress | None:
         return None if progress is None else progress(description)
 
-    work = output / "training"
-    finished = work / "value_head"
-    if (finished / FIGURES_NAME).exists():
-        head, figures = ValueHead.from_pretrained(finished), read_json(finished / FIGURES_NAME)
-    else:
-        head, figures = train_value_head(
-            store, config, settings, output_dir=work / "value", progress=shown("value head")
-        )
+    def once(
+        train: Callable[..., tuple[ValueHead, dict[str, Any]]], description: str, folder: str
+    ) -> tuple[ValueHead, dict[str, Any]]:
+        """What is trained, or was before a stop, and its figures."""
+        finished = work / description.replace(" ", "_")
+        if (finished / FIGURES_NAME).exists():
+            return ValueHead.from_pretrained(finished), read_json(finished / FIGURES_NAME)
+        made, figures = train(store, config, settings, output_dir=work / folder, progress=shown(description))
         if processes.index == 0:
-            head.save_pretrained(finished)
+            made.save_pretrained(finished)
             write_json(finished / FIGURES_NAME, figures)
         processes.wait()
+        return made, figures
+
+    work = output / "training"
+    head, figures = once(train_value_head, "value head", "value")
     curves = {"value": figures.pop("log")}
     if config.static_vector:
-        found = fit_advantage(head, store, settings, output_dir=work / "advantage", progress=shown("advantage"))
+        critic = None
+        if settings.critic and store.has_context:
+            critic, found = once(train_critic, "critic", "critic-training")
+            curves["critic"] = found["log"]
+            figures |= {f"critic_{name}": found[name] for name in CRITIC_FIGURES}
+        found = fit_advantage(
+            head, store, settings, critic=critic, output_dir=work / "advantage", progress=shown("advantage")
+        )
         curves["advantage"] = found.pop("log")
         figures |= found
     if processes.index == 0:

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -40,11 +40,21 @@ logging.get_logger("transformers.trainer_utils").addFilter(lambda record: "mtime
 class Episodes(Dataset):
     """
     Whole episodes of a store, fetched a batch at a time: `hidden` (and `directions`) of shape `(states, hidden_size)`,
-    one episode after the other, with `lengths`, standardised `rewards` and `open_ended`.
+    one episode after the other, with `lengths`, standardised `rewards`, `open_ended` and, where they are given, the
+    `values` of each state.
     """
 
-    def __init__(self, store: StateStore, episodes: torch.Tensor, head: ValueHead, names: list[str], open_ended: bool):
+    def __init__(
+        self,
+        store: StateStore,
+        episodes: torch.Tensor,
+        head: ValueHead,
+        names: list[str],
+        open_ended: bool,
+        values: Sequence[torch.Tensor] | None = None,
+    ):
         self.store, self.episodes, self.names, self.open_ended = store, episodes, names, open_ended
+        self.values = values
         self.mean, self.std = (
             torch.tensor(x, dtype=torch.float64) for x in (head.config.reward_mean, head.config.reward_std)
         )
@@ -63,6 +73,8 @@ class Episodes(Dataset):
         chosen = self.episodes[torch.as_tensor(indices)]
         batch = {name: self.store.gather(name, chosen) for name in self.names}
         batch |= {"lengths": self.store.lengths[chosen], "rewards": self.rewards(chosen)}
+        if self.values is not None:
+            batch["values"] = torch.cat([self.values[i] for i in chosen.tolist()])
         return batch | ({"open_ended": ~self.store.finished[chosen]} if self.open_ended else {})
 
     def batches(self, size: int, processes: Processes | None = None) -> Iterator[tuple[torch.Tensor, dict]]:
