@@ -199,9 +199,9 @@ def test_rollouts_states_and_kl(family, tmp_path):
 
     settings = kept_settings(model.hook_point, read_manifest(tmp_path, "rollouts", "")["settings"])
     kept = KeptStates(tmp_path, 0, settings, ["hidden", "directions"], model.hook_point.width)
-    hidden, directions = zip(*(kept.find(rollout) for rollout in together), strict=True)
-    torch.testing.assert_close(torch.cat(hidden), by_one.hidden, **TOLERANCE)
-    torch.testing.assert_close(torch.cat(directions), by_one.directions, **TOLERANCE)
+    found = [kept.find(rollout) for rollout in together]
+    for name in ("hidden", "directions"):
+        torch.testing.assert_close(torch.cat([each[name] for each in found]), getattr(by_one, name), **TOLERANCE)
 
     kl = kl_divergence(model, rollouts, batch_size=4)
     assert kl > 1e-4

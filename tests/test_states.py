@@ -199,10 +199,10 @@ def test_int8_scales_are_of_many_states_and_a_large_error_is_told(rollouts, tmp_
     real = _Reader.read
 
     def uneven(*args):
-        for number, (i, hidden, directions) in enumerate(real(*args)):
-            hidden = hidden.clone()
+        for number, (i, values) in enumerate(real(*args)):
+            hidden = values["hidden"].clone()
             hidden[:, 3] = 50.0 * (number > 0) * torch.linspace(0.5, 1.0, len(hidden))
-            yield i, hidden, directions
+            yield i, values | {"hidden": hidden}
 
     monkeypatch.setattr(_Reader, "read", uneven)
     counts = write_states(tmp_path / "good", model, folder, **at(WITH_ADVANTAGE), states_dtype="int8")
