@@ -1,0 +1,201 @@
+"""A chat in the terminal: `recontrol chat`, with the base's answers beside the controlled ones."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ..settings import LoadingSettings, SamplingSettings, SeedSettings, TemplateSettings
+from ..utils.choices import CONTROL_METHODS
+from ..utils.setting_fields import settings_class
+from .app import app
+from .options import with_settings
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+HELP = """\
+/both               answer twice, the base and under control; the chat goes on with the controlled answer
+/on, /off           answer under control alone, or as the base alone
+/strength [X]       show or set the step size
+/heads [NAME=X ...] show the heads and their weights, or set these; heads that are not named do not act
+/clear              forget what was said
+/history            show what was said
+/help               this text
+/exit               end; so does Ctrl-D"""
+
+
+@settings_class("Options")
+class _ChatSettings(SeedSettings, TemplateSettings, LoadingSettings):
+    """What `recontrol chat` can be told of how it computes."""
+
+
+class Chat:
+    """
+    A chat and its commands; all it says goes to standard output.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]), tokenizer:
+            Who answers: a model under the control of heads.
+        settings ([`TemplateSettings`]):
+            How what is said is formatted. Without a chat template each message is a text to go on with, and nothing of
+            before is remembered.
+        config ([`~transformers.GenerationConfig`]):
+            How answers are drawn.
+        mode (`"both"`, `"on"` or `"off"`):
+            Which answers are given.
+        seed (`int`):
+            Of the first answer; each next one has the next seed. Base and controlled answer have the same.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: TemplateSettings,
+        config: GenerationConfig,
+        mode: Literal["both", "on", "off"],
+        seed: int,
+    ):
+        from ..data.templating import PromptEncoder
+
+        self.model, self.tokenizer, self.config, self.mode, self.seed = model, tokenizer, config, mode, seed
+        self.encoder = PromptEncoder(tokenizer, settings)
+        self.remembers = bool(tokenizer.chat_template)
+        self.messages: list[dict[str, str]] = []
+
+    def run(self) -> None:
+        """Read lines until the end."""
+        control = self.model.control
+        typer.echo(f"{control.method}, step size {control.step_size:g}. /help shows the commands, /exit ends.")
+        if not self.remembers:
+            typer.echo("This base has no chat template: each line is a text to go on with, and none is remembered.")
+        while True:
+            try:
+                line = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                typer.echo()
+                return
+            if line in ("/exit", "/quit"):
+                return
+            try:
+                if line.startswith("/"):
+                    self.command(line)
+                elif line:
+                    self.say(line)
+            except KeyboardInterrupt:
+                typer.echo("\n(stopped; this message is not remembered)")
+            # A step size that is too large for the head ends an answer, not the chat.
+            except (ValueError, TypeError, FloatingPointError) as error:
+                typer.echo(f"{error}")
+
+    def command(self, line: str) -> None:
+        """Do what a line that begins with `/` asks for."""
+        try:
+            name, *words = shlex.split(line[1:]) or [""]
+        except ValueError as error:
+            raise ValueError(f"{line}: {error}.") from error
+        if name in ("both", "on", "off") and not words:
+            self.mode = name
+        elif name == "strength" and len(words) <= 1:
+            if words:
+                self.model.control = replace(self.model.control, step_size=_number("/strength", words[0]))
+            typer.echo(f"{self.model.control.method}, step size {self.model.control.step_size:g}")
+        elif name == "heads":
+            if words:
+                pairs = [word.partition("=") for word in words]
+                self.model.set_value_heads({head: _number(f"/heads {head}", weight) for head, _, weight in pairs})
+            for head in self.model.value_heads:
+                typer.echo(f"{head}={self.model.value_head_weights.get(head, 0.0):g}")
+        elif name == "clear" and not words:
+            self.messages = []
+        elif name == "history" and not words:
+            for message in self.messages:
+                typer.echo(f"{message['role']}: {message['content']}")
+        else:
+            typer.echo(HELP)
+
+    def say(self, text: str) -> None:
+        """Answer a message, and remember both."""
+        asked = [*self.messages, {"role": "user", "content": text}] if self.remembers else text
+        answer = ""
+        for controlled in {"both": (False, True), "on": (True,), "off": (False,)}[self.mode]:
+            if self.mode == "both":
+                typer.echo("controlled:" if controlled else "base:")
+            answer = self.answer(asked, controlled)
+        self.seed += 1
+        if self.remembers:
+            self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def answer(self, asked: str | list[dict[str, str]], controlled: bool) -> str:
+        """One answer, shown as it is drawn."""
+        import torch
+        from transformers import TextStreamer
+
+        ids = torch.tensor([self.encoder.encode({"prompt": asked})], device=self.model.device)
+        room = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if room is not None and ids.shape[1] + self.config.max_new_tokens > room:
+            raise ValueError(
+                f"{ids.shape[1]} tokens and an answer of {self.config.max_new_tokens} do not fit into this base's "
+                f"{room}: /clear forgets what was said."
+            )
+        torch.manual_seed(self.seed)
+        tokens = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            control=None if controlled else False,
+            generation_config=self.config,
+        )
+        return self.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{name} takes a number, got {text!r}.") from error
+
+
+@app.command()
+@with_settings(_ChatSettings, from_file=False)
+def chat(
+    settings: _ChatSettings,
+    head: Annotated[str, typer.Argument(help="Head: a folder or a Hub repo.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Base; default: the one the head names.")] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--value-head", help="NAME=HEAD: one more head, which /heads gives a weight. May be repeated."),
+    ] = None,
+    method: Annotated[Literal[CONTROL_METHODS] | None, typer.Option(help="Default: the head's.")] = None,
+    step_size: Annotated[float | None, typer.Option(help="α, or 1/τ; default: the head's.")] = None,
+    mode: Annotated[Literal["both", "on", "off"], typer.Option(help="Which answers are given at first.")] = "both",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.7,
+) -> None:
+    """Chat with a base and its controlled self. `/help` shows what can be changed on the way.
+
+    Example: `recontrol chat my-head --value-head polite=user/polite-head`
+    """
+    from ..collection.sampling import sampling_config
+    from ..heads.resolution import resolve_head_and_base
+    from ..pipelines.loading import load_base
+
+    changes = {name: value for name, value in (("method", method), ("step_size", step_size)) if value is not None}
+    named = [text.partition("=") for text in more or []]
+    if wrong := [name for name, _, source in named if not (name and source)]:
+        raise typer.BadParameter(f"is NAME=HEAD, got {wrong[0]!r}", param_hint="--value-head")
+    names = [head] if model is None else [model, head]
+    loaded, base, revision, _ = resolve_head_and_base(*names, token=settings.token)
+    wanted = loaded.config.changed_control(changes)
+    settings = replace(settings, revision=settings.revision or revision)
+    controlled, tokenizer = load_base(base, settings, loaded, wanted)
+    for name, _, source in named:
+        controlled.add_value_head(name, source, token=settings.token)
+    controlled.check_same_for_all_prompts(controlled.control)
+    sampling = SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature)
+    config = sampling_config(controlled, tokenizer, sampling)
+    Chat(controlled, tokenizer, settings, config, mode, settings.seed).run()
