@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .evaluation.judges.judge import Judge, Question, Verdict
     from .evaluation.judges.page import write_judge_page
     from .evaluation.metrics import diversity, kl_divergence
+    from .evaluation.pages.report import write_report
     from .evaluation.recommendation import Recommendation, Trial, recommend_control
-    from .evaluation.report import write_report
     from .evaluation.rivals.rival import Answer, Bench, Rival
     from .evaluation.strength import KLMatch, match_kl
     from .heads.convert import convert_checkpoint
@@ -82,7 +82,7 @@ _MODULES = {
     "evaluation.judges.page": ("write_judge_page",),
     "evaluation.metrics": ("diversity", "kl_divergence"),
     "evaluation.recommendation": ("Recommendation", "Trial", "recommend_control"),
-    "evaluation.report": ("write_report",),
+    "evaluation.pages.report": ("write_report",),
     "evaluation.comparison.figures": ("Figure",),
     "evaluation.rivals.rival": ("Answer", "Bench", "Rival"),
     "evaluation.strength": ("KLMatch", "match_kl"),
