@@ -22,9 +22,9 @@ _STYLE = (
 body{max-width:84rem}
 h2{font-size:1.1rem;margin:0}
 .card>.text{margin:.25rem 0 0}
-.sides{display:grid;grid-template-columns:1fr 1fr;gap:1rem;align-items:start}
+.sides{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:1rem;align-items:start}
 .sides .card{margin:0}
-@media (max-width:52rem){.sides{grid-template-columns:1fr}}
+@media (max-width:52rem){.sides{grid-template-columns:minmax(0,1fr)}}
 .bar{display:flex;flex-wrap:wrap;gap:.5rem 1.25rem;align-items:center;margin:1rem 0}
 fieldset{border:0;margin:0;padding:0;display:flex;flex-wrap:wrap;gap:.4rem;align-items:center}
 legend{float:left;padding:0;margin-right:.4rem;color:var(--dim)}
@@ -46,8 +46,10 @@ padding:.2rem}
 .key span{border-bottom:2px solid var(--mark)}
 .key b{border-left:3px solid rgb(var(--high));padding-left:.15rem;font-weight:400}
 figure{margin:.75rem 0 0}figcaption{color:var(--dim);font-size:.85rem}
-svg{display:block;width:100%;height:7rem;overflow:visible}
-svg text{fill:var(--dim);font:10px system-ui,sans-serif}
+.plot{display:flex;height:7rem;gap:.4rem}.plot svg{flex:1;width:0;height:100%}
+.plot line,.plot polyline{vector-effect:non-scaling-stroke}
+.levels{display:flex;flex-direction:column;justify-content:space-between;width:3.2rem;text-align:right;line-height:1;
+white-space:nowrap;color:var(--dim);font-size:.75rem}
 #tip{position:absolute;z-index:1;max-width:min(26rem,calc(100vw - 2rem));box-sizing:border-box;background:var(--card);
 border:1px solid var(--line);border-radius:.5rem;box-shadow:0 .3rem 1.2rem rgba(0,0,0,.3);padding:.6rem .8rem;
 font-size:.85rem;line-height:1.4}
@@ -58,8 +60,12 @@ font-size:.85rem;line-height:1.4}
 #tip td.number{text-align:right;font-variant-numeric:tabular-nums}
 #tip .drawn td{font-weight:600}
 .word{font-family:ui-monospace,monospace;white-space:pre-wrap}
-.share{display:inline-block;height:.55rem;border-radius:.15rem;background:rgb(var(--low));vertical-align:middle}
+.share{height:.4rem;margin:1px 0;border-radius:.15rem;background:rgb(var(--low))}
 .share.controlled{background:rgb(var(--high))}
+#tip th.base,#tip th.controlled{padding:0;text-align:right}
+#tip th.base::before,#tip th.controlled::before{content:"";display:inline-block;width:.55rem;height:.55rem;
+margin-right:.3rem;border-radius:.15rem;background:rgb(var(--low))}
+#tip th.controlled::before{background:rgb(var(--high))}
 """
 )
 

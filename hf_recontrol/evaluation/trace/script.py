@@ -9,8 +9,8 @@ const tip = document.getElementById("tip");
 let objective = 0;
 const measures = {
   kl: {label: "KL", of: (t) => t.kl, diverging: false},
-  before: {label: "V before", of: (t) => t.value_before[objective], diverging: true},
-  after: {label: "V after", of: (t) => t.value_after[objective], diverging: true},
+  before: {label: "V before", of: (t) => t.value_before[objective], diverging: true, among: valuesOf},
+  after: {label: "V after", of: (t) => t.value_after[objective], diverging: true, among: valuesOf},
   change: {label: "Change of V", of: (t) => t.value_after[objective] - t.value_before[objective], diverging: true,
     middle: 0},
   edit: {label: "Length of the edit", of: (t) => t.edit, diverging: false},
@@ -35,9 +35,11 @@ function shown(text) {
     .replace(/^ | $/g, "\u2423");
 }
 function all(of) { return names.flatMap((name) => sides[name].tokens.map(of)).filter(Number.isFinite); }
+// Before and after are coloured alike, so that they can be compared.
+function valuesOf() { return [...all((t) => t.value_before[objective]), ...all((t) => t.value_after[objective])]; }
 function scale() {
-  const {of, diverging, middle} = measures[measure];
-  const values = all(of);
+  const {of, diverging, middle, among} = measures[measure];
+  const values = among ? among() : all(of);
   if (!values.length) return {least: 0, most: 0, middle: 0, reach: 0};
   const [least, most] = [Math.min(...values), Math.max(...values)];
   if (!diverging) return {least: 0, most: most, middle: 0, reach: most};
@@ -116,7 +118,7 @@ function tell(name, i) {
   fact(list, "Time", `${number(1000 * token.seconds)} ms`);
   const table = made("table");
   const titles = made("tr");
-  for (const title of ["", "base", "controlled", ""]) titles.append(made("th", "", title));
+  for (const title of ["", ...names, ""]) titles.append(made("th", title, title));
   table.append(titles);
   for (const each of token.alternatives) {
     const row = made("tr", each.id === token.drawn.id ? "drawn" : "");
@@ -124,9 +126,8 @@ function tell(name, i) {
     for (const policy of names) {
       const bar = made("div", `share ${policy}`);
       bar.style.width = `${Math.max(each[policy] * 6, 0.06)}rem`;
-      bars.append(bar, made("br"));
+      bars.append(bar);
     }
-    bars.lastChild.remove();
     const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 2 : 1)} %`;
     row.append(cell(shown(each.text), "word"), cell(percent(each.base), "number"),
       cell(percent(each.controlled), "number"), bars);
@@ -166,17 +167,14 @@ function drawing(tag, attributes) {
   return element;
 }
 function plot(name, title, lines, low, high) {
-  const [width, height, margin] = [600, 110, 42];
+  const [width, height] = [600, 110];
   const count = Math.max(...names.map((each) => sides[each].tokens.length), 2);
-  const x = (i) => margin + (width - margin - 4) * (i / (count - 1));
-  const y = (v) => height - 6 - (height - 16) * (high > low ? (v - low) / (high - low) : 0.5);
+  const x = (i) => 4 + (width - 8) * (i / (count - 1));
+  const y = (v) => height - 4 - (height - 8) * (high > low ? (v - low) / (high - low) : 0.5);
   const svg = drawing("svg", {viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img",
     "aria-label": title});
   for (const level of [low, high]) {
-    svg.append(drawing("line", {x1: margin, x2: width - 4, y1: y(level), y2: y(level), stroke: "var(--line)"}));
-    const label = drawing("text", {x: margin - 4, y: y(level) + 3, "text-anchor": "end"});
-    label.textContent = number(level);
-    svg.append(label);
+    svg.append(drawing("line", {x1: 0, x2: width, y1: y(level), y2: y(level), stroke: "var(--line)"}));
   }
   for (const {values, stroke, dashes} of lines) {
     const points = values.map((v, i) => [x(i), y(v)]).filter(([, v]) => Number.isFinite(v));
@@ -193,14 +191,18 @@ function plot(name, title, lines, low, high) {
     },
     off() { mark.setAttribute("visibility", "hidden"); },
   });
+  const levels = made("div", "levels");
+  levels.append(made("span", "", number(high)), made("span", "", number(low)));
+  const box = made("div", "plot");
+  box.append(levels, svg);
   const figure = made("figure");
-  figure.append(svg, made("figcaption", "", title));
+  figure.append(made("figcaption", "", title), box);
   return figure;
 }
 function plots() {
   marks.length = 0;
   const nats = [0, Math.max(...all((t) => t.nats), 0)];
-  const values = [...all((t) => t.value_before[objective]), ...all((t) => t.value_after[objective])];
+  const values = valuesOf();
   for (const name of names) {
     const tokens = sides[name].tokens;
     const place = document.getElementById(`${name}-plots`);
