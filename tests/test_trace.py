@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from hf_recontrol import (
     ControlConfig,
@@ -25,6 +26,7 @@ from hf_recontrol import (
     trace,
     write_trace,
 )
+from hf_recontrol.cli import app
 from hf_recontrol.collection.sampling import RowSampler, response_seed
 from hf_recontrol.evaluation.likelihoods import likelihoods_in_force
 from hf_recontrol.evaluation.trace import page as pages
@@ -42,8 +44,8 @@ STATIC = ControlConfig("static", step_size=0.5)
 PROMPT = "w5 w6 w7 w8"
 NEW = 6
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-# Of each: family, hook point, layer, control. Layers that give tuples, positions of the mask, caps and scales behind the
-# LM head, a projection before it, no attention, no `logits_to_keep`.
+# Of each: family, hook point, layer, control. Layers that give tuples, positions of the mask, caps behind the LM head,
+# a projection before it, no attention, no `logits_to_keep`.
 CASES = [
     ("llama", "lm_head", -1, ADVANTAGE),
     ("llama", "decoder_layer", -1, replace(ASCENT, plausibility=0.3)),
@@ -107,7 +109,6 @@ def test_a_trace_is_what_generation_did(family, hook_point, layer, control, temp
             assert {token.drawn.id, token.base_draw.id, token.controlled_draw.id} <= shown.keys()
             assert shown[token.drawn.id].controlled == token.drawn.controlled
             assert token.seconds > 0
-    assert ids_of(found.base) != ids_of(found.controlled)
     assert model.active_control == control, "the settings are as before"
 
 
@@ -230,6 +231,7 @@ def test_what_cannot_be_traced_is_refused():
 
 def test_logits_that_are_no_numbers_are_an_error():
     model = controlled(dtype=torch.float32)
+    traced(model)
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(FloatingPointError, match="NaN"):
@@ -270,12 +272,8 @@ EVIL = "</script><script>document.title='run'</script><img src=x onerror=\"docum
 
 def evil() -> Trace:
     chances = [TokenChance(i, f"{EVIL}{i}", 0.5, 0.25) for i in range(3)]
-    tokens = [
-        TracedToken(
-            chances[i], chances[0], chances[i], [0.1 * i, 1.0], [0.2, 2.0], 1.0, 0.5, 0.1, 0.1 * i, chances, 0.01
-        )
-        for i in range(3)
-    ]
+    numbers = ([0.1, 1.0], [0.2, 2.0], 1.0, 0.5, 0.1, 0.3)
+    tokens = [TracedToken(chances[i], chances[0], chances[i], *numbers, chances, 0.01) for i in range(3)]
     response, other = TracedResponse(EVIL, True, tokens), TracedResponse("", True, [])
     return Trace(
         prompt=[{"role": EVIL, "content": EVIL}],
@@ -317,9 +315,8 @@ def test_the_page_holds_the_record_and_runs_nothing_else(make, tmp_path):
     assert (parsed.tags.count("script"), "img" in parsed.tags, parsed.handlers) == (2, False, [])
     assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-" in source
     # Texts aside it names nothing to load.
-    assert not re.search(
-        r"src=|href=|url\(|@import|fetch\(|XMLHttpRequest", pages.SCRIPT + pages.html_page("", "", [])
-    )
+    own = pages.trace_page(replace(evil(), prompt="", model="", heads={}, objectives=[], controlled=evil().base))
+    assert not re.search(r"src=|href=|url\(|@import|fetch\(|XMLHttpRequest", own)
 
 
 def test_files(tmp_path, monkeypatch):
@@ -366,29 +363,27 @@ def test_the_page_in_a_browser(tmp_path, monkeypatch):
     assert "token 2, id 1" in found and found.count("<svg") == 2
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch):
     base = tiny_model("llama", torch.float32)
     head = tiny_head(base, "lm_head", control=ADVANTAGE)
     base.save_pretrained(tmp_path / "base")
     tiny_tokenizer(chat=True).save_pretrained(tmp_path / "base")
     head.save_pretrained(tmp_path / "head")
 
-    def run(*words):
-        arguments = [*words, "-m", "base", "--max-new-tokens", "5", "--temperature", "0.7", "--seed", "2"]
-        code, out, err = run_fresh(RECONTROL, arguments, os.environ, timeout=120, cwd=tmp_path)
-        assert "Traceback" not in err
-        return code, out, err
-
-    code, out, err = run("trace", "head", PROMPT, "-o", "out", "--step-size", "2")
-    assert code == 0, err
-    record = json.loads((tmp_path / "out" / "trace.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    drawn = ["-m", "base", "--max-new-tokens", "5", "--temperature", "0.7", "--seed", "2"]
+    words = ["trace", "head", PROMPT, "-o", "out", "--step-size", "2", *drawn]
+    code, out, err = run_fresh(RECONTROL, words, os.environ, timeout=120)
+    assert (code, "Traceback" in err) == (0, False), err
+    record = json.loads(Path("out/trace.json").read_text())
     assert (record["control"]["step_size"], record["seed"], record["temperature"]) == (2.0, 2, 0.7)
     assert f"# controlled\n{record['controlled']['text']}\n" in out and "out/trace.html" in out
     # The same as `generate` says.
-    code, said, err = run("generate", "head", PROMPT, "--step-size", "2")
+    said = CliRunner().invoke(app, ["generate", "head", PROMPT, "--step-size", "2", *drawn]).stdout
     assert said.strip() == record["controlled"]["text"]
-    code, _, err = run("trace", "head", "  ", "-o", "other")
-    assert code == 1 and "empty" in err and not (tmp_path / "other").exists()
-    (tmp_path / "mine.json").write_text("{}")
-    code, _, err = run("trace", "head", PROMPT, "-o", "mine.html")
-    assert code == 1 and "mine.json is no trace" in err
+    Path("mine.json").write_text("{}")
+    # Before the base is loaded.
+    for prompt, output, error in (("  ", "other", "empty"), (PROMPT, "mine.html", "mine.json is no trace")):
+        found = CliRunner().invoke(app, ["trace", "head", prompt, "-o", output, "-m", "absent"])
+        assert found.exit_code == 1 and error in str(found.exception)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "head", "mine.json", "out"]
