@@ -78,7 +78,7 @@ def read_response(
     read = _read(model, rollout)
     log_base, log_own = (log_policy_of(rollout, logits) for logits in (read.base_logits, read.own_logits))
     kl = kl_by_token(log_base, log_own)
-    if not torch.isfinite(kl).all():
+    if log_base.isnan().any() or log_own.isnan().any() or not torch.isfinite(kl).all():
         raise FloatingPointError(
             "The model's logits hold NaN or infinite values, so no KL can be read: load it in another dtype (bfloat16 "
             "has a wider range than float16)."
