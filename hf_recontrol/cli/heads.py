@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,11 +12,6 @@ from ..utils.choices import CONTROL_METHODS
 from ..utils.setting_fields import settings_class
 from .app import app, print_json
 from .options import with_settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ..modeling.causal_lm import ReControlForCausalLM
 
 _HeadArgument = Annotated[str, typer.Argument(help="Head: a folder or a Hub repo.")]
 _MethodOption = Annotated[Literal[CONTROL_METHODS] | None, typer.Option(help="Default: the head's.")]
@@ -38,9 +33,7 @@ class _TraceCommandSettings(TraceSettings, LoadingSettings):
     """What `recontrol trace` can be told of how it computes."""
 
 
-def _controlled(
-    head: str, base: str | None, changes: dict[str, Any], settings: LoadingSettings
-) -> tuple[ReControlForCausalLM, PreTrainedTokenizerBase]:
+def _controlled(head: str, base: str | None, changes: dict[str, Any], settings: LoadingSettings) -> tuple[Any, Any]:
     """The base (by default that which the head names) under what the head recommends with `changes`; its tokenizer."""
     from dataclasses import replace
 
