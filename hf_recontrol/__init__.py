@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from .evaluation.judges.judge import Judge, Question, Verdict
     from .evaluation.judges.page import write_judge_page
     from .evaluation.metrics import diversity, kl_divergence
+    from .evaluation.pages.report import write_report
     from .evaluation.recommendation import Recommendation, Trial, recommend_control
-    from .evaluation.report import write_report
     from .evaluation.rivals.rival import Answer, Bench, Rival
     from .evaluation.strength import KLMatch, match_kl
+    from .evaluation.trace.drawing import trace
+    from .evaluation.trace.page import write_trace
+    from .evaluation.trace.record import TokenChance, Trace, TracedResponse, TracedToken
     from .heads.convert import convert_checkpoint
     from .heads.value_head import ValueHead
     from .modeling.causal_lm import ReControlForCausalLM
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
         SeedSettings,
         StatesSettings,
         TemplateSettings,
+        TraceSettings,
         TrainingSettings,
         TrainSettings,
         TuneSettings,
@@ -82,10 +86,13 @@ _MODULES = {
     "evaluation.judges.page": ("write_judge_page",),
     "evaluation.metrics": ("diversity", "kl_divergence"),
     "evaluation.recommendation": ("Recommendation", "Trial", "recommend_control"),
-    "evaluation.report": ("write_report",),
+    "evaluation.pages.report": ("write_report",),
     "evaluation.comparison.figures": ("Figure",),
     "evaluation.rivals.rival": ("Answer", "Bench", "Rival"),
     "evaluation.strength": ("KLMatch", "match_kl"),
+    "evaluation.trace.drawing": ("trace",),
+    "evaluation.trace.page": ("write_trace",),
+    "evaluation.trace.record": ("TokenChance", "Trace", "TracedResponse", "TracedToken"),
     "heads.convert": ("convert_checkpoint",),
     "heads.value_head": ("ValueHead",),
     "modeling.causal_lm": ("ReControlForCausalLM",),
@@ -111,6 +118,7 @@ _MODULES = {
         "SeedSettings",
         "StatesSettings",
         "TemplateSettings",
+        "TraceSettings",
         "TrainSettings",
         "TrainingSettings",
         "TuneSettings",

@@ -76,7 +76,7 @@ def test_a_conversation_under_control_and_its_commands(folder):
 
 
 def test_both_answers_strengths_heads_and_what_is_wrong(folder):
-    lines = ["w5 w6", "/strength 0", "/clear", "w5 w6", "/strength much", "/strength 1e30", "w5", "/strength 3"]
+    lines = ["w5 w6", "/strength 0", "/clear", "w5 w6", "/strength much", "/strength 1e38", "w5", "/strength 3"]
     lines += ["/off", "/clear", "w5 w6", "/heads", "/heads nobody=1", "/heads other=0.5", "/nonsense"]
     output = chat(folder, *lines, words=["--temperature", "0", "--value-head", f"other={folder / 'head'}"])
     [base], [controlled] = (expected(folder, ["w5 w6"], control) for control in (False, None))

@@ -117,7 +117,9 @@ def test_label_finds_a_column_where_the_first_part_holds_no_rows(tmp_path, monke
     assert "2 responses, mean reward 2.500" in done.output, done.output
 
 
-@pytest.mark.parametrize("command", ["demo", "fit", "rollout", "label", "states", "train", "generate", "info"])
+@pytest.mark.parametrize(
+    "command", ["demo", "fit", "rollout", "label", "states", "train", "generate", "trace", "info"]
+)
 def test_help_teaches(command):
     text = CliRunner().invoke(app, [command, "--help"]).output
     assert "Usage" in text and "--help" in text

@@ -21,7 +21,7 @@ def test_importing_touches_no_network():
     imported = set(done.stdout.split())
     assert {
         f"hf_recontrol.{name}"
-        for name in ("modeling.causal_lm", "heads.hub", "training.trainer", "cli", "evaluation.report")
+        for name in ("modeling.causal_lm", "heads.hub", "training.trainer", "cli", "evaluation.pages.report")
     } <= imported
 
 

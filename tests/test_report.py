@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from hf_recontrol.evaluation.report import write_report
+from hf_recontrol.evaluation.pages.report import write_report
 
 EVIL = "<script>alert('x')</script><b onclick=\"y\">&amp;"
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -346,7 +346,7 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 def test_no_pyplot(tmp_path):
     code = """
 import sys
-from hf_recontrol.evaluation.report import write_report
+from hf_recontrol.evaluation.pages.report import write_report
 assert "matplotlib" not in sys.modules  # which most users of the package never need
 from tests.test_report import full_data
 write_report(sys.argv[1], **full_data())

@@ -37,8 +37,8 @@ app = typer.Typer(
 **fit** goes from prompts and a reward to a head in one line. Its stages also stand alone: **rollout** (sample
 responses), **label** (score them), **states** (read hidden states), **train** (fit the head); each reads the folder of
 the one before, resumes where it was stopped, and shares its work between the processes of `accelerate launch`. Then
-**generate** under the head's control, and **compare** it with the base, prompting, best-of-n and more. **demo** does
-all of it on a small model.""",
+**generate** under the head's control, **trace** what it does to an answer, and **compare** it with the base,
+prompting, best-of-n and more. **demo** does all of it on a small model.""",
 )
 
 

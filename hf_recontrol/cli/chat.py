@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..settings import LoadingSettings, SamplingSettings, SeedSettings, TemplateSettings
-from ..utils.choices import CONTROL_METHODS
 from ..utils.setting_fields import settings_class
 from .app import app
+from .controlled import HeadArgument, MaxKLOption, MethodOption, StepSizeOption, load_controlled
 from .options import with_settings
 
 if TYPE_CHECKING:
@@ -164,14 +164,15 @@ def _number(name: str, text: str) -> float:
 @with_settings(_ChatSettings, from_file=False)
 def chat(
     settings: _ChatSettings,
-    head: Annotated[str, typer.Argument(help="Head: a folder or a Hub repo.")],
+    head: HeadArgument,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Base; default: the one the head names.")] = None,
     more: Annotated[
         list[str] | None,
         typer.Option("--value-head", help="NAME=HEAD: one more head, which /heads gives a weight. May be repeated."),
     ] = None,
-    method: Annotated[Literal[CONTROL_METHODS] | None, typer.Option(help="Default: the head's.")] = None,
-    step_size: Annotated[float | None, typer.Option(help="α, or 1/τ; default: the head's.")] = None,
+    method: MethodOption = None,
+    step_size: StepSizeOption = None,
+    max_kl: MaxKLOption = None,
     mode: Annotated[Literal["both", "on", "off"], typer.Option(help="Which answers are given at first.")] = "both",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.7,
@@ -181,18 +182,12 @@ def chat(
     Example: `recontrol chat my-head --value-head polite=user/polite-head`
     """
     from ..collection.sampling import sampling_config
-    from ..heads.resolution import resolve_head_and_base
-    from ..pipelines.loading import load_base
 
-    changes = {name: value for name, value in (("method", method), ("step_size", step_size)) if value is not None}
     named = [text.partition("=") for text in more or []]
     if wrong := [name for name, _, source in named if not (name and source)]:
         raise typer.BadParameter(f"is NAME=HEAD, got {wrong[0]!r}", param_hint="--value-head")
-    names = [head] if model is None else [model, head]
-    loaded, base, revision, _ = resolve_head_and_base(*names, token=settings.token)
-    wanted = loaded.config.changed_control(changes)
-    settings = replace(settings, revision=settings.revision or revision)
-    controlled, tokenizer = load_base(base, settings, loaded, wanted)
+    changes = {"method": method, "step_size": step_size, "max_kl": max_kl}
+    controlled, tokenizer = load_controlled(head, model, changes, settings)
     for name, _, source in named:
         controlled.add_value_head(name, source, token=settings.token)
     controlled.check_same_for_all_prompts(controlled.control)

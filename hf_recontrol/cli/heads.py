@@ -1,16 +1,25 @@
-"""Work with a head that exists: `recontrol generate`, `convert`, `info`."""
+"""Work with a head that exists: `recontrol generate`, `trace`, `convert`, `info`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from ..settings import LoadingSettings, SeedSettings, TemplateSettings
-from ..utils.choices import CONTROL_METHODS
+from ..settings import LoadingSettings, SeedSettings, TemplateSettings, TraceSettings
 from ..utils.setting_fields import settings_class
 from .app import app, print_json
+from .controlled import (
+    HeadArgument,
+    MaxKLOption,
+    MethodOption,
+    NumStepsOption,
+    PlausibilityOption,
+    StepSizeOption,
+    TargetOption,
+    load_controlled,
+)
 from .options import with_settings
 
 
@@ -19,21 +28,24 @@ class _GenerateCommandSettings(SeedSettings, TemplateSettings, LoadingSettings):
     """What `recontrol generate` can be told of how it computes."""
 
 
+@settings_class("Options")
+class _TraceCommandSettings(TraceSettings, LoadingSettings):
+    """What `recontrol trace` can be told of how it computes."""
+
+
 @app.command()
 @with_settings(_GenerateCommandSettings, from_file=False)
 def generate(
     settings: _GenerateCommandSettings,
-    head: Annotated[str, typer.Argument(help="Head: a folder or a Hub repo.")],
+    head: HeadArgument,
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Base; default: the one the head names.")] = None,
-    method: Annotated[Literal[CONTROL_METHODS] | None, typer.Option(help="Default: the head's.")] = None,
-    step_size: Annotated[float | None, typer.Option(help="α, or 1/τ; default: the head's.")] = None,
-    num_steps: Annotated[int | None, typer.Option(help="Ascent steps; default: the head's.")] = None,
-    plausibility: Annotated[float | None, typer.Option(help="p; default: the head's.")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Nats a token at most; default: the head's.")] = None,
-    target: Annotated[
-        list[float] | None, typer.Option(help="Value to approach (ascent); once for each objective.")
-    ] = None,
+    method: MethodOption = None,
+    step_size: StepSizeOption = None,
+    num_steps: NumStepsOption = None,
+    plausibility: PlausibilityOption = None,
+    max_kl: MaxKLOption = None,
+    target: TargetOption = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also show the base's answer.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens drawn at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
@@ -42,26 +54,12 @@ def generate(
 
     Example: `recontrol generate my-head "How do I boil an egg?" --compare`
     """
-    from dataclasses import replace
-
     from ..collection.rollouts import generate_rollouts
     from ..data.prompts import load_prompts
-    from ..heads.resolution import resolve_head_and_base
-    from ..pipelines.loading import load_base
 
-    options = {"method": method, "step_size": step_size, "num_steps": num_steps, "plausibility": plausibility}
-    options |= {"max_kl": max_kl}
-    changes = {name: value for name, value in options.items() if value is not None}
-    if target:
-        changes["target"] = target
-    names = [head] if model is None else [model, head]
-    loaded, base, revision, _ = resolve_head_and_base(*names, token=settings.token)
-    recommended = loaded.config.control
-    wanted = loaded.config.changed_control(changes)
-    if recommended is None and step_size is None:
-        typer.echo(f"This head recommends no control, so this is {wanted}: try `--step-size`.", err=True)
-    settings = replace(settings, revision=settings.revision or revision)
-    controlled, tokenizer = load_base(base, settings, loaded, wanted)
+    changes = {"method": method, "step_size": step_size, "num_steps": num_steps, "target": target}
+    changes |= {"plausibility": plausibility, "max_kl": max_kl}
+    controlled, tokenizer = load_controlled(head, model, changes, settings)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": settings.seed}
     sampling |= {"prompt_format": settings.prompt_format, "chat_template_kwargs": settings.chat_template_kwargs}
     # A dialogue that was typed up to the middle of an answer is to be gone on with.
@@ -73,6 +71,51 @@ def generate(
             used = f"{controlled.control.method}, step size {controlled.control.step_size:g}"
             typer.echo(f"# {answer.prompt}\n## base\n{base.completion}\n## {used}")
         typer.echo(answer.completion)
+
+
+@app.command()
+@with_settings(_TraceCommandSettings, from_file=False)
+def trace(
+    settings: _TraceCommandSettings,
+    head: HeadArgument,
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    base: Annotated[
+        str | None, typer.Option("--base", "-m", help="Base model: a folder or a Hub name; default: the head's.")
+    ] = None,
+    method: MethodOption = None,
+    step_size: StepSizeOption = None,
+    num_steps: NumStepsOption = None,
+    plausibility: PlausibilityOption = None,
+    max_kl: MaxKLOption = None,
+    target: TargetOption = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="The page, whose JSON goes beside it; or a folder for trace.html and trace.json."
+        ),
+    ] = Path("trace.html"),
+) -> None:
+    """See what control does to an answer, token by token: V before and after the edit, its length, the KL, what the
+    base would have drawn, the time. One HTML page to look at, and JSON.
+
+    Example: `recontrol trace my-head "How do I boil an egg?" -o egg.html`
+    """
+    from ..data.prompts import load_prompts
+    from ..evaluation.trace.drawing import trace as run_trace
+    from ..evaluation.trace.page import check_trace_output, write_trace
+
+    check_trace_output(output)
+    load_prompts([prompt], on_answers="keep")  # raises before the base is loaded
+    changes = {"method": method, "step_size": step_size, "num_steps": num_steps, "target": target}
+    changes |= {"plausibility": plausibility, "max_kl": max_kl}
+    controlled, tokenizer = load_controlled(head, base, changes, settings)
+    found = run_trace(controlled, tokenizer, prompt, settings)
+    page, record = write_trace(found, output)
+    count = len(found.controlled.tokens)
+    where = "They are the same" if found.parts_at is None else f"They part at token {found.parts_at + 1}"
+    typer.echo(f"# base\n{found.base.text}\n# controlled\n{found.controlled.text}\n")
+    typer.echo(f"{where}. Control spent {found.controlled.nats:.3g} nats in {count} tokens.")
+    typer.echo(f"What it did at each token: {page} (and {record}).")
 
 
 @app.command()

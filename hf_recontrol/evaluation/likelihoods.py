@@ -132,10 +132,21 @@ def _likelihood(rollout: Rollout, base: torch.Tensor, own: torch.Tensor | None) 
     plain = -torch.log_softmax(base.float(), dim=-1).gather(-1, tokens).cpu().double().sum()
     if own is None:
         return Likelihood(float(plain))
-    temperature = rollout.temperature or 1.0
-    log_base = torch.log_softmax(base.float() / temperature, dim=-1)
-    log_policy = torch.log_softmax(own.float() / temperature, dim=-1)
-    # A masked token has policy 0 and adds nothing, where 0 * -inf would be NaN.
-    terms = (log_policy.exp() * (log_policy - log_base)).where(log_policy > -torch.inf, 0.0)
+    log_base, log_policy = (log_policy_of(rollout, logits) for logits in (base, own))
     ratio = (log_policy.gather(-1, tokens) - log_base.gather(-1, tokens)).cpu().double().sum()
-    return Likelihood(float(plain), float(terms.sum(-1).cpu().double().sum()), float(ratio))
+    return Likelihood(float(plain), float(kl_by_token(log_base, log_policy).sum()), float(ratio))
+
+
+def log_policy_of(rollout: Rollout, logits: torch.Tensor) -> torch.Tensor:
+    """`log π` of logits, `(tokens, vocabulary)`, at the temperature that a response was sampled at (1 if greedy)."""
+    return torch.log_softmax(logits.float() / (rollout.temperature or 1.0), dim=-1)
+
+
+def kl_by_token(log_base: torch.Tensor, log_policy: torch.Tensor) -> torch.Tensor:
+    """
+    `KL(π ‖ π0)` in nats at each token, exact over the vocabulary: `(tokens, vocabulary)` to `(tokens,)`, in float64 on
+    the CPU.
+    """
+    # A masked token has policy 0 and adds nothing, where 0 * -inf would be NaN.
+    terms = (log_policy.exp() * (log_policy - log_base)).masked_fill(log_policy == -torch.inf, 0.0)
+    return terms.sum(-1).cpu().double()

@@ -250,6 +250,16 @@ class ValueHead(nn.Module):
             )
 
 
+def read_values(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """
+    What a head says of states, `(..., hidden_size)` to `(..., num_objectives)`, where the states are; in the reward's
+    own units, if it is a [`ValueHead`].
+    """
+    parameter = next(head.parameters(), states)
+    values = head(states.to(parameter.device, parameter.dtype))
+    return (head.rewards(values) if isinstance(head, ValueHead) else values).to(states.device)
+
+
 def _seen_prompts(name_or_path: str | os.PathLike, digest: str, options: dict) -> SeenPrompts:
     if Path(name_or_path, options["subfolder"], NEXT_PROMPTS_NAME).is_file():
         # Left by a save that was stopped, before or after it wrote the configuration.

@@ -19,7 +19,7 @@ from ..configuration import ControlConfig
 from ..heads.base_model import has_acting_adapter, hub_options, load_base_model
 from ..heads.hub import portable_name
 from ..heads.resolution import resolve_head_and_base
-from ..heads.value_head import ValueHead
+from ..heads.value_head import ValueHead, read_values
 from .call_settings import HeadWeights
 from .checks import head_config, matched_head
 from .fused_lm_head import controlled_forward, original_forward
@@ -266,9 +266,7 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         inputs = with_positions(self, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
         with self.disable_control(), in_eval(self), read_states(self.hook_point) as states:
             self(**inputs)
-        parameter = next(head.parameters(), states[0])
-        values = head(states[0].to(parameter.device, parameter.dtype))
-        return (head.rewards(values) if isinstance(head, ValueHead) else values).to(states[0].device)
+        return read_values(head, states[0])
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, value_head: str | None = None, **kwargs) -> None:
         """

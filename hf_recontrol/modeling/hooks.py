@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,7 +212,7 @@ class ControlHooks:
             moved = step_size * sum(map(abs, weights.values()))
             forward.controlled = moved != 0 if isinstance(moved, torch.Tensor) else None
         call = self.settings.current
-        return self.settings.controller.edit(
+        edited = self.settings.controller.edit(
             hidden,
             control,
             step_size,
@@ -220,6 +220,18 @@ class ControlHooks:
             check_states=call is not None and call.generating,
             prepared=call is not None,
         )
+        if not torch.compiler.is_compiling() and (edits := getattr(self._thread, "edits", None)) is not None:
+            edits.append((hidden, edited))
+        return edited
+
+    @contextmanager
+    def collect_edits(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """[`read_edits`] of the model of these hooks."""
+        self._thread.edits = edits = []
+        try:
+            yield edits
+        finally:
+            self._thread.edits = None
 
     def _with_base(self, base: torch.Tensor, controlled: torch.Tensor, control: ControlConfig) -> torch.Tensor:
         """What goes on through the model: the controlled states, or base and controlled ones as a doubled batch."""
@@ -313,6 +325,16 @@ def follow(model: nn.Module) -> None:
     hooks = getattr(model, "_recontrol", None)
     if hooks is not None:
         hooks.follow(model)
+
+
+def read_edits(model: nn.Module) -> AbstractContextManager[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """
+    A context manager that collects what the heads of a controlled model do to its states: of each forward in the
+    block, in this thread, the states whose logits are kept, before and after the edit. A forward under no control adds
+    nothing, nor does compiled code.
+    """
+    hooks: ControlHooks = getattr(model, "_recontrol", None)
+    return hooks.collect_edits()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.rollouts import Rollout, load_rollouts, rollout_parts
 from ..data.stage_folder import read_manifest
 from ..data.states import StateStore
-from ..evaluation.report import write_report
+from ..evaluation.pages.report import write_report
 from ..heads.value_head import ValueHead
 from ..settings import TrainingSettings
 from ..training.held_out import split_by_prompt

@@ -3,7 +3,15 @@ Settings of a run, one class for each stage or command: one name, one default an
 and YAML. Each class is read on its own, and those of several stages are made of them.
 """
 
-from .comparison import COMPARE_INPUTS, HELD_OUT_PROMPTS, TUNE_INPUTS, AnswerSettings, CompareSettings, TuneSettings
+from .comparison import (
+    COMPARE_INPUTS,
+    HELD_OUT_PROMPTS,
+    TUNE_INPUTS,
+    AnswerSettings,
+    CompareSettings,
+    TraceSettings,
+    TuneSettings,
+)
 from .stages import (
     AdvantageSettings,
     BadRowSettings,

@@ -1,4 +1,4 @@
-"""Settings of what comes after training: the comparison of a control with others."""
+"""Settings of what comes after training: the comparison of a control with others, a search for one, a trace of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..utils.checks import check_choice, check_number
 from ..utils.choices import CONTROL_METHODS
 from ..utils.setting_fields import number_of_text, setting, settings_class
-from .stages import LabelSettings, LoadingSettings, PromptSettings, SamplingSettings
+from .stages import LabelSettings, LoadingSettings, PromptSettings, SamplingSettings, SeedSettings, TemplateSettings
 
 # What a comparison works on, beside its settings.
 COMPARE_INPUTS = {
@@ -145,6 +145,24 @@ class TuneSettings(AnswerSettings):
             raise ValueError("`criterion='reward_at_kl'` compares controls at one KL: give one `kl`, no `step_sizes`.")
         if not self.kl and not self.step_sizes:
             object.__setattr__(self, "kl", (0.1,) if self.criterion == "reward_at_kl" else _TUNED_AT)
+
+
+@settings_class("Trace")
+class TraceSettings(SeedSettings, TemplateSettings):
+    """How the two responses of a trace are drawn, and how much is told of each token."""
+
+    max_new_tokens: int = setting(128, "Tokens drawn at most for each response.", low=1)
+    temperature: float = setting(
+        0.0, "Sampling temperature of both responses, which are drawn with the same noise; 0 is greedy.", low=0
+    )
+    stop_strings: tuple[str, ...] = setting(
+        (),
+        "Texts that end a turn, such as `\\n\\nHuman:` for a base model in a dialogue format.",
+        escapes=True,
+    )
+    num_alternatives: int = setting(
+        5, "How many of the likeliest tokens of the base, and of those under control, are told at each place.", low=1
+    )
 
 
 def _checked_criterion(criterion: Any) -> str | dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
@@ -14,21 +13,16 @@ from pathlib import Path
 
 from ...utils.checks import check_int
 from ...utils.extras import needs_extra
-from ...utils.files import atomic_path, check_target, read_json, write_json
+from ...utils.files import check_target, read_json, write_json
 from ..comparison.results import ANSWERS_NAME, FIGURES_JSON_NAME
+from ..pages.document import html_page, write_page
 from .judge import shown_prompt
 from .person import KEY_NAME, digest_of
 
 _STYLE = """
-:root{color-scheme:light dark;--text:#1f2328;--dim:#59636e;--page:#f6f8fa;--card:#fff;--line:#d1d9e0;--mark:#0969da}
-@media (prefers-color-scheme:dark){
-:root{--text:#e6edf3;--dim:#9198a1;--page:#0d1117;--card:#161b22;--line:#3d444d;--mark:#4493f8}}
-body{margin:0 auto;padding:2rem 1rem 4rem;max-width:72rem;font:1rem/1.5 system-ui,sans-serif;color:var(--text);
-background:var(--page);overflow-wrap:anywhere}
-h1{font-size:1.7rem;line-height:1.25;margin:0 0 1rem}h2{font-size:1rem;margin:0 0 .5rem;color:var(--dim)}
-.note{color:var(--dim)}.text{white-space:pre-wrap}
-.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem;margin:0 0 1rem}
-.answers{display:grid;grid-template-columns:1fr 1fr;gap:1rem}
+body{max-width:72rem}
+h2{font-size:1rem;margin:0 0 .5rem;color:var(--dim)}
+.answers{display:grid;grid-template-columns:1fr 1fr;gap:1rem}.answers .card{margin:0 0 1rem}
 @media (max-width:44rem){.answers{grid-template-columns:1fr}}
 .choices,.moves{display:flex;flex-wrap:wrap;gap:.75rem;margin:0 0 1rem}
 button{font:inherit;color:inherit;background:var(--card);border:1px solid var(--line);border-radius:.5rem;
@@ -36,7 +30,6 @@ padding:.5rem 1rem;cursor:pointer}
 button:focus-visible{outline:3px solid var(--mark);outline-offset:2px}
 button[aria-pressed=true]{border-color:var(--mark);box-shadow:inset 0 0 0 1px var(--mark)}
 kbd{font:.8rem ui-monospace,monospace;border:1px solid var(--line);border-radius:.25rem;padding:0 .3rem}
-[hidden]{display:none}
 """
 
 _SCRIPT = """
@@ -175,9 +168,7 @@ def write_judge_page(
         raise ValueError(f"Every answer of {control!r} is the same as that of {against!r}: there is nothing to judge.")
     key = {"page": page, "control": control, "strength": strength, "against": against, "seed": seed, "pairs": pairs}
     write_json(comparison / KEY_NAME.format(page), key)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(output) as temporary:
-        temporary.write_text(_html(page, articles), encoding="utf-8", errors="replace", newline="\n")
+    write_page(output, _html(page, articles))
     return len(articles)
 
 
@@ -249,20 +240,10 @@ def _said(written: str) -> str:
 
 
 def _html(page: str, articles: Sequence[str]) -> str:
-    checksum = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{checksum}'"
-    return "\n".join(
-        [
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            # Texts are escaped; this keeps a browser from running anything but the script below if one were not.
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>Which answer is better?</title>\n<style>{_STYLE}</style>\n</head>",
-            f'<body data-page="{page}">\n<h1>Which answer is better?</h1>',
-            '<p class="note">Say which of the two answers to the request is better. Who wrote which is not on this '
-            "page. What you said is kept in this browser; save it in the end, or in between.</p>",
-            _TOOL,
-            *articles,
-            f"<script>{_SCRIPT}</script>\n</body>\n</html>\n",
-        ]
+    note = (
+        '<p class="note">Say which of the two answers to the request is better. Who wrote which is not on this page. '
+        "What you said is kept in this browser; save it in the end, or in between.</p>"
+    )
+    return html_page(
+        "Which answer is better?", _STYLE, [note, _TOOL, *articles], _SCRIPT, attributes=f'data-page="{page}"'
     )

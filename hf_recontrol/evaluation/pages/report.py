@@ -9,12 +9,11 @@ import os
 import re
 from html import escape
 from numbers import Integral, Real
-from pathlib import Path
 
-from ..data.templating import message_text
-from ..heads.figures import FIGURES
-from ..utils.extras import needs_extra
-from ..utils.files import atomic_path
+from ...data.templating import message_text
+from ...heads.figures import FIGURES
+from ...utils.extras import needs_extra
+from .document import HIGH, LOW, OPACITY, facts_list, html_page, write_page
 
 _READING = {
     "value": (
@@ -45,29 +44,20 @@ _READING = {
 }
 
 _STYLE = """
-:root{color-scheme:light dark;--text:#1f2328;--dim:#59636e;--page:#f6f8fa;--card:#fff;--line:#d1d9e0;--warn:#fff8c5}
-@media (prefers-color-scheme:dark){
-:root{--text:#e6edf3;--dim:#9198a1;--page:#0d1117;--card:#161b22;--line:#3d444d;--warn:#3b300d}}
-body{margin:0 auto;padding:2rem 1rem 4rem;max-width:62rem;font:1rem/1.5 system-ui,sans-serif;color:var(--text);
-background:var(--page);overflow-wrap:anywhere}
-h1{font-size:1.7rem;line-height:1.25;margin:0 0 1rem}
+body{max-width:62rem}
 h2{font-size:1.25rem;margin:2.5rem 0 .5rem;padding-bottom:.25rem;border-bottom:1px solid var(--line)}
-.warnings,.card,.plot{border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem;margin:1rem 0}
+.warnings,.plot{border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem;margin:1rem 0}
 .warnings{background:var(--warn);border-color:#b08800}.warnings ul{margin:.25rem 0 0;padding-left:1.25rem}
-.card{background:var(--card)}.plot{background:#fff;padding:.5rem;text-align:center}
+.plot{background:#fff;padding:.5rem;text-align:center}
 .plot svg{max-width:100%;height:auto}
-.note,dt,.role{color:var(--dim)}.role{font-size:.8rem;margin-top:.6rem}.role:first-child{margin-top:0}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.5rem;margin:0}dd{margin:0}
+.role{font-size:.8rem;margin-top:.6rem}.role:first-child{margin-top:0}
 table{border-collapse:collapse;width:100%}thead th{font-weight:600}
 th,td{text-align:left;font-weight:normal;padding:.3rem 1.5rem .3rem 0;border-bottom:1px solid var(--line)}
-.text{white-space:pre-wrap}.text span{border-radius:.15rem}
+.text span{border-radius:.15rem}
 .scores{margin-top:.75rem;padding-top:.5rem;border-top:1px solid var(--line)}
 .scores span{margin-right:1.5rem}
 .scale{display:inline-block;width:9rem;height:.8rem;margin:0 .5rem;border-radius:.2rem}
 """
-
-# The endpoints of the diverging scale, laid over the page with an opacity, so that they suit a light and a dark one.
-_LOW, _HIGH, _OPACITY = "37,111,225", "225,60,45", 0.65
 
 
 def write_report(
@@ -109,26 +99,17 @@ def write_report(
     """
     with needs_extra("train", "The report"):
         import matplotlib.figure  # noqa: F401
-    page = [
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        # Texts are escaped; this keeps a browser from loading or running anything should one ever not be.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>",
+    content = [
         _warnings(figures.get("warnings") or []),
-        _facts(facts),
+        facts_list(facts),
         _section("Learning V", "value", _learning(curves.get("value") or [], "value")),
         _section("Learning g", "advantage", _learning(curves.get("advantage") or [], "advantage")),
         _section("Along the response", "position", _by_position(figures)),
         _section("Predicted and realised reward", "calibration", _calibration(figures.get("calibration") or [])),
         _section("Figures", None, _table(figures)),
         _section("Examples", "examples", _examples(examples, figures.get("reward_mean") or 0.0)),
-        "</body>\n</html>\n",
     ]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        # Byte-level tokens may hold lone surrogates, which UTF-8 has no bytes for.
-        temporary.write_text("\n".join(page), encoding="utf-8", errors="replace", newline="\n")
+    write_page(path, html_page(title, _STYLE, content))
 
 
 def _section(heading: str, reading: str | None, content: str) -> str:
@@ -141,11 +122,6 @@ def _section(heading: str, reading: str | None, content: str) -> str:
 def _warnings(warnings: list[str]) -> str:
     items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
     return f'<section class="warnings"><strong>Warning</strong><ul>{items}</ul></section>' if items else ""
-
-
-def _facts(facts: dict[str, str]) -> str:
-    rows = "".join(f"<dt>{escape(str(label))}</dt><dd>{escape(str(text))}</dd>\n" for label, text in facts.items())
-    return f'<dl class="card">\n{rows}</dl>' if rows else ""
 
 
 def _table(figures: dict) -> str:
@@ -257,7 +233,7 @@ def _examples(examples: list[dict], middle: float) -> str:
     cards = "\n".join(_example(number, example, middle, reach) for number, example in enumerate(examples))
     if not reach:
         return cards
-    stops = f"rgba({_LOW},{_OPACITY}),transparent,rgba({_HIGH},{_OPACITY})"
+    stops = f"rgba({LOW},{OPACITY}),transparent,rgba({HIGH},{OPACITY})"
     bar = f'<span class="scale" style="background:linear-gradient(to right,{stops})"></span>'
     return f'<p class="note">{_number(middle - reach)}{bar}{_number(middle + reach)}</p>\n{cards}'
 
@@ -291,5 +267,5 @@ def _said(message: dict) -> str:
 
 def _token(token: str, value: float, middle: float, reach: float) -> str:
     share = (value - middle) / reach if reach and math.isfinite(value) else 0.0
-    color = f"rgba({_HIGH if share > 0 else _LOW},{abs(share) * _OPACITY:.2f})"
+    color = f"rgba({HIGH if share > 0 else LOW},{abs(share) * OPACITY:.2f})"
     return f'<span title="{_number(value)}" style="background:{color}">{escape(token)}</span>'
