@@ -1,5 +1,6 @@
 """`recontrol chat`: real conversations with the command, line by line."""
 
+import json
 import os
 import signal
 import subprocess
@@ -63,8 +64,12 @@ def expected(folder, prompts, control, name="base"):
 
 def test_a_conversation_under_control_and_its_commands(folder):
     said = ("w5 w6", "w7 w8")
-    output = chat(folder, *said, "/history", "/exit", words=["--temperature", "0", "--mode", "on"])
+    page = folder / "last.html"
+    lines = ("/trace", *said, "/history", f"/trace '{page}'", "/exit")
+    output = chat(folder, *lines, words=["--temperature", "0", "--mode", "on"])
     answers = expected(folder, said, None)
+    assert "nothing was said yet" in output and json.loads(page.with_suffix(".json").read_text())
+    assert all(word in page.read_text() for word in answers[1].split())
     history = [line for line in output.replace("> ", "\n").splitlines() if line.startswith(("user: ", "assistant: "))]
     assert history == [
         f"user: {said[0]}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -22,6 +23,7 @@ HELP = """\
 /on, /off           answer under control alone, or as the base alone
 /strength [X]       show or set the step size
 /heads [NAME=X ...] show the heads and their weights, or set these; heads that are not named do not act
+/trace [FILE]       what control does at each token of an answer to the last message: a page (default: trace.html)
 /clear              forget what was said
 /history            show what was said
 /help               this text
@@ -66,6 +68,8 @@ class Chat:
         self.encoder = PromptEncoder(tokenizer, settings)
         self.remembers = bool(tokenizer.chat_template)
         self.messages: list[dict[str, str]] = []
+        # What was asked last, whole, and the seed of its answer.
+        self.last: tuple[str | list[dict[str, str]], int] | None = None
 
     def run(self) -> None:
         """Read lines until the end."""
@@ -110,6 +114,8 @@ class Chat:
                 self.model.set_value_heads({head: _number(f"/heads {head}", weight) for head, _, weight in pairs})
             for head in self.model.value_heads:
                 typer.echo(f"{head}={self.model.value_head_weights.get(head, 0.0):g}")
+        elif name == "trace" and len(words) <= 1:
+            self.trace(Path(words[0] if words else "trace.html"))
         elif name == "clear" and not words:
             self.messages = []
         elif name == "history" and not words:
@@ -117,6 +123,28 @@ class Chat:
                 typer.echo(f"{message['role']}: {message['content']}")
         else:
             typer.echo(HELP)
+
+    def trace(self, output: Path) -> None:
+        """Write the page of [`trace`] for the last message."""
+        from ..evaluation.trace.drawing import trace
+        from ..evaluation.trace.page import check_trace_output, write_trace
+
+        if self.last is None:
+            raise ValueError("/trace is of the last message, and nothing was said yet.")
+        check_trace_output(output)
+        asked, seed = self.last
+        found = trace(
+            self.model,
+            self.tokenizer,
+            asked,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature if self.config.do_sample else 0.0,
+            seed=seed,
+            prompt_format=self.encoder.settings.prompt_format,
+            chat_template_kwargs=self.encoder.settings.chat_template_kwargs,
+        )
+        page, _ = write_trace(found, output)
+        typer.echo(f"{page}: {found.controlled.nats:.3g} nats in {len(found.controlled.tokens)} tokens")
 
     def say(self, text: str) -> None:
         """Answer a message, and remember both."""
@@ -126,6 +154,7 @@ class Chat:
             if self.mode == "both":
                 typer.echo("controlled:" if controlled else "base:")
             answer = self.answer(asked, controlled)
+        self.last = asked, self.seed
         self.seed += 1
         if self.remembers:
             self.messages = [*asked, {"role": "assistant", "content": answer}]

@@ -146,7 +146,16 @@ def kl_by_token(log_base: torch.Tensor, log_policy: torch.Tensor) -> torch.Tenso
     """
     `KL(π ‖ π0)` in nats at each token, exact over the vocabulary: `(tokens, vocabulary)` to `(tokens,)`, in float64 on
     the CPU.
+
+    Raises:
+        `FloatingPointError`: if a policy holds NaN, or the other one rules out what this one may draw.
     """
     # A masked token has policy 0 and adds nothing, where 0 * -inf would be NaN.
     terms = (log_policy.exp() * (log_policy - log_base)).masked_fill(log_policy == -torch.inf, 0.0)
-    return terms.sum(-1).cpu().double()
+    kl = terms.sum(-1).cpu().double()
+    if not torch.isfinite(kl).all():
+        raise FloatingPointError(
+            "The model's logits hold NaN or infinite values, so no KL can be read: load it in another dtype (bfloat16 "
+            "has a wider range than float16)."
+        )
+    return kl

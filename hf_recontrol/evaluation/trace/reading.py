@@ -78,11 +78,6 @@ def read_response(
     read = _read(model, rollout)
     log_base, log_own = (log_policy_of(rollout, logits) for logits in (read.base_logits, read.own_logits))
     kl = kl_by_token(log_base, log_own)
-    if log_base.isnan().any() or log_own.isnan().any() or not torch.isfinite(kl).all():
-        raise FloatingPointError(
-            "The model's logits hold NaN or infinite values, so no KL can be read: load it in another dtype (bfloat16 "
-            "has a wider range than float16)."
-        )
     draws = [_draws(rollout, logits, seed) for logits in (read.base_logits, read.own_logits)]
     _check_draws(rollout, draws[0 if rollout.control is None else 1])
     values = [_values(model, states) for states in (read.before, read.after)]
