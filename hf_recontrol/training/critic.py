@@ -14,7 +14,7 @@ from ..data.states import StateStore
 from ..heads.value_head import ValueHead
 from ..settings import ValueSettings
 from .targets import pad_episodes
-from .value import train_value_head
+from .value import fit_values
 
 # Episodes whose values are computed at once.
 _EPISODES_AT_ONCE = 64
@@ -87,7 +87,7 @@ def train_critic(
     """
     wide = CriticStore(store)
     config = replace(config, hidden_size=wide.hidden_size, advantage_sizes=None, static_vector=False)
-    return train_value_head(wide, config, settings, output_dir=output_dir, progress=progress)
+    return fit_values(wide, config, settings, output_dir, progress=progress)
 
 
 @torch.no_grad()

@@ -269,8 +269,22 @@ def train_value_head(
         `ImportError`: if accelerate is not installed.
     """
     settings = ValueSettings.of(settings, changes)
+    head, figures = fit_values(StateStore.of(states), config, settings, output_dir, trainer_class, progress)
+    for warning in figures["warnings"] if Processes().index == 0 else ():
+        logger.warning(warning)
+    return head, figures
+
+
+def fit_values(
+    store: StateStore,
+    config: ValueHeadConfig,
+    settings: ValueSettings,
+    output_dir: str | os.PathLike | None = None,
+    trainer_class: type[ValueTrainer] = ValueTrainer,
+    progress: Progress | None = None,
+) -> tuple[ValueHead, dict[str, Any]]:
+    """[`train_value_head`], without telling the warnings that are among its figures."""
     check_training(settings, Processes())
-    store = StateStore.of(states)
     _check(store, config)
     train, held_out = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
     rewarded = train
@@ -301,6 +315,4 @@ def train_value_head(
         head = head.cpu()
         for parameter in head.parameters():
             parameter.requires_grad_(True)
-    for warning in figures["warnings"] if trainer.processes.index == 0 else ():
-        logger.warning(warning)
     return head, figures | {"log": trainer.state.log_history}
