@@ -26,11 +26,12 @@ Made by `make results` (`benchmarks/results.py`): small models, short answers, s
 the `table.md` of one comparison; [comparing.md](comparing.md) says what its columns mean, and what KL is worth.
 Strengths were found on 64 held-out prompts, never by the reward. Differences are paired over prompts.
 
-The models are SmolLM2-135M-Instruct and Gemma-3-270M (a base model, asked in HH-RLHF's form of a dialogue). Heads are
-those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens to each. The
-preference reward model is a MiniLM of 6 layers, trained on the same pairs by `benchmarks/reward_model.py`: it ranks
-{accuracy:.0%} of {held_out_pairs} unseen pairs right, and its reward correlates with an answer's length by
-{correlation_with_length:.2f}. No judge here reads and understands: win rates are by these reward models.
+The models: smollm2 is SmolLM2-135M-Instruct; gemma is Gemma-3-270M, a base model, asked in HH-RLHF's form of a
+dialogue. Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens
+to each. The preference reward model is a MiniLM of 6 layers, trained on the same pairs by
+`benchmarks/reward_model.py`: it ranks {accuracy:.0%} of {held_out_pairs} unseen pairs right, and its reward correlates
+with an answer's length by {correlation_with_length:.2f}. No judge here reads and understands: win rates are by these
+reward models.
 """
 
 
@@ -104,6 +105,9 @@ def costs(study: Path) -> list[str]:
 def page(kept: Path, names: Sequence[str]) -> str:
     """The whole page, from the folder of figures."""
     text = [INTRODUCTION.format(**json.loads((kept / "reward-model.json").read_text(encoding="utf-8")))]
+    missing = [name for name in names if not (kept / name / "comparison" / "table.md").is_file()]
+    if missing:
+        text += [f"**Not run yet**: {', '.join(missing)} (base and reward).", ""]
     for name in names:
         base, reward = name.split("-")
         study = kept / name
