@@ -42,6 +42,7 @@ class TracedToken:
             What each policy draws here with the noise of this place; the likeliest token if greedy.
         value_before, value_after (`list[float]`):
             V of the state before and after the edit, one number for each objective, in the reward's own units.
+            `max_kl` acts behind the edit: `kl` shows it, these and the edit's length do not.
         edit (`float`):
             Length ‖u‖ of the edit, as it arrived in the dtype of the state.
         edit_relative (`float`):
