@@ -217,6 +217,8 @@ def make_variants(model, hidden_size: int, args) -> tuple[ReControlForCausalLM, 
         ]
     variants.append(Variant("authors' loop n=30", rival=authors_loop(one, 30)))
     variants.append(Variant("advantage", ("advantage",), ControlConfig("advantage", STEP_SIZE)))
+    # A limit that is always broken, so that it is always looked for.
+    variants.append(Variant("advantage, max_kl", ("advantage",), ControlConfig("advantage", STEP_SIZE, max_kl=1e-6)))
     flips = {f"ascent n={n}": flips_per_row(one, states.to(model.device), n) for n in (30, 200)}
     return model, variants, flips
 
