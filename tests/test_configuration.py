@@ -161,10 +161,10 @@ def test_step_sizes_may_come_as_arrays(step_size, expected):
 
 
 def test_unknown_keys_are_named_in_a_warning_and_ignored(recontrol_warnings):
-    control = ControlConfig.from_dict({"step_size": 0.25, "max_kl": 3, "colour": 1}, source="a file")
+    control = ControlConfig.from_dict({"step_size": 0.25, "max_nats": 3, "colour": 1}, source="a file")
     assert control == ControlConfig(step_size=0.25)
     (message,) = recontrol_warnings
-    assert "a file" in message and "max_kl" in message and "colour" in message and "step_size" not in message
+    assert "a file" in message and "max_nats" in message and "colour" in message and "step_size" not in message
     recontrol_warnings.clear()
 
     config = ValueHeadConfig.from_dict({"hidden_size": 8, "colour": "x", "control": {"new": 1}}, source="b file")
