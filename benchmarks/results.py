@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_recontrol import CompareSettings, FitSettings, compare, embedded_model, fit, load_prompts, vader
 
-KL = (0.05, 0.1)
+KL = 0.1
 INSTRUCTION = CompareSettings().instruction
 
 
@@ -87,8 +87,6 @@ class Study:
             What is compared on the unseen prompts.
         num_prompts (`int`):
             Prompts that the head is trained on, with two responses each.
-        kl (`tuple[float, ...]`):
-            Nats a token at which controls are compared.
         options (`dict`):
             Further settings of the sampling.
     """
@@ -97,7 +95,6 @@ class Study:
     reward: str
     controls: list[dict[str, Any]]
     num_prompts: int = 1024
-    kl: tuple[float, ...] = KL
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -107,16 +104,13 @@ class Study:
 
 HEADS_OWN: list[dict[str, Any]] = [{"kind": "static_vector"}, {"kind": "advantage"}, {"kind": "ascent"}]
 FEW: list[dict[str, Any]] = [{"kind": "base"}, {"kind": "prompting"}, {"kind": "best_of_n", "n": 8}, *HEADS_OWN]
-# The rows of the paper's Table 1 are these and those of RIVALS.
-MORE = [
-    *FEW,
-    {"kind": "ascent", "name": "ascent + prompting", "instruction": INSTRUCTION},
-    {"kind": "advantage", "name": "advantage + prompting", "instruction": INSTRUCTION},
-]
-# What is trained on the same rollouts, or asks the head or the reward about each token, beside the head's own methods.
+# Under an instruction, what is trained on the same rollouts, and what asks the head or the reward about each token,
+# beside the head's own methods. The rows of the paper's Table 1 are these and those above.
 RIVALS: list[dict[str, Any]] = [
     {"kind": "base"},
     *HEADS_OWN,
+    {"kind": "ascent", "name": "ascent + prompting", "instruction": INSTRUCTION},
+    {"kind": "advantage", "name": "advantage + prompting", "instruction": INSTRUCTION},
     {"kind": "steering_vector", "kl": 0.1},
     {"kind": "cd_prefix", "kl": 0.1},
     {"kind": "cd", "kl": 0.1},
@@ -124,10 +118,10 @@ RIVALS: list[dict[str, Any]] = [
 # HH-RLHF's own form of a dialogue, for a base model without a chat template.
 DIALOGUE = {"stop_strings": ("\n\nHuman:",)}
 STUDIES = [
-    Study("smollm2", "vader", MORE),
-    Study("smollm2", "preference", MORE),
-    Study("gemma", "vader", FEW, num_prompts=512, kl=(0.1,), options=DIALOGUE),
-    Study("gemma", "preference", FEW, num_prompts=512, kl=(0.1,), options=DIALOGUE),
+    Study("smollm2", "vader", FEW),
+    Study("smollm2", "preference", FEW),
+    Study("gemma", "vader", FEW, num_prompts=512, options=DIALOGUE),
+    Study("gemma", "preference", FEW, num_prompts=512, options=DIALOGUE),
 ]
 # Fig. 5 of the paper: step sizes by numbers of steps.
 GRID = [
@@ -197,16 +191,6 @@ class Runner:
         settings = FitSettings(num_samples=2, part_size=128, keep_states=True, **self.settings(study))
         fit(self.model(study), self.training(study)[0], reward, self.output / study.name / "fit", settings)
 
-    def controls(self, study: Study) -> list[dict[str, Any]]:
-        """Its controls; under an instruction at the strength that `fit` found without: a prompt has its own KL."""
-        head = self.output / study.name / "fit" / "head"
-        trials = json.loads((head / "training.json").read_text(encoding="utf-8"))["recommended"]["trials"]
-        found = {trial["control"]["method"]: trial["control"]["step_size"] for trial in trials if trial["control"]}
-        return [
-            control | ({"strengths": [found[control["kind"]]]} if "instruction" in control else {})
-            for control in study.controls
-        ]
-
     def settings(self, study: Study) -> dict[str, Any]:
         """Those of sampling and loading."""
         sampling = {"max_new_tokens": 8 if self.quick else 48, "temperature": 0.9, **study.options}
@@ -245,18 +229,21 @@ class Runner:
             (kept / "strengths.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
     def as_found(self, study: Study, controls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Controls at the strengths that the first comparison found for 0.1 nats a token."""
+        """
+        Controls at the strengths that the first comparison found; under an instruction too, which has a KL of its own.
+        """
         path = self.figures / study.name / "comparison" / "strengths.json"
         matches = json.loads(path.read_text(encoding="utf-8"))
-        found = {name.removesuffix(" at KL 0.1"): match["strength"] for name, match in matches.items()}
-        named = [(control, control.get("name", control["kind"])) for control in controls]
-        return [control | ({"strengths": [found[name]]} if name in found else {}) for control, name in named]
+        found = {name.removesuffix(f" at KL {KL:g}"): match["strength"] for name, match in matches.items()}
+        return [
+            control | ({"strengths": [found[control["kind"]]]} if control["kind"] in found else {})
+            for control in controls
+        ]
 
     def comparison(self, study: Study) -> None:
         """What a head is worth on unseen prompts; its methods also against its static vector."""
         self.head(study)
-        kl = (0.1,) if self.quick else study.kl
-        self.compared(study, "comparison", self.unseen(study), self.controls(study), kl=kl)
+        self.compared(study, "comparison", self.unseen(study), study.controls, kl=(KL,))
         self.compared(
             study, "against-static", self.unseen(study), self.as_found(study, HEADS_OWN), against="static_vector"
         )
@@ -271,7 +258,7 @@ class Runner:
         """The same controls at the same strengths, on questions of another kind."""
         self.head(study)
         prompts = self.prompts(self.harmfulqa, study.base, 16 if self.quick else 200)
-        self.compared(study, "harmfulqa", prompts, self.as_found(study, self.controls(study)))
+        self.compared(study, "harmfulqa", prompts, self.as_found(study, study.controls))
 
     def grid(self, study: Study) -> None:
         """Step sizes by numbers of steps."""

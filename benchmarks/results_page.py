@@ -24,7 +24,8 @@ INTRODUCTION = """# Results
 
 Made by `make results` (`benchmarks/results.py`): small models, short answers, small rewards, one seed. Every table is
 the `table.md` of one comparison; [comparing.md](comparing.md) says what its columns mean, and what KL is worth.
-Strengths were found on 64 held-out prompts, never by the reward. Differences are paired over prompts.
+Strengths were found on 64 held-out prompts, never by the reward. Differences are paired over prompts. Times in these
+tables are of a machine that did other work too: those to be held against each other stand under *time and memory*.
 
 The models: smollm2 is SmolLM2-135M-Instruct; gemma is Gemma-3-270M, a base model, asked in HH-RLHF's form of a
 dialogue. Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens
