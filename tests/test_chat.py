@@ -65,9 +65,11 @@ def expected(folder, prompts, control, name="base"):
 def test_a_conversation_under_control_and_its_commands(folder):
     said = ("w5 w6", "w7 w8")
     page = folder / "last.html"
-    lines = ("/trace", *said, "/history", f"/trace '{page}'", "/exit")
+    (folder / "mine.json").write_text("{}")
+    lines = ("/trace", *said, f"/trace '{folder / 'mine.json'}'", "/history", f"/trace '{page}'", "/exit")
     output = chat(folder, *lines, words=["--temperature", "0", "--mode", "on"])
     answers = expected(folder, said, None)
+    assert "is no trace" in output and (folder / "mine.json").read_text() == "{}"
     assert "nothing was said yet" in output and json.loads(page.with_suffix(".json").read_text())
     assert all(word in page.read_text() for word in answers[1].split())
     history = [line for line in output.replace("> ", "\n").splitlines() if line.startswith(("user: ", "assistant: "))]

@@ -92,8 +92,8 @@ class Chat:
                     self.say(line)
             except KeyboardInterrupt:
                 typer.echo("\n(stopped; this message is not remembered)")
-            # A step size that is too large for the head ends an answer, not the chat.
-            except (ValueError, TypeError, FloatingPointError) as error:
+            # A step size that is too large, or a page that cannot be written, ends an answer, not the chat.
+            except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
                 typer.echo(f"{error}")
 
     def command(self, line: str) -> None:
