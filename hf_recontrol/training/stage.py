@@ -55,14 +55,18 @@ def _states_id(folder: str | os.PathLike) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _what_matters(settings: TrainSettings) -> dict[str, Any]:
-    """The settings that the head depends on: not where its training is shown, nor how its data are fetched."""
+def _what_matters(settings: TrainSettings, store: StateStore) -> dict[str, Any]:
+    """
+    The settings that the head depends on: not where its training is shown, nor how its data are fetched, nor a critic
+    where there are no states for one.
+    """
     values = {
         item.name: getattr(settings, item.name) for cls in (ValueSettings, AdvantageSettings) for item in fields(cls)
     }
     arguments = values["training_arguments"]
     values["training_arguments"] = {key: value for key, value in arguments.items() if key not in _INDIFFERENT}
-    return {key: value for key, value in values.items() if key not in _INDIFFERENT}
+    indifferent = _INDIFFERENT if store.has_context else {*_INDIFFERENT, "critic"}
+    return {key: value for key, value in values.items() if key not in indifferent}
 
 
 def train_head(
@@ -103,7 +107,7 @@ def train_head(
     check_training(settings, processes)
     store = StateStore.open(states)
     config = _head_config(store, settings)
-    known = {"states": _states_id(states), "head": config.to_dict(), "training": _what_matters(settings)}
+    known = {"states": _states_id(states), "head": config.to_dict(), "training": _what_matters(settings, store)}
     known = json.loads(json.dumps(known, default=repr))
     lock = nullcontext()
     if processes.index == 0:
