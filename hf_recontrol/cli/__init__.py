@@ -1,6 +1,6 @@
 """The command `recontrol`."""
 
-from . import chat, evaluation, heads, stages  # the commands
+from . import chat, evaluation, heads, serve, stages  # the commands
 from .app import app, main
 
-__all__ = ["app", "chat", "evaluation", "heads", "main", "stages"]
+__all__ = ["app", "chat", "evaluation", "heads", "main", "serve", "stages"]

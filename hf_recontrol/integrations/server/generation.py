@@ -1,0 +1,147 @@
+"""How the server's answers are drawn: transformers' manager, with stop strings, seeds and room as clients expect."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastapi import HTTPException
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cli.serving.utils import (
+    DirectStreamer,
+    GenerateManager,
+    GenerationState,
+    _GenerationCancelled,
+    _StreamError,
+)
+from transformers.utils import logging
+
+from ..request_settings import Asked
+
+logger = logging.get_logger(__name__)
+
+# What may be said to a client of an error while an answer was drawn: these name a setting of the request.
+TOLD = (FloatingPointError,)
+INTERNAL = "The server failed at this request. Its log says why."
+
+
+@dataclass
+class RequestModel:
+    """The served model as one request sees it: what transformers' handlers call `model`."""
+
+    model: PreTrainedModel
+    asked: Asked
+    seed: int | None = None
+    stops: Sequence[str] = ()
+    # Whether the client named the length; else it is cut to the room there is.
+    length_is_asked: bool = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def generate(self, **kwargs) -> torch.Tensor:
+        """Draw an answer under the request's control. Without a seed of the request each answer has a new one."""
+        # Here, in the thread that draws: transformers' server seeds where requests arrive, beside other answers.
+        torch.manual_seed(secrets.randbits(63) if self.seed is None else self.seed)
+        return self.model.generate(control=self.asked.control, value_heads=self.asked.weights, **kwargs)
+
+    def fit(self, config: GenerationConfig, length: int) -> None:
+        """Cut an answer's length to the room behind a prompt of `length` tokens; 400 if a longer one was asked for."""
+        room = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        asked = config.max_new_tokens
+        if length == 0:
+            raise HTTPException(400, "The prompt holds no token.")
+        if room is None:
+            return
+        if length >= room or (self.length_is_asked and length + asked > room):
+            raise HTTPException(
+                400,
+                f"This model's context holds {room} tokens; the prompt has {length}, the answer may have {asked}.",
+            )
+        config.max_new_tokens = min(asked, room - length)
+
+
+def cut_at_stops(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first of the stop strings in it."""
+    ends = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+class _Streamer(DirectStreamer):
+    """Text as it is drawn, up to a stop string: what may be the beginning of one waits for the next token."""
+
+    def __init__(self, *args, stops: Sequence[str], **kwargs):
+        self._stops, self._waiting, self._is_cut = stops, "", False
+        super().__init__(*args, **kwargs)
+
+    def _enqueue(self, item) -> None:
+        if type(item) is not str or not self._stops:
+            if self._waiting and not self._is_cut:
+                super()._enqueue(self._waiting)
+            self._waiting = ""
+            super()._enqueue(item)
+            return
+        if self._is_cut:
+            return
+        text = self._waiting + item
+        kept = cut_at_stops(text, self._stops)
+        self._is_cut = len(kept) < len(text)
+        held = 0 if self._is_cut else _held_back(kept, self._stops)
+        ready, self._waiting = kept[: len(kept) - held], kept[len(kept) - held :]
+        if ready:
+            super()._enqueue(ready)
+
+
+def _held_back(text: str, stops: Sequence[str]) -> int:
+    """How many of the last characters may be the beginning of a stop string."""
+    lengths = range(min(len(text), max(map(len, stops)) - 1), 0, -1)
+    return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+class Manager(GenerateManager):
+    """transformers' sequential manager: one answer at a time, in a thread of its own."""
+
+    def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
+        """As the base class; what is wrong with the request is told before the stream begins."""
+        model.fit(gen_config, inputs["input_ids"].shape[-1])
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
+        streamer = _Streamer(tokenizer, loop, queue, response_parser=response_parser, stops=model.stops)
+
+        def run() -> None:
+            try:
+                model.generate(**inputs, streamer=streamer, generation_config=gen_config, tokenizer=processor)
+            except _GenerationCancelled:
+                loop.call_soon_threadsafe(queue.put_nowait, None)
+            except Exception as error:
+                if not isinstance(error, TOLD):
+                    logger.exception("A request failed.")
+                # It is put between quotes in JSON as it is.
+                told = json.dumps(str(error) if isinstance(error, TOLD) else INTERNAL)[1:-1]
+                loop.call_soon_threadsafe(queue.put_nowait, _StreamError(told))
+
+        self.submit(run)
+        return queue, streamer
+
+    async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
+        """As the base class; the text ends before a stop string."""
+        model.fit(gen_config, inputs["input_ids"].shape[-1])
+        text, *rest = await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
+        return cut_at_stops(text, model.stops), *rest
+
+
+class State(GenerationState):
+    """One manager for all models: they are one model under several settings."""
+
+    def __init__(self):
+        super().__init__()
+        self._manager = Manager()
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> Manager:
+        """The manager."""
+        return self._manager

@@ -1,0 +1,233 @@
+"""
+The requests of the server: transformers' handlers, with the fields of control, and strict where those are lenient.
+
+transformers' server ignores fields that it does not support, samples only where the base's own settings say so, and
+turns `frequency_penalty` into a penalty of another kind. Here an answer is what the request asked for, or the request
+is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from typing import Any
+
+from fastapi import HTTPException
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.utils import Modality
+
+from ..request_settings import FIELDS, RequestSettings, UnknownModel
+from .generation import RequestModel, cut_at_stops
+
+# Fields that ask for nothing at these values, and are not supported at others.
+_ONLY = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "prompt_logprobs": (None, 0),
+    "presence_penalty": (None, 0, 0.0),
+    "frequency_penalty": (None, 0, 0.0),
+    "tool_choice": (None, "auto"),
+    "parallel_tool_calls": (None, True),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "logit_bias": (None, {}),
+    "suffix": (None, ""),
+}
+# Fields that say nothing of the answer.
+_INDIFFERENT = ("user", "metadata", "store", "service_tier", "stream_options", "safety_identifier", "prompt_cache_key")
+# (low, high) of numbers.
+_NUMBERS = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 10.0),
+    "top_k": (-1, 2**31),
+    "seed": (-(2**63), 2**63 - 1),
+    "max_tokens": (1, 2**31),
+    "max_completion_tokens": (1, 2**31),
+}
+_INTEGERS = ("top_k", "seed", "max_tokens", "max_completion_tokens")
+_MOST_STOPS, _LONGEST_STOP = 16, 1000
+# Where a request names no length: as the two endpoints of others do, as long as there is room for a chat.
+_CHAT_LENGTH, _COMPLETION_LENGTH = 1024, 16
+
+
+def _refuse(message: str) -> None:
+    raise HTTPException(400, message)
+
+
+class _Strict:
+    """What both handlers do before and after transformers' own."""
+
+    _takes: tuple[str, ...] = ()
+    _length = _CHAT_LENGTH
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: RequestSettings, state):
+        super().__init__(None, state)
+        self.served, self.tokenizer, self.settings = model, tokenizer, settings
+        self.model_manager = self
+        self.view: RequestModel | None = None
+
+    @staticmethod
+    def get_model_modality(model: RequestModel, processor: PreTrainedTokenizerBase) -> Modality:
+        """What transformers' handlers ask of a model manager."""
+        return Modality.LLM
+
+    async def handle_request(self, body: dict, request_id: str):
+        """Answer a request, or refuse it with 400 (404: no such model) and words."""
+        # A handler of its own for each request, as transformers' methods take no settings of ours along.
+        own = copy.copy(self)
+        own.model_manager = own
+        own.view = own.read(body)
+        try:
+            return await super(_Strict, own).handle_request(own.cleaned(body), request_id)
+        except TemplateError as error:
+            _refuse(f"The chat template refuses these messages: {error}")
+
+    def read(self, body: dict) -> RequestModel:
+        """Check a request's fields; the model as it wants it."""
+        known = {*self._takes, *_ONLY, *_INDIFFERENT, *_NUMBERS, *FIELDS, "model", "stream", "stop", "vllm_xargs"}
+        if unknown := sorted(set(body) - known):
+            _refuse(f"Unknown fields {unknown}. There are: {', '.join(sorted(known - _ONLY.keys()))}.")
+        for name, allowed in _ONLY.items():
+            value = body.get(name)
+            if not any(type(value) is type(other) and value == other for other in allowed):
+                _refuse(f"`{name}` is not supported here, got {value!r}.")
+        for name, (low, high) in _NUMBERS.items():
+            _check_number(name, body.get(name), low, high)
+        if not isinstance(body.get("stream", False), (bool, type(None))):
+            _refuse("`stream` must be true or false.")
+        try:
+            asked = self.settings.read(body.get("model"), self._control_fields(body))
+            # With all heads at hand also what only these can tell.
+            with self.served.use_control(asked.control, asked.weights):
+                pass
+        except UnknownModel as error:
+            raise HTTPException(404, str(error)) from error
+        except (ValueError, TypeError) as error:
+            _refuse(str(error))
+        named = any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens"))
+        return RequestModel(self.served, asked, body.get("seed"), _stops(body.get("stop")), named)
+
+    def _control_fields(self, body: dict) -> dict[str, Any]:
+        """The fields of control: at the top, or where vLLM has them."""
+        extra = body.get("vllm_xargs") or {}
+        if not isinstance(extra, dict):
+            raise ValueError("`vllm_xargs` must be an object.")
+        if twice := sorted(extra.keys() & body.keys() & set(FIELDS)):
+            raise ValueError(f"{twice} stand both in the body and in `vllm_xargs`: name them once.")
+        return extra | {name: body[name] for name in FIELDS if name in body}
+
+    def cleaned(self, body: dict) -> dict[str, Any]:
+        """The fields that transformers' handler is to see."""
+        kept = {*self._takes, "model", "stream", "temperature", "top_p"}
+        return {name: value for name, value in body.items() if name in kept and value is not None} | {"_asked": body}
+
+    def _validate_request(self, body: dict) -> None:
+        pass
+
+    def _resolve_model(self, body: dict):
+        return body.get("model") or self.settings.base, self.view, self.tokenizer
+
+    def _build_generation_config(
+        self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False
+    ) -> GenerationConfig:
+        asked = body["_asked"]
+        own = {name: value for name, value in body.items() if name != "_asked"}
+        config = super()._build_generation_config(own, model_generation_config, use_cb=use_cb)
+        temperature = asked.get("temperature")
+        if temperature is None:
+            temperature = model_generation_config.temperature
+        config.do_sample = temperature != 0
+        if config.do_sample:
+            config.temperature = 1.0 if temperature is None else float(temperature)
+            # No filter that nobody asked for.
+            top_k = asked.get("top_k")
+            config.top_k = max(top_k, 0) if top_k is not None else model_generation_config.top_k or 0
+        else:
+            config.temperature = config.top_p = config.top_k = config.min_p = None
+        for name in ("min_p", "repetition_penalty"):
+            if asked.get(name) is not None and (config.do_sample or name != "min_p"):
+                setattr(config, name, float(asked[name]))
+        length = asked.get("max_completion_tokens") or asked.get("max_tokens")
+        config.max_new_tokens = length or self._length
+        config.max_length = None
+        config.stop_strings = list(self.view.stops) or None
+        return config
+
+
+class Chat(_Strict, ChatCompletionHandler):
+    """`/v1/chat/completions`."""
+
+    _takes = ("messages", "tools", "chat_template_kwargs")
+
+    def read(self, body: dict) -> RequestModel:
+        view = super().read(body)
+        if not self.tokenizer.chat_template:
+            _refuse("This base has no chat template: use /v1/completions.")
+        _check_messages(body.get("messages"))
+        if not isinstance(body.get("tools") or [], list):
+            _refuse("`tools` must be a list.")
+        more = body.get("chat_template_kwargs") or {}
+        if not isinstance(more, dict):
+            _refuse("`chat_template_kwargs` must be an object.")
+        if taken := sorted(more.keys() & inspect.signature(self.tokenizer.apply_chat_template).parameters.keys()):
+            _refuse(f"`chat_template_kwargs` are the template's own variables, {taken} are not.")
+        return view
+
+    def _build_completion(self, request_id: str, content: str, *args, **kwargs) -> dict:
+        # A response template reads the tokens, beyond a stop string too.
+        return super()._build_completion(request_id, cut_at_stops(content or "", self.view.stops), *args, **kwargs)
+
+
+class Completion(_Strict, CompletionHandler):
+    """`/v1/completions`."""
+
+    _takes = ("prompt",)
+    _length = _COMPLETION_LENGTH
+
+    def read(self, body: dict) -> RequestModel:
+        if not isinstance(body.get("prompt"), str):
+            _refuse("`prompt` must be one text.")
+        return super().read(body)
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if value is None:
+        return
+    kinds = int if name in _INTEGERS else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not low <= value <= high:
+        kind = "an integer" if name in _INTEGERS else "a number"
+        _refuse(f"`{name}` must be {kind} from {low:g} to {high:g}, got {value!r}.")
+
+
+def _stops(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value or []
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        _refuse("`stop` must be a text or a list of texts that are not empty.")
+    if len(stops) > _MOST_STOPS or any(len(stop) > _LONGEST_STOP for stop in stops):
+        _refuse(f"`stop` holds at most {_MOST_STOPS} texts of {_LONGEST_STOP} characters.")
+    return stops
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        _refuse("`messages` must be a list that is not empty.")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            _refuse(f"`messages[{number}]` must be an object with a `role`.")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        is_text = isinstance(content, str) or (content is None and message.get("tool_calls"))
+        if not (is_text or parts) or not all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in parts
+        ):
+            _refuse(f"`messages[{number}].content` must be a text, or a list of parts of type text.")
