@@ -79,7 +79,7 @@ def serve(
     if api_key is None and host not in _LOCAL:
         typer.echo(f"Anybody who reaches {host}:{port} can use this server: set {_KEY}.", err=True)
     heads = _named_heads(value_head or [base])
-    place = listen(host, port)
+    listener = listen(host, port)
     name, source = next(iter(heads.items()))
     changes = {"method": method, "step_size": step_size, "num_steps": num_steps}
     changes |= {"plausibility": plausibility, "max_kl": max_kl}
@@ -99,5 +99,5 @@ def serve(
         model, tokenizer, requests, api_key=api_key, max_body_bytes=max_body_bytes, max_requests=max_requests
     )
     shown_host = f"[{host}]" if ":" in host else host
-    typer.echo(f"Serving {', '.join(requests.models)} at http://{shown_host}:{place.getsockname()[1]}/v1")
-    run(application, place)
+    typer.echo(f"Serving {', '.join(requests.models)} at http://{shown_host}:{listener.getsockname()[1]}/v1")
+    run(application, listener)

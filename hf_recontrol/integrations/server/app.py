@@ -17,8 +17,9 @@ from ..request_settings import RequestSettings
 
 with needs_extra("serve", "The server"):
     import uvicorn
-    from fastapi import FastAPI, HTTPException, Request
+    from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
     from transformers.cli.serving.server import build_server
 
     from .gate import Gate, error_response

@@ -18,10 +18,6 @@ def error_response(status: int, message: str, **headers: str) -> JSONResponse:
     return JSONResponse(body, status_code=status, headers=headers)
 
 
-class _TooLarge(Exception):
-    pass
-
-
 class Gate:
     """
     ASGI middleware.
@@ -46,33 +42,22 @@ class Gate:
         if scope["type"] != "http" or scope["path"] in _OPEN:
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        refusal = self._refusal(headers)
+        refusal = self._refusal(dict(scope["headers"]))
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        read = 0
-        has_begun = False
-
-        async def limited() -> dict[str, Any]:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.max_body_bytes:
-                raise _TooLarge
-            return message
-
-        async def sending(message: dict[str, Any]) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
-
         self._running += 1
         try:
-            await self.app(scope, limited, sending)
-        except _TooLarge:
-            if not has_begun:
-                await self._too_large()(scope, receive, send)
+            # Read here: an error raised while the application reads is told as one of its own.
+            body, is_whole = b"", False
+            while not is_whole:
+                message = await receive()
+                body += message.get("body", b"")
+                is_whole = not message.get("more_body", False)
+                if len(body) > self.max_body_bytes:
+                    await self._too_large()(scope, receive, send)
+                    return
+            await self.app(scope, _Replay(body, receive), send)
         finally:
             self._running -= 1
 
@@ -85,11 +70,24 @@ class Gate:
         if length.isdigit() and int(length) > self.max_body_bytes:
             return self._too_large()
         if self._running >= self.max_requests:
-            return error_response(503, "The server has no room for one more request now: try again.", **_RETRY)
+            return error_response(
+                503, "The server has no room for one more request now: try again.", **{"Retry-After": "1"}
+            )
         return None
 
     def _too_large(self) -> JSONResponse:
         return error_response(413, f"A request may have {self.max_body_bytes} bytes.")
 
 
-_RETRY = {"Retry-After": "1"}
+class _Replay:
+    """`receive` for an application whose request's body was read before."""
+
+    def __init__(self, body: bytes, receive):
+        self._first: dict[str, Any] | None = {"type": "http.request", "body": body, "more_body": False}
+        self._receive = receive
+
+    async def __call__(self) -> dict[str, Any]:
+        if self._first is None:
+            return await self._receive()
+        message, self._first = self._first, None
+        return message

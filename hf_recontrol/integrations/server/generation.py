@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from fastapi import HTTPException
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.utils import (
     DirectStreamer,
     GenerateManager,
@@ -21,6 +21,7 @@ from transformers.cli.serving.utils import (
 )
 from transformers.utils import logging
 
+from ...collection.sampling import StopStrings
 from ..request_settings import Asked
 
 logger = logging.get_logger(__name__)
@@ -44,8 +45,11 @@ class RequestModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def generate(self, **kwargs) -> torch.Tensor:
+    def generate(self, tokenizer: PreTrainedTokenizerBase, **kwargs) -> torch.Tensor:
         """Draw an answer under the request's control. Without a seed of the request each answer has a new one."""
+        if self.stops:
+            width = kwargs["input_ids"].shape[-1]
+            kwargs["stopping_criteria"] = [StopStrings(tokenizer, self.stops, width)]
         # Here, in the thread that draws: transformers' server seeds where requests arrive, beside other answers.
         torch.manual_seed(secrets.randbits(63) if self.seed is None else self.seed)
         return self.model.generate(control=self.asked.control, value_heads=self.asked.weights, **kwargs)

@@ -159,7 +159,8 @@ class _Strict:
         length = asked.get("max_completion_tokens") or asked.get("max_tokens")
         config.max_new_tokens = length or self._length
         config.max_length = None
-        config.stop_strings = list(self.view.stops) or None
+        # transformers' own criterion cannot read every tokenizer's vocabulary; ours stands in `RequestModel`.
+        config.stop_strings = None
         return config
 
 

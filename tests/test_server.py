@@ -1,0 +1,459 @@
+"""`recontrol serve` on transformers' server: a real server, asked by the real `openai` client."""
+
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+import uvicorn
+from transformers.cli.serving import chat_completion, completion, server, utils
+
+from hf_recontrol import ControlConfig, ReControlForCausalLM
+from hf_recontrol.integrations.request_settings import RequestSettings
+from hf_recontrol.integrations.server.app import build_app, listen
+
+from .fresh import RECONTROL, run_fresh
+from .tiny_models import tiny_head, tiny_model
+from .tiny_tokenizer import tiny_tokenizer
+
+COMMAND = str(Path(sys.executable).with_name("recontrol"))
+KEY = "a-key-of-tests"
+ASCENT, ADVANTAGE = ControlConfig(step_size=2.0, num_steps=5), ControlConfig("advantage", 6.0)
+MESSAGES = [{"role": "user", "content": "w7 w8 w9"}]
+
+
+def controlled():
+    base = tiny_model("llama", dtype=torch.float32, max_position_embeddings=64)
+    heads = [tiny_head(base, "lm_head", seed=seed, control=c) for seed, c in ((0, ASCENT), (1, ADVANTAGE))]
+    model = ReControlForCausalLM.from_model(base, heads[0])
+    model.add_value_head("polite", heads[1])
+    # As many chat models say in their files: without it nothing would be drawn at random.
+    model.generation_config.do_sample = False
+    return model
+
+
+class Served:
+    """A server in a thread, and clients of it."""
+
+    def __init__(self, **options):
+        self.model, self.tokenizer = controlled(), tiny_tokenizer(chat=True)
+        settings = RequestSettings("base", {name: head.config for name, head in self.model.value_heads.items()})
+        app = build_app(self.model, self.tokenizer, settings, **options)
+        place = listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{place.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [place]})
+        self.thread.start()
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+    def close(self):
+        self.client.close()
+        self.server.should_exit = True
+        self.thread.join()
+
+    def chat(self, model="base", stream=False, **fields):
+        options = {"max_tokens": 12, "temperature": 0, "messages": MESSAGES} | fields
+        extra = {name: options.pop(name) for name in list(options) if name in EXTRA}
+        answer = self.client.chat.completions.create(model=model, stream=stream, extra_body=extra, **options)
+        if stream:
+            return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+        return answer.choices[0].message.content
+
+    def complete(self, model="base", stream=False, **fields):
+        options = {"max_tokens": 12, "temperature": 0, "prompt": "w7 w8 w9"} | fields
+        extra = {name: options.pop(name) for name in list(options) if name in EXTRA}
+        answer = self.client.completions.create(model=model, stream=stream, extra_body=extra, **options)
+        return "".join(chunk.choices[0].text for chunk in answer) if stream else answer.choices[0].text
+
+    def expected(self, text, control=None, value_heads=None):
+        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        tokens = self.model.generate(
+            ids, max_new_tokens=12, do_sample=False, control=control, value_heads=value_heads, pad_token_id=0
+        )
+        return self.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+EXTRA = ("control", "value_heads", "vllm_xargs", "top_k", "min_p", "repetition_penalty", "chat_template_kwargs", "odd")
+
+
+@pytest.fixture(scope="module")
+def served():
+    served = Served()
+    yield served
+    served.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("model", "fields", "control", "heads"),
+    [
+        ("base", {}, ASCENT, {"default": 1.0}),
+        ("base", {"control": False}, False, None),
+        ("base:polite", {}, ADVANTAGE, {"polite": 1.0}),
+        ("base", {"control": {"step_size": 4.0}}, ControlConfig(step_size=4.0, num_steps=5), {"default": 1.0}),
+        ("base", {"value_heads": {"default": 1, "polite": -2}}, ASCENT, {"default": 1.0, "polite": -2.0}),
+        ("base:polite", {"control": {"max_kl": 0.05}}, ControlConfig("advantage", 6.0, max_kl=0.05), {"polite": 1.0}),
+    ],
+)
+def test_an_answer_is_what_the_model_gives_under_the_request_s_control(served, model, fields, control, heads, stream):
+    text = served.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    wanted = served.expected(text, control, heads)
+    assert served.chat(model, stream, **fields) == wanted
+    assert served.chat(model, stream, vllm_xargs=fields) == wanted
+    assert served.complete(model, stream, **fields) == served.expected("w7 w8 w9", control, heads)
+    assert served.expected(text, False) != served.expected(text, ADVANTAGE, {"polite": 1.0})
+
+
+def test_a_seed_gives_the_same_answer_beside_others_and_no_seed_another_one(served):
+    def draw(seed):
+        return served.complete(temperature=1.0, max_tokens=20, **({} if seed is None else {"seed": seed}))
+
+    alone = {seed: draw(seed) for seed in range(4)}
+    assert len(set(alone.values())) == 4
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(draw, [*range(4), None, *range(4), None, None]))
+    assert together[:4] == together[5:9] == list(alone.values())
+    assert len({together[4], *together[9:], draw(None)}) == 4
+
+
+def test_a_temperature_is_obeyed_whatever_the_base_s_files_say(served):
+    drawn = {served.complete(temperature=1.0, seed=seed) for seed in range(5)}
+    assert len(drawn) == 5
+    # None asked for: as others do, 1.
+    assert len({served.complete(temperature=openai.omit, seed=seed) for seed in range(5)}) == 5
+    assert len({served.complete(temperature=1.0, top_k=1, seed=seed) for seed in range(5)}) == 1
+
+
+def test_settings_of_many_requests_at_once_do_not_mix(served):
+    kinds = [
+        ("base", {}),
+        ("base", {"control": False}),
+        ("base:polite", {}),
+        ("base", {"control": {"step_size": 9.0}}),
+    ]
+    alone = [served.complete(model, **fields) for model, fields in kinds]
+    assert len(set(alone)) > 2
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda kind: served.complete(kind[0], **kind[1]), kinds * 6))
+    assert together == alone * 6
+
+
+def test_text_ends_before_a_stop_string_streamed_or_not(served):
+    whole = served.complete(seed=0, temperature=1.0)
+    words = whole.split()
+    for stop in [words[3], whole[5:9], f"{words[2]} {words[3]}", [words[6], words[4]], "not there", words[-1]]:
+        stops = stop if isinstance(stop, list) else [stop]
+        cut = whole[: min((whole.find(s) for s in stops if s in whole), default=len(whole))]
+        for stream in (False, True):
+            assert served.complete(seed=0, temperature=1.0, stop=stop, stream=stream) == cut, (stop, stream)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"control": {"stepsize": 1}}, "stepsize"),
+        ({"control": {"step_size": -1}}, "step_size"),
+        ({"control": "off"}, "control"),
+        ({"value_heads": {"rude": 1}}, "rude"),
+        ({"vllm_xargs": {"control": {"num_steps": 0.5}}}, "num_steps"),
+        ({"vllm_xargs": {"controls": False}}, "controls"),
+        ({"vllm_xargs": {"control": False}, "control": False}, "once"),
+        ({"control": {"target": 1.0}, "value_heads": {"default": 1, "polite": 1}}, "target"),
+        ({"n": 2}, "`n`"),
+        ({"logprobs": True}, "logprobs"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 7}, "top_p"),
+        ({"top_k": 0.5}, "top_k"),
+        ({"seed": "one"}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 60}, "64 tokens"),
+        ({"stop": ""}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"odd": 1}, "odd"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "content"),
+        ({"messages": ["hi"]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "text"),
+        ({"messages": [{"role": "user", "content": "w7 " * 80}]}, "64 tokens"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_done_is_refused_in_words(served, fields, said, stream):
+    with pytest.raises(openai.BadRequestError, match=re.escape(said)) as refused:
+        served.chat(stream=stream, **fields)
+    assert refused.value.body["type"] == "invalid_request_error"
+    assert served.chat() == served.chat()
+
+
+@pytest.mark.parametrize("fields", [{"prompt": ""}, {"prompt": ["w7", "w8"]}, {"suffix": "w9"}, {"echo": True}])
+def test_completions_refuse_what_they_cannot_do(served, fields):
+    with pytest.raises(openai.BadRequestError):
+        served.complete(**fields)
+
+
+def raw(served, path, body=None, method=None):
+    request = urllib.request.Request(
+        served.url + path, data=body, method=method, headers={"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_models_health_and_nothing_that_changes_the_server(served):
+    assert [model.id for model in served.client.models.list()] == ["base", "base:default", "base:polite"]
+    assert raw(served, "/health") == (200, {"status": "ok"})
+    with pytest.raises(openai.NotFoundError, match="base:polite"):
+        served.chat("other")
+    for path in ("/reset", "/load_model", "/v1/responses", "/v1/audio/transcriptions", "/docs", "/openapi.json"):
+        assert raw(served, path, b"{}", "POST")[0] in (404, 405)
+        assert raw(served, path)[0] in (404, 405)
+
+
+@pytest.mark.parametrize("body", [b"{broken", b"[1]", b"7", b"", b'{"messages": ' + b"[" * 5000])
+def test_a_body_that_is_no_object_is_400(served, body):
+    status, answer = raw(served, "/v1/chat/completions", body, "POST")
+    assert status == 400 and answer["error"]["type"] == "invalid_request_error"
+
+
+def test_a_strength_beyond_the_dtype_fails_this_request_alone(served):
+    fields = {"control": {"method": "static", "step_size": 1e300}, "max_tokens": 4}
+    with pytest.raises(openai.BadRequestError, match="step_size"):
+        served.complete(**fields)
+    with pytest.raises(openai.APIError):
+        served.complete(stream=True, **fields)
+    assert served.complete() == served.expected("w7 w8 w9", ASCENT)
+
+
+def test_a_fault_of_the_server_says_nothing_of_its_inside(served, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError('/secret/path "broke"')
+
+    monkeypatch.setattr(type(served.model), "generate", fail)
+    with pytest.raises(openai.InternalServerError) as failed:
+        served.complete()
+    assert "secret" not in str(failed.value)
+    with pytest.raises(openai.APIError) as failed:
+        served.complete(stream=True)
+    assert "secret" not in str(failed.value) + str(failed.value.body)
+
+
+def test_a_stream_that_the_client_leaves_ends_the_work(served, monkeypatch):
+    model_type = type(served.model)
+    inner, ended = model_type.generate, threading.Event()
+
+    def slow(self, *args, streamer=None, **kwargs):
+        put = streamer.put if streamer is not None else None
+        if streamer is not None:
+            streamer.put = lambda value: (time.sleep(0.1), put(value))
+        try:
+            return inner(self, *args, streamer=streamer, **kwargs)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(model_type, "generate", slow)
+    begin = time.monotonic()
+    stream = served.client.completions.create(model="base", prompt="w7", max_tokens=60, stream=True, temperature=0)
+    next(iter(stream))
+    stream.close()
+    assert ended.wait(30)
+    assert time.monotonic() - begin < 5.5
+    monkeypatch.undo()
+    assert served.complete() == served.expected("w7 w8 w9", ASCENT)
+
+
+def test_key_sizes_and_numbers_of_requests_are_limited(monkeypatch):
+    served = Served(api_key=KEY, max_body_bytes=2000, max_requests=2)
+    try:
+        wrong = openai.OpenAI(base_url=f"{served.url}/v1", api_key="wrong", max_retries=0)
+        for ask in (wrong.models.list, lambda: wrong.completions.create(model="base", prompt="w7")):
+            with pytest.raises(openai.AuthenticationError) as refused:
+                ask()
+            assert KEY not in str(refused.value)
+        wrong.close()
+        assert raw(served, "/v1/models")[0] == 401
+        assert raw(served, "/health")[0] == 200
+        assert served.complete()
+        with pytest.raises(openai.APIStatusError) as refused:
+            served.complete(prompt="w7 " * 1000)
+        assert refused.value.status_code == 413
+        hold, inner = threading.Event(), type(served.model).generate
+
+        def held(self, *args, **kwargs):
+            assert hold.wait(60)
+            return inner(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(served.model), "generate", held)
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(served.complete) for _ in range(2)]
+            deadline = time.monotonic() + 30
+            status = 200
+            while status != 503 and time.monotonic() < deadline:
+                try:
+                    served.client.models.list()
+                except openai.APIStatusError as error:
+                    status = error.status_code
+            hold.set()
+            assert status == 503
+            assert all(answer.result() for answer in running)
+        assert served.complete()
+    finally:
+        served.close()
+
+
+def chunked(served, size):
+    def pieces():
+        for _ in range(size):
+            yield b" " * 100
+
+    request = urllib.request.Request(
+        f"{served.url}/v1/completions", data=pieces(), headers={"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_a_body_without_a_length_is_limited_too():
+    served = Served(max_body_bytes=2000)
+    try:
+        assert chunked(served, 10) == 400
+        assert chunked(served, 30) == 413
+    finally:
+        served.close()
+
+
+def test_the_private_parts_of_transformers_server_are_where_they_were():
+    """What `integrations/server/` builds on, so that a release that moves it says so here."""
+    assert list(inspect.signature(server.build_server).parameters) == [
+        "model_manager",
+        "chat_handler",
+        "completion_handler",
+        "response_handler",
+        "transcription_handler",
+        "systemone_handler",
+        "generation_state",
+        "enable_cors",
+    ]
+    for handler in (chat_completion.ChatCompletionHandler, completion.CompletionHandler):
+        methods = {"handle_request", "_validate_request", "_resolve_model", "_build_generation_config"}
+        assert all(inspect.isfunction(getattr(handler, name)) for name in methods)
+        assert {"body", "request_id"} < set(inspect.signature(handler.handle_request).parameters)
+    assert "content" in inspect.signature(chat_completion.ChatCompletionHandler._build_completion).parameters
+    assert list(inspect.signature(utils.DirectStreamer._enqueue).parameters) == ["self", "item"]
+    manager = utils.GenerateManager
+    assert list(inspect.signature(manager.generate_streaming).parameters)[1:] == [
+        "model",
+        "processor",
+        "inputs",
+        "gen_config",
+        "request_id",
+        "response_parser",
+    ]
+    assert issubclass(utils._GenerationCancelled, Exception) and utils._StreamError("x").msg == "x"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base and two heads on the disk."""
+    folder = tmp_path_factory.mktemp("served")
+    model = tiny_model("llama", dtype=torch.float32)
+    model.save_pretrained(folder / "base")
+    tiny_tokenizer(chat=True).save_pretrained(folder / "base")
+    for name, control in (("ascent", ASCENT), ("polite", ADVANTAGE)):
+        head = tiny_head(model, "lm_head", control=control)
+        head.config.base_model_name_or_path = str(folder / "base")
+        head.save_pretrained(folder / name)
+    return folder
+
+
+class Process:
+    """The command, running."""
+
+    def __init__(self, *words):
+        environment = {name: value for name, value in os.environ.items() if name != "RECONTROL_API_KEY"}
+        self.process = subprocess.Popen(
+            [COMMAND, "serve", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | {"PYTHONUNBUFFERED": "1"},
+        )
+        line = self.process.stdout.readline()
+        self.url = line.split(" at ")[-1].strip()
+        assert self.url.startswith("http"), line + self.process.stderr.read()
+
+    def client(self):
+        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=20, timeout=60)
+
+    def end(self, number):
+        self.process.send_signal(number)
+        self.process.communicate(timeout=60)
+        return self.process.returncode
+
+
+def test_the_command_serves_named_heads_and_comes_back_after_a_kill(folder):
+    words = (folder / "base", "--value-head", folder / "ascent", "--value-head", f"polite={folder / 'polite'}")
+    process = Process(*words, "--port", 0)
+    port = process.url.split(":")[-1].split("/")[0]
+    with process.client() as client:
+        assert [model.id for model in client.models.list()] == ["base", "base:default", "base:polite"]
+        before = client.completions.create(model="base:polite", prompt="w7 w8", temperature=0).choices[0].text
+        code, _, err = run_fresh(RECONTROL, ["serve", *words, "--port", port], dict(os.environ), timeout=120)
+        assert code == 1 and "--port" in err and "Traceback" not in err
+    assert process.end(signal.SIGKILL) == -signal.SIGKILL
+    again = Process(*words, "--port", port)
+    with again.client() as client:
+        assert client.completions.create(model="base:polite", prompt="w7 w8", temperature=0).choices[0].text == before
+    assert again.end(signal.SIGTERM) in (0, -signal.SIGTERM)
+
+
+def test_a_head_alone_names_its_base_and_its_control_can_be_changed(folder):
+    process = Process(folder / "polite", "--step-size", "0", "--port", 0, "--served-model-name", "org/x")
+    with process.client() as client:
+        asked = {"prompt": "w7 w8", "temperature": 0}
+        answers = {
+            name: client.completions.create(model=name, extra_body=extra, **asked).choices[0].text
+            for name, extra in (("org/x", {}), ("org/x:default", {"control": False}))
+        }
+    assert answers["org/x"] == answers["org/x:default"]
+    process.end(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--value-head", "a=", "--port", "0"), "NAME=HEAD"),
+        (("--value-head", "x", "--value-head", "y", "--port", "0"), "each name once"),
+        (("--value-head", "a b={ascent}", "--port", "0"), "letters"),
+        (("--value-head", "a:b={ascent}", "--port", "0"), "letters"),
+        (("--value-head", "{ascent}", "--api-key", " ", "--port", "0"), "empty"),
+        (("--value-head", "nowhere/at/all", "--port", "0"), "nowhere/at/all"),
+        (("--value-head", "{ascent}", "--host", "256.1.1.1"), "Cannot listen"),
+    ],
+)
+def test_what_is_wrong_with_the_command_is_told(folder, words, said):
+    words = [word.format(ascent=folder / "ascent") for word in words]
+    code, _, err = run_fresh(RECONTROL, ["serve", folder / "base", *words], dict(os.environ), timeout=120)
+    assert code != 0 and said in err and "Traceback" not in err, err
