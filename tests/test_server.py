@@ -49,7 +49,8 @@ class Served:
     def __init__(self, **options):
         self.model, self.tokenizer = controlled(), tiny_tokenizer(chat=True)
         settings = RequestSettings("base", {name: head.config for name, head in self.model.value_heads.items()})
-        app = build_app(self.model, self.tokenizer, settings, **options)
+        limits = {"max_body_bytes": 2**20, "max_requests": 64} | options
+        app = build_app(self.model, self.tokenizer, settings, **limits)
         place = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{place.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))

@@ -28,8 +28,6 @@ with needs_extra("serve", "The server"):
 
 # Of transformers' endpoints those that answer for the one model here.
 _SERVED = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
-DEFAULT_MAX_BODY_BYTES = 2**22
-DEFAULT_MAX_REQUESTS = 64
 
 
 class _Models:
@@ -55,8 +53,8 @@ def build_app(
     settings: RequestSettings,
     *,
     api_key: str | None = None,
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
-    max_requests: int = DEFAULT_MAX_REQUESTS,
+    max_body_bytes: int,
+    max_requests: int,
 ) -> FastAPI:
     """
     The application: `/v1/chat/completions`, `/v1/completions`, `/v1/models` and `/health`.
@@ -68,7 +66,7 @@ def build_app(
             What requests may ask for.
         api_key (`str`, *optional*):
             What they must bring as `Authorization: Bearer`, but for `/health`.
-        max_body_bytes (`int`, *optional*), max_requests (`int`, *optional*):
+        max_body_bytes (`int`), max_requests (`int`):
             Bytes of a request, and requests at once, those that wait included.
     """
     state = State()
