@@ -12,6 +12,9 @@ from ..utils.choices import CONTROL_METHODS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..configuration import ControlConfig
+    from ..heads.resolution import HeadAndBase
+
 HeadArgument = Annotated[str, typer.Argument(help="Head: a folder or a Hub repo.")]
 MethodOption = Annotated[Literal[CONTROL_METHODS] | None, typer.Option(help="Default: the head's.")]
 StepSizeOption = Annotated[float | None, typer.Option(help="α, or 1/τ; default: the head's.")]
@@ -21,21 +24,30 @@ MaxKLOption = Annotated[float | None, typer.Option(help="Nats a token at most; d
 TargetOption = Annotated[list[float] | None, typer.Option(help="Value to approach (ascent); once for each objective.")]
 
 
-def load_controlled(
+def resolve_controlled(
     head: str, base: str | None, changes: dict[str, Any], settings: LoadingSettings
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base (by default that which the head names) under what the head recommends with `changes`; its tokenizer."""
-    from dataclasses import replace
-
+) -> tuple[HeadAndBase, ControlConfig]:
+    """A head and its base (by default that which the head names), and what the head recommends with `changes`."""
     from ..heads.resolution import resolve_head_and_base
-    from ..pipelines.loading import load_base
 
     # What was not given is `None`, or empty.
     changes = {name: value for name, value in changes.items() if value not in (None, [])}
     names = [head] if base is None else [base, head]
-    loaded, base, revision, _ = resolve_head_and_base(*names, token=settings.token)
-    wanted = loaded.config.changed_control(changes)
-    if loaded.config.control is None and "step_size" not in changes:
+    found = resolve_head_and_base(*names, token=settings.token)
+    wanted = found.value_head.config.changed_control(changes)
+    if found.value_head.config.control is None and "step_size" not in changes:
         typer.echo(f"This head recommends no control, so this is {wanted}: try `--step-size`.", err=True)
-    settings = replace(settings, revision=settings.revision or revision)
-    return load_base(base, settings, loaded, wanted)
+    return found, wanted
+
+
+def load_controlled(
+    head: str, base: str | None, changes: dict[str, Any], settings: LoadingSettings
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What [`resolve_controlled`] finds, as a model under control; and its tokenizer."""
+    from dataclasses import replace
+
+    from ..pipelines.loading import load_base
+
+    found, wanted = resolve_controlled(head, base, changes, settings)
+    settings = replace(settings, revision=settings.revision or found.revision)
+    return load_base(found.base, settings, found.value_head, wanted)

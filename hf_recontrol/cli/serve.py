@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..settings import LoadingSettings
 from .app import app
-from .controlled import MaxKLOption, MethodOption, NumStepsOption, PlausibilityOption, StepSizeOption, load_controlled
+from .controlled import (
+    MaxKLOption,
+    MethodOption,
+    NumStepsOption,
+    PlausibilityOption,
+    StepSizeOption,
+    load_controlled,
+    resolve_controlled,
+)
 from .options import with_settings
 
 _KEY = "RECONTROL_API_KEY"
+_BODY_BYTES, _REQUESTS = 2**22, 64
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -31,11 +41,19 @@ def _named_heads(given: list[str]) -> dict[str, str]:
     return heads
 
 
+def _served_name(base: str | os.PathLike) -> str:
+    """What clients call a base: its Hub name, or its folder's."""
+    return Path(base).resolve().name if os.path.isdir(base) else str(base)
+
+
 @app.command()
 @with_settings(LoadingSettings, from_file=False)
 def serve(
     settings: LoadingSettings,
     base: Annotated[str, typer.Argument(help="Base model; or, without --value-head, a head that names its base.")],
+    vllm_argument: Annotated[
+        list[str] | None, typer.Argument(help="With --engine vllm, behind `--`: arguments of `vllm serve`.")
+    ] = None,
     value_head: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,6 +61,9 @@ def serve(
             "chooses none."
         ),
     ] = None,
+    engine: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="transformers: one answer at a time; vllm: many at once.")
+    ] = "transformers",
     method: MethodOption = None,
     step_size: StepSizeOption = None,
     num_steps: NumStepsOption = None,
@@ -61,43 +82,100 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the base; default: its Hub name, or its folder's name.")
     ] = None,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 2**22,
+    max_body_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of a request at most; default: 4 MiB. Not with vLLM.")
+    ] = None,
     max_requests: Annotated[
-        int, typer.Option(min=1, help="Requests at once at most, those that wait for their turn included.")
-    ] = 64,
+        int | None,
+        typer.Option(min=1, help="Requests at once at most, those that wait included; default: 64. Not with vLLM."),
+    ] = None,
 ) -> None:
     """Serve a base under control behind an OpenAI-compatible API, with a control for each request.
 
     Example: `recontrol serve org/base --value-head user/head --port 8000`
     """
-    from ..integrations.request_settings import RequestSettings
-    from ..integrations.server.app import build_app, listen
-    from ..integrations.server.app import serve as run
-
     if api_key is not None and not api_key.strip():
         raise typer.BadParameter("is empty", param_hint="--api-key")
     if api_key is None and host not in _LOCAL:
         typer.echo(f"Anybody who reaches {host}:{port} can use this server: set {_KEY}.", err=True)
+    if engine == "transformers" and vllm_argument:
+        raise typer.BadParameter(f"are for `--engine vllm`, got {vllm_argument[0]!r}", param_hint="arguments")
     heads = _named_heads(value_head or [base])
-    listener = listen(host, port)
-    name, source = next(iter(heads.items()))
     changes = {"method": method, "step_size": step_size, "num_steps": num_steps}
     changes |= {"plausibility": plausibility, "max_kl": max_kl}
-    model, tokenizer = load_controlled(source, base if value_head else None, changes, settings)
-    if name != "default":
-        model.add_value_head(name, model.value_head)
-        model.set_value_heads({name: 1.0})
+    place = {"base": base if value_head else None, "host": host, "port": port, "api_key": api_key}
+    limits = {"max_body_bytes": max_body_bytes, "max_requests": max_requests}
+    if engine == "vllm":
+        if given := [name for name, value in limits.items() if value is not None]:
+            raise typer.BadParameter("is for `--engine transformers`", param_hint=f"--{given[0].replace('_', '-')}")
+        _serve_on_vllm(heads, changes, settings, name=served_model_name, more=vllm_argument or [], **place)
+    else:
+        limits = {"max_body_bytes": max_body_bytes or _BODY_BYTES, "max_requests": max_requests or _REQUESTS}
+        _serve_on_transformers(heads, changes, settings, name=served_model_name, **limits, **place)
+
+
+def _serve_on_transformers(
+    heads: dict[str, str],
+    changes: dict[str, Any],
+    settings: LoadingSettings,
+    base: str | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    name: str | None,
+    max_body_bytes: int,
+    max_requests: int,
+) -> None:
+    from ..integrations.request_settings import RequestSettings
+    from ..integrations.server.app import build_app, listen
+    from ..integrations.server.app import serve as run
+
+    listener = listen(host, port)
+    (first, source), *others = heads.items()
+    model, tokenizer = load_controlled(source, base, changes, settings)
+    if first != "default":
+        model.add_value_head(first, model.value_head)
+        model.set_value_heads({first: 1.0})
         model.delete_value_head("default")
-    for other, place in list(heads.items())[1:]:
+    for other, place in others:
         model.add_value_head(other, place, token=settings.token)
-    shown = served_model_name or str(model.config._name_or_path)
-    if served_model_name is None and os.path.isdir(shown):
-        shown = Path(shown).resolve().name
-    configs = {name: model.value_heads[name].config for name in heads}
-    requests = RequestSettings(shown, configs, model.control)
+    configs = {head: model.value_heads[head].config for head in heads}
+    requests = RequestSettings(name or _served_name(model.config._name_or_path), configs, model.control)
     application = build_app(
         model, tokenizer, requests, api_key=api_key, max_body_bytes=max_body_bytes, max_requests=max_requests
     )
     shown_host = f"[{host}]" if ":" in host else host
     typer.echo(f"Serving {', '.join(requests.models)} at http://{shown_host}:{listener.getsockname()[1]}/v1")
     run(application, listener)
+
+
+def _serve_on_vllm(
+    heads: dict[str, str],
+    changes: dict[str, Any],
+    settings: LoadingSettings,
+    base: str | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    name: str | None,
+    more: list[str],
+) -> None:
+    from ..integrations.vllm.arguments import serve_vllm
+
+    given = {item.name: value for item in fields(settings) if (value := getattr(settings, item.name)) != item.default}
+    if unknown := sorted(given.keys() - {"dtype", "revision", "trust_remote_code", "token"}):
+        raise typer.BadParameter(
+            "is for `--engine transformers`: behind `--` stand vLLM's own arguments",
+            param_hint=f"--{unknown[0].replace('_', '-')}",
+        )
+    found, wanted = resolve_controlled(next(iter(heads.values())), base, changes, settings)
+    if settings.token is not None:
+        os.environ["HF_TOKEN"] = settings.token
+    revision = settings.revision or found.revision
+    more = [
+        *([] if revision is None else ["--revision", revision]),
+        *(["--trust-remote-code"] if settings.trust_remote_code else []),
+        *("--dtype", settings.dtype),
+        *more,
+    ]
+    serve_vllm(str(found.base), heads, wanted, host, port, api_key, name or _served_name(found.base), more)
