@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any, NoReturn
 
 from ...configuration import ControlConfig
+from ...utils.extras import needs_extra
 from .plugin import LOAD_FORMAT
 from .served import Served
 
+_MIDDLEWARE = "hf_recontrol.integrations.vllm.middleware.ControlFields"
 _PROCESSORS = "hf_recontrol.integrations.vllm.processor:heads."
 
 
@@ -51,3 +55,70 @@ def recontrol_engine_args(
         "load_format": LOAD_FORMAT,
         "logits_processors": [_PROCESSORS + served.name],
     }
+
+
+def serve_vllm(
+    base: str | os.PathLike,
+    heads: Mapping[str, str | os.PathLike],
+    control: ControlConfig | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    served_model_name: str | None = None,
+    extra_arguments: Sequence[str] = (),
+) -> NoReturn:
+    """
+    Become vLLM's OpenAI server of a controlled model (`vllm serve`): this process is replaced by it.
+
+    Args:
+        base, heads, control, served_model_name:
+            As `base`, `value_heads`, ... of [`recontrol_engine_args`].
+        host (`str`, *optional*), port (`int`, *optional*):
+            Where to listen.
+        api_key (`str`, *optional*):
+            What clients must send. It is passed in the environment, where other users of the machine do not see it.
+        extra_arguments (sequence of `str`, *optional*):
+            Further arguments of `vllm serve`, such as `["--dtype", "bfloat16"]`.
+
+    Raises:
+        `ImportError`: if vLLM is not installed. `OSError`, `ValueError`: as [`recontrol_engine_args`], or if
+        `extra_arguments` set what control needs.
+    """
+    command = server_command(base, heads, control, host, port, served_model_name, extra_arguments)
+    with needs_extra("vllm", "Serving on vLLM"):
+        if find_spec("vllm") is None:
+            raise ImportError("vllm")
+    environment = {"VLLM_USE_V2_MODEL_RUNNER": "0"} | ({} if api_key is None else {"VLLM_API_KEY": api_key})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(command[0], command, os.environ | environment)
+
+
+def server_command(
+    base: str | os.PathLike,
+    heads: Mapping[str, str | os.PathLike],
+    control: ControlConfig | None,
+    host: str,
+    port: int,
+    served_model_name: str | None,
+    extra_arguments: Sequence[str],
+) -> list[str]:
+    """The command that [`serve_vllm`] runs; arguments and errors as there."""
+    arguments = recontrol_engine_args(base, heads, control, served_model_name)
+    ours = {
+        "--host": [host],
+        "--port": [str(port)],
+        "--served-model-name": arguments["served_model_name"],
+        "--load-format": [arguments["load_format"]],
+        "--logits-processors": arguments["logits_processors"],
+    }
+    given = {argument.partition("=")[0].replace("_", "-") for argument in extra_arguments}
+    if taken := sorted(given & ours.keys()):
+        raise ValueError(f"{taken[0]} is set for the control of the model, or has an option of its own: leave it out.")
+    return [
+        sys.executable,
+        *("-m", "vllm.entrypoints.openai.api_server", "--model", arguments["model"]),
+        *(part for name, values in ours.items() for part in (name, *values)),
+        *("--middleware", _MIDDLEWARE),
+        *extra_arguments,
+    ]

@@ -46,13 +46,16 @@ class ReControlLoader(DefaultModelLoader):
 def check_engine(vllm_config: Any) -> None:
     """Raise `ValueError` if an engine runs in a mode that cannot be controlled."""
     modes = {
-        "model runner V2, which tells nobody which state is whose before it draws tokens: set the environment variable "
+        "its model runner V2, which does not tell a model whose states it is given: set the environment variable "
         "VLLM_USE_V2_MODEL_RUNNER=0": getattr(vllm_config, "use_v2_model_runner", False),
-        "speculative decoding, whose drafts ask for the logits of several states a request": (
+        "speculative decoding, where a request has several states in a step": (
             vllm_config.speculative_config is not None
         ),
-        "LoRA adapters (`enable_lora`)": vllm_config.lora_config is not None,
-        "elastic expert parallelism": getattr(vllm_config.parallel_config, "enable_elastic_ep", False),
+        "LoRA adapters (`enable_lora`), which wrap the layer that control sits in": vllm_config.lora_config
+        is not None,
+        "elastic expert parallelism, whose new workers do not load the model": (
+            getattr(vllm_config.parallel_config, "enable_elastic_ep", False)
+        ),
     }
     for mode, is_on in modes.items():
         if is_on:

@@ -46,8 +46,8 @@ class ControlProcessor(LogitsProcessor):
         )
         if wants_prompt and asked.control is not False:
             raise ValueError(
-                "Log-probabilities of the prompt (`prompt_logprobs`, `echo` with `logprobs`) are the base's alone: ask "
-                "for them with `control` false."
+                "Log-probabilities of the prompt (`prompt_logprobs`, or `echo` with `logprobs`) are the base's alone: "
+                "ask for them with `control` false."
             )
 
     def is_argmax_invariant(self) -> bool:
