@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 
 from ...configuration import ControlConfig
 from ...utils.extras import needs_extra
-from .plugin import LOAD_FORMAT
 from .served import Served
 
+# As loader.py, which imports vLLM.
+_LOAD_FORMAT = "recontrol"
 _MIDDLEWARE = "hf_recontrol.integrations.vllm.middleware.ControlFields"
 _PROCESSORS = "hf_recontrol.integrations.vllm.processor:heads."
 
@@ -52,7 +53,7 @@ def recontrol_engine_args(
     return {
         "model": base,
         "served_model_name": served.heads.settings.models,
-        "load_format": LOAD_FORMAT,
+        "load_format": _LOAD_FORMAT,
         "logits_processors": [_PROCESSORS + served.name],
     }
 
@@ -117,7 +118,7 @@ def server_command(
         raise ValueError(f"{taken[0]} is set for the control of the model, or has an option of its own: leave it out.")
     return [
         sys.executable,
-        *("-m", "vllm.entrypoints.openai.api_server", "--model", arguments["model"]),
+        *("-m", "vllm.entrypoints.launchers.api_server.entry", "--model", arguments["model"]),
         *(part for name, values in ours.items() for part in (name, *values)),
         *("--middleware", _MIDDLEWARE),
         *extra_arguments,

@@ -6,12 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from vllm.model_executor.model_loader import DefaultModelLoader
+from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 
+from .batch import Batch
+from .layer import attach
+
+LOAD_FORMAT = "recontrol"
+# Where the batch of an engine stands on its configuration, which processor and loader are both given.
+_BATCH = "recontrol_batch"
 # Extra configuration of ours, beside that of vLLM's own loader.
 _INNER = "load_format"
 
 
+@register_model_loader(LOAD_FORMAT)
 class ReControlLoader(DefaultModelLoader):
     """
     Loads a base as `load_format="auto"` does (or as `model_loader_extra_config={"load_format": ...}` says) and puts it
@@ -28,11 +35,8 @@ class ReControlLoader(DefaultModelLoader):
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         """The model, under control."""
-        from .layer import attach
-        from .processor import batch_of
-
         check_engine(vllm_config)
-        batch = batch_of(vllm_config)
+        batch = getattr(vllm_config, _BATCH, None)
         if batch is None:
             raise ValueError(
                 "`load_format='recontrol'` needs heads, which `logits_processors` names: take all arguments from "
@@ -41,6 +45,11 @@ class ReControlLoader(DefaultModelLoader):
         model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         attach(model, batch, model_config)
         return model
+
+
+def use_batch(vllm_config: Any, batch: Batch) -> None:
+    """Make a batch that of the engine with this configuration, whose model is still to be loaded."""
+    setattr(vllm_config, _BATCH, batch)
 
 
 def check_engine(vllm_config: Any) -> None:

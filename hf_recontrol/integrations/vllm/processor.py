@@ -10,10 +10,8 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from .batch import Batch
+from .loader import use_batch
 from .served import Served
-
-# Where the batch of an engine stands on its configuration, which processor and loader are both given.
-_BATCH = "recontrol_batch"
 
 
 class ControlProcessor(LogitsProcessor):
@@ -30,7 +28,7 @@ class ControlProcessor(LogitsProcessor):
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         self.heads = self.served.heads
         self.batch = Batch(self.heads.controller)
-        setattr(vllm_config, _BATCH, self.batch)
+        use_batch(vllm_config, self.batch)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -70,11 +68,6 @@ class ControlProcessor(LogitsProcessor):
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits, as they are."""
         return logits
-
-
-def batch_of(vllm_config: Any) -> Batch | None:
-    """The batch of the engine with this configuration, if it has a [`ControlProcessor`]."""
-    return getattr(vllm_config, _BATCH, None)
 
 
 class _Heads:
