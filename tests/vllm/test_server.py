@@ -32,13 +32,13 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         settings = {"base": served.base, "heads": served.heads, "port": self.port, "api_key": "secret"}
-        more = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "32"]
+        more = ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "32"]
         self.settings = {"served_model_name": "tiny", "extra_arguments": more} | settings | changes
         self.log = log
         self.process = None
 
     def start(self) -> "Server":
-        # The server is as others start it: its engine in a process of its own.
+        # The server is as others start it: its engine compiled, in a process of its own.
         environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         with open(self.log, "ab") as log:
             command = [sys.executable, "-c", PROGRAM, json.dumps(self.settings)]
