@@ -39,6 +39,17 @@ def test_a_request_changes_what_its_head_recommends():
     assert own.read("org/base:polite", {}).control == ADVANTAGE
 
 
+def test_a_field_may_be_its_json_as_a_text():
+    served = settings()
+    asked = served.read(None, {"control": '{"step_size": 1}', "value_heads": '{"polite": -0.5}'})
+    assert asked == (ControlConfig(step_size=1.0), {"polite": -0.5})
+    assert served.read(None, {"control": "false"}).control is False
+    assert served.read(None, {"control": "null"}) == served.read(None, {})
+    for text in ("", "{", "ascent", "[" * 100_000, '"{}"', "1", "[]"):
+        with pytest.raises(ValueError, match="`control` must be an object"):
+            served.read(None, {"control": text})
+
+
 @pytest.mark.parametrize("model", ["other", "org/base:none", "org/base:", ":polite", "org/base:polite:polite", 3])
 def test_a_model_that_is_not_served_is_named_with_those_that_are(model):
     with pytest.raises(UnknownModel, match="org/base:polite"):

@@ -133,6 +133,7 @@ class Controller:
         weights: Weights | None = None,
         check_states: bool = False,
         prepared: bool = False,
+        clamp: bool = False,
     ) -> torch.Tensor:
         """
         The edited states `h + u`, in the dtype of `hidden`. u is computed in float32 (float64 for float64 states; in
@@ -153,10 +154,12 @@ class Controller:
             prepared (`bool`, *optional*, defaults to `False`):
                 Whether [`Controller.refresh`] was called since the heads last changed. Only compiled code asks: it can
                 then use the Gram matrix, and reads the heads' own weights otherwise.
+            clamp (`bool`, *optional*, defaults to `False`):
+                Whether edited states are clamped to the range of their dtype instead of being an error, for callers
+                whose rows belong to strangers. Compiled code always clamps: it cannot raise.
 
         Raises:
-            `FloatingPointError`: if an edited state is not finite, or further from a target than before. Compiled code
-            cannot raise: it clamps the edited state to the range of its dtype.
+            `FloatingPointError`: if an edited state is not finite, or further from a target than before.
         """
         states = hidden.detach()
         rows = states.reshape(-1, states.shape[-1])
@@ -165,18 +168,19 @@ class Controller:
         names, omegas = tuple(weights), _of_one_kind(list(weights.values()))
         numbers = [_by_row(value, states, dtype) for value in (step_size, *omegas)]
         compiling = torch.compiler.is_compiling()
+        clamp = clamp or compiling
         with torch.no_grad():
             chunks = (rows,) if compiling else rows.split(_MAX_ROWS)
             columns = [x.split(len(chunks[0])) if isinstance(x, torch.Tensor) else [x] * len(chunks) for x in numbers]
             edits = [
-                self._edit_rows(chunk.to(dtype), control, alpha, names, chunk_omegas, prepared)
+                self._edit_rows(chunk.to(dtype), control, alpha, names, chunk_omegas, prepared, clamp)
                 for chunk, alpha, *chunk_omegas in zip(chunks, *columns, strict=True)
             ]
             edit = edits[0] if len(edits) == 1 else torch.cat(edits)
-            if compiling:
+            if clamp:
                 edit = torch.nan_to_num(edit)
         edited = hidden.to(dtype) + edit.view(states.shape)
-        if compiling:
+        if clamp:
             limit = torch.finfo(states.dtype).max
             edited = edited.clamp(-limit, limit).to(states.dtype)
             return torch.where(torch.isfinite(states).all(-1, keepdim=True), edited, hidden)
@@ -198,7 +202,14 @@ class Controller:
         return torch.where(usable, edited, hidden)
 
     def _edit_rows(
-        self, rows: torch.Tensor, control: ControlConfig, alpha, names: tuple[str, ...], weights, prepared: bool
+        self,
+        rows: torch.Tensor,
+        control: ControlConfig,
+        alpha,
+        names: tuple[str, ...],
+        weights,
+        prepared: bool,
+        clamp: bool,
     ) -> torch.Tensor:
         """u of `(rows, hidden_size)` states in the compute dtype; `alpha`, `weights` as for [`ControlMethod.edit`]."""
         method, heads = METHODS[control.method], [self.heads[name] for name in names]
@@ -212,7 +223,9 @@ class Controller:
             plan = self._plan(names, rows.device, rows.dtype, method.needs_gram)
         else:
             plan = self._traced_plan(rows, names, method.needs_gram, prepared)
-        return method.edit(heads, rows, weights, alpha, control, plan, eager)
+        # What is eager towards a target raises where the steps run away from it.
+        may_depend = eager and not (clamp and control.target is not None)
+        return method.edit(heads, rows, weights, alpha, control, plan, may_depend)
 
     def _plan(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype, with_gram: bool) -> Plan:
         """The plan for these heads, built on first use and again if a head has changed since."""

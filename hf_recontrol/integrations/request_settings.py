@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -83,7 +84,8 @@ class RequestSettings:
                 The request's model.
             fields (mapping):
                 Its `control` (`False`: the base alone; or settings of a [`ControlConfig`] by name, which change those
-                of the model's head) and `value_heads` (weights by name of the heads that act), if it has them.
+                of the model's head) and `value_heads` (weights by name of the heads that act), if it has them. Each
+                may also be its JSON as a text, for servers that carry texts and numbers alone.
 
         Raises:
             [`UnknownModel`]: for a model that is not served. `ValueError`, in words for the client: for anything else
@@ -92,8 +94,8 @@ class RequestSettings:
         if unknown := sorted(map(str, fields.keys() - set(FIELDS))):
             raise ValueError(f"Unknown fields {unknown}: of control there are {', '.join(FIELDS)}.")
         name = self.head_of(model)
-        weights = self._weights(fields.get("value_heads"), name)
-        changes = fields.get("control")
+        weights = self._weights(_parsed(fields.get("value_heads")), name)
+        changes = _parsed(fields.get("control"))
         if changes is False:
             return Asked(False, weights)
         if changes is None or changes is True:
@@ -115,6 +117,16 @@ class RequestSettings:
         if unknown := sorted(map(str, given.keys() - self.heads.keys())):
             raise ValueError(f"`value_heads` names {unknown}: this server has {', '.join(self.heads)}.")
         return {head: check_number(f"value_heads[{head!r}]", weight) for head, weight in given.items()}
+
+
+def _parsed(value: Any) -> Any:
+    """A field's value, also where it is JSON as a text; a text that is none stays one."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _shown(value: Any) -> str:
