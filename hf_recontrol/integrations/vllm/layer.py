@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from .batch import Batch
@@ -77,6 +78,10 @@ def attach(model: nn.Module, batch: Batch, model_config: Any) -> None:
     Raises:
         `ValueError`: if it cannot be controlled.
     """
+    if not get_pp_group().is_last_rank:
+        # Its states go on to another part of the pipeline.
+        batch.is_attached = True
+        return
     layers = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
     if len(layers) != 1 or layers[0].logits_as_input:
         raise ValueError(
