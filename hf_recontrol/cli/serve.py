@@ -96,6 +96,9 @@ def serve(
     """
     if api_key is not None and not api_key.strip():
         raise typer.BadParameter("is empty", param_hint="--api-key")
+    if api_key is not None and not all("!" <= character <= "~" for character in api_key):
+        # Others reach no server as they are: headers lose spaces at their ends, and clients send ASCII alone.
+        raise typer.BadParameter("may hold ASCII letters, digits and signs, no spaces", param_hint="--api-key")
     if api_key is None and host not in _LOCAL:
         typer.echo(f"Anybody who reaches {host}:{port} can use this server: set {_KEY}.", err=True)
     if engine == "transformers" and vllm_argument:

@@ -23,7 +23,7 @@ with needs_extra("serve", "The server"):
     from transformers.cli.serving.server import build_server
 
     from .gate import Gate, error_response
-    from .generation import INTERNAL, TOLD, State
+    from .generation import INTERNAL, TOLD, State, take_over
     from .handlers import Chat, Completion
 
 # Of transformers' endpoints those that answer for the one model here.
@@ -61,7 +61,8 @@ def build_app(
 
     Args:
         model ([`ReControlForCausalLM`]), tokenizer:
-            What is served. The model's heads are those of `settings`, by the same names.
+            What is served. The model's heads are those of `settings`, by the same names. Its generation config is
+            replaced by one without beams and other modes that cannot be streamed.
         settings ([`RequestSettings`]):
             What requests may ask for.
         api_key (`str`, *optional*):
@@ -69,8 +70,8 @@ def build_app(
         max_body_bytes (`int`), max_requests (`int`):
             Bytes of a request, and requests at once, those that wait included.
     """
-    state = State()
-    chat, completion = (kind(model, tokenizer, settings, state) for kind in (Chat, Completion))
+    state, stops = State(), take_over(model)
+    chat, completion = (kind(model, tokenizer, settings, state, stops) for kind in (Chat, Completion))
     app = build_server(
         _Models(settings),
         chat,

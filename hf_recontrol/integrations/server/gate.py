@@ -52,6 +52,8 @@ class Gate:
             body, is_whole = b"", False
             while not is_whole:
                 message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
                 body += message.get("body", b"")
                 is_whole = not message.get("more_body", False)
                 if len(body) > self.max_body_bytes:

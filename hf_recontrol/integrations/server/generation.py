@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import secrets
 from collections.abc import Sequence
@@ -18,16 +19,34 @@ from transformers.cli.serving.utils import (
     GenerationState,
     _GenerationCancelled,
     _StreamError,
+    response_events_to_chunks,
 )
 from transformers.utils import logging
 
 from ...collection.sampling import StopStrings
 from ..request_settings import Asked
+from .responses import TolerantParser, held_back
 
 logger = logging.get_logger(__name__)
 
 # What may be said to a client of an error while an answer was drawn: these name a setting of the request.
 TOLD = (FloatingPointError,)
+# What makes `generate` search, return several answers or something else than tokens, or stop in a way of its own.
+_OTHER_MODES = (
+    "num_beams",
+    "num_beam_groups",
+    "num_return_sequences",
+    "penalty_alpha",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "stop_strings",
+)
 INTERNAL = "The server failed at this request. Its log says why."
 
 
@@ -58,8 +77,6 @@ class RequestModel:
         """Cut an answer's length to the room behind a prompt of `length` tokens; 400 if a longer one was asked for."""
         room = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         asked = config.max_new_tokens
-        if length == 0:
-            raise HTTPException(400, "The prompt holds no token.")
         if room is None:
             return
         if length >= room or (self.length_is_asked and length + asked > room):
@@ -70,10 +87,43 @@ class RequestModel:
         config.max_new_tokens = min(asked, room - length)
 
 
+def take_over(model: PreTrainedModel) -> list[str]:
+    """
+    Make a model's own generation config one under which each request gets one answer, drawn token by token and as it
+    is streamed; `generate` fills a request's config from it. Returns the stop strings that it held: transformers'
+    criterion for these looks at the prompt too, and cannot read every tokenizer's vocabulary.
+    """
+    config = copy.deepcopy(model.generation_config)
+    stops = config.stop_strings or []
+    for name in _OTHER_MODES:
+        setattr(config, name, None)
+    model.generation_config = config
+    return [stops] if isinstance(stops, str) else list(stops)
+
+
 def cut_at_stops(text: str, stops: Sequence[str]) -> str:
     """A text up to the first of the stop strings in it."""
     ends = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(ends)] if ends else text
+
+
+class _Decoder:
+    """tokenizers' `DecodeStream`, and what it keeps back at the end: a character of which not all bytes came."""
+
+    def __init__(self, stream, skip_special_tokens: bool):
+        self._stream, self._skip_special_tokens = stream, skip_special_tokens
+        self._ids: list[int] = []
+        self._said = 0
+
+    def step(self, tokenizer, token: int) -> str | None:
+        # Drafts come several at once.
+        self._ids += token if isinstance(token, list) else [token]
+        text = self._stream.step(tokenizer, token)
+        self._said += len(text or "")
+        return text
+
+    def rest(self, tokenizer) -> str:
+        return tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)[self._said :]
 
 
 class _Streamer(DirectStreamer):
@@ -82,6 +132,17 @@ class _Streamer(DirectStreamer):
     def __init__(self, *args, stops: Sequence[str], **kwargs):
         self._stops, self._waiting, self._is_cut = stops, "", False
         super().__init__(*args, **kwargs)
+        if self._parser is not None:
+            self._parser = TolerantParser(self._parser, self._tokenizer)
+        self._decode_stream = _Decoder(self._decode_stream, skip_special_tokens=self._parser is None)
+
+    def end(self) -> None:
+        """As the base class; first what waits for bytes that do not come."""
+        if rest := self._decode_stream.rest(self._tokenizer):
+            items = [rest] if self._parser is None else response_events_to_chunks(self._parser.feed(rest))
+            for item in items:
+                self._enqueue(item)
+        super().end()
 
     def _enqueue(self, item) -> None:
         if type(item) is not str or not self._stops:
@@ -95,16 +156,10 @@ class _Streamer(DirectStreamer):
         text = self._waiting + item
         kept = cut_at_stops(text, self._stops)
         self._is_cut = len(kept) < len(text)
-        held = 0 if self._is_cut else _held_back(kept, self._stops)
+        held = 0 if self._is_cut else held_back(kept, self._stops)
         ready, self._waiting = kept[: len(kept) - held], kept[len(kept) - held :]
         if ready:
             super()._enqueue(ready)
-
-
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """How many of the last characters may be the beginning of a stop string."""
-    lengths = range(min(len(text), max(map(len, stops)) - 1), 0, -1)
-    return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops)), 0)
 
 
 class Manager(GenerateManager):

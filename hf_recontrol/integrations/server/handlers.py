@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
+import json
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import HTTPException
-from jinja2 import TemplateError
+from fastapi.responses import StreamingResponse
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import Modality
+from transformers.utils import logging
 
 from ..request_settings import FIELDS, RequestSettings, UnknownModel
-from .generation import RequestModel, cut_at_stops
+from .gate import error_response
+from .generation import INTERNAL, TOLD, RequestModel, cut_at_stops
+from .prompts import Prompts, chat_messages
+
+logger = logging.get_logger(__name__)
 
 # Fields that ask for nothing at these values, and are not supported at others.
 _ONLY = {
@@ -55,6 +62,8 @@ _NUMBERS = {
 }
 _INTEGERS = ("top_k", "seed", "max_tokens", "max_completion_tokens")
 _MOST_STOPS, _LONGEST_STOP = 16, 1000
+# Logits divided by less leave float32, and a draw from what is left ends the process on some devices.
+_LOWEST_TEMPERATURE = 1e-9
 # Where a request names no length: as the two endpoints of others do, as long as there is room for a chat.
 _CHAT_LENGTH, _COMPLETION_LENGTH = 1024, 16
 
@@ -69,9 +78,18 @@ class _Strict:
     _takes: tuple[str, ...] = ()
     _length = _CHAT_LENGTH
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: RequestSettings, state):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: RequestSettings,
+        state,
+        stops: Sequence[str] = (),
+    ):
         super().__init__(None, state)
         self.served, self.tokenizer, self.settings = model, tokenizer, settings
+        # Those of the base's own, where a request names none.
+        self.stops, self.prompts = stops, Prompts(tokenizer)
         self.model_manager = self
         self.view: RequestModel | None = None
 
@@ -81,15 +99,26 @@ class _Strict:
         return Modality.LLM
 
     async def handle_request(self, body: dict, request_id: str):
-        """Answer a request, or refuse it with 400 (404: no such model) and words."""
+        """Answer a request, or refuse it with 400 (404: no such model) and words; 500 where the server is at fault."""
+        try:
+            return await self._answer(body, request_id)
+        except (HTTPException, *TOLD):
+            raise
+        except Exception:
+            # Beyond this place the connection would be closed, behind an answer that says it stays.
+            logger.exception("A request failed.")
+            return error_response(500, INTERNAL)
+
+    async def _answer(self, body: dict, request_id: str):
+        _check_texts(body)
         # A handler of its own for each request, as transformers' methods take no settings of ours along.
         own = copy.copy(self)
         own.model_manager = own
         own.view = own.read(body)
-        try:
-            return await super(_Strict, own).handle_request(own.cleaned(body), request_id)
-        except TemplateError as error:
-            _refuse(f"The chat template refuses these messages: {error}")
+        answer = await super(_Strict, own).handle_request(own.cleaned(body), request_id)
+        if isinstance(answer, StreamingResponse):
+            answer.body_iterator = _with_end(answer.body_iterator)
+        return answer
 
     def read(self, body: dict) -> RequestModel:
         """Check a request's fields; the model as it wants it."""
@@ -102,6 +131,8 @@ class _Strict:
                 _refuse(f"`{name}` is not supported here, got {value!r}.")
         for name, (low, high) in _NUMBERS.items():
             _check_number(name, body.get(name), low, high)
+        if 0 < (body.get("temperature") or 0) < _LOWEST_TEMPERATURE:
+            _refuse(f"`temperature` must be 0, or at least {_LOWEST_TEMPERATURE:g}, got {body['temperature']!r}.")
         if not isinstance(body.get("stream", False), (bool, type(None))):
             _refuse("`stream` must be true or false.")
         try:
@@ -114,11 +145,11 @@ class _Strict:
         except (ValueError, TypeError) as error:
             _refuse(str(error))
         named = any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens"))
-        return RequestModel(self.served, asked, body.get("seed"), _stops(body.get("stop")), named)
+        return RequestModel(self.served, asked, body.get("seed"), _stops(body.get("stop")) or self.stops, named)
 
     def _control_fields(self, body: dict) -> dict[str, Any]:
         """The fields of control: at the top, or where vLLM has them."""
-        extra = body.get("vllm_xargs") or {}
+        extra = {} if body.get("vllm_xargs") is None else body["vllm_xargs"]
         if not isinstance(extra, dict):
             raise ValueError("`vllm_xargs` must be an object.")
         if twice := sorted(extra.keys() & body.keys() & set(FIELDS)):
@@ -134,7 +165,7 @@ class _Strict:
         pass
 
     def _resolve_model(self, body: dict):
-        return body.get("model") or self.settings.base, self.view, self.tokenizer
+        return body.get("model") or self.settings.base, self.view, self.prompts
 
     def _build_generation_config(
         self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False
@@ -159,8 +190,6 @@ class _Strict:
         length = asked.get("max_completion_tokens") or asked.get("max_tokens")
         config.max_new_tokens = length or self._length
         config.max_length = None
-        # transformers' own criterion cannot read every tokenizer's vocabulary; ours stands in `RequestModel`.
-        config.stop_strings = None
         return config
 
 
@@ -174,14 +203,20 @@ class Chat(_Strict, ChatCompletionHandler):
         if not self.tokenizer.chat_template:
             _refuse("This base has no chat template: use /v1/completions.")
         _check_messages(body.get("messages"))
-        if not isinstance(body.get("tools") or [], list):
-            _refuse("`tools` must be a list.")
-        more = body.get("chat_template_kwargs") or {}
+        tools = body.get("tools") if body.get("tools") is not None else []
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            _refuse("`tools` must be a list of objects.")
+        more = {} if body.get("chat_template_kwargs") is None else body["chat_template_kwargs"]
         if not isinstance(more, dict):
             _refuse("`chat_template_kwargs` must be an object.")
         if taken := sorted(more.keys() & inspect.signature(self.tokenizer.apply_chat_template).parameters.keys()):
             _refuse(f"`chat_template_kwargs` are the template's own variables, {taken} are not.")
         return view
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: list[dict], modality: Modality) -> list[dict]:
+        """Messages as templates read them."""
+        return chat_messages(messages)
 
     def _build_completion(self, request_id: str, content: str, *args, **kwargs) -> dict:
         # A response template reads the tokens, beyond a stop string too.
@@ -200,17 +235,35 @@ class Completion(_Strict, CompletionHandler):
         return super().read(body)
 
 
+async def _with_end(parts: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """A stream, and what clients of OpenAI's API wait for behind it."""
+    async with aclosing(parts):
+        async for part in parts:
+            yield part
+    yield "data: [DONE]\n\n"
+
+
+def _check_texts(body: dict) -> None:
+    """Refuse what JSON can write and no tokenizer or template can read."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        _refuse("A text holds half a surrogate pair (\\ud800 to \\udfff), which is no character.")
+    except RecursionError:
+        _refuse("The body is nested too deeply.")
+
+
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if value is None:
         return
     kinds = int if name in _INTEGERS else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         kind = "an integer" if name in _INTEGERS else "a number"
         _refuse(f"`{name}` must be {kind} from {low:g} to {high:g}, got {value!r}.")
 
 
 def _stops(value: Any) -> list[str]:
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         _refuse("`stop` must be a text or a list of texts that are not empty.")
     if len(stops) > _MOST_STOPS or any(len(stop) > _LONGEST_STOP for stop in stops):
@@ -226,9 +279,25 @@ def _check_messages(messages: Any) -> None:
             _refuse(f"`messages[{number}]` must be an object with a `role`.")
         content = message.get("content")
         parts = content if isinstance(content, list) else []
-        is_text = isinstance(content, str) or (content is None and message.get("tool_calls"))
+        calls = message.get("tool_calls")
+        if not isinstance(calls, (list, type(None))) or not all(map(_is_call, calls or [])):
+            _refuse(
+                f"`messages[{number}].tool_calls` must be a list of calls, their arguments a JSON object as a text."
+            )
+        is_text = isinstance(content, str) or (content is None and calls)
         if not (is_text or parts) or not all(
             isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
             for part in parts
         ):
             _refuse(f"`messages[{number}].content` must be a text, or a list of parts of type text.")
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return False
+    arguments = function.get("arguments")
+    try:
+        return isinstance(json.loads(arguments or "{}") if isinstance(arguments, str) else arguments or {}, dict)
+    except (ValueError, RecursionError):
+        return False
