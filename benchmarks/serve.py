@@ -54,7 +54,8 @@ def running(command: list[str], port: int):
                     time.sleep(1)
             yield
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
