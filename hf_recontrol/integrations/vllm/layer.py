@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.distributed import get_pp_group
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
+from ...utils.extras import needs_extra
 from .batch import Batch
+
+with needs_extra("vllm", "Control in vLLM"):
+    from vllm.distributed import get_pp_group
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 
 class ControlledLogits(LogitsProcessor):

@@ -6,10 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 
+from ...utils.extras import needs_extra
 from .batch import Batch
 from .layer import attach
+
+with needs_extra("vllm", "Control in vLLM"):
+    from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 
 LOAD_FORMAT = "recontrol"
 # Where the batch of an engine stands on its configuration, which processor and loader are both given.

@@ -6,12 +6,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from vllm import SamplingParams
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from ...utils.extras import needs_extra
 from .batch import Batch
 from .loader import use_batch
 from .served import Served
+
+with needs_extra("vllm", "Control in vLLM"):
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 
 class ControlProcessor(LogitsProcessor):
