@@ -22,6 +22,7 @@ SECTIONS = {
         "ControlConfig",
         "ReControlLogitsProcessor",
         "HookPoint",
+        "recontrol_engine_args",
     ],
     "Heads": ["ValueHead", "ValueHeadConfig", "TrainingRecord", "convert_checkpoint"],
     "From prompts to a head": ["fit", "embedded_model"],

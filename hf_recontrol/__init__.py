@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .evaluation.trace.record import TokenChance, Trace, TracedResponse, TracedToken
     from .heads.convert import convert_checkpoint
     from .heads.value_head import ValueHead
+    from .integrations.vllm.arguments import recontrol_engine_args
     from .modeling.causal_lm import ReControlForCausalLM
     from .modeling.hook_points import HookPoint
     from .modeling.logits_processor import ReControlLogitsProcessor
@@ -95,6 +96,7 @@ _MODULES = {
     "evaluation.trace.record": ("TokenChance", "Trace", "TracedResponse", "TracedToken"),
     "heads.convert": ("convert_checkpoint",),
     "heads.value_head": ("ValueHead",),
+    "integrations.vllm.arguments": ("recontrol_engine_args",),
     "modeling.causal_lm": ("ReControlForCausalLM",),
     "modeling.hook_points": ("HookPoint",),
     "modeling.logits_processor": ("ReControlLogitsProcessor",),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hf_recontrol import ReControlForCausalLM
+from hf_recontrol import ReControlForCausalLM, recontrol_engine_args
 
 vllm = pytest.importorskip("vllm")
 
@@ -23,8 +23,6 @@ ROUNDING = 1e-3
 @pytest.mark.slow
 @pytest.mark.skipif(not BASE, reason="RECONTROL_TEST_BASE names no folder")
 def test_greedy_tokens_are_our_wrapper_s_but_for_ties():
-    from hf_recontrol.integrations.vllm.arguments import recontrol_engine_args
-
     model = ReControlForCausalLM.from_pretrained(BASE, value_head=HEAD, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     texts = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:64]]
