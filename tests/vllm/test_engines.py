@@ -9,6 +9,7 @@ from hf_recontrol import ControlConfig, ReControlForCausalLM
 
 vllm = pytest.importorskip("vllm")
 
+from hf_recontrol.integrations.vllm import processor  # noqa: E402
 from hf_recontrol.integrations.vllm.arguments import recontrol_engine_args, server_command  # noqa: E402
 from hf_recontrol.integrations.vllm.loader import check_engine  # noqa: E402
 
@@ -79,6 +80,13 @@ def test_modes_that_cannot_be_controlled_are_refused_when_the_engine_starts(serv
     ):
         with pytest.raises(ValueError, match=words):
             check_engine(SimpleNamespace(**(usual | mode)))
+
+
+def test_where_the_second_model_runner_would_run_the_first_is_asked_for(served, monkeypatch):
+    monkeypatch.setattr(processor, "HAS_TRITON", True)
+    monkeypatch.setattr(processor.envs, "VLLM_USE_V2_MODEL_RUNNER", None, raising=False)
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        vllm.LLM(**(recontrol_engine_args(served.base, {"other": served.heads["polite"]}) | SETTINGS))
 
 
 def test_a_model_that_is_loaded_without_control_draws_no_token(served):

@@ -13,7 +13,8 @@ from .loader import use_batch
 from .served import Served
 
 with needs_extra("vllm", "Control in vLLM"):
-    from vllm import SamplingParams
+    from vllm import SamplingParams, envs
+    from vllm.triton_utils import HAS_TRITON
     from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 
@@ -82,6 +83,12 @@ class _Heads:
             served = Served.from_name(name)
         except ValueError as error:
             raise AttributeError(str(error)) from error
+        if HAS_TRITON and envs.VLLM_USE_V2_MODEL_RUNNER is not False:
+            # vLLM's own words would be about a base class.
+            raise ValueError(
+                "A controlled model needs vLLM's first model runner: set the environment variable "
+                "VLLM_USE_V2_MODEL_RUNNER=0."
+            )
         served.heads  # noqa: B018 (loaded now, so that what is wrong with them is said at the start)
         return type("ControlProcessor", (ControlProcessor,), {"served": served, "__module__": __name__})
 
