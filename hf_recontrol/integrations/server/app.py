@@ -10,21 +10,17 @@ import logging
 import socket
 import time
 
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cli.serving.server import build_server
 
-from ...utils.extras import needs_extra
 from ..request_settings import RequestSettings
-
-with needs_extra("serve", "The server"):
-    import uvicorn
-    from fastapi import FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
-    from starlette.exceptions import HTTPException
-    from transformers.cli.serving.server import build_server
-
-    from .gate import Gate, error_response
-    from .generation import INTERNAL, TOLD, State, take_over
-    from .handlers import Chat, Completion
+from .gate import Gate, error_response
+from .generation import INTERNAL, TOLD, State, take_over
+from .handlers import Chat, Completion
 
 # Of transformers' endpoints those that answer for the one model here.
 _SERVED = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
