@@ -827,7 +827,7 @@ def test_compiled_code_notices_a_head_that_changed(name, warm):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("start", [0.0, -0.9, 0.9])
-def test_compiled_code_clamps_what_eager_code_refuses(dtype, start):
+def test_compiled_code_and_callers_that_ask_for_it_clamp_what_is_refused_else(dtype, start):
     head = make_head(hidden_size=6, hook_point="lm_head", advantage_sizes=[4])
     with torch.no_grad():
         head.advantage_mlp.layers[-1].bias.copy_(torch.tensor([10.0, 10.0, 10.0, -10.0, -10.0, -10.0]))
@@ -839,6 +839,22 @@ def test_compiled_code_clamps_what_eager_code_refuses(dtype, start):
     assert torch.isfinite(result).all()
     with pytest.raises(FloatingPointError):
         Controller(head).edit(states, control, control.step_size)
+    torch.testing.assert_close(
+        Controller(head).edit(states, control, control.step_size, clamp=True), result, rtol=0, atol=0
+    )
+
+
+def test_steps_that_run_away_from_a_target_are_clamped_for_callers_that_ask_for_it():
+    head = make_head(hidden_size=6, hook_point="lm_head")
+    states, sizes = torch.randn(2, 6), torch.tensor([[0.01], [1e20]])
+    control = ControlConfig(target=3.0, step_size=1e20, num_steps=30)
+    with pytest.raises(FloatingPointError):
+        Controller(head).edit(states, control, sizes)
+    clamped = Controller(head).edit(states, control, sizes, clamp=True)
+    assert torch.isfinite(clamped).all()
+    # What runs away is nobody else's: the other row is as it is alone.
+    alone = Controller(head).edit(states[:1], control, 0.01, clamp=True)
+    torch.testing.assert_close(clamped[:1], alone)
 
 
 def test_compiled_code_leaves_a_row_that_is_not_finite_as_it_was():
