@@ -1,5 +1,5 @@
 """
-The heads in examples/heads: SmolLM2-135M-Instruct, one reward each, with targets from a critic.
+Makes the heads of examples/heads: SmolLM2-135M-Instruct, one reward each, with targets from a critic.
 
     python benchmarks/example_heads.py --pairs hh-rlhf-harmless.jsonl.gz --output heads [--only vader]
 

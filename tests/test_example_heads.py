@@ -23,8 +23,8 @@ def test_a_head_is_small_whole_and_knows_its_base(folder):
 
 
 @pytest.mark.slow
-def test_vader_rises_under_its_head():
-    [folder] = [folder for folder in HEADS if folder.name == "smollm2-vader"]
+@pytest.mark.parametrize("folder", [folder for folder in HEADS if folder.name == "smollm2-vader"])
+def test_vader_rises_under_its_head(folder):
     model = ReControlForCausalLM.from_pretrained(embedded_model(), value_head=folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     prompts = [f"Tell me about {thing}." for thing in ("my neighbour", "a long day", "the news", "a rainy evening")]
