@@ -1,6 +1,6 @@
 """
-SmolLM2 on vLLM says what it says under our wrapper. RECONTROL_TEST_BASE names its folder, RECONTROL_TEST_HEAD that of a
-head with an advantage part.
+SmolLM2 on vLLM says what it says under our wrapper. RECONTROL_TEST_BASE names its folder, RECONTROL_TEST_HEAD that of
+a head with an advantage part.
 """
 
 import json
