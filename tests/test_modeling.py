@@ -1143,3 +1143,10 @@ def test_the_lm_head_s_input_is_edited_for_heads_that_act_there_alone(input_ids)
     model = ReControlForCausalLM.from_model(make_llama(), make_head(), STRONG)
     with pytest.raises(ValueError, match="act at decoder layer 2, not at the LM head"):
         model.edit_lm_head_input(torch.zeros(1, 1, 16))
+
+
+@pytest.mark.parametrize("asked", [{"control": False}, {"value_heads": {"default": 2.0}}])
+def test_a_forward_that_is_given_a_control_says_how_it_is_said(model, input_ids, asked):
+    # transformers' models take any keyword, so that it would be ignored.
+    with pytest.raises(TypeError, match=r"is an argument of `generate`. For a forward use `with model.use_control"):
+        model(input_ids, **asked)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..settings import (
+    OWN_ENGINE,
     FitSettings,
     LabelSettings,
     LoadingSettings,
@@ -85,11 +87,26 @@ def rollout(
 
     rows = load_prompts(prompts, settings)
     check_target(output / MANIFEST_NAME)
+    settings = _for_engine(settings, model, head)
     base, tokenizer = load_base(model, settings, head)
     control = False if head is None else base.control
     counts = write_rollouts(output, base, tokenizer, rows, settings, control=control)
     if is_main_process():
         typer.echo(f"{counts['rollouts']} responses ({counts['finished']} finished) -> {output}")
+
+
+def _for_engine(settings: _RolloutCommandSettings, base: str, head: str | None) -> _RolloutCommandSettings:
+    """Settings under which the base leaves the accelerator to another engine, and that engine holds the head."""
+    from ..integrations.vllm.arguments import recontrol_engine_args
+
+    if settings.engine == OWN_ENGINE:
+        return settings
+    if settings.device is None and settings.device_map is None:
+        settings = replace(settings, device="cpu")
+    if head is None or settings.engine != "vllm":
+        return settings
+    controlled = recontrol_engine_args(base, {"default": head})
+    return replace(settings, engine_arguments=controlled | settings.engine_arguments)
 
 
 @app.command()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from transformers.utils import logging
 from ..configuration import ControlConfig
 from ..data.fingerprints import NO_CONTROL, control_settings, model_settings
 from ..data.processes import Progress, progress_bar
-from ..data.prompts import BadRow, Prompt, Prompts, load_prompts, report_bad_rows
+from ..data.prompts import Prompt, Prompts, load_prompts, report_bad_rows
 from ..data.rollouts import Rollout, load_rollouts, save_rollouts
 from ..data.stage_folder import StageFolder
 from ..data.templating import PromptEncoder
@@ -28,9 +27,11 @@ from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.generation import input_device
 from ..modeling.hook_points import HookPoint, in_eval, lm_head_rows
 from ..modeling.hooks import follow
-from ..settings import RolloutSettings, SamplingSettings
+from ..settings import OWN_ENGINE, RolloutSettings, SamplingSettings
 from ..utils.files import make_folder
 from .batches import batches, pad_batch
+from .engines import engine_of
+from .engines.engine import Engine
 from .kept_states import KEPT_FOLDER, StateKeeper, has_kept, kept_path, kept_settings, remove_kept
 from .sampling import (
     Reweighing,
@@ -39,50 +40,15 @@ from .sampling import (
     cut_response,
     draw_settings,
     draw_with,
-    few_embeddings,
+    encode_all,
     listed_ids,
     needs_equal_lengths,
     response_seed,
     sampling_config,
-    vocabulary_size,
+    temperature_of,
 )
 
 logger = logging.get_logger(__name__)
-
-
-def encode_all(
-    encoder: PromptEncoder, model: PreTrainedModel, prompts: Prompts, indices: Sequence[int], max_new_tokens: int
-) -> tuple[dict[int, list[int]], list[BadRow]]:
-    """(token ids of each prompt that the model can take, bad rows)."""
-    encoded: dict[int, list[int]] = {}
-    bad = []
-    for i in indices:
-        try:
-            ids = encoder.encode(prompts.rows[i])
-            _check_ids(model, encoder.tokenizer, ids, max_new_tokens)
-            # Stored with the response: what cannot be is known before there is one.
-            json.dumps(prompts.rows[i])
-        except (TypeError, ValueError) as error:
-            bad.append(BadRow(f"prompt {prompts.numbers[i]}", str(error)))
-        else:
-            encoded[i] = ids
-    encoder.report()
-    return encoded, bad
-
-
-def _check_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], max_new_tokens: int
-) -> None:
-    size = vocabulary_size(model)
-    if max(ids) >= size:
-        known = tokenizer.convert_ids_to_tokens(max(ids))
-        raise ValueError(f"the token {known!r} has the id {max(ids)}, {few_embeddings(size)}")
-    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if room is not None and len(ids) + max_new_tokens > room:
-        raise ValueError(
-            f"prompt and {max_new_tokens} new tokens make {len(ids) + max_new_tokens} tokens, the model has room for "
-            f"{room}: lower `max_new_tokens`, or leave it out"
-        )
 
 
 @dataclass
@@ -126,11 +92,8 @@ class _Sampler:
         self.config, self.stop_strings = copy.copy(config), config.stop_strings or ()
         self.config.stop_strings = None
         self.options = {"control": control} if isinstance(model, ReControlForCausalLM) else {}
-        # What is told of the control, and of each response that is not the base's alone.
         self.control = control_settings(model, control)
-        self.sampled_under = None if self.control == NO_CONTROL else self.control
         self.end_ids = listed_ids(config.eos_token_id)
-        self.temperature = (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0
         self.needs_equal_lengths = needs_equal_lengths(model, config)
 
     def draw(
@@ -173,31 +136,62 @@ def _sample(
     lengths = [len(encoded[i]) for i, _ in rows]
     together = batches(lengths, settings.batch_size, lengths if sampler.needs_equal_lengths else None)
     for number, batch in enumerate(together):
-        keeper = None if keep is None else StateKeeper(keep.hook_point, keep.weight, sampler.temperature)
+        keeper = None if keep is None else StateKeeper(keep.hook_point, keep.weight, temperature_of(sampler.config))
         responses = sampler.draw(
             [encoded[rows[k][0]] for k in batch],
             settings.seed,
             [(prompts.numbers[rows[k][0]], rows[k][1]) for k in batch],
             keeper,
         )
-        for k, (text, ids, finished) in zip(batch, responses, strict=True):
-            i, sample = rows[k]
-            rollouts[k] = Rollout(
-                prompts.rows[i]["prompt"],
-                text,
-                encoded[i],
-                ids,
-                finished,
-                temperature=sampler.temperature,
-                columns={key: value for key, value in prompts.rows[i].items() if key != "prompt"},
-                prompt_number=prompts.numbers[i],
-                sample=sample,
-                control=sampler.sampled_under,
-            )
+        for k, response in zip(batch, responses, strict=True):
+            rollouts[k] = _rollout(sampler, prompts, encoded, rows[k], response)
         if keeper is not None:
             keeper.save(keep.path(number), [rollouts[k] for k in batch], keep.settings)
         advance(len(batch))
     return rollouts
+
+
+def _rollout(
+    sampler: _Sampler | Engine,
+    prompts: Prompts,
+    encoded: dict[int, list[int]],
+    row: tuple[int, int],
+    response: tuple[str, list[int], bool],
+) -> Rollout:
+    i, sample = row
+    return Rollout(
+        prompts.rows[i]["prompt"],
+        response[0],
+        encoded[i],
+        response[1],
+        response[2],
+        temperature=temperature_of(sampler.config),
+        columns={key: value for key, value in prompts.rows[i].items() if key != "prompt"},
+        prompt_number=prompts.numbers[i],
+        sample=sample,
+        control=None if sampler.control == NO_CONTROL else sampler.control,
+    )
+
+
+def _sampled_elsewhere(
+    engine: Engine,
+    prompts: Prompts,
+    encoded: dict[int, list[int]],
+    parts: dict[int, list[tuple[int, int]]],
+    seed: int,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[int, list[Rollout]]]:
+    """(number, rollouts) of each part, as an engine completes them."""
+    if not any(parts.values()):
+        yield from ((index, []) for index in parts)
+        return
+    asked = {index: [(encoded[i], prompts.numbers[i], sample) for i, sample in rows] for index, rows in parts.items()}
+    several = [encoded[i] for rows in parts.values() for i, _ in rows]
+    with engine.running(max(map(len, several))):
+        engine.check_model(several)
+        for index, responses in engine.draw_parts(asked, seed, advance):
+            each = zip(parts[index], responses, strict=True)
+            yield index, [_rollout(engine, prompts, encoded, row, response) for row, response in each]
 
 
 def _checked_control(model: PreTrainedModel, control: ControlConfig | bool | None) -> ControlConfig | bool:
@@ -311,7 +305,12 @@ def write_rollouts(
     settings = RolloutSettings.of(settings, changes)
     check_nameable(model)
     config = sampling_config(model, tokenizer, settings)
-    sampler = _Sampler(model, tokenizer, config, _checked_control(model, control))
+    wanted = _checked_control(model, control)
+    if settings.engine == OWN_ENGINE:
+        sampler, elsewhere = _Sampler(model, tokenizer, config, wanted), {}
+    else:
+        sampler = engine_of(settings, model=model, tokenizer=tokenizer, config=config, control=wanted)
+        elsewhere = {"engine": sampler.settings}
     encoder = PromptEncoder(tokenizer, settings)
     kept_from = _kept_from(model, settings, config)
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(settings.num_samples)]
@@ -320,6 +319,7 @@ def write_rollouts(
         "prompts": prompts.fingerprint,
         **draw_settings(tokenizer, config, settings),
         **sampler.control,
+        **elsewhere,
         "part_size": settings.part_size,
     }
     stage = StageFolder(folder, "rollouts", known, -(-len(rows) // settings.part_size), ".parquet")
@@ -352,7 +352,7 @@ def _kept_from(
 
 def _write_parts(
     stage: StageFolder,
-    sampler: _Sampler,
+    sampler: _Sampler | Engine,
     encoder: PromptEncoder,
     prompts: Prompts,
     rows: Sequence[tuple[int, int]],
@@ -372,8 +372,12 @@ def _write_parts(
     total = sum(len(part) for part in parts.values())
     with progress_bar("rollouts", total, progress, stage.processes.index) as advance:
         advance(sum(len(part) for index, part in parts.items() if index not in missing))
-        for index in missing:
-            part = [row for row in parts[index] if row[0] in encoded]
+        usable = {index: [row for row in parts[index] if row[0] in encoded] for index in missing}
+        if isinstance(sampler, Engine):
+            for index, rollouts in _sampled_elsewhere(sampler, prompts, encoded, usable, settings.seed, advance):
+                save_rollouts(rollouts, stage.part_path(index))
+            return len(bad)
+        for index, part in usable.items():
             # Of an earlier run that was stopped in this part.
             remove_kept(stage.path, index)
             keep = None

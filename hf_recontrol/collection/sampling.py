@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 from abc import ABC
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
+from ..data.prompts import BadRow, Prompts
+from ..data.templating import PromptEncoder
 from ..modeling.generation import read_padding
 from ..settings import SamplingSettings
 
@@ -222,6 +225,41 @@ def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
         raise ValueError(f"`{name}` is {token} ({known!r}), {few_embeddings(size)}.")
 
 
+def encode_all(
+    encoder: PromptEncoder, model: PreTrainedModel, prompts: Prompts, indices: Sequence[int], max_new_tokens: int
+) -> tuple[dict[int, list[int]], list[BadRow]]:
+    """(token ids of each prompt that the model can take, bad rows)."""
+    encoded: dict[int, list[int]] = {}
+    bad = []
+    for i in indices:
+        try:
+            ids = encoder.encode(prompts.rows[i])
+            _check_ids(model, encoder.tokenizer, ids, max_new_tokens)
+            # Stored with the response: what cannot be is known before there is one.
+            json.dumps(prompts.rows[i])
+        except (TypeError, ValueError) as error:
+            bad.append(BadRow(f"prompt {prompts.numbers[i]}", str(error)))
+        else:
+            encoded[i] = ids
+    encoder.report()
+    return encoded, bad
+
+
+def _check_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], max_new_tokens: int
+) -> None:
+    size = vocabulary_size(model)
+    if max(ids) >= size:
+        known = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(f"the token {known!r} has the id {max(ids)}, {few_embeddings(size)}")
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if room is not None and len(ids) + max_new_tokens > room:
+        raise ValueError(
+            f"prompt and {max_new_tokens} new tokens make {len(ids) + max_new_tokens} tokens, the model has room for "
+            f"{room}: lower `max_new_tokens`, or leave it out"
+        )
+
+
 def sampling_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings
 ) -> GenerationConfig:
@@ -277,6 +315,11 @@ def sampling_config(
     return config
 
 
+def temperature_of(config: GenerationConfig) -> float:
+    """What a complete generation config samples at; 0 is greedy."""
+    return (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0
+
+
 def draw_settings(
     tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, settings: SamplingSettings
 ) -> dict[str, Any]:
@@ -311,20 +354,25 @@ _RESHAPES = {
 }
 
 
+def changes_nothing(name: str, value: Any) -> bool:
+    """Whether a setting of a generation config is off: unset, or at the value that leaves the distribution alone."""
+    return value is None or value in (_READS_TOKENS | _RESHAPES).get(name, ())
+
+
 # What generate() takes where nothing is set.
-_TOP_K_WHERE_UNSET = 50
+TOP_K_WHERE_UNSET = 50
 
 
 def reshaped_by(generation_config: dict[str, Any]) -> list[str]:
     """Which settings of a generation config make its draws others than those of the model at a temperature."""
-    settings = {"top_k": _TOP_K_WHERE_UNSET} | generation_config
+    settings = {"top_k": TOP_K_WHERE_UNSET} | generation_config
     leaves = _READS_TOKENS | _RESHAPES
-    found = [f"{name}={settings[name]}" for name in leaves if settings.get(name) not in (None, *leaves[name])]
+    found = [f"{name}={settings[name]}" for name in leaves if not changes_nothing(name, settings.get(name))]
     return found if settings.get("do_sample") else ["do_sample=False"]
 
 
 def needs_equal_lengths(model: PreTrainedModel, config: GenerationConfig) -> bool:
     """Whether a row's sample would depend on its padding, so that only prompts of one length can share a batch."""
-    if any(getattr(config, name, None) not in (None, *off) for name, off in _READS_TOKENS.items()):
+    if not all(changes_nothing(name, getattr(config, name, None)) for name in _READS_TOKENS):
         return True
     return "left" in read_padding(model)

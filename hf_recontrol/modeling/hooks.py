@@ -255,6 +255,12 @@ class ControlHooks:
                 "not reach. Start one process for each GPU (`accelerate launch`, `torchrun`), or show one GPU alone "
                 "(CUDA_VISIBLE_DEVICES=0)."
             )
+        if asked := sorted({"control", "value_heads"} & kwargs.keys()):
+            # Most models would take it, and do nothing about it.
+            raise TypeError(
+                f"`{asked[0]}` is an argument of `generate`. For a forward use `with model.use_control(control, "
+                "value_heads): ...` or `with model.disable_control(): ...`."
+            )
         logits_to_keep = kwargs.get("logits_to_keep", 0)
         call = self.settings.current
         if not self.hook_point.is_last and not self.knows_logits_to_keep and call is not None and call.generating:

@@ -12,6 +12,7 @@ from .comparison import (
     TraceSettings,
     TuneSettings,
 )
+from .engine import OWN_ENGINE, EngineSettings
 from .stages import (
     AdvantageSettings,
     BadRowSettings,

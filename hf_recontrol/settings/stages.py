@@ -13,6 +13,7 @@ import os
 from typing import Any, Literal
 
 from ..utils.setting_fields import Settings, setting, settings_class
+from .engine import OWN_ENGINE, EngineSettings
 
 
 @settings_class("Base model")
@@ -223,7 +224,7 @@ class HookPointSettings(ForwardSettings):
 
 
 @settings_class("Sampling")
-class RolloutSettings(HookPointSettings, SamplingSettings, BadRowSettings):
+class RolloutSettings(HookPointSettings, SamplingSettings, EngineSettings, BadRowSettings):
     """How responses are sampled into a folder."""
 
     part_size: int = setting(256, "Responses in one file: what a stop can cost each process.", low=1)
@@ -232,6 +233,11 @@ class RolloutSettings(HookPointSettings, SamplingSettings, BadRowSettings):
         "Keep the states while sampling instead of reading them afterwards: faster on a CPU, more on the disk. Not "
         "for beam search.",
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep_states and self.engine != OWN_ENGINE:
+            raise ValueError("`keep_states` needs `engine='transformers'`: other engines do not show their states.")
 
 
 @settings_class("Rewards")

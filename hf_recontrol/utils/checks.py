@@ -8,7 +8,11 @@ import re
 import sys
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
+# Names of a URL's query that hold secrets, and how long a value without a meaning is.
+_SECRET_NAMES = re.compile(r"key|token|secret|pass|auth|sig|cred|code", re.IGNORECASE)
+_SECRET_LENGTH = 20
 # More layers than any head needs; keeps a file that may be anybody's from asking for all the memory.
 _MAX_LAYERS = 100
 
@@ -81,6 +85,34 @@ def check_digest(name: str, value: Any) -> None:
     """Raise unless `value` is a SHA-256 in hexadecimal digits."""
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
         raise ValueError(f"`{name}` must be a SHA-256 of 64 hexadecimal digits, got {value!r}.")
+
+
+def check_endpoint_url(name: str, url: Any, key_setting: str) -> None:
+    """
+    Raise unless `url` is the URL of an endpoint without a secret in it, since it is written to files. It is not shown.
+    The key belongs into the environment variable that `key_setting` names.
+    """
+    check_text(name, url)
+    example = f"`{name}` must be a URL such as http://localhost:8000/v1."
+    try:
+        parts = urlsplit(url)
+        secret = parts.username or parts.password or "@" in parts.netloc
+        queried = parse_qsl(parts.query, keep_blank_values=True)
+    except ValueError:
+        raise ValueError(example) from None
+    if secret or any(_SECRET_NAMES.search(key) or len(value) >= _SECRET_LENGTH for key, value in queried):
+        raise ValueError(
+            f"`{name}` must hold no user, password or key, since it is written to files: put the key into the "
+            f"environment variable that `{key_setting}` names."
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(example)
+
+
+def check_variable_name(name: str, value: Any) -> None:
+    """Raise unless `value` is the name of an environment variable, or `None`. It is not shown: it may be a key."""
+    if value is not None and not (isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", value)):
+        raise ValueError(f"`{name}` must be the name of an environment variable, or null.")
 
 
 def check_measured(name: str, value: Any) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ...collection.rollouts import encode_all
-from ...collection.sampling import draw_settings, sampling_config
+from ...collection.sampling import draw_settings, encode_all, sampling_config
 from ...data.fingerprints import model_settings
 from ...data.processes import Progress, progress_bar
 from ...data.prompts import Prompts, report_bad_rows

@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
-from urllib.parse import parse_qsl, urlsplit
 
-from ...utils.checks import check_int, check_number, check_text
+from ...collection.engines.client import key_of, openai_client
+from ...utils.checks import check_endpoint_url, check_int, check_number, check_variable_name
 from ...utils.extras import needs_extra
 from .judge import Question, Verdict
 from .language import LanguageJudge, Reply
 
-# Names of a query that hold secrets, and how long a value without a meaning is.
-_SECRET_NAMES = re.compile(r"key|token|secret|pass|auth|sig|cred|code", re.IGNORECASE)
-_SECRET_LENGTH = 20
 # Names of a request's fields that hold secrets; not `max_tokens`.
 _SECRET_FIELDS = re.compile(
     r'"[^"]*(api.?key|secret|passw|authori[sz]ation|credential|bearer)[^"]*": |"[^"]*token": "', re.IGNORECASE
@@ -38,8 +33,6 @@ _HINTS = {
 _SHOWN = 500
 # So much of a key tells what it is.
 _PIECE = 6
-# Bytes of an answer, far more than any verdict has.
-_LARGEST = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +77,8 @@ class EndpointJudge(LanguageJudge):
                 "`judge` needs both `price_per_million_input` and `price_per_million_output`, or neither."
             )
         if self.base_url is not None:
-            _check_url(self.base_url)
-        if self.api_key_env is not None and not (
-            isinstance(self.api_key_env, str) and re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env)
-        ):
-            # Not shown: it may be the key itself.
-            raise ValueError("`judge.api_key_env` must be the name of an environment variable, or null.")
+            self._check_url(self.base_url)
+        check_variable_name("judge.api_key_env", self.api_key_env)
         if not isinstance(self.request, dict) or not all(isinstance(name, str) for name in self.request):
             raise ValueError("`judge.request` must be an object: fields of each request, by name.")
         if own := [name for name in _OWN_ARGUMENTS if name in self.request]:
@@ -130,51 +119,27 @@ class EndpointJudge(LanguageJudge):
             `ImportError`: names the extra. `ValueError`: if there is no key, it cannot be sent, or it stands among the
             settings.
         """
-        with needs_extra("compare", "A judge behind an endpoint"):
-            from openai import DefaultHttpxClient, OpenAI
         key = self._key
-        if self.api_key_env is not None and not key:
-            raise ValueError(
-                "The judge's key is missing: set the environment variable that `judge.api_key_env` names "
-                "(default: OPENAI_API_KEY), or `api_key_env: null` where none is needed."
-            )
-        if key and not (key.isascii() and key.isprintable()):
-            raise ValueError("The judge's key has characters that no key has: only printable ASCII can be sent.")
         if self.base_url is None and self._url is not None:
-            _check_url(self._url)
+            self._check_url(self._url)
         if key and key in json.dumps(self.depends_on(), ensure_ascii=False):
             raise ValueError("The judge's key stands in its settings, which are written to files: take it out.")
-        return OpenAI(
-            api_key=key or "none",
-            base_url=self._url,
-            timeout=self.timeout,
-            max_retries=self.max_retries,
-            http_client=DefaultHttpxClient(event_hooks={"response": [self._bound]}),
-        )
+        with needs_extra("compare", "A judge behind an endpoint"):
+            return openai_client(
+                "judge", self._url, key, self.api_key_env, timeout=self.timeout, max_retries=self.max_retries
+            )
 
     @property
     def _key(self) -> str | None:
-        return None if self.api_key_env is None else os.environ.get(self.api_key_env, "").strip()
+        return key_of(self.api_key_env)
 
     @property
     def _url(self) -> str | None:
         return os.environ.get("OPENAI_BASE_URL", "").strip() or None if self.base_url is None else self.base_url
 
-    def _bound(self, response: Any) -> None:
-        """Give a body up that does not end: the client's own limit is for each piece of it."""
-        pieces, end = response.iter_bytes, time.monotonic() + self.timeout
-        # Which library for HTTP it is depends on the release of openai.
-        http = sys.modules[type(response).__module__.partition(".")[0]]
-
-        def bounded(*arguments: Any) -> Iterator[bytes]:
-            size = 0
-            for piece in pieces(*arguments):
-                size += len(piece)
-                if size > _LARGEST or time.monotonic() > end:
-                    raise http.ReadTimeout("The answer does not end.", request=response.request)
-                yield piece
-
-        response.iter_bytes = bounded
+    @staticmethod
+    def _check_url(url: Any) -> None:
+        check_endpoint_url("judge.base_url", url, "judge.api_key_env")
 
     def shown(self, text: str) -> str:
         return self._without_key(super().shown(text))
@@ -278,21 +243,3 @@ class EndpointJudge(LanguageJudge):
         for start in range(len(key) - _PIECE + 1):
             text = text.replace(key[start : start + _PIECE], "***")
         return text
-
-
-def _check_url(url: Any) -> None:
-    """Raise for what is no URL of an endpoint, or holds a secret; which is not shown."""
-    check_text("judge.base_url", url)
-    try:
-        parts = urlsplit(url)
-        secret = parts.username or parts.password or "@" in parts.netloc
-        queried = parse_qsl(parts.query, keep_blank_values=True)
-    except ValueError:
-        raise ValueError("`judge.base_url` must be a URL such as http://localhost:8000/v1.") from None
-    if secret or any(_SECRET_NAMES.search(name) or len(value) >= _SECRET_LENGTH for name, value in queried):
-        raise ValueError(
-            "`judge.base_url` must hold no user, password or key, since it is written to files: put the key into the "
-            "environment variable that `judge.api_key_env` names."
-        )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("`judge.base_url` must be a URL such as http://localhost:8000/v1.")

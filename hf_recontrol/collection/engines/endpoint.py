@@ -1,0 +1,153 @@
+"""A server that runs already, behind an OpenAI-compatible API, as what draws rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from ...utils.checks import check_int, check_number, check_text, check_variable_name
+from ...utils.extras import needs_extra
+from .client import key_of, openai_client
+from .engine import Completion, Engine, EngineSampling, Request
+
+_DEFAULT_KEY = "OPENAI_API_KEY"
+_MAX_RETRIES = 5
+# Characters of what a server says that an error repeats.
+_SHOWN = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arguments:
+    """`engine_arguments` of a server: its name of the model, how it is asked, and where its key is."""
+
+    model: str | None = None
+    concurrency: int = 64
+    timeout: float = 600.0
+    api_key_env: str | None = None
+
+    def __post_init__(self):
+        if self.model is not None:
+            check_text("engine_arguments.model", self.model)
+        check_int("engine_arguments.concurrency", self.concurrency, low=1, high=4096)
+        check_number("engine_arguments.timeout", self.timeout, above=0)
+        check_variable_name("engine_arguments.api_key_env", self.api_key_env)
+
+
+class EndpointEngine(Engine):
+    """
+    A server whose `/v1/completions` takes token ids and, asked with `return_token_ids`, returns those that it drew, as
+    vLLM's does. Several processes may ask the same one.
+    """
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        # Another address may have the same model: `check_model` looks.
+        return {"name": "endpoint"}
+
+    def check_arguments(self) -> None:
+        if unknown := sorted(self.arguments.keys() - _Arguments.__dataclass_fields__.keys()):
+            raise ValueError(
+                f"`engine_arguments` of a server know no {unknown[0]!r}: there are "
+                f"{', '.join(_Arguments.__dataclass_fields__)}."
+            )
+        self._given = _Arguments(**self.arguments)
+        if self.is_controlled:
+            raise ValueError(
+                "Whether a server's heads are the same cannot be seen from here, so it draws for the base alone: for "
+                "responses under a control take `engine='vllm'`."
+            )
+        with needs_extra("compare", "A server as engine"):
+            import openai  # noqa: F401
+
+    @contextmanager
+    def running(self, longest: int) -> Iterator[None]:
+        given = self._given
+        variable = given.api_key_env
+        # Many servers of one's own need none.
+        key = key_of(variable or _DEFAULT_KEY)
+        client = openai_client("engine", self.name, key, variable, timeout=given.timeout, max_retries=_MAX_RETRIES)
+        with client:
+            self._client = client
+            self._model = given.model or self._served_model()
+            yield
+
+    def _served_model(self) -> str:
+        """The server's name of the base: the same, or that of its only model."""
+        from openai import APIError
+
+        try:
+            served = [model.id for model in self._client.models.list()]
+        except (APIError, ValueError, TypeError, AttributeError) as error:
+            raise self._dead(error) from None
+        base = str(self.model.config._name_or_path)
+        if base in served:
+            return base
+        # Heads of a server of ours are models too.
+        bases = [name for name in served if name.rpartition(":")[0] not in served]
+        if len(bases) != 1:
+            raise ValueError(
+                f"The server at {self.name} serves {', '.join(served) or 'nothing'}, and no {base}: say which one it "
+                "is (`engine_arguments`: `model`)."
+            )
+        return bases[0]
+
+    def complete(self, requests: Iterable[Request], sampling: EngineSampling) -> Iterator[Completion]:
+        requests, concurrency = iter(requests), self._given.concurrency
+        pool = ThreadPoolExecutor(concurrency, thread_name_prefix="engine")
+        try:
+            waiting = {pool.submit(self._ask, request, sampling) for request in islice(requests, 2 * concurrency)}
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                waiting |= {pool.submit(self._ask, request, sampling) for request in islice(requests, len(done))}
+                for answer in done:
+                    yield answer.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, request: Request, sampling: EngineSampling) -> Completion:
+        from openai import APIError, APIStatusError
+
+        fields = sampling.fields()
+        body = {name: fields.pop(name) for name in ("max_tokens", "temperature", "top_p")}
+        # Servers of ours steer where a request says nothing.
+        fields |= {"return_token_ids": True, "vllm_xargs": {"control": "false"}}
+        try:
+            answer = self._client.completions.create(
+                model=self._model, prompt=request.prompt_ids, seed=request.seed, extra_body=fields, **body
+            )
+        except APIStatusError as error:
+            if error.status_code in (400, 413, 422):
+                raise ValueError(
+                    f"The server at {self.name} does not take a request: {str(error.message)[:_SHOWN]}"
+                ) from None
+            raise self._dead(error) from None
+        except (APIError, ValueError, RecursionError) as error:
+            raise self._dead(error) from None
+        try:
+            (choice,) = answer.choices
+            ids, seen, reason = choice.token_ids, choice.prompt_token_ids, choice.finish_reason
+        except (AttributeError, TypeError, ValueError):
+            ids = None
+        if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
+            raise ValueError(
+                f"The server at {self.name} returns no token ids with its completions: rollouts need one that does, "
+                "such as vLLM's."
+            )
+        if seen != request.prompt_ids:
+            raise ValueError(f"The server at {self.name} did not read a prompt as it was sent, so it is no engine.")
+        if reason not in ("stop", "length"):
+            raise ValueError(f"The server at {self.name} gave a response up ({reason!r}).")
+        return Completion(request.key, ids, reason == "stop")
+
+    def _dead(self, error: Exception) -> OSError:
+        status = getattr(error, "status_code", None)
+        said = type(error).__name__ if status is None else f"{type(error).__name__}, status {status}"
+        hint = {401: " Is the key right (`engine_arguments`: `api_key_env`)?", 404: " Does its URL end in /v1?"}
+        return OSError(
+            f"The server at {self.name} does not answer ({said}).{hint.get(status, '')} What was drawn is kept: the "
+            "same call goes on from there."
+        )

@@ -1,0 +1,267 @@
+"""What all engines share: which sampling they can do, what they are asked, and whether they hold the same model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ...configuration import ControlConfig
+from ...data.fingerprints import NO_CONTROL, control_settings
+from ...data.rollouts import Rollout
+from ...modeling.causal_lm import ReControlForCausalLM
+from ...modeling.hook_points import in_eval
+from ..batches import teacher_forced
+from ..sampling import (
+    TOP_K_WHERE_UNSET,
+    changes_nothing,
+    cut_response,
+    listed_ids,
+    response_seed,
+    temperature_of,
+)
+
+# Of each of so many prompts so many greedy tokens are compared with the model's own.
+_PROBES, _PROBE_TOKENS = 4, 16
+# Nats by which such a token may be less likely than the likeliest: far more than the rounding of any dtype.
+_TOLERANCE = 1.0
+# Settings of a generation config that engines have too, and those that say nothing of a draw.
+_TAKEN = ("do_sample", "eos_token_id", "max_new_tokens", "stop_strings", "temperature", "top_k", "top_p")
+_SILENT = (
+    *(
+        "bos_token_id",
+        "cache_implementation",
+        "compile_config",
+        "disable_compile",
+        "max_length",
+        "num_return_sequences",
+    ),
+    *("pad_token_id", "transformers_version", "use_cache"),
+)
+
+
+class Request(NamedTuple):
+    """A response to draw: a key that tells it from the others, the prompt's token ids, and its seed of 63 bits."""
+
+    key: Any
+    prompt_ids: list[int]
+    seed: int
+
+
+class Completion(NamedTuple):
+    """What was drawn: the request's key, the token ids, and whether the engine found an end."""
+
+    key: Any
+    ids: list[int]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class EngineSampling:
+    """How an engine draws, under vLLM's names. All of it is said with each request, so that no default can act."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> EngineSampling:
+        """
+        That of a complete generation config.
+
+        Raises:
+            `ValueError`: for settings that engines do not have.
+        """
+        given = {name: value for name, value in config.to_diff_dict().items() if name[0] != "_"}
+        other = [name for name in given.keys() - {*_TAKEN, *_SILENT} if not changes_nothing(name, given[name])]
+        if other:
+            raise ValueError(
+                f"An engine draws with temperature, top_k and top_p, or greedily, and has no `{min(other)}` as "
+                "transformers has it: leave that out, or take `engine='transformers'`."
+            )
+        drawn = bool(config.do_sample)
+        return cls(
+            config.max_new_tokens,
+            temperature_of(config),
+            (1.0 if config.top_p is None else config.top_p) if drawn else 1.0,
+            (TOP_K_WHERE_UNSET if config.top_k is None else config.top_k) if drawn else 0,
+            tuple(config.stop_strings or ()),
+            tuple(listed_ids(config.eos_token_id)),
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """A request's fields: no other end than ours, and none that hides what was drawn."""
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return fields | {
+            "ignore_eos": True,
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
+            "spaces_between_special_tokens": False,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "frequency_penalty": 0.0,
+            "presence_penalty": 0.0,
+        }
+
+
+class Engine(ABC):
+    """
+    Another program that draws responses.
+
+    Args:
+        name (`str`), arguments (`dict`):
+            `engine` and `engine_arguments` of [`EngineSettings`].
+        model ([`~transformers.PreTrainedModel`]), tokenizer:
+            What the engine stands for, and what the states of its responses will be read from.
+        config ([`~transformers.GenerationConfig`]):
+            Complete, see [`sampling_config`].
+        control ([`ControlConfig`] or `False`):
+            What to sample under.
+
+    Attributes:
+        control (`dict`):
+            As [`control_settings`] tells it.
+
+    Raises:
+        `ValueError`: for sampling or arguments that it cannot do.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Mapping[str, Any],
+        *,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: GenerationConfig,
+        control: ControlConfig | bool,
+    ):
+        self.name, self.arguments = name, dict(arguments)
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.sampling = EngineSampling.of(config)
+        self.control = control_settings(model, control)
+        self._control = control
+        self.check_arguments()
+
+    @property
+    def is_controlled(self) -> bool:
+        """Whether responses are drawn under a control."""
+        return self.control != NO_CONTROL
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What responses depend on of the engine, as JSON: the same distribution is drawn from in other ways."""
+
+    @abstractmethod
+    def check_arguments(self) -> None:
+        """
+        Raises:
+            `ValueError`: for arguments that it does not take. `ImportError`: names the extra.
+        """
+
+    @abstractmethod
+    def running(self, longest: int) -> AbstractContextManager[None]:
+        """
+        The engine at work, inside the block; `longest` is the number of tokens of the longest prompt.
+
+        Raises:
+            `OSError`, `ValueError`: if it does not start or does not answer.
+        """
+
+    @abstractmethod
+    def complete(self, requests: Iterable[Request], sampling: EngineSampling) -> Iterator[Completion]:
+        """
+        Draw responses, each as soon as it is complete. Requests are taken one by one as there is room for them.
+
+        Raises:
+            `OSError`: if the engine is gone. `ValueError`: for a request that it does not take.
+        """
+
+    def check_model(self, prompts: Sequence[list[int]]) -> None:
+        """
+        Compare the engine's greedy tokens with the model's own likeliest ones.
+
+        Raises:
+            `ValueError`: if the engine holds another model, or another control.
+        """
+        few = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))][:_PROBES]
+        tokens = min(_PROBE_TOKENS, self.sampling.max_tokens)
+        greedy = EngineSampling(tokens, 0.0, 1.0, 0, (), self.sampling.stop_token_ids)
+        for key, ids, _ in self.complete((Request(number, ids, 0) for number, ids in enumerate(few)), greedy):
+            lost = self._lost(few[key], ids)
+            if lost > _TOLERANCE:
+                under = " under this control" if self.is_controlled else ""
+                raise ValueError(
+                    f"The engine {self.name} holds another model than {self.model.config._name_or_path}{under}: a "
+                    f"token that it holds for the likeliest is {lost:.1f} nats less likely than the model's own. Let "
+                    "both be the same checkpoint."
+                )
+
+    @torch.no_grad()
+    def _lost(self, prompt_ids: list[int], ids: list[int]) -> float:
+        """How many nats the likeliest token is likelier than that of `ids`, where this is most."""
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if any(token >= known for token in ids):
+            return float("inf")
+        inputs, (where,) = teacher_forced(self.model, [Rollout("", "", prompt_ids, ids, False)], True)
+        controlled = isinstance(self.model, ReControlForCausalLM)
+        with in_eval(self.model), self.model.use_control(self._control) if controlled else nullcontext():
+            logits = self.model(**inputs).logits[0, where].float()
+        chosen = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]
+        return float((logits.max(-1).values - chosen).max())
+
+    def draw_parts(
+        self, parts: Mapping[int, Sequence[tuple[list[int], int, int]]], seed: int, advance: Any
+    ) -> Iterator[tuple[int, list[tuple[str, list[int], bool]]]]:
+        """
+        Draw parts, each as soon as all of it is there.
+
+        Args:
+            parts (mapping):
+                Of each part's number its rows: the prompt's token ids, the prompt's number, the sample's number.
+            seed (`int`):
+                The run's.
+            advance (`Callable[[int], None]`):
+                Told of each response.
+
+        Yields:
+            A part's number, and of each of its rows the text, the tokens and whether it ended by itself.
+        """
+        left = {number: len(rows) for number, rows in parts.items()}
+        drawn: dict[int, list] = {number: [None] * len(rows) for number, rows in parts.items()}
+        yield from ((number, drawn.pop(number)) for number, count in left.items() if not count)
+        for (number, row), ids, ended in self.complete(self._requests(parts, seed), self.sampling):
+            drawn[number][row] = self._response(ids, ended)
+            left[number] -= 1
+            advance(1)
+            if not left[number]:
+                yield number, drawn.pop(number)
+
+    @staticmethod
+    def _requests(parts: Mapping[int, Sequence[tuple[list[int], int, int]]], seed: int) -> Iterator[Request]:
+        for number, rows in parts.items():
+            for row, (ids, *numbers) in enumerate(rows):
+                noise = np.random.SeedSequence(response_seed(seed, *numbers)).generate_state(1, np.uint64)[0]
+                # Engines take signed integers.
+                yield Request((number, row), ids, int(noise >> np.uint64(1)))
+
+    def _response(self, ids: list[int], ended: bool) -> tuple[str, list[int], bool]:
+        text, kept, finished = cut_response(
+            self.tokenizer, ids, list(self.sampling.stop_token_ids), self.sampling.stop
+        )
+        if not (finished or ended) and len(ids) < self.sampling.max_tokens:
+            raise ValueError(
+                f"The engine {self.name} cut a response after {len(ids)} tokens, {self.sampling.max_tokens} were "
+                "asked for: let it take longer contexts (vLLM's `max_model_len`)."
+            )
+        return text, kept, finished or ended

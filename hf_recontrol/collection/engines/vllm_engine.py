@@ -1,0 +1,110 @@
+"""vLLM, started here, as what draws rollouts."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib.util import find_spec
+from itertools import count, islice
+from typing import Any
+
+from ...data.processes import Processes
+from ...utils.extras import needs_extra
+from .engine import Completion, Engine, EngineSampling, Request
+
+# What is set here, and where it is set instead.
+_OURS = {
+    "model": "it is the base",
+    "generation_config": "all sampling is said with each response",
+    "seed": "each response has its own",
+    "skip_tokenizer_init": "stop strings need the tokenizer",
+}
+# Arguments that change which distribution is drawn from.
+_DECIDE = ("dtype", "hf_overrides", "kv_cache_dtype", "quantization")
+# How many requests wait for each that can run, so that none of the engine's places is ever empty.
+_AHEAD = 2
+
+
+class VLLMEngine(Engine):
+    """vLLM in this process (its workers in others, as it likes). One process runs it; `tensor_parallel_size` and the
+    like spread the model."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        decided = {name: self.arguments[name] for name in _DECIDE if name in self.arguments}
+        return {"name": "vllm"} | decided
+
+    def check_arguments(self) -> None:
+        with needs_extra("vllm", "`engine='vllm'`"):
+            if find_spec("vllm") is None:
+                raise ImportError("vllm")
+        puts_control = self.arguments.get("load_format") == "recontrol"
+        taken = sorted(self.arguments.keys() & (_OURS.keys() - ({"model"} if puts_control else set())))
+        if taken:
+            raise ValueError(f"`engine_arguments` must not hold {taken[0]!r}: {_OURS[taken[0]]}.")
+        if Processes().count > 1:
+            raise ValueError(
+                "vLLM is started by one process: without `accelerate launch`, with `tensor_parallel_size` or "
+                "`data_parallel_size` of `vllm serve` and its URL as `engine`."
+            )
+        if self.is_controlled and not puts_control:
+            raise ValueError(
+                "Responses under a control need an engine with the heads: `recontrol rollout --head`, or "
+                "`engine_arguments=recontrol_engine_args(base, {name: head})`, the names as in the model."
+            )
+
+    @contextmanager
+    def running(self, longest: int) -> Iterator[None]:
+        if self.arguments.get("load_format") == "recontrol":
+            os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        from vllm import LLM, EngineArgs
+
+        known = {item.name for item in fields(EngineArgs)} | set(inspect.signature(LLM).parameters)
+        if unknown := sorted(self.arguments.keys() - known):
+            raise ValueError(f"`engine_arguments`: vLLM knows no {unknown[0]!r}.")
+        source = {"model": self.model.config._name_or_path, "tokenizer": self.tokenizer.name_or_path}
+        if commit := getattr(self.model.config, "_commit_hash", None):
+            source["revision"] = commit
+        wanted = {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "max_model_len": longest + self.sampling.max_tokens,
+        }
+        engine = LLM(**(source | wanted | self.arguments), generation_config="vllm", seed=0).llm_engine
+        self._engine = engine
+        try:
+            yield
+        finally:
+            del self._engine
+            engine.engine_core.shutdown()
+
+    def complete(self, requests: Iterable[Request], sampling: EngineSampling) -> Iterator[Completion]:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        engine, requests, numbers = self._engine, iter(requests), count()
+        room = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
+        keys: dict[str, Any] = {}
+        while True:
+            for key, ids, seed in islice(requests, room - len(keys)):
+                params = SamplingParams(**sampling.fields(), seed=seed, extra_args=self._control_fields())
+                name = str(next(numbers))
+                engine.add_request(name, TokensPrompt(prompt_token_ids=ids), params)
+                keys[name] = key
+            if not keys:
+                return
+            for output in engine.step():
+                if output.finished:
+                    (drawn,) = output.outputs
+                    ended = drawn.finish_reason == "stop"
+                    yield Completion(keys.pop(output.request_id), list(drawn.token_ids), ended)
+
+    def _control_fields(self) -> dict[str, Any] | None:
+        if self.arguments.get("load_format") != "recontrol":
+            return None
+        if not self.is_controlled:
+            return {"control": False}
+        weights = {name: weight for name, (weight, _) in self.control["heads"].items()}
+        return {"control": self.control["control"], "value_heads": weights}

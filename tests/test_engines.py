@@ -1,0 +1,301 @@
+"""Rollouts that another program draws: a server with token ids (`tests/vllm` has the same of vLLM itself)."""
+
+import json
+import threading
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from hf_recontrol import ControlConfig, ReControlForCausalLM, RolloutSettings
+from hf_recontrol.collection.engines import endpoint
+from hf_recontrol.collection.engines.engine import EngineSampling
+from hf_recontrol.collection.rollouts import write_rollouts
+from hf_recontrol.collection.sampling import sampling_config
+from hf_recontrol.data.prompts import load_prompts
+from hf_recontrol.data.rollouts import load_rollouts
+from hf_recontrol.data.stage_folder import read_manifest
+from hf_recontrol.pipelines.fit import fit
+
+from .conftest import make_head
+from .engine_server import EngineServer
+from .test_cli import run_main
+from .tiny_models import tiny_model
+from .tiny_tokenizer import tiny_tokenizer
+
+PROMPTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(5, 17)]
+SETTINGS = {"max_new_tokens": 8, "part_size": 5}
+
+
+@pytest.fixture(autouse=True)
+def _no_retries(monkeypatch):
+    monkeypatch.setattr(endpoint, "_MAX_RETRIES", 0)
+
+
+def make_model(seed=0):
+    model = tiny_model("llama", dtype=torch.float32, seed=seed)
+    model.generation_config.eos_token_id = 2
+    return model
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def server(model, tokenizer):
+    server = EngineServer(model, tokenizer)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def write(folder, model, tokenizer, server=None, **changes):
+    engine = {} if server is None else {"engine": server.url}
+    counts = write_rollouts(
+        folder, model, tokenizer, load_prompts(PROMPTS), progress=lambda *_: None, **(SETTINGS | engine | changes)
+    )
+    return counts, load_rollouts(folder)
+
+
+@pytest.mark.parametrize("stop_strings", [(), ("w7",)])
+def test_greedy_rollouts_and_their_files_are_those_of_our_own_sampler(
+    tmp_path, model, tokenizer, server, stop_strings
+):
+    options = {"temperature": 0.0, "stop_strings": stop_strings, "max_new_tokens": 24}
+    ours = write(tmp_path / "ours", model, tokenizer, **options)
+    theirs = write(tmp_path / "theirs", model, tokenizer, server, **options)
+    assert theirs == ours
+    assert {len(r.completion_ids) for r in ours[1]} != {24}, "some end by themselves"
+    names = {file.name for file in (tmp_path / "ours").iterdir()}
+    assert names == {file.name for file in (tmp_path / "theirs").iterdir()}
+    manifests = [read_manifest(tmp_path / name, "rollouts", "") for name in ("ours", "theirs")]
+    assert manifests[1]["settings"].pop("engine") == {"name": "endpoint"}
+    assert manifests[0]["settings"] == manifests[1]["settings"]
+
+
+def test_a_rows_seed_is_its_own(tmp_path, model, tokenizer, server):
+    options = {"num_samples": 3, "temperature": 1.5}
+    _, first = write(tmp_path / "1", model, tokenizer, server, **options)
+    seeds = [body["seed"] for body in server.requests if body["temperature"]]
+    assert len(set(seeds)) == len(seeds) == 36
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    alone = {"engine_arguments": {"concurrency": 1}, "part_size": 36}
+    _, again = write(tmp_path / "2", model, tokenizer, server, **options, **alone)
+    assert first == again, "whatever its part and however many are asked at once"
+    _, other = write(tmp_path / "3", model, tokenizer, server, **options, seed=1)
+    assert first != other
+
+
+def test_sampling_settings_reach_the_engine(tmp_path, model, tokenizer, server):
+    _, rollouts = write(tmp_path, model, tokenizer, server, num_samples=2, temperature=0.7, max_new_tokens=1)
+    bodies = [body for body in server.requests if body["temperature"]]
+    assert {(body["temperature"], body["top_p"], body["top_k"], body["max_tokens"]) for body in bodies} == {
+        (0.7, 1.0, 0, 1)
+    }
+    assert all(rollout.temperature == 0.7 for rollout in rollouts)
+
+
+def test_no_more_are_asked_at_once_than_said(tmp_path, model, tokenizer, server):
+    write(tmp_path, model, tokenizer, server, num_samples=2, engine_arguments={"concurrency": 3})
+    assert 1 < server.most_at_once <= 3
+
+
+def test_what_was_drawn_before_a_server_died_is_kept(tmp_path, model, tokenizer, server):
+    server.dies_after = 20
+    one_by_one = {"engine_arguments": {"concurrency": 1}, "num_samples": 2}
+    with pytest.raises(OSError, match=r"does not answer .* goes on from there"):
+        write(tmp_path / "a", model, tokenizer, server, **one_by_one)
+    parts = sorted((tmp_path / "a").glob("part-*"))
+    assert parts and len(parts) < 5
+    server.dies_after = None
+    server.requests.clear()
+    _, resumed = write(tmp_path / "a", model, tokenizer, server, **one_by_one)
+    assert len([body for body in server.requests if body["temperature"]]) == 24 - 5 * len(parts)
+    _, whole = write(tmp_path / "b", model, tokenizer, server, **one_by_one)
+    assert resumed == whole
+    server.requests.clear()
+    write(tmp_path / "a", model, tokenizer, server, **one_by_one)
+    assert not server.requests, "of a finished folder nothing is done again, and no server is needed"
+
+
+def test_another_engine_is_another_setting(tmp_path, model, tokenizer, server):
+    write(tmp_path, model, tokenizer, server)
+    with pytest.raises(ValueError, match=r"engine.name was 'endpoint', is None"):
+        write(tmp_path, model, tokenizer)
+
+
+def test_another_model_is_refused_before_anything_is_drawn(tmp_path, tokenizer, server):
+    with pytest.raises(ValueError, match=r"holds another model than .* nats less likely"):
+        write(tmp_path, make_model(seed=1), tokenizer, server)
+    assert not list(tmp_path.glob("part-*"))
+    assert all(body["temperature"] == 0 for body in server.requests)
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({"token_ids": None}, "returns no token ids"),
+        ({"token_ids": ["w5"]}, "returns no token ids"),
+        ({"token_ids": [-1]}, "returns no token ids"),
+        ({"token_ids": [3, 10**6]}, "holds another model"),
+        ({"prompt_token_ids": [5]}, "did not read a prompt as it was sent"),
+        ({"finish_reason": "abort"}, "gave a response up"),
+        ({"status": 400}, "does not take a request: .*too long for me"),
+    ],
+)
+def test_what_a_server_does_wrong_is_named(tmp_path, model, tokenizer, server, faults, message):
+    server.faults = faults
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path, model, tokenizer, server)
+    assert not list(tmp_path.glob("part-*"))
+
+
+@pytest.mark.parametrize("status", [401, 404, 429, 500, 503])
+def test_a_server_that_fails_is_named(tmp_path, model, tokenizer, server, status):
+    server.faults = {"status": status}
+    with pytest.raises(OSError, match=f"does not answer .*status {status}"):
+        write(tmp_path, model, tokenizer, server)
+
+
+def test_a_response_that_a_short_context_cut_is_no_rollout(tmp_path, model, tokenizer, server, monkeypatch):
+    def short(self, body):
+        return complete(self, body | {"max_tokens": min(3, body["max_tokens"])})
+
+    complete = EngineServer.complete
+    monkeypatch.setattr(EngineServer, "complete", short)
+    with pytest.raises(ValueError, match=r"cut a response after 3 tokens, 30 were asked for"):
+        write(tmp_path, model, tokenizer, server, temperature=1.0, max_new_tokens=30)
+
+
+def test_which_model_is_asked_for(tmp_path, model, tokenizer, server):
+    server.models = ["org/base", "org/base:default", "org/base:polite"]
+    write(tmp_path / "1", model, tokenizer, server)
+    assert {body["model"] for body in server.requests} == {"org/base"}
+    server.models = ["one", "two"]
+    with pytest.raises(ValueError, match=r"serves one, two, and no .*: say which one"):
+        write(tmp_path / "2", model, tokenizer, server)
+    server.requests.clear()
+    write(tmp_path / "2", model, tokenizer, server, engine_arguments={"model": "two"})
+    assert {body["model"] for body in server.requests} == {"two"}
+
+
+def test_the_key_comes_from_the_environment(tmp_path, model, tokenizer, server, monkeypatch):
+    server.key = "sk-1234567890"
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(OSError, match=r"status 401\). Is the key right"):
+        write(tmp_path, model, tokenizer, server)
+    named = {"engine_arguments": {"api_key_env": "ENGINE_KEY"}}
+    with pytest.raises(ValueError, match=r"The engine's key is missing: set the environment variable"):
+        write(tmp_path, model, tokenizer, server, **named)
+    monkeypatch.setenv("ENGINE_KEY", server.key)
+    write(tmp_path, model, tokenizer, server, **named)
+    assert server.key not in (tmp_path / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "sglang"}, "must be 'transformers', 'vllm' or a URL"),
+        ({"engine": "ftp://host/v1"}, "must be a URL such as"),
+        ({"engine": "http://me:secret@host/v1"}, "must hold no user, password or key"),
+        ({"engine": "http://host/v1?api_key=secret"}, "must hold no user, password or key"),
+        ({"engine_arguments": {"model": "m"}}, "set `engine`, too"),
+        ({"engine": "vllm", "keep_states": True}, "do not show their states"),
+        ({"engine": "http://host/v1", "engine_arguments": {"x": object()}}, "must hold what JSON can hold"),
+    ],
+)
+def test_settings_that_cannot_be_say_so(changes, message):
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        RolloutSettings(**changes)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "bfloat16"}, "know no 'dtype': there are model, concurrency"),
+        ({"concurrency": 0}, "`engine_arguments.concurrency` must be an integer of at least 1"),
+        ({"timeout": "long"}, "`engine_arguments.timeout` must be a finite number"),
+        ({"api_key_env": "sk-123"}, "must be the name of an environment variable"),
+    ],
+)
+def test_arguments_that_a_server_does_not_take_say_so(tmp_path, model, tokenizer, server, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path, model, tokenizer, server, engine_arguments=arguments)
+    assert not list(tmp_path.iterdir()) and not server.requests
+
+
+@pytest.mark.parametrize(
+    "setting", [{"repetition_penalty": 1.2}, {"num_beams": 2}, {"min_new_tokens": 3}, {"min_p": 0.1}]
+)
+def test_sampling_that_an_engine_has_not_is_refused(model, tokenizer, setting):
+    from transformers import GenerationConfig
+
+    settings = RolloutSettings(generation_config=GenerationConfig(do_sample="num_beams" not in setting, **setting))
+    with pytest.raises(ValueError, match=f"has no `{next(iter(setting))}`"):
+        EngineSampling.of(sampling_config(model, tokenizer, settings))
+
+
+def test_top_k_where_it_is_unset_is_generates(model, tokenizer):
+    given = RolloutSettings(generation_config=GenerationConfig(do_sample=True, repetition_penalty=1.0), top_p=0.9)
+    found = EngineSampling.of(sampling_config(model, tokenizer, given))
+    assert (found.top_k, found.top_p, found.temperature) == (50, 0.9, 1.0)
+    assert EngineSampling.of(sampling_config(model, tokenizer, RolloutSettings())).top_k == 0
+
+
+def test_a_control_needs_an_engine_with_the_heads(tmp_path, model, tokenizer, server):
+    controlled = ReControlForCausalLM.from_model(
+        model, make_head(hidden_size=model.config.hidden_size, hook_point="lm_head", control=ControlConfig())
+    )
+    with pytest.raises(ValueError, match=r"draws for the base alone: .* take `engine='vllm'`"):
+        write(tmp_path, controlled, tokenizer, server, control=controlled.control)
+    # Without one the base's responses are drawn, and a server of ours is told so.
+    _, rollouts = write(tmp_path, controlled, tokenizer, server)
+    assert all(rollout.control is None for rollout in rollouts)
+
+
+def test_rows_that_cannot_be_used_are_left_out(tmp_path, model, tokenizer, server, recontrol_warnings):
+    prompts = load_prompts([*PROMPTS[:3], " ".join(["w5"] * 500), *PROMPTS[3:6]])
+    counts = write_rollouts(
+        tmp_path, model, tokenizer, prompts, engine=server.url, on_bad_rows="skip", max_new_tokens=4, part_size=1
+    )
+    assert counts["rollouts"] == 6
+    assert [r.prompt for r in load_rollouts(tmp_path)] == PROMPTS[:6]
+
+
+def distinct(prompts, completions, **columns):
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def test_fit_draws_from_an_engine_and_its_file_names_it(tmp_path, model, tokenizer, server, recontrol_warnings):
+    model.config._name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    options = {"max_new_tokens": 6, "head_sizes": [8], "advantage_sizes": [4], "num_epochs": 1, "quiet": True}
+    fit(str(tmp_path / "base"), PROMPTS, distinct, tmp_path / "run", engine=server.url, temperature=1.5, **options)
+    assert (tmp_path / "run" / "head" / "model.safetensors").is_file()
+    assert server.url in (tmp_path / "run" / "fit.yaml").read_text()
+    assert len([body for body in server.requests if body["temperature"]]) == len(PROMPTS)
+
+
+def test_the_command(tmp_path, model, tokenizer, server):
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    arguments = ("-m", "base", "--prompts", "prompts.jsonl", "-o", "out", "--max-new-tokens", "4")
+    engine = ("--engine", server.url, "--engine-arguments", '{"concurrency": 2}')
+    assert f"{len(PROMPTS)} responses" in run_main("rollout", *arguments, *engine, cwd=tmp_path)
+    assert len(load_rollouts(tmp_path / "out")) == len(PROMPTS)
+    assert "must be 'transformers', 'vllm' or a URL" in run_main(
+        "rollout", *arguments, "--engine", "tgi", code=1, cwd=tmp_path
+    )
