@@ -44,6 +44,11 @@ def test_greedy_rollouts_are_those_of_our_own_sampler(tmp_path, base, tokenizer,
     assert not stop_strings or any(rollout.finished for rollout in ours)
 
 
+def test_nothing_that_vllm_deprecates_is_used(tmp_path, base, tokenizer, caplog):
+    write(tmp_path, base, tokenizer)
+    assert "deprecated" not in caplog.text
+
+
 def test_a_response_depends_on_its_own_seed_and_a_stopped_run_goes_on(tmp_path, base, tokenizer):
     options = {"num_samples": 3, "temperature": 1.0}
     first = write(tmp_path / "a", base, tokenizer, **options)

@@ -83,15 +83,22 @@ class VLLMEngine(Engine):
     def complete(self, requests: Iterable[Request], sampling: EngineSampling) -> Iterator[Completion]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
 
         engine, requests, numbers = self._engine, iter(requests), count()
         room = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
         keys: dict[str, Any] = {}
         while True:
             for key, ids, seed in islice(requests, room - len(keys)):
-                params = SamplingParams(**sampling.fields(), seed=seed, extra_args=self._control_fields())
+                params = SamplingParams(
+                    **sampling.fields(),
+                    seed=seed,
+                    extra_args=self._control_fields(),
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
                 name = str(next(numbers))
-                engine.add_request(name, TokensPrompt(prompt_token_ids=ids), params)
+                (prompt,) = engine.renderer.render_cmpl([TokensPrompt(prompt_token_ids=ids)])
+                engine.add_request(name, prompt, params)
                 keys[name] = key
             if not keys:
                 return
