@@ -6,11 +6,18 @@ PIP := $(BIN)/python $(INSTALL) .ci/constraints.txt
 OUTPUT ?= demo
 SEED ?= 0
 
-.PHONY: demo test test-slow test-wheel test-oldest test-serve fuzz package lint format docs heads results clean
+.PHONY: demo try test test-slow test-wheel test-oldest test-serve fuzz package lint format docs heads results clean
 
 demo: .venv/demo
 	$(BIN)/recontrol demo --output "$(OUTPUT)" --seed $(SEED) $(if $(PROMPTS),--prompts "$(PROMPTS)") \
 		$(if $(MODEL),--model "$(MODEL)")
+
+# A trained head on the embedded model: the base's answer and the controlled one.
+PROMPT ?= My neighbour's dog barks all night. What should I write to him?
+try: .venv/demo
+	$(BIN)/recontrol generate examples/heads/smollm2-vader "$(PROMPT)" --compare --temperature 0.9 \
+		--max-new-tokens 64 --dtype float32 \
+		--model "$$($(BIN)/python -c 'from hf_recontrol import embedded_model; print(embedded_model())')"
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 -q -m "not slow" $(ARGS)

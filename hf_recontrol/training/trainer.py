@@ -164,11 +164,7 @@ class EpisodeTrainer(Trainer):
         Returns:
             Whether any epoch had a finite error.
         """
-        folder = Path(self.args.output_dir)
-        if self.processes.index == 0:
-            drop_unfinished_checkpoints(folder)
-        self.processes.wait()
-        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+        checkpoint = last_checkpoint(Path(self.args.output_dir), self.processes)
         if checkpoint is not None and self._was_finished(checkpoint):
             self._load_best_model()
         else:
@@ -321,7 +317,15 @@ def check_training(settings: TrainingSettings, processes: Processes) -> None:
         raise ValueError(f"`training_arguments` cannot be used: {error}") from error
 
 
-def drop_unfinished_checkpoints(folder: Path) -> None:
+def last_checkpoint(folder: Path, processes: Processes) -> str | None:
+    """The last complete checkpoint of a Trainer in a folder, the same in every process; the incomplete are removed."""
+    if processes.index == 0:
+        _drop_unfinished_checkpoints(folder)
+    processes.wait()
+    return get_last_checkpoint(folder) if folder.is_dir() else None
+
+
+def _drop_unfinished_checkpoints(folder: Path) -> None:
     """Remove checkpoints that a killed run was writing or removing: Trainer writes the state of training last."""
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import random
 import shutil
-import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,7 +18,6 @@ from ...data.fingerprints import file_checksum, model_settings
 from ...data.processes import Processes
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout
-from ...modeling.causal_lm import ReControlForCausalLM
 from ...utils.checks import check_int, check_number
 from ...utils.extras import needs_extra
 from ...utils.files import make_folder, write_json
@@ -43,7 +38,8 @@ class DpoLora(Rival):
     The adapter is kept in `bench.folder`, in a folder named by all that it depends on, and is not trained again.
     `training.json` beside its weights holds the number of pairs and steps, the seconds of training, and the peak of
     the memory in bytes: on a GPU what PyTorch allocated while training, else all of the process's since its start.
-    A training that is stopped starts anew.
+    A training that was stopped resumes from the last of its checkpoints, one every two minutes, to the same adapter.
+    They stand beside the adapter's folder in a hidden one of the same name, until the adapter is written.
 
     The strength multiplies the adapter's contribution to the weights: 1 is as trained.
 
@@ -107,6 +103,7 @@ class DpoLora(Rival):
             import peft
         self.merge = merge
         self._layers: dict[str, nn.Module] | None = None
+        self._unfinished: Path | None = None
         if adapter is not None:
             self._path = Path(adapter)
             if not (self._path / "adapter_config.json").is_file():
@@ -130,7 +127,9 @@ class DpoLora(Rival):
             "logging_steps": 10,
             **(training_arguments or {}),
         }
-        self._dpo_config(bench.folder)
+        from .lora_training import dpo_config
+
+        dpo_config(self._arguments, bench.folder, bench.model.device)
         ids = [[each.prompt_ids, each.completion_ids] for pair in self.pairs for each in pair]
         self._known = {
             **model_settings(bench.model),
@@ -140,6 +139,7 @@ class DpoLora(Rival):
         }
         text = json.dumps(self._known, sort_keys=True, default=str)
         self._path = bench.folder / f"lora-dpo-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self._unfinished = bench.folder / f".{self._path.name}"
         if Processes().count > 1 and not self._path.is_dir():
             raise ValueError(
                 "A LoRA adapter is trained by one process: run the comparison once without `accelerate launch` until "
@@ -173,88 +173,35 @@ class DpoLora(Rival):
             pairs = random.Random(self.bench.sampling.seed).sample(pairs, max_pairs)
         return pairs
 
-    def _dpo_config(self, folder: Path):
-        with needs_extra("lora", "Training a LoRA adapter"):
-            import trl
-        fixed = {
-            "output_dir": str(folder),
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": self.bench.model.device.type == "cpu",
-        }
-        if taken := sorted(fixed.keys() & self._arguments.keys()):
-            raise ValueError(f"`training_arguments` cannot hold {', '.join(taken)}: the comparison sets them.")
-        try:
-            with warnings.catch_warnings():
-                # TRL itself uses names of arguments that newer transformers replace, and older ones know no others.
-                warnings.simplefilter("ignore", FutureWarning)
-                return trl.DPOConfig(**fixed, **self._arguments)
-        except TypeError as error:
-            raise ValueError(f"`training_arguments`: {error}.") from error
-
     def depends_on(self) -> dict[str, Any]:
         return {"adapter": json.loads(json.dumps(self._known, default=str))}
 
     def prepare(self) -> None:
-        if not (self._path / "adapter_config.json").is_file():
-            self._train()
-        self._layers = _adapter_layers(self.bench.model, self._path, self.merge)
+        from ...training.trainer import own_randomness
+
+        # peft draws an adapter's weights: before the trainer sets its seed, and where others are then read.
+        with own_randomness(self.bench.sampling.seed):
+            if not (self._path / "adapter_config.json").is_file():
+                self._train()
+            self._layers = _adapter_layers(self.bench.model, self._path, self.merge)
+        if self._unfinished is not None:
+            shutil.rmtree(self._unfinished, ignore_errors=True)
 
     def trainer(self, folder: Path):
-        """TRL's trainer of the adapter, on a copy of the base: it changes its model and its tokenizer."""
-        import datasets
-        import trl
+        """The [`AdapterTrainer`], whose checkpoints are in a folder."""
+        from .lora_training import AdapterTrainer
 
-        class OnTokenIds(trl.DPOTrainer):
-            # It would tokenize texts, with other ids where tokens merge, and an end where a response was cut.
-            def _prepare_dataset(self, dataset, *args, **kwargs):
-                return dataset
-
-        model = copy.deepcopy(self.bench.model)
-        if isinstance(model, ReControlForCausalLM):
-            model = model.unload()
-        rows = [
-            {
-                "prompt_ids": best.prompt_ids,
-                "chosen_ids": best.completion_ids,
-                "rejected_ids": worst.completion_ids,
-            }
-            for best, worst in self.pairs
-        ]
-        return OnTokenIds(
-            model=model,
-            args=self._dpo_config(folder),
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=copy.deepcopy(self.bench.tokenizer),
-            peft_config=copy.deepcopy(self._lora),
-        )
+        return AdapterTrainer(self.bench, self.pairs, self._lora, self._arguments, folder)
 
     def _train(self) -> None:
-        unfinished = make_folder(self.bench.folder) / f".{self._path.name}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        on_gpu = self.bench.model.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        with torch.random.fork_rng():
-            # The adapter is drawn before the trainer sets its seed.
-            torch.manual_seed(self.bench.sampling.seed)
-            trainer = self.trainer(unfinished / "trainer")
-            begin = time.perf_counter()
-            trainer.train()
-            seconds = time.perf_counter() - begin
-        # "auto" would ask the Hub for the base's vocabulary.
-        trainer.model.save_pretrained(unfinished, save_embedding_layers=False)
-        about = {
-            "pairs": len(self.pairs),
-            "steps": trainer.state.global_step,
-            "seconds": seconds,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else _peak_memory(),
-            "device": self.bench.model.device.type,
-        }
-        write_json(unfinished / "training.json", about)
-        shutil.rmtree(unfinished / "trainer", ignore_errors=True)
-        unfinished.rename(self._path)
+        adapter = make_folder(self._unfinished) / "adapter"
+        shutil.rmtree(adapter, ignore_errors=True)
+        trainer = self.trainer(self._unfinished / "checkpoints")
+        spent = trainer.fit()
+        trainer.save_adapter(adapter)
+        about = {"pairs": len(self.pairs), **spent, "device": self.bench.model.device.type}
+        write_json(adapter / "training.json", about)
+        adapter.rename(self._path)
 
     def answer(self, prompts: Prompts, strength: float | None) -> list[Answer]:
         with self.policy(strength):
@@ -318,15 +265,3 @@ def _adapter_layers(model: PreTrainedModel, path: Path, merge: bool) -> dict[str
     if merge and not all(type(layer) is Linear and not config.use_dora for layer in layers.values()):
         raise ValueError(f"The adapter in {path} cannot be merged into these weights: set `merge: false`.")
     return layers
-
-
-def _peak_memory() -> int | None:
-    """Of this process since its start, in bytes; `None` where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
