@@ -1,15 +1,21 @@
 """`recontrol chat`: real conversations with the command, line by line."""
 
+import fcntl
 import json
 import os
+import re
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from rich.cells import cell_len
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
 
@@ -17,6 +23,8 @@ from .tiny_models import tiny_head, tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
 COMMAND = str(Path(sys.executable).with_name("recontrol"))
+# Markup, wide characters, a word that no column holds, a name of an emoji, a change of the terminal's colours.
+ODD = ("[red]{}", "🎉{}", "漢字{}", "x" * 60 + "{}", "[/bold]{}", ":smile:{}", "\x1b[31m{}", "ee\u0301{}")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +39,12 @@ def folder(tmp_path_factory):
     head = tiny_head(model, "lm_head", control=ControlConfig("advantage", 3.0))
     head.config.base_model_name_or_path = str(folder / "base")
     head.save_pretrained(folder / "head")
+    # Says odd words, and never ends by itself.
+    model = tiny_model("llama", dtype=torch.float32, max_position_embeddings=2048)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    model.save_pretrained(folder / "odd")
+    words = tuple(ODD[i % len(ODD)].format(i) for i in range(92))
+    tiny_tokenizer(chat=True, more_words=words).save_pretrained(folder / "odd")
     return folder
 
 
@@ -41,6 +55,8 @@ def chat(folder, *lines, words=(), code=0):
         capture_output=True,
         text=True,
         timeout=300,
+        # A pipe is no terminal, whatever else it may be taken for.
+        env=os.environ | {"FORCE_COLOR": "1", "COLUMNS": "200"},
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -119,3 +135,93 @@ def test_what_does_not_fit_is_told_and_a_keypress_stops_one_answer(folder):
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate("/exit\n", timeout=300)
     assert process.returncode == 0, rest
+
+
+def _plain(shown):
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+
+
+class Terminal:
+    """The command in a terminal of its own."""
+
+    def __init__(self, columns, *words):
+        self.place, inside = os.openpty()
+        self.resize(columns)
+        program = (
+            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        sizes = ("COLUMNS", "LINES")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, COMMAND, "chat", *map(str, words)],
+            stdin=inside,
+            stdout=inside,
+            # Where Python writes a prompt.
+            stderr=inside,
+            start_new_session=True,
+            env={name: value for name, value in os.environ.items() if name not in sizes} | {"TERM": "xterm-256color"},
+        )
+        os.close(inside)
+        self.read_to(r"ends\.\r\n> $")
+
+    def resize(self, columns):
+        fcntl.ioctl(self.place, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    def type(self, text):
+        os.write(self.place, text.encode())
+
+    def read_to(self, pattern):
+        """What is shown until its text is so."""
+        shown, deadline = b"", time.monotonic() + 120
+        while not re.search(pattern, _plain(shown.decode(errors="ignore"))):
+            ready, _, _ = select.select([self.place], [], [], max(0, deadline - time.monotonic()))
+            assert ready, shown
+            shown += os.read(self.place, 2**16)
+        return shown.decode().replace("\r\n", "\n")
+
+    def say(self, line):
+        self.type(f"{line}\n")
+        return self.read_to(r"\n> $")
+
+    def end(self):
+        self.type("/exit\n")
+        code = self.process.wait(60)
+        os.close(self.place)
+        return code
+
+
+def columns_of(shown):
+    """The texts of the last frame, by their names, without spaces; its lines."""
+    frame = shown.split("\x1b[2K")[-1].split("\x1b[?25h")[0]
+    names, _, *lines = _plain(frame).strip("\n").split("\n")
+    texts = ["".join("".join(parts).split()) for parts in zip(*(line.split("│") for line in lines), strict=True)]
+    return dict(zip((name.strip() for name in names.split("│")), texts, strict=True)), [names, *lines]
+
+
+def test_a_terminal_shows_both_answers_side_by_side_where_it_has_room(folder):
+    words = (folder / "head", "-m", folder / "odd", "--temperature", "0", "--max-new-tokens", "300")
+    terminal = Terminal(100, *words)
+    beside, lines = columns_of(terminal.say("w5 w6"))
+    # Higher than the terminal, and every line as wide as the others.
+    assert len(lines) > 24 and len({cell_len(line.split("│")[0]) for line in lines}) == 1
+    assert all(cell_len(line) <= 100 for line in lines)
+
+    terminal.say("/clear")
+    terminal.resize(79)
+    shown = terminal.say("w5 w6")
+    assert "\x1b[2K" not in shown and "│" not in shown
+    base, controlled = re.search(r"base:\n(.*)\ncontrolled:\n(.*)\n> $", shown, flags=re.DOTALL).groups()
+    assert base != controlled and all(odd.format("") in base for odd in ODD)
+    below = {"base": base, "controlled": controlled}
+    assert beside == {name: "".join(text.replace("\x1b", "␛").split()) for name, text in below.items()}
+
+    terminal.say("/clear")
+    terminal.resize(80)
+    terminal.type("w5 w6\n")
+    terminal.read_to("83")
+    terminal.type("\x03")
+    shown = terminal.read_to(r"\n> $")
+    assert "(stopped" in shown and shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
+    stopped, _ = columns_of(shown)
+    assert stopped["base"] and beside["base"].startswith(stopped["base"])
+    assert "user" not in terminal.say("/history") and "step size 3" in terminal.say("/strength")
+    assert terminal.end() == 0

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from transformers.cli.serving import chat_completion, completion, server, utils
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, encode_prompt
 from hf_recontrol.integrations.request_settings import RequestSettings
+from hf_recontrol.integrations.server import gate
 from hf_recontrol.integrations.server.app import build_app, listen
 
 from .fresh import RECONTROL, run_fresh
@@ -536,6 +538,60 @@ def test_a_body_without_a_length_is_limited_too():
         assert chunked(served, 30) == 413
     finally:
         served.close()
+
+
+BODY = json.dumps({"model": "base", "prompt": "w7 w8 w9", "max_tokens": 2}).encode()
+
+
+def begun(served, sent, *headers):
+    """A connection that has sent the head of a request and a part of its body."""
+    place = socket.create_connection(("127.0.0.1", served.client.base_url.port), timeout=30)
+    head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
+    place.sendall("\r\n".join([*head, "", ""]).encode() + sent)
+    return place
+
+
+def status_of(place):
+    """The status and the error of an answer, behind which the server has closed the connection."""
+    with place, place.makefile("rb") as answer:
+        head, _, body = answer.read().partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+def test_a_body_that_does_not_come_in_time_is_408_and_keeps_nobody_out(serve, monkeypatch):
+    monkeypatch.setattr(gate, "_BODY_SECONDS", 2)
+    served = serve(max_requests=1)
+    length = f"Content-Length: {len(BODY)}"
+    silent = [begun(served, BODY[:sent], length) for sent in (0, 1, len(BODY) - 1)]
+    endless, slow = begun(served, b"1\r\n{\r\n", "Transfer-Encoding: chunked"), begun(served, BODY[:9], length)
+    gone = begun(served, BODY[:9], length)
+    gone.close()
+    begin = time.monotonic()
+    assert served.complete() == served.expected("w7 w8 w9", ASCENT)
+    slow.sendall(BODY[9:])
+    assert slow.recv(100).startswith(b"HTTP/1.1 200")
+    slow.close()
+    while time.monotonic() - begin < 1.5:
+        endless.sendall(b"1\r\n \r\n")
+        time.sleep(0.1)
+    for place in (*silent, endless):
+        status, error = status_of(place)
+        assert status == 408 and error["type"] == "invalid_request_error" and "within 2 seconds" in error["message"]
+    assert time.monotonic() - begin < 10
+    assert served.complete() == served.expected("w7 w8 w9", ASCENT)
+
+
+def test_bodies_that_are_coming_are_bounded_together(serve):
+    served = serve(max_requests=2, max_body_bytes=1000)
+    held = [begun(served, b" " * 900, "Content-Length: 1000") for _ in range(2)]
+    # What has been sent is there before what is sent now is read, as it is on one machine.
+    time.sleep(0.3)
+    late = begun(served, b" " * 300, "Content-Length: 300", "Connection: close")
+    status, error = status_of(late)
+    assert status == 503 and "no room" in error["message"]
+    for place in held:
+        place.close()
+    assert served.client.with_options(max_retries=5).completions.create(model="base", prompt="w7").choices
 
 
 def test_the_private_parts_of_transformers_server_are_where_they_were():

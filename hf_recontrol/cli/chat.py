@@ -16,10 +16,12 @@ from .controlled import HeadArgument, MaxKLOption, MethodOption, StepSizeOption,
 from .options import with_settings
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 HELP = """\
-/both               answer twice, the base and under control; the chat goes on with the controlled answer
+/both               answer twice, as the base and under control, side by side where the terminal has 80 columns or
+                    more; the chat goes on with the controlled answer
 /on, /off           answer under control alone, or as the base alone
 /strength [X]       show or set the step size
 /heads [NAME=X ...] show the heads and their weights, or set these; heads that are not named do not act
@@ -149,20 +151,16 @@ class Chat:
     def say(self, text: str) -> None:
         """Answer a message, and remember both."""
         asked = [*self.messages, {"role": "user", "content": text}] if self.remembers else text
-        answer = ""
-        for controlled in {"both": (False, True), "on": (True,), "off": (False,)}[self.mode]:
-            if self.mode == "both":
-                typer.echo("controlled:" if controlled else "base:")
-            answer = self.answer(asked, controlled)
+        ids = self.encode(asked)
+        answer = self.answer_both(ids) if self.mode == "both" else self.answer(ids, self.mode == "on")
         self.last = asked, self.seed
         self.seed += 1
         if self.remembers:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
 
-    def answer(self, asked: str | list[dict[str, str]], controlled: bool) -> str:
-        """One answer, shown as it is drawn."""
+    def encode(self, asked: str | list[dict[str, str]]) -> Tensor:
+        """What is asked as token ids (1, T); `ValueError` where no answer fits behind them."""
         import torch
-        from transformers import TextStreamer
 
         ids = torch.tensor([self.encoder.encode({"prompt": asked})], device=self.model.device)
         room = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -171,11 +169,31 @@ class Chat:
                 f"{ids.shape[1]} tokens and an answer of {self.config.max_new_tokens} do not fit into this base's "
                 f"{room}: /clear forgets what was said."
             )
+        return ids
+
+    def answer_both(self, ids: Tensor) -> str:
+        """The base's answer and the controlled one, side by side where there is room; the controlled one."""
+        from .columns import Columns, ColumnStreamer, has_room
+
+        if has_room():
+            with Columns("base", "controlled") as columns:
+                self.answer(ids, False, ColumnStreamer(self.tokenizer, columns, "base"))
+                return self.answer(ids, True, ColumnStreamer(self.tokenizer, columns, "controlled"))
+        typer.echo("base:")
+        self.answer(ids, False)
+        typer.echo("controlled:")
+        return self.answer(ids, True)
+
+    def answer(self, ids: Tensor, controlled: bool, streamer: TextStreamer | None = None) -> str:
+        """One answer, shown as it is drawn: on standard output, or by a streamer."""
+        import torch
+        from transformers import TextStreamer
+
         torch.manual_seed(self.seed)
         tokens = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=streamer or TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
             control=None if controlled else False,
             generation_config=self.config,
         )

@@ -94,6 +94,19 @@ def test_each_head_is_a_model(server):
         complete(server.client.with_options(api_key="guessed"), [5, 6], {})
 
 
+@pytest.mark.parametrize("key", ["guessed", "secret"])
+def test_who_has_no_key_is_refused_before_anything_of_the_body_is_read(server, key):
+    head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 100"]
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as place:
+        place.sendall("\r\n".join([*head, f"Authorization: Bearer {key}", "", "{"]).encode())
+        if key == "guessed":
+            assert place.recv(100).startswith(b"HTTP/1.1 401")
+        else:
+            place.settimeout(1)
+            with pytest.raises(TimeoutError):
+                place.recv(100)
+
+
 def test_two_hundred_requests_of_all_kinds_at_once_are_each_what_our_wrapper_says(server, says):
     """With refused ones among them, which leave the others alone."""
     asked = [(prompt, *ASKED[i % len(ASKED)]) for i, prompt in enumerate(prompts(200, seed=7))]

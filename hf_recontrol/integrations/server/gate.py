@@ -1,14 +1,20 @@
-"""What stands before the server's endpoints: the API key, and limits on sizes and numbers of requests."""
+"""What stands before the server's endpoints: the API key, and limits on sizes, times and numbers of requests."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect, Request
+
+from ..request_body import Replay
 
 # Needs no key: it is asked by what watches over the server.
 _OPEN = ("/health",)
+# Seconds in which a request's body must have come, whole.
+_BODY_SECONDS = 30
 
 
 def error_response(status: int, message: str, **headers: str) -> JSONResponse:
@@ -18,9 +24,17 @@ def error_response(status: int, message: str, **headers: str) -> JSONResponse:
     return JSONResponse(body, status_code=status, headers=headers)
 
 
+class _Refused(Exception):
+    """A request whose body is not read on."""
+
+    def __init__(self, answer: JSONResponse):
+        self.answer = answer
+
+
 class Gate:
     """
-    ASGI middleware.
+    ASGI middleware. A request takes a place among those that are answered when its body is whole, so that one that
+    comes slowly keeps nobody out. One that has not come after some time is 408.
 
     Args:
         app:
@@ -28,7 +42,8 @@ class Gate:
         api_key (`str`, *optional*):
             What requests must bring as `Authorization: Bearer`.
         max_body_bytes (`int`):
-            Of a request's body; more is 413.
+            Of a request's body; more is 413. Bodies that are still coming have `max_requests` times as much together;
+            more is 503.
         max_requests (`int`):
             Requests at once, those that wait for their turn included; one more is 503.
     """
@@ -36,60 +51,63 @@ class Gate:
     def __init__(self, app, api_key: str | None, max_body_bytes: int, max_requests: int):
         self.app, self.max_body_bytes, self.max_requests = app, max_body_bytes, max_requests
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
-        self._running = 0
+        self._running = self._coming_bytes = 0
 
     async def __call__(self, scope: dict[str, Any], receive, send) -> None:
         if scope["type"] != "http" or scope["path"] in _OPEN:
             await self.app(scope, receive, send)
             return
-        refusal = self._refusal(dict(scope["headers"]))
-        if refusal is not None:
-            await refusal(scope, receive, send)
+        try:
+            self._check(dict(scope["headers"]))
+            # Read here: an error raised while the application reads is told as one of its own.
+            body = await asyncio.wait_for(self._body(Request(scope, receive)), _BODY_SECONDS)
+            self._check_room()
+        except ClientDisconnect:
+            return
+        except asyncio.TimeoutError:
+            message = f"The request's body did not come within {_BODY_SECONDS} seconds: send it again."
+            # On a connection that stays, the rest of the body would still be waited for.
+            await error_response(408, message, Connection="close")(scope, receive, send)
+            return
+        except _Refused as refused:
+            await refused.answer(scope, receive, send)
             return
         self._running += 1
         try:
-            # Read here: an error raised while the application reads is told as one of its own.
-            body, is_whole = b"", False
-            while not is_whole:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return
-                body += message.get("body", b"")
-                is_whole = not message.get("more_body", False)
-                if len(body) > self.max_body_bytes:
-                    await self._too_large()(scope, receive, send)
-                    return
-            await self.app(scope, _Replay(body, receive), send)
+            await self.app(scope, Replay(body, receive), send)
         finally:
             self._running -= 1
 
-    def _refusal(self, headers: dict[bytes, bytes]) -> JSONResponse | None:
-        if self._expected is not None and not secrets.compare_digest(
-            headers.get(b"authorization", b""), self._expected
-        ):
-            return error_response(401, "This server wants its API key: `Authorization: Bearer ...`.")
+    async def _body(self, request: Request) -> bytes:
+        body = bytearray()
+        try:
+            async for part in request.stream():
+                body += part
+                self._coming_bytes += len(part)
+                if len(body) > self.max_body_bytes:
+                    raise self._too_large()
+                if self._coming_bytes > self.max_body_bytes * self.max_requests:
+                    raise self._no_room()
+        finally:
+            self._coming_bytes -= len(body)
+        return bytes(body)
+
+    def _check(self, headers: dict[bytes, bytes]) -> None:
+        given = headers.get(b"authorization", b"")
+        if self._expected is not None and not secrets.compare_digest(given, self._expected):
+            raise _Refused(error_response(401, "This server wants its API key: `Authorization: Bearer ...`."))
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body_bytes:
-            return self._too_large()
+            raise self._too_large()
+        self._check_room()
+
+    def _check_room(self) -> None:
         if self._running >= self.max_requests:
-            return error_response(
-                503, "The server has no room for one more request now: try again.", **{"Retry-After": "1"}
-            )
-        return None
+            raise self._no_room()
 
-    def _too_large(self) -> JSONResponse:
-        return error_response(413, f"A request may have {self.max_body_bytes} bytes.")
+    def _no_room(self) -> _Refused:
+        message = "The server has no room for one more request now: try again."
+        return _Refused(error_response(503, message, **{"Retry-After": "1"}))
 
-
-class _Replay:
-    """`receive` for an application whose request's body was read before."""
-
-    def __init__(self, body: bytes, receive):
-        self._first: dict[str, Any] | None = {"type": "http.request", "body": body, "more_body": False}
-        self._receive = receive
-
-    async def __call__(self) -> dict[str, Any]:
-        if self._first is None:
-            return await self._receive()
-        message, self._first = self._first, None
-        return message
+    def _too_large(self) -> _Refused:
+        return _Refused(error_response(413, f"A request may have {self.max_body_bytes} bytes."))

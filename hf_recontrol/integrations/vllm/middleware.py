@@ -6,8 +6,14 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from ...utils.extras import needs_extra
+from ..request_body import Replay
 from ..request_settings import FIELDS
 from .served import MODEL_FIELD
+
+with needs_extra("vllm", "Control in vLLM"):
+    from fastapi import HTTPException
+    from starlette.requests import ClientDisconnect, Request
 
 # What carries extra arguments to the sampling, by the end of its path.
 _CARRYING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
@@ -22,7 +28,8 @@ class ControlFields:
 
     The name of a request's model chooses the head, and `control` and `value_heads` may stand at the top of its body as
     on our own server: vLLM hands neither to the sampling. They travel in `vllm_xargs`, as JSON texts, since objects
-    and booleans are not admitted there. Everything else passes as it is.
+    and booleans are not admitted there. Everything else passes as it is. A body is read when the application asks for
+    it, which vLLM's does behind its check of the API key.
 
     Args:
         app:
@@ -38,29 +45,22 @@ class ControlFields:
         is_json = b"json" in headers.get(b"content-type", b"").lower()
         if scope["type"] != "http" or scope["method"] != "POST" or not is_json:
             return await self.app(scope, receive, send)
-        body, message = b"", {"type": "http.request", "more_body": True}
-        while message["type"] == "http.request" and message.get("more_body", False):
-            message = await receive()
-            body += message.get("body", b"")
-        if message["type"] != "http.request":
-            return None  # the client has gone
         names = getattr(getattr(scope["app"].state, "args", None), "served_model_name", None) or []
-        try:
-            changed = with_fields(body, scope["path"], names[1:])
-        except ValueError as error:
-            return await _refuse(send, str(error))
-        length = (b"content-length", str(len(changed)).encode())
-        scope["headers"] = [*((n, v) for n, v in scope["headers"] if n != b"content-length"), length]
-        sent = False
+        replay: Replay | None = None
 
-        async def replay() -> dict:
-            nonlocal sent
-            if sent:
-                return await receive()
-            sent = True
-            return {"type": "http.request", "body": changed, "more_body": False}
+        async def changed() -> dict[str, Any]:
+            nonlocal replay
+            if replay is None:
+                try:
+                    body = await Request(scope, receive).body()
+                    replay = Replay(with_fields(body, scope["path"], names[1:]), receive)
+                except ClientDisconnect:
+                    return {"type": "http.disconnect"}
+                except ValueError as error:
+                    raise HTTPException(400, str(error)) from error
+            return await replay()
 
-        return await self.app(scope, replay, send)
+        return await self.app(scope, changed, send)
 
 
 def with_fields(body: bytes, path: str, models: list[str]) -> bytes:
@@ -112,11 +112,3 @@ def with_fields(body: bytes, path: str, models: list[str]) -> bytes:
         return body
     rest: dict[str, Any] = {name: value for name, value in request.items() if name not in FIELDS}
     return json.dumps(rest | {_EXTRA: extra}).encode()
-
-
-async def _refuse(send: Callable, message: str) -> None:
-    error = {"message": message, "type": "BadRequestError", "param": None, "code": 400}
-    body = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
