@@ -1,15 +1,17 @@
 """
-Makes the heads of examples/heads: SmolLM2-135M-Instruct, one reward each, with targets from a critic.
+Makes the heads of examples/heads (SmolLM2-135M-Instruct, one reward each, targets from a critic) and measures them.
 
     python benchmarks/example_heads.py --pairs hh-rlhf-harmless.jsonl.gz --output heads [--only vader]
 
-`--pairs` as for `reward_model.py`, which is run first: it holds 200 prompts out of everything. Some 50 minutes a head
-on 2 cores; it goes on where it was stopped. The matrices are kept in bfloat16, what states are scaled by in float32.
+`--pairs` as for `reward_model.py`, which is run first: it holds 200 prompts out of everything, which the heads are
+measured on. The judge of one head is the other's reward. Some 50 minutes a head on 2 cores; it goes on where it was
+stopped. The matrices are kept in bfloat16, what states are scaled by in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,11 +19,14 @@ from pathlib import Path
 
 import torch
 
-from hf_recontrol import FitSettings, ValueHead, embedded_model, fit, load_prompts
+from hf_recontrol import CompareSettings, FitSettings, ValueHead, compare, embedded_model, fit, load_prompts
 
 HEADS = Path(__file__).parents[1] / "examples" / "heads"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NUM_PROMPTS = 1024
+# Strengths are found on so many prompts behind those.
+NUM_HELD_OUT = 64
+CONTROLS = ["base", *({"kind": kind, "kl": [0.05, 0.1]} for kind in ("static_vector", "advantage", "ascent"))]
 SETTINGS = FitSettings(
     num_samples=2,
     max_new_tokens=48,
@@ -42,6 +47,32 @@ def keep_small(trained: Path, kept: Path) -> None:
     head.save_pretrained(kept)
 
 
+def measure(head: Path, rewards: Path, reward: str, judge: str, output: Path) -> None:
+    """Compare a head's methods at equal KL on unseen prompts, and keep the table beside the heads."""
+    rows = load_prompts(rewards / "prompts-train.jsonl", limit=NUM_PROMPTS + NUM_HELD_OUT).rows
+    settings = CompareSettings(
+        max_new_tokens=48,
+        temperature=0.9,
+        batch_size=64,
+        part_size=64,
+        dtype="float32",
+        perplexity=True,
+        on_seen_prompts="skip",
+    )
+    compare(
+        embedded_model(),
+        load_prompts(rewards / "prompts-test.jsonl"),
+        reward,
+        output,
+        settings,
+        head=head,
+        judge=judge,
+        controls=CONTROLS,
+        held_out=rows[NUM_PROMPTS:],
+    )
+    shutil.copy(output / "table.md", HEADS / f"{head.name}.md")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True)
@@ -53,11 +84,13 @@ def main() -> None:
         script = Path(__file__).with_name("reward_model.py")
         subprocess.run([sys.executable, script, "--pairs", arguments.pairs, "--output", rewards], check=True)
     prompts = load_prompts(rewards / "prompts-train.jsonl", limit=NUM_PROMPTS)
+    functions = {"vader": "hf_recontrol:vader", "preference": str(rewards)}
     for name in arguments.only:
-        reward = "hf_recontrol:vader" if name == "vader" else str(rewards)
-        folder = arguments.output / name
-        fit(embedded_model(), prompts, reward, folder, SETTINGS)
-        keep_small(folder / "head", HEADS / f"smollm2-{name}")
+        folder, head = arguments.output / name, HEADS / f"smollm2-{name}"
+        fit(embedded_model(), prompts, functions[name], folder, SETTINGS)
+        keep_small(folder / "head", head)
+        judge = next(function for other, function in functions.items() if other != name)
+        measure(head, rewards, functions[name], judge, folder / "comparison")
 
 
 if __name__ == "__main__":
