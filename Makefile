@@ -13,7 +13,7 @@ demo: .venv/demo
 		$(if $(MODEL),--model "$(MODEL)")
 
 # A trained head on the embedded model: the base's answer and the controlled one.
-PROMPT ?= My neighbour's dog barks all night. What should I write to him?
+PROMPT ?= How was your day?
 try: .venv/demo
 	$(BIN)/recontrol generate examples/heads/smollm2-vader "$(PROMPT)" --compare --temperature 0.9 \
 		--max-new-tokens 64 --dtype float32 \

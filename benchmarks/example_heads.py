@@ -26,6 +26,7 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NUM_PROMPTS = 1024
 # Strengths are found on so many prompts behind those.
 NUM_HELD_OUT = 64
+NAMES = {"vader": "VADER sentiment", "preference": "HH-RLHF harmlessness (reward model of benchmarks/reward_model.py)"}
 CONTROLS = ["base", *({"kind": kind, "kl": [0.05, 0.1]} for kind in ("static_vector", "advantage", "ascent"))]
 SETTINGS = FitSettings(
     num_samples=2,
@@ -38,12 +39,13 @@ SETTINGS = FitSettings(
 )
 
 
-def keep_small(trained: Path, kept: Path) -> None:
+def keep_small(trained: Path, kept: Path, reward: str) -> None:
     """Save a trained head with its matrices in bfloat16, for the base's name on the Hub."""
     head = ValueHead.from_pretrained(trained)
     for mlp in (head.value_mlp, head.advantage_mlp):
         mlp.to(torch.bfloat16)
-    head.config = replace(head.config, base_model_name_or_path=HUB_NAME)
+    training = replace(head.config.training, rewards=[reward])
+    head.config = replace(head.config, base_model_name_or_path=HUB_NAME, training=training)
     head.save_pretrained(kept)
 
 
@@ -88,7 +90,7 @@ def main() -> None:
     for name in arguments.only:
         folder, head = arguments.output / name, HEADS / f"smollm2-{name}"
         fit(embedded_model(), prompts, functions[name], folder, SETTINGS)
-        keep_small(folder / "head", head)
+        keep_small(folder / "head", head, NAMES[name])
         judge = next(function for other, function in functions.items() if other != name)
         measure(head, rewards, functions[name], judge, folder / "comparison")
 

@@ -124,6 +124,8 @@ class Chat:
             for message in self.messages:
                 typer.echo(f"{message['role']}: {message['content']}")
         else:
+            if name != "help":
+                typer.echo(f"There is no {line}.")
             typer.echo(HELP)
 
     def trace(self, output: Path) -> None:

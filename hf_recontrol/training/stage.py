@@ -148,7 +148,8 @@ def _record(states: str | os.PathLike, store: StateStore, command: str | None) -
     source = manifest.get("source") or {}
     counts = source.get("counts") or {}
     return TrainingRecord(
-        rewards=source.get("rewards") or [],
+        # A model in a folder by the folder's name: where that is on this machine is nobody's business.
+        rewards=[Path(name).name if Path(name).is_dir() else name for name in source.get("rewards") or []],
         dataset=source.get("dataset"),
         prompts=len(store.prompts.unique()),
         responses=len(store),
