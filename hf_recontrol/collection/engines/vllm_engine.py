@@ -75,6 +75,7 @@ class VLLMEngine(Engine):
         engine = LLM(**(source | wanted | self.arguments), generation_config="vllm", seed=0).llm_engine
         self._engine = engine
         try:
+            self._check_room(longest, engine.vllm_config.model_config.max_model_len)
             yield
         finally:
             del self._engine
@@ -84,6 +85,7 @@ class VLLMEngine(Engine):
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         engine, requests, numbers = self._engine, iter(requests), count()
         room = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
@@ -102,11 +104,19 @@ class VLLMEngine(Engine):
                 keys[name] = key
             if not keys:
                 return
-            for output in engine.step():
+            try:
+                outputs = engine.step()
+            except EngineDeadError as error:
+                raise OSError(
+                    "vLLM stopped, what it wrote above may say why. What was drawn is kept: the same call goes on "
+                    "from there."
+                ) from error
+            for output in outputs:
                 if output.finished:
                     (drawn,) = output.outputs
-                    ended = drawn.finish_reason == "stop"
-                    yield Completion(keys.pop(output.request_id), list(drawn.token_ids), ended)
+                    if drawn.finish_reason not in ("stop", "length"):
+                        raise ValueError(f"vLLM gave a response up ({drawn.finish_reason!r}).")
+                    yield Completion(keys.pop(output.request_id), list(drawn.token_ids), drawn.finish_reason == "stop")
 
     def _control_fields(self) -> dict[str, Any] | None:
         if self.arguments.get("load_format") != "recontrol":
