@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from itertools import count, islice
+from threading import Event, Thread
 from typing import Any
 
 from ...data.processes import Processes
@@ -24,8 +25,19 @@ _OURS = {
 }
 # Arguments that change which distribution is drawn from.
 _DECIDE = ("dtype", "hf_overrides", "kv_cache_dtype", "quantization")
+_SECONDS_BETWEEN_LOOKS = 1
 # How many requests wait for each that can run, so that none of the engine's places is ever empty.
 _AHEAD = 2
+
+
+def _wake_if_dead(core: Any, over: Event) -> None:
+    """vLLM notes that its process was killed (out of memory, say), and its `step` waits for an answer all the same."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    resources, answers = getattr(core, "resources", None), getattr(core, "outputs_queue", None)
+    while resources is not None and answers is not None and not over.wait(_SECONDS_BETWEEN_LOOKS):
+        if resources.engine_dead:
+            return answers.put_nowait(EngineDeadError())
 
 
 class VLLMEngine(Engine):
@@ -74,10 +86,13 @@ class VLLMEngine(Engine):
         }
         engine = LLM(**(source | wanted | self.arguments), generation_config="vllm", seed=0).llm_engine
         self._engine = engine
+        over = Event()
+        Thread(target=_wake_if_dead, args=(engine.engine_core, over), name="vllm-watch", daemon=True).start()
         try:
             self._check_room(longest, engine.vllm_config.model_config.max_model_len)
             yield
         finally:
+            over.set()
             del self._engine
             engine.engine_core.shutdown()
 
