@@ -6,6 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
+# Seconds, more than a test lets it wait.
+_SILENCE = 60
 _EXPECTED = {
     "ignore_eos": True,
     "include_stop_str_in_output": True,
@@ -27,6 +29,10 @@ class EngineServer(ThreadingHTTPServer):
             Requests beyond so many get no answer.
         models (`list[str]`):
             What it says that it serves.
+        max_model_len (`int`, *optional*):
+            And for how many tokens.
+        silent (`bool`):
+            Whether completions are taken and not answered.
         key (`str`, *optional*):
             What clients must send.
     """
@@ -38,6 +44,7 @@ class EngineServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model, self.tokenizer, self.models = model, tokenizer, list(models)
         self.requests, self.faults, self.dies_after, self.key = [], {}, None, None
+        self.max_model_len, self.silent = None, False
         self.lock, self.at_once, self.most_at_once = threading.Lock(), 0, 0
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -67,7 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self._send(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]})
+        card = {"object": "model", "max_model_len": self.server.max_model_len}
+        self._send(200, {"object": "list", "data": [card | {"id": name} for name in self.server.models]})
 
     def do_POST(self):
         server = self.server
@@ -80,6 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(server.faults["status"], {"error": {"message": "It is too long for me."}})
         assert {name: body[name] for name in _EXPECTED} == _EXPECTED, body
         assert body["vllm_xargs"] == {"control": "false"}
+        if server.silent:
+            return threading.Event().wait(_SILENCE)
         with server.lock:
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)

@@ -2,19 +2,26 @@
 
 import json
 import threading
+import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, RolloutSettings
+from hf_recontrol.cli import stages
+from hf_recontrol.collection import rollouts as rollouts_module
 from hf_recontrol.collection.engines import endpoint
+from hf_recontrol.collection.engines.client import openai_client
+from hf_recontrol.collection.engines.endpoint import EndpointEngine
 from hf_recontrol.collection.engines.engine import EngineSampling
 from hf_recontrol.collection.rollouts import write_rollouts
 from hf_recontrol.collection.sampling import sampling_config
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.stage_folder import read_manifest
+from hf_recontrol.integrations.vllm import arguments
 from hf_recontrol.pipelines.fit import fit
 
 from .conftest import make_head
@@ -147,6 +154,9 @@ def test_another_model_is_refused_before_anything_is_drawn(tmp_path, tokenizer, 
         ({"token_ids": ["w5"]}, "returns no token ids"),
         ({"token_ids": [-1]}, "returns no token ids"),
         ({"token_ids": [3, 10**6]}, "holds another model"),
+        ({"token_ids": []}, "returned 0 tokens where 1 to 8 can be drawn"),
+        ({"token_ids": [3] * 9}, "returned 9 tokens where 1 to 8 can be drawn"),
+        ({"token_ids": [3, 4], "finish_reason": "stop"}, "returned no token that ends one"),
         ({"prompt_token_ids": [5]}, "did not read a prompt as it was sent"),
         ({"finish_reason": "abort"}, "gave a response up"),
         ({"status": 400}, "does not take a request: .*too long for me"),
@@ -174,6 +184,86 @@ def test_a_response_that_a_short_context_cut_is_no_rollout(tmp_path, model, toke
     monkeypatch.setattr(EngineServer, "complete", short)
     with pytest.raises(ValueError, match=r"cut a response after 3 tokens, 30 were asked for"):
         write(tmp_path, model, tokenizer, server, temperature=1.0, max_new_tokens=30)
+
+
+def test_a_context_that_is_too_short_is_known_before_anything_is_drawn(tmp_path, model, tokenizer, server):
+    server.max_model_len = 30
+    with pytest.raises(ValueError, match=r"has room for 30 tokens, and the longest .* may have \d+: raise"):
+        write(tmp_path / "1", model, tokenizer, server, max_new_tokens=60)
+    assert not server.requests
+    write(tmp_path / "2", model, tokenizer, server, max_new_tokens=4)
+
+
+def test_an_end_that_the_model_cannot_draw_is_not_asked_for(tmp_path, model, tokenizer, server):
+    model.generation_config.eos_token_id = [2, 50256, -1]
+    write(tmp_path, model, tokenizer, server)
+    assert {tuple(body["stop_token_ids"]) for body in server.requests} == {(2,)}
+
+
+def test_all_requests_have_connections(tmp_path, model, tokenizer, server, monkeypatch):
+    def refuse(*_):
+        raise ValueError("not allowed to raise maximum limit")
+
+    resource = pytest.importorskip("resource")
+    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 < highest < 2048:
+        pytest.skip("This process may not raise its limit.")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, highest))
+        write(tmp_path / "1", model, tokenizer, server, engine_arguments={"concurrency": 1024})
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1024
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"needs 4352 open files"):
+            patch.setattr(resource, "setrlimit", refuse)
+            write(tmp_path / "2", model, tokenizer, server, engine_arguments={"concurrency": 4096})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, highest))
+    client = openai_client("engine", server.url, None, None, timeout=1, max_retries=0, concurrency=2000)
+    assert client._client._transport._pool._max_connections == 2000
+
+
+def test_what_is_asked_of_a_silent_server_does_not_hold_the_exit(tmp_path, model, tokenizer, server):
+    server.silent = True
+    failed = threading.Event()
+
+    def run():
+        with pytest.raises(OSError, match="does not answer"):
+            write(tmp_path, model, tokenizer, server, engine_arguments={"timeout": 0.5})
+        failed.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    for _ in range(200):
+        asking = [thread for thread in threading.enumerate() if thread.name.startswith("engine")]
+        if asking:
+            break
+        time.sleep(0.02)
+    assert asking and all(thread.daemon for thread in asking)
+    assert failed.wait(30)
+    for thread in asking:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in asking), "none is left to wait"
+
+
+def test_an_engine_ends_where_a_part_cannot_be_written(tmp_path, model, tokenizer, server, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    ended = []
+    running = EndpointEngine.running
+
+    @contextmanager
+    def watched(self, longest):
+        with running(self, longest):
+            try:
+                yield
+            finally:
+                ended.append(True)
+
+    monkeypatch.setattr(EndpointEngine, "running", watched)
+    monkeypatch.setattr(rollouts_module, "save_rollouts", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write(tmp_path, model, tokenizer, server)
+    # The error, and with it the frames that it came through, is still there.
+    assert ended and error.value
 
 
 def test_which_model_is_asked_for(tmp_path, model, tokenizer, server):
@@ -206,6 +296,9 @@ def test_the_key_comes_from_the_environment(tmp_path, model, tokenizer, server, 
     [
         ({"engine": "sglang"}, "must be 'transformers', 'vllm' or a URL"),
         ({"engine": "ftp://host/v1"}, "must be a URL such as"),
+        ({"engine": "http://host:80a/v1"}, "must be a URL such as"),
+        ({"engine": "http://host/v1", "engine_arguments": {"api_key": "secret"}}, "must hold no 'api_key'"),
+        ({"engine": "vllm", "engine_arguments": {"hf_token": "secret"}}, "must hold no 'hf_token'"),
         ({"engine": "http://me:secret@host/v1"}, "must hold no user, password or key"),
         ({"engine": "http://host/v1?api_key=secret"}, "must hold no user, password or key"),
         ({"engine_arguments": {"model": "m"}}, "set `engine`, too"),
@@ -245,6 +338,12 @@ def test_sampling_that_an_engine_has_not_is_refused(model, tokenizer, setting):
         EngineSampling.of(sampling_config(model, tokenizer, settings))
 
 
+@pytest.mark.parametrize("setting", [{"temperature": 0.005}, {"top_p": 0.0}])
+def test_what_vllm_would_draw_otherwise_or_not_at_all_is_refused(model, tokenizer, setting):
+    with pytest.raises(ValueError, match=r"no temperature below 0\.01 and at no `top_p` of 0"):
+        EngineSampling.of(sampling_config(model, tokenizer, RolloutSettings(**setting)))
+
+
 def test_top_k_where_it_is_unset_is_generates(model, tokenizer):
     given = RolloutSettings(generation_config=GenerationConfig(do_sample=True, repetition_penalty=1.0), top_p=0.9)
     found = EngineSampling.of(sampling_config(model, tokenizer, given))
@@ -253,14 +352,26 @@ def test_top_k_where_it_is_unset_is_generates(model, tokenizer):
 
 
 def test_a_control_needs_an_engine_with_the_heads(tmp_path, model, tokenizer, server):
+    # Not the server's model, which threads of its own call.
     controlled = ReControlForCausalLM.from_model(
-        model, make_head(hidden_size=model.config.hidden_size, hook_point="lm_head", control=ControlConfig())
+        make_model(), make_head(hidden_size=model.config.hidden_size, hook_point="lm_head", control=ControlConfig())
     )
     with pytest.raises(ValueError, match=r"draws for the base alone: .* take `engine='vllm'`"):
         write(tmp_path, controlled, tokenizer, server, control=controlled.control)
     # Without one the base's responses are drawn, and a server of ours is told so.
     _, rollouts = write(tmp_path, controlled, tokenizer, server)
     assert all(rollout.control is None for rollout in rollouts)
+
+
+@pytest.mark.parametrize("name", ["model", "logits_processors", "load_format"])
+def test_what_a_head_sets_of_an_engine_is_not_set_twice(monkeypatch, name):
+    ours = {"model": "base", "load_format": "recontrol", "logits_processors": ["ours"]}
+    monkeypatch.setattr(arguments, "recontrol_engine_args", lambda *_: ours)
+    settings = stages._RolloutCommandSettings(engine="vllm", engine_arguments={name: "theirs"})
+    with pytest.raises(ValueError, match=f"must not hold '{name}' beside `--head`"):
+        stages._for_engine(settings, "base", "head")
+    settings = stages._RolloutCommandSettings(engine="vllm", engine_arguments={"dtype": "float32"})
+    assert stages._for_engine(settings, "base", "head").engine_arguments == ours | {"dtype": "float32"}
 
 
 def test_rows_that_cannot_be_used_are_left_out(tmp_path, model, tokenizer, server, recontrol_warnings):

@@ -106,6 +106,8 @@ def _for_engine(settings: _RolloutCommandSettings, base: str, head: str | None) 
     if head is None or settings.engine != "vllm":
         return settings
     controlled = recontrol_engine_args(base, {"default": head})
+    if taken := sorted(controlled.keys() & settings.engine_arguments.keys()):
+        raise ValueError(f"`engine_arguments` must not hold {taken[0]!r} beside `--head`, which sets it.")
     return replace(settings, engine_arguments=controlled | settings.engine_arguments)
 
 

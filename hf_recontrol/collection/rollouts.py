@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -374,8 +374,11 @@ def _write_parts(
         advance(sum(len(part) for index, part in parts.items() if index not in missing))
         usable = {index: [row for row in parts[index] if row[0] in encoded] for index in missing}
         if isinstance(sampler, Engine):
-            for index, rollouts in _sampled_elsewhere(sampler, prompts, encoded, usable, settings.seed, advance):
-                save_rollouts(rollouts, stage.part_path(index))
+            drawn = _sampled_elsewhere(sampler, prompts, encoded, usable, settings.seed, advance)
+            # The engine goes also where a part cannot be written.
+            with closing(drawn):
+                for index, rollouts in drawn:
+                    save_rollouts(rollouts, stage.part_path(index))
             return len(bad)
         for index, part in usable.items():
             # Of an earlier run that was stopped in this part.

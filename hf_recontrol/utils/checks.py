@@ -96,6 +96,7 @@ def check_endpoint_url(name: str, url: Any, key_setting: str) -> None:
     example = f"`{name}` must be a URL such as http://localhost:8000/v1."
     try:
         parts = urlsplit(url)
+        _ = parts.port  # says so if it is no number
         secret = parts.username or parts.password or "@" in parts.netloc
         queried = parse_qsl(parts.query, keep_blank_values=True)
     except ValueError:

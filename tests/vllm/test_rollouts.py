@@ -1,5 +1,7 @@
 """Rollouts drawn by vLLM, started here or behind its server: the rows, seeds and files of our own sampler."""
 
+from multiprocessing import active_children
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -90,6 +92,25 @@ def test_rollouts_are_drawn_under_the_control_of_heads(tmp_path, served, base, t
     assert plain == write(tmp_path / "base", base, tokenizer, engine=None, temperature=0.0)
     with pytest.raises(ValueError, match=r"need an engine with the heads"):
         write(tmp_path / "none", model, tokenizer, control=control)
+
+
+def test_what_was_drawn_before_the_engine_was_killed_is_kept(tmp_path, base, tokenizer, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+
+    def kill(done, total):
+        if done >= 5:
+            for child in active_children():
+                child.kill()
+
+    with pytest.raises(OSError, match=r"vLLM stopped, .* goes on from there"):
+        write(tmp_path, base, tokenizer, num_samples=4, progress=kill)
+    assert list(tmp_path.glob("part-*"))
+
+
+def test_an_end_that_the_model_cannot_draw_is_not_asked_for(tmp_path, base, tokenizer, monkeypatch):
+    monkeypatch.setattr(base.generation_config, "eos_token_id", [2, 50256])
+    ours = write(tmp_path / "ours", base, tokenizer, engine=None, temperature=0.0)
+    assert write(tmp_path / "theirs", base, tokenizer, temperature=0.0) == ours
 
 
 def test_another_model_or_head_is_refused(tmp_path, served, base, tokenizer):

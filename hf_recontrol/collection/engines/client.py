@@ -16,7 +16,14 @@ _LARGEST = 2**24
 
 
 def openai_client(
-    name: str, base_url: str | None, key: str | None, key_variable: str | None, *, timeout: float, max_retries: int
+    name: str,
+    base_url: str | None,
+    key: str | None,
+    key_variable: str | None,
+    *,
+    timeout: float,
+    max_retries: int,
+    concurrency: int | None = None,
 ) -> OpenAI:
     """
     A client whose calls end: an answer may not be larger than 16 MB, nor take longer than the time limit.
@@ -32,6 +39,8 @@ def openai_client(
             Seconds a call may take.
         max_retries (`int`):
             How often a call that failed is made again.
+        concurrency (`int`, *optional*):
+            How many calls are made at once. Each has a connection, which the next one takes over.
 
     Raises:
         `ImportError`: if `openai` is missing. `ValueError`: if there is no key, or it cannot be sent.
@@ -46,11 +55,12 @@ def openai_client(
     if key and not (key.isascii() and key.isprintable()):
         raise ValueError(f"The {name}'s key has characters that no key has: only printable ASCII can be sent.")
 
+    # Which library for HTTP it is depends on the release of openai.
+    http = sys.modules[DefaultHttpxClient.__mro__[1].__module__.partition(".")[0]]
+
     def bound(response: Any) -> None:
         """Give a body up that does not end: the client's own limit is for each piece of it."""
         pieces, end = response.iter_bytes, time.monotonic() + timeout
-        # Which library for HTTP it is depends on the release of openai.
-        http = sys.modules[type(response).__module__.partition(".")[0]]
 
         def bounded(*arguments: Any) -> Iterator[bytes]:
             size = 0
@@ -62,12 +72,15 @@ def openai_client(
 
         response.iter_bytes = bounded
 
+    more = {}
+    if concurrency is not None:
+        more["limits"] = http.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     return OpenAI(
         api_key=key or "none",
         base_url=base_url,
         timeout=timeout,
         max_retries=max_retries,
-        http_client=DefaultHttpxClient(event_hooks={"response": [bound]}),
+        http_client=DefaultHttpxClient(event_hooks={"response": [bound]}, **more),
     )
 
 

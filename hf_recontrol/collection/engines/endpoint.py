@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 from ...utils.checks import check_int, check_number, check_text, check_variable_name
@@ -16,6 +17,8 @@ from .engine import Completion, Engine, EngineSampling, Request
 
 _DEFAULT_KEY = "OPENAI_API_KEY"
 _MAX_RETRIES = 5
+# Files beside the connections that a process has open, far more than it needs.
+_OTHER_FILES = 256
 # Characters of what a server says that an error repeats.
 _SHOWN = 500
 
@@ -35,6 +38,25 @@ class _Arguments:
         check_int("engine_arguments.concurrency", self.concurrency, low=1, high=4096)
         check_number("engine_arguments.timeout", self.timeout, above=0)
         check_variable_name("engine_arguments.api_key_env", self.api_key_env)
+
+
+def _let_open(connections: int) -> None:
+    """Let this process have so many connections: where the limit of open files is lower, up to what it may be."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
+    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + _OTHER_FILES
+    if limit == resource.RLIM_INFINITY or limit >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, highest))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"`engine_arguments.concurrency` ({connections}) needs {needed} open files, and this process may have "
+            f"{highest}: lower it, or raise the limit (`ulimit -n`)."
+        ) from error
 
 
 class EndpointEngine(Engine):
@@ -69,44 +91,75 @@ class EndpointEngine(Engine):
         variable = given.api_key_env
         # Many servers of one's own need none.
         key = key_of(variable or _DEFAULT_KEY)
-        client = openai_client("engine", self.name, key, variable, timeout=given.timeout, max_retries=_MAX_RETRIES)
-        with client:
+        _let_open(given.concurrency)
+        with openai_client(
+            "engine",
+            self.name,
+            key,
+            variable,
+            timeout=given.timeout,
+            max_retries=_MAX_RETRIES,
+            concurrency=given.concurrency,
+        ) as client:
             self._client = client
-            self._model = given.model or self._served_model()
+            self._model = given.model or self._served_model(longest)
             yield
 
-    def _served_model(self) -> str:
-        """The server's name of the base: the same, or that of its only model."""
+    def _served_model(self, longest: int) -> str:
+        """The server's name of the base: the same, or that of its only model, if that has room for its prompts."""
         from openai import APIError
 
         try:
-            served = [model.id for model in self._client.models.list()]
+            rooms = {model.id: getattr(model, "max_model_len", None) for model in self._client.models.list()}
         except (APIError, ValueError, TypeError, AttributeError) as error:
             raise self._dead(error) from None
         base = str(self.model.config._name_or_path)
-        if base in served:
-            return base
-        # Heads of a server of ours are models too.
-        bases = [name for name in served if name.rpartition(":")[0] not in served]
-        if len(bases) != 1:
-            raise ValueError(
-                f"The server at {self.name} serves {', '.join(served) or 'nothing'}, and no {base}: say which one it "
-                "is (`engine_arguments`: `model`)."
-            )
-        return bases[0]
+        if base not in rooms:
+            # Heads of a server of ours are models too.
+            bases = [name for name in rooms if name.rpartition(":")[0] not in rooms]
+            if len(bases) != 1:
+                raise ValueError(
+                    f"The server at {self.name} serves {', '.join(rooms) or 'nothing'}, and no {base}: say which one "
+                    "it is (`engine_arguments`: `model`)."
+                )
+            (base,) = bases
+        self._check_room(longest, rooms[base])
+        return base
 
     def complete(self, requests: Iterable[Request], sampling: EngineSampling) -> Iterator[Completion]:
         requests, concurrency = iter(requests), self._given.concurrency
-        pool = ThreadPoolExecutor(concurrency, thread_name_prefix="engine")
+        asked, answered = SimpleQueue(), SimpleQueue()
+        workers = waiting = 0
+
+        def work() -> None:
+            while (request := asked.get()) is not None:
+                try:
+                    answered.put(self._ask(request, sampling))
+                except BaseException as error:
+                    return answered.put(error)
+
         try:
-            waiting = {pool.submit(self._ask, request, sampling) for request in islice(requests, 2 * concurrency)}
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                waiting |= {pool.submit(self._ask, request, sampling) for request in islice(requests, len(done))}
-                for answer in done:
-                    yield answer.result()
+            while True:
+                for request in islice(requests, 2 * concurrency - waiting):
+                    asked.put(request)
+                    waiting += 1
+                    if workers < min(waiting, concurrency):
+                        # Those of a pool would be waited for at the exit: after Ctrl-C as long as a server is silent.
+                        Thread(target=work, name=f"engine-{workers}", daemon=True).start()
+                        workers += 1
+                if not waiting:
+                    return
+                answer = answered.get()
+                waiting -= 1
+                if isinstance(answer, BaseException):
+                    raise answer
+                yield answer
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            with suppress(Empty):
+                while True:
+                    asked.get_nowait()
+            for _ in range(workers):
+                asked.put(None)
 
     def _ask(self, request: Request, sampling: EngineSampling) -> Completion:
         from openai import APIError, APIStatusError

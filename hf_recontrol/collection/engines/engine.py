@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,12 +25,15 @@ from ..sampling import (
     listed_ids,
     response_seed,
     temperature_of,
+    vocabulary_size,
 )
 
 # Of each of so many prompts so many greedy tokens are compared with the model's own.
 _PROBES, _PROBE_TOKENS = 4, 16
 # Nats by which such a token may be less likely than the likeliest: far more than the rounding of any dtype.
 _TOLERANCE = 1.0
+# vLLM raises what is lower to this, and says so in its log alone.
+_LOWEST_TEMPERATURE = 0.01
 # Settings of a generation config that engines have too, and those that say nothing of a draw.
 _TAKEN = ("do_sample", "eos_token_id", "max_new_tokens", "stop_strings", "temperature", "top_k", "top_p")
 _SILENT = (
@@ -88,11 +91,17 @@ class EngineSampling:
                 f"An engine draws with temperature, top_k and top_p, or greedily, and has no `{min(other)}` as "
                 "transformers has it: leave that out, or take `engine='transformers'`."
             )
-        drawn = bool(config.do_sample)
+        drawn, temperature = bool(config.do_sample), temperature_of(config)
+        top_p = (1.0 if config.top_p is None else config.top_p) if drawn else 1.0
+        if 0 < temperature < _LOWEST_TEMPERATURE or top_p == 0:
+            raise ValueError(
+                f"An engine draws at no temperature below {_LOWEST_TEMPERATURE} and at no `top_p` of 0, got "
+                f"{temperature:g} and {top_p:g}: take temperature 0, which is greedy."
+            )
         return cls(
             config.max_new_tokens,
-            temperature_of(config),
-            (1.0 if config.top_p is None else config.top_p) if drawn else 1.0,
+            temperature,
+            top_p,
             (TOP_K_WHERE_UNSET if config.top_k is None else config.top_k) if drawn else 0,
             tuple(config.stop_strings or ()),
             tuple(listed_ids(config.eos_token_id)),
@@ -147,7 +156,10 @@ class Engine(ABC):
     ):
         self.name, self.arguments = name, dict(arguments)
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.sampling = EngineSampling.of(config)
+        sampling, known = EngineSampling.of(config), range(vocabulary_size(model))
+        # An end that no model can draw may be a default of its architecture. vLLM takes none.
+        ends = tuple(token for token in sampling.stop_token_ids if token in known)
+        self.sampling = replace(sampling, stop_token_ids=ends)
         self.control = control_settings(model, control)
         self._control = control
         self.check_arguments()
@@ -197,7 +209,8 @@ class Engine(ABC):
         few = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))][:_PROBES]
         tokens = min(_PROBE_TOKENS, self.sampling.max_tokens)
         greedy = EngineSampling(tokens, 0.0, 1.0, 0, (), self.sampling.stop_token_ids)
-        for key, ids, _ in self.complete((Request(number, ids, 0) for number, ids in enumerate(few)), greedy):
+        for key, ids, ended in self.complete((Request(number, ids, 0) for number, ids in enumerate(few)), greedy):
+            self._check_tokens(ids, ended, greedy)
             lost = self._lost(few[key], ids)
             if lost > _TOLERANCE:
                 under = " under this control" if self.is_controlled else ""
@@ -210,8 +223,7 @@ class Engine(ABC):
     @torch.no_grad()
     def _lost(self, prompt_ids: list[int], ids: list[int]) -> float:
         """How many nats the likeliest token is likelier than that of `ids`, where this is most."""
-        known = self.model.get_input_embeddings().weight.shape[0]
-        if any(token >= known for token in ids):
+        if max(ids) >= vocabulary_size(self.model):
             return float("inf")
         inputs, (where,) = teacher_forced(self.model, [Rollout("", "", prompt_ids, ids, False)], True)
         controlled = isinstance(self.model, ReControlForCausalLM)
@@ -255,7 +267,29 @@ class Engine(ABC):
                 # Engines take signed integers.
                 yield Request((number, row), ids, int(noise >> np.uint64(1)))
 
+    def _check_room(self, longest: int, room: Any) -> None:
+        """Raise `ValueError` if the engine's context, of `room` tokens if that is known, is too short for a prompt."""
+        needed = longest + self.sampling.max_tokens
+        if isinstance(room, int) and room < needed:
+            raise ValueError(
+                f"The engine {self.name} has room for {room} tokens, and the longest prompt with its response may "
+                f"have {needed}: raise its `max_model_len`, or lower `max_new_tokens`."
+            )
+
+    def _check_tokens(self, ids: list[int], ended: bool, sampling: EngineSampling) -> None:
+        """Raise `ValueError` if these cannot be all tokens that were drawn."""
+        if not 1 <= len(ids) <= sampling.max_tokens:
+            raise ValueError(
+                f"The engine {self.name} returned {len(ids)} tokens where 1 to {sampling.max_tokens} can be drawn."
+            )
+        if ended and not sampling.stop and set(ids).isdisjoint(sampling.stop_token_ids):
+            raise ValueError(
+                f"The engine {self.name} says that a response ended, and returned no token that ends one: rollouts "
+                "need that token, too, as vLLM returns it."
+            )
+
     def _response(self, ids: list[int], ended: bool) -> tuple[str, list[int], bool]:
+        self._check_tokens(ids, ended, self.sampling)
         text, kept, finished = cut_response(
             self.tokenizer, ids, list(self.sampling.stop_token_ids), self.sampling.stop
         )

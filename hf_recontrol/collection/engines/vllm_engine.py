@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from itertools import count, islice
+from threading import Event, Thread
 from typing import Any
 
 from ...data.processes import Processes
@@ -24,8 +25,19 @@ _OURS = {
 }
 # Arguments that change which distribution is drawn from.
 _DECIDE = ("dtype", "hf_overrides", "kv_cache_dtype", "quantization")
+_SECONDS_BETWEEN_LOOKS = 1
 # How many requests wait for each that can run, so that none of the engine's places is ever empty.
 _AHEAD = 2
+
+
+def _wake_if_dead(core: Any, over: Event) -> None:
+    """vLLM notes that its process was killed (out of memory, say), and its `step` waits for an answer all the same."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    resources, answers = getattr(core, "resources", None), getattr(core, "outputs_queue", None)
+    while resources is not None and answers is not None and not over.wait(_SECONDS_BETWEEN_LOOKS):
+        if resources.engine_dead:
+            return answers.put_nowait(EngineDeadError())
 
 
 class VLLMEngine(Engine):
@@ -74,9 +86,13 @@ class VLLMEngine(Engine):
         }
         engine = LLM(**(source | wanted | self.arguments), generation_config="vllm", seed=0).llm_engine
         self._engine = engine
+        over = Event()
+        Thread(target=_wake_if_dead, args=(engine.engine_core, over), name="vllm-watch", daemon=True).start()
         try:
+            self._check_room(longest, engine.vllm_config.model_config.max_model_len)
             yield
         finally:
+            over.set()
             del self._engine
             engine.engine_core.shutdown()
 
@@ -84,6 +100,7 @@ class VLLMEngine(Engine):
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         engine, requests, numbers = self._engine, iter(requests), count()
         room = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
@@ -102,11 +119,19 @@ class VLLMEngine(Engine):
                 keys[name] = key
             if not keys:
                 return
-            for output in engine.step():
+            try:
+                outputs = engine.step()
+            except EngineDeadError as error:
+                raise OSError(
+                    "vLLM stopped, what it wrote above may say why. What was drawn is kept: the same call goes on "
+                    "from there."
+                ) from error
+            for output in outputs:
                 if output.finished:
                     (drawn,) = output.outputs
-                    ended = drawn.finish_reason == "stop"
-                    yield Completion(keys.pop(output.request_id), list(drawn.token_ids), ended)
+                    if drawn.finish_reason not in ("stop", "length"):
+                        raise ValueError(f"vLLM gave a response up ({drawn.finish_reason!r}).")
+                    yield Completion(keys.pop(output.request_id), list(drawn.token_ids), drawn.finish_reason == "stop")
 
     def _control_fields(self) -> dict[str, Any] | None:
         if self.arguments.get("load_format") != "recontrol":
