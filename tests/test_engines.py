@@ -410,3 +410,9 @@ def test_the_command(tmp_path, model, tokenizer, server):
     assert "must be 'transformers', 'vllm' or a URL" in run_main(
         "rollout", *arguments, "--engine", "tgi", code=1, cwd=tmp_path
     )
+
+
+def test_a_base_that_is_quantised_here_alone_is_refused(tmp_path, model, tokenizer):
+    with pytest.raises(ValueError, match="vLLM would draw from the whole one"):
+        fit("org/base", PROMPTS, distinct, tmp_path / "run", engine="vllm", quantization_config={"load_in_4bit": True})
+    assert not (tmp_path / "run").exists()

@@ -23,7 +23,9 @@ def compare(
     inputs: dict,
     base: Annotated[
         list[str] | None,
-        typer.Option("--base", "--model", "-m", help="Base model: a folder or a Hub name; default: the head's. May be repeated."),
+        typer.Option(
+            "--base", "--model", "-m", help="Base model: a folder or a Hub name; default: the head's. May be repeated."
+        ),
     ] = None,
     head: Annotated[
         list[str] | None, typer.Option(help="The value head: a folder or a Hub name. May be repeated.")
@@ -113,7 +115,8 @@ def tune(
     inputs: dict,
     head: Annotated[str | None, typer.Option(help="The value head: a folder or a Hub name.")] = None,
     base: Annotated[
-        str | None, typer.Option("--base", "--model", "-m", help="Base model: a folder or a Hub name; default: the head's.")
+        str | None,
+        typer.Option("--base", "--model", "-m", help="Base model: a folder or a Hub name; default: the head's."),
     ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Prompts that the head was not trained on, as for `fit`; no test prompts.")

@@ -80,7 +80,8 @@ def trace(
     head: HeadArgument,
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
     base: Annotated[
-        str | None, typer.Option("--base", "--model", "-m", help="Base model: a folder or a Hub name; default: the head's.")
+        str | None,
+        typer.Option("--base", "--model", "-m", help="Base model: a folder or a Hub name; default: the head's."),
     ] = None,
     method: MethodOption = None,
     step_size: StepSizeOption = None,

@@ -82,9 +82,10 @@ def rollout(
     from ..collection.rollouts import write_rollouts
     from ..data.prompts import load_prompts
     from ..data.stage_folder import MANIFEST_NAME
-    from ..pipelines.loading import load_base
+    from ..pipelines.loading import check_same_weights, load_base
     from ..utils.files import check_target
 
+    check_same_weights(settings, settings)
     rows = load_prompts(prompts, settings)
     check_target(output / MANIFEST_NAME)
     settings = _for_engine(settings, model, head)

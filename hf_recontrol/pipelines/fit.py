@@ -37,11 +37,14 @@ from ..utils.extras import needs_extra
 from ..utils.files import check_target, read_json, write_json
 from ..utils.setting_fields import Settings
 from .display import display
-from .loading import load_base
+from .loading import check_same_weights, load_base
 from .run_file import save_run
 from .run_report import write_run_report
 
 logger = logging.get_logger(__name__)
+
+# Fewer prompts than this tell no control from another.
+_FEW_PROMPTS = 16
 
 
 def fit(
@@ -168,6 +171,7 @@ def _check(prompts: Prompts, settings: FitSettings, processes: Processes) -> Non
         import matplotlib  # noqa: F401
         import pyarrow  # noqa: F401
     check_training(settings, processes)
+    check_same_weights(settings, settings)
     if settings.keep_states and settings.critic_layer is not None:
         raise ValueError("`keep_states` keeps no critic's layer: leave one of the two (`critic_layer`) out.")
     # The split itself says what is wrong with it.
@@ -258,6 +262,11 @@ def _recommend(
             f"On {found.prompts} held-out prompts the recommended control ({found.control.method}) is not clearly "
             f"better than the base: {chosen.gain[0]:+.2f} standard deviations of the reward [{chosen.gain[1]:.2f}, "
             f"{chosen.gain[2]:.2f}]. More prompts would tell."
+        )
+    if found.prompts < _FEW_PROMPTS:
+        logger.warning(
+            f"The recommended control was chosen on {found.prompts} held-out prompts alone, which say little. Use "
+            "more prompts, or a larger `validation_split`."
         )
     recommended = found.to_dict() | {"target_kl": settings.target_kl, "replaces": present}
     write_json(output / "head" / FIGURES_NAME, training | {"recommended": recommended})

@@ -17,12 +17,24 @@ from ..data.stage_folder import read_manifest
 from ..heads.base_model import check_base, load_base_model
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
-from ..settings import LoadingSettings
+from ..settings import EngineSettings, LoadingSettings
 
 
 def base_source(settings: LoadingSettings) -> dict[str, str]:
     """The settings that say where a base's files are got, if they are set, as arguments of `from_pretrained`."""
     return {name: value for name in ("revision", "token") if (value := getattr(settings, name)) is not None}
+
+
+def check_same_weights(loading: LoadingSettings, drawing: EngineSettings) -> None:
+    """
+    Raise `ValueError` if the base is quantised as it is loaded here, but not where an engine that is started for its
+    rollouts loads it.
+    """
+    if loading.quantization_config and drawing.engine == "vllm" and "quantization" not in drawing.engine_arguments:
+        raise ValueError(
+            "`quantization_config` quantises the base here, and vLLM would draw from the whole one: say "
+            "`engine_arguments: {quantization: ...}` too, or leave it out."
+        )
 
 
 def load_base(
