@@ -186,9 +186,9 @@ def _sampled_elsewhere(
         yield from ((index, []) for index in parts)
         return
     asked = {index: [(encoded[i], prompts.numbers[i], sample) for i, sample in rows] for index, rows in parts.items()}
-    several = [encoded[i] for rows in parts.values() for i, _ in rows]
-    with engine.running(max(map(len, several))):
-        engine.check_model(several)
+    prompt_ids = list(encoded.values())
+    with engine.running(max(map(len, prompt_ids))):
+        engine.check_model(prompt_ids)
         for index, responses in engine.draw_parts(asked, seed, advance):
             each = zip(parts[index], responses, strict=True)
             yield index, [_rollout(engine, prompts, encoded, row, response) for row, response in each]

@@ -206,7 +206,7 @@ class Engine(ABC):
         Raises:
             `ValueError`: if the engine holds another model, or another control.
         """
-        few = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))][:_PROBES]
+        few = prompts[:_PROBES]
         tokens = min(_PROBE_TOKENS, self.sampling.max_tokens)
         greedy = EngineSampling(tokens, 0.0, 1.0, 0, (), self.sampling.stop_token_ids)
         for key, ids, ended in self.complete((Request(number, ids, 0) for number, ids in enumerate(few)), greedy):

@@ -49,12 +49,16 @@ class VLLMEngine(Engine):
         decided = {name: self.arguments[name] for name in _DECIDE if name in self.arguments}
         return {"name": "vllm"} | decided
 
+    @property
+    def _has_heads(self) -> bool:
+        """Whether the engine's arguments are those of `recontrol_engine_args`."""
+        return self.arguments.get("load_format") == "recontrol"
+
     def check_arguments(self) -> None:
         with needs_extra("vllm", "`engine='vllm'`"):
             if find_spec("vllm") is None:
                 raise ImportError("vllm")
-        puts_control = self.arguments.get("load_format") == "recontrol"
-        taken = sorted(self.arguments.keys() & (_OURS.keys() - ({"model"} if puts_control else set())))
+        taken = sorted(self.arguments.keys() & (_OURS.keys() - ({"model"} if self._has_heads else set())))
         if taken:
             raise ValueError(f"`engine_arguments` must not hold {taken[0]!r}: {_OURS[taken[0]]}.")
         if Processes().count > 1:
@@ -62,7 +66,7 @@ class VLLMEngine(Engine):
                 "vLLM is started by one process: without `accelerate launch`, with `tensor_parallel_size` or "
                 "`data_parallel_size` of `vllm serve` and its URL as `engine`."
             )
-        if self.is_controlled and not puts_control:
+        if self.is_controlled and not self._has_heads:
             raise ValueError(
                 "Responses under a control need an engine with the heads: `recontrol rollout --head`, or "
                 "`engine_arguments=recontrol_engine_args(base, {name: head})`, the names as in the model."
@@ -70,7 +74,7 @@ class VLLMEngine(Engine):
 
     @contextmanager
     def running(self, longest: int) -> Iterator[None]:
-        if self.arguments.get("load_format") == "recontrol":
+        if self._has_heads:
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         from vllm import LLM, EngineArgs
 
@@ -104,13 +108,14 @@ class VLLMEngine(Engine):
 
         engine, requests, numbers = self._engine, iter(requests), count()
         room = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
+        control = self._control_fields()
         keys: dict[str, Any] = {}
         while True:
             for key, ids, seed in islice(requests, room - len(keys)):
                 params = SamplingParams(
                     **sampling.fields(),
                     seed=seed,
-                    extra_args=self._control_fields(),
+                    extra_args=control,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
                 name = str(next(numbers))
@@ -134,7 +139,7 @@ class VLLMEngine(Engine):
                     yield Completion(keys.pop(output.request_id), list(drawn.token_ids), drawn.finish_reason == "stop")
 
     def _control_fields(self) -> dict[str, Any] | None:
-        if self.arguments.get("load_format") != "recontrol":
+        if not self._has_heads:
             return None
         if not self.is_controlled:
             return {"control": False}
