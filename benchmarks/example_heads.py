@@ -1,11 +1,12 @@
 """
 Makes the heads of examples/heads (SmolLM2-135M-Instruct, one reward each, targets from a critic) and measures them.
 
-    python benchmarks/example_heads.py --pairs hh-rlhf-harmless.jsonl.gz --output heads [--only vader]
+    python benchmarks/example_heads.py --pairs hh-rlhf-harmless.jsonl.gz --output heads [--only vader] [--measure]
 
 `--pairs` as for `reward_model.py`, which is run first: it holds 200 prompts out of everything, which the heads are
-measured on. The judge of one head is the other's reward. Some 50 minutes a head on 2 cores; it goes on where it was
-stopped. The matrices are kept in bfloat16, what states are scaled by in float32.
+measured on. The judge of one head is the other's reward. Some 50 minutes a head on 2 cores, 10 of them to measure it
+(`--measure`: the heads that are there, nothing else); it goes on where it was stopped. The matrices are kept in
+bfloat16, what states are scaled by in float32.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder for everything made on the way")
     parser.add_argument("--only", choices=["vader", "preference"], nargs="*", default=["vader", "preference"])
+    parser.add_argument("--measure", action="store_true", help="the heads that are there")
     arguments = parser.parse_args()
     rewards = arguments.output / "reward-model"
     if not (rewards / "figures.json").is_file():
@@ -89,8 +91,9 @@ def main() -> None:
     functions = {"vader": "hf_recontrol:vader", "preference": str(rewards)}
     for name in arguments.only:
         folder, head = arguments.output / name, HEADS / f"smollm2-{name}"
-        fit(embedded_model(), prompts, functions[name], folder, SETTINGS)
-        keep_small(folder / "head", head, NAMES[name])
+        if not arguments.measure:
+            fit(embedded_model(), prompts, functions[name], folder, SETTINGS)
+            keep_small(folder / "head", head, NAMES[name])
         judge = next(function for other, function in functions.items() if other != name)
         measure(head, rewards, functions[name], judge, folder / "comparison")
 

@@ -25,15 +25,16 @@ INTRODUCTION = """# Results
 Made by `make results` (`benchmarks/results.py`): small models, short answers, small rewards, one seed. Every table is
 the `table.md` of one comparison; [comparing.md](comparing.md) says what its columns mean, and what KL is worth.
 Strengths were found on 64 held-out prompts, never by the reward. Differences are paired over prompts. Times in these
-tables are of a machine that did other work too: those to be held against each other stand under *time and memory*.
+tables are of a machine that did other work too.{times}
 
-The models: smollm2 is SmolLM2-135M-Instruct; gemma is Gemma-3-270M, a base model, asked in HH-RLHF's form of a
-dialogue. Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens
-to each. The preference reward model is a MiniLM of 6 layers, trained on the same pairs by
-`benchmarks/reward_model.py`: it ranks {accuracy:.0%} of {held_out_pairs} unseen pairs right, and its reward correlates
-with an answer's length by {correlation_with_length:.2f}. No judge here reads and understands: win rates are by these
-reward models.
+The models: smollm2 is SmolLM2-135M-Instruct{gemma}.
+Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens to each.
+The preference reward model is a MiniLM of 6 layers, trained on the same pairs by `benchmarks/reward_model.py`: it
+ranks {accuracy:.0%} of {held_out_pairs} unseen pairs right, and its reward correlates with an answer's length by
+{correlation_with_length:.2f}. No judge here reads and understands: win rates are by these reward models.
 """
+
+GEMMA = "; gemma is Gemma-3-270M, a base model, asked in HH-RLHF's form of a dialogue"
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -105,7 +106,15 @@ def costs(study: Path) -> list[str]:
 
 def page(kept: Path, names: Sequence[str]) -> str:
     """The whole page, from the folder of figures."""
-    text = [INTRODUCTION.format(**json.loads((kept / "reward-model.json").read_text(encoding="utf-8")))]
+    studies = [name for name in names if (kept / name).is_dir()]
+    timed = any(by_batch(kept / name) for name in studies)
+    text = [
+        INTRODUCTION.format(
+            **json.loads((kept / "reward-model.json").read_text(encoding="utf-8")),
+            times=" Those to be held against each other stand under *time and memory*." if timed else "",
+            gemma=GEMMA if any(name.startswith("gemma") for name in studies) else "",
+        )
+    ]
     missing = [name for name in names if not (kept / name / "comparison" / "table.md").is_file()]
     if missing:
         text += [f"**Not run yet**: {', '.join(missing)} (base and reward).", ""]
