@@ -24,7 +24,8 @@ class EngineServer(ThreadingHTTPServer):
         requests (`list[dict]`):
             The bodies of completions that were answered.
         faults (`dict`):
-            What an answer holds instead: fields of the choice by name (`None` leaves one out), or `status`.
+            What an answer holds instead: fields of the choice by name (`None` leaves one out), `status`, or `page`,
+            which is no JSON.
         dies_after (`int`, *optional*):
             Requests beyond so many get no answer.
         models (`list[str]`):
@@ -33,6 +34,8 @@ class EngineServer(ThreadingHTTPServer):
             And for how many tokens.
         silent (`bool`):
             Whether completions are taken and not answered.
+        lists (`bool`):
+            Whether it answers what it serves.
         key (`str`, *optional*):
             What clients must send.
     """
@@ -44,7 +47,7 @@ class EngineServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model, self.tokenizer, self.models = model, tokenizer, list(models)
         self.requests, self.faults, self.dies_after, self.key = [], {}, None, None
-        self.max_model_len, self.silent = None, False
+        self.max_model_len, self.silent, self.lists = None, False, True
         self.lock, self.at_once, self.most_at_once = threading.Lock(), 0, 0
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -74,8 +77,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        if not self.server.lists:
+            return threading.Event().wait(_SILENCE)
         card = {"object": "model", "max_model_len": self.server.max_model_len}
-        self._send(200, {"object": "list", "data": [card | {"id": name} for name in self.server.models]})
+        return self._send(200, {"object": "list", "data": [card | {"id": name} for name in self.server.models]})
 
     def do_POST(self):
         server = self.server
@@ -86,6 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(401, {"error": {"message": "no"}})
         if "status" in server.faults:
             return self._send(server.faults["status"], {"error": {"message": "It is too long for me."}})
+        if "page" in server.faults:
+            return self._send(200, server.faults["page"], "text/html")
         assert {name: body[name] for name in _EXPECTED} == _EXPECTED, body
         assert body["vllm_xargs"] == {"control": "false"}
         if server.silent:
@@ -108,10 +115,10 @@ class _Handler(BaseHTTPRequestHandler):
             200, {"id": "c", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
         )
 
-    def _send(self, status, body):
+    def _send(self, status, body, kind="application/json"):
         data = json.dumps(body).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

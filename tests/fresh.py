@@ -1,29 +1,74 @@
 """
 Fresh processes without the seconds that importing torch takes: forked from one that has imported what transformers
-imports, but nothing of Hugging Face, so that each reads its own environment and starts with its own caches.
+imports, but nothing of Hugging Face, so that each reads its own environment and starts with its own caches. Those with
+the tests' own environment, as far as Hugging Face's libraries read it, come from one that has imported these, too.
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
-_PRELOADED = ["torch", "torch._dynamo", "scipy.optimize", "sklearn.metrics", "torchao"]
+_PRELOADED = [
+    *("torch", "torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.select_algorithm"),
+    *("networkx", "scipy.optimize", "sklearn.metrics", "torchao"),
+]
 _READS_ITS_ENVIRONMENT = ("huggingface_hub", "transformers", "accelerate", "hf_recontrol")
+_VARIABLES = ("ACCELERATE_", "HF_", "HUGGING", "RECONTROL", "TOKENIZERS_", "TRANSFORMERS_", "TORCH", "XDG_")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOADED)
+# Its own server: that of multiprocessing is one for the whole process.
+_with_libraries = multiprocessing.forkserver.ForkServer()
+_with_libraries.set_forkserver_preload(
+    [
+        *(*_PRELOADED, "transformers.trainer", "transformers.models.llama.modeling_llama", "matplotlib.pyplot"),
+        *("hf_recontrol.cli", "hf_recontrol.pipelines.compare", "hf_recontrol.pipelines.fit"),
+    ]
+)
+
+
+def _read(environment: Mapping[str, str]) -> dict[str, str]:
+    """What libraries read of an environment when they are imported."""
+    return {name: value for name, value in environment.items() if name.startswith(_VARIABLES)}
+
+
+_OWN = _read(os.environ)
+
+
+@contextmanager
+def _from_server(environment: Mapping[str, str]) -> Iterator[bool]:
+    """Where processes with this environment start from; gives whether libraries are imported there."""
+    is_own = _read(environment) == _OWN
+    server = _with_libraries.connect_to_new_process if is_own else multiprocessing.forkserver.connect_to_new_process
+    with mock.patch("multiprocessing.forkserver.connect_to_new_process", server):
+        yield is_own
 
 
 # What the console script `recontrol` does.
 RECONTROL = "from hf_recontrol.cli import main\n\nmain()"
 
 
-def _execute(script: str, arguments: tuple[str, ...], environment: dict[str, str], cwd: str, output: str) -> None:
+def _execute(
+    script: str,
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    cwd: str,
+    output: str,
+    typed: str,
+    is_own: bool,
+) -> None:
+    source, end = os.pipe()
+    os.dup2(source, sys.stdin.fileno())
+    with open(end, "w", encoding="utf-8") as file:
+        file.write(typed)
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         stream.flush()
         with open(f"{output}.{name}", "wb", buffering=0) as file:
@@ -32,7 +77,7 @@ def _execute(script: str, arguments: tuple[str, ...], environment: dict[str, str
     os.environ.clear()
     os.environ.update(environment)
     early = [name for name in _READS_ITS_ENVIRONMENT if name in sys.modules]
-    assert not early, f"{early} were imported before the process had its environment"
+    assert is_own or not early, f"{early} were imported before the process had its environment"
     sys.argv = ["-c", *arguments]
     exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
 
@@ -40,12 +85,20 @@ def _execute(script: str, arguments: tuple[str, ...], environment: dict[str, str
 class FreshProcess:
     """A script in a fresh process, started; with what of `subprocess.Popen` its tests need."""
 
-    def __init__(self, script: str, arguments: Sequence[str], environment: dict[str, str], cwd: os.PathLike = "."):
+    def __init__(
+        self,
+        script: str,
+        arguments: Sequence[str],
+        environment: dict[str, str],
+        cwd: os.PathLike = ".",
+        typed: str = "",
+    ):
         self._folder = tempfile.TemporaryDirectory(prefix="fresh-")
         self._output = os.path.join(self._folder.name, "printed")
-        arguments = (script, tuple(map(str, arguments)), dict(environment), os.path.abspath(cwd), self._output)
-        self._process = _context.Process(target=_execute, args=arguments)
-        self._process.start()
+        arguments = (script, tuple(map(str, arguments)), dict(environment), os.path.abspath(cwd), self._output, typed)
+        with _from_server(environment) as is_own:
+            self._process = _context.Process(target=_execute, args=(*arguments, is_own))
+            self._process.start()
 
     @property
     def returncode(self) -> int | None:
@@ -71,10 +124,18 @@ class FreshProcess:
 
 
 def run_fresh(
-    script: str, arguments: Sequence[str], environment: dict[str, str], timeout: float, cwd: os.PathLike = "."
+    script: str,
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    timeout: float,
+    cwd: os.PathLike = ".",
+    typed: str = "",
 ) -> tuple[int, str, str]:
-    """Run a script in a fresh process: (exit code, what it printed, what it said on stderr)."""
-    process = FreshProcess(script, arguments, environment, cwd)
+    """
+    Run a script in a fresh process, which may read what is `typed`: (exit code, what it printed, what it said on
+    stderr).
+    """
+    process = FreshProcess(script, arguments, environment, cwd, typed)
     try:
         out, err = process.communicate(timeout)
     except subprocess.TimeoutExpired:

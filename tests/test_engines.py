@@ -160,6 +160,7 @@ def test_another_model_is_refused_before_anything_is_drawn(tmp_path, tokenizer, 
         ({"prompt_token_ids": [5]}, "did not read a prompt as it was sent"),
         ({"finish_reason": "abort"}, "gave a response up"),
         ({"status": 400}, "does not take a request: .*too long for me"),
+        ({"page": "Welcome!"}, "does its URL end in /v1"),
     ],
 )
 def test_what_a_server_does_wrong_is_named(tmp_path, model, tokenizer, server, faults, message):
@@ -219,6 +220,15 @@ def test_all_requests_have_connections(tmp_path, model, tokenizer, server, monke
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, highest))
     client = openai_client("engine", server.url, None, None, timeout=1, max_retries=0, concurrency=2000)
     assert client._client._transport._pool._max_connections == 2000
+
+
+def test_a_server_that_lists_nothing_is_given_up_at_once(tmp_path, model, tokenizer, server, monkeypatch):
+    monkeypatch.setattr(endpoint, "_LISTED_WITHIN", 0.2)
+    server.lists = False
+    begun = time.monotonic()
+    with pytest.raises(OSError, match="does not answer"):
+        write(tmp_path, model, tokenizer, server)
+    assert time.monotonic() - begun < 20
 
 
 def test_what_is_asked_of_a_silent_server_does_not_hold_the_exit(tmp_path, model, tokenizer, server):

@@ -19,6 +19,8 @@ from hf_recontrol.collection.rewards import load_reward, note_calls, reward_fing
 from hf_recontrol.data.fingerprints import file_checksum
 from hf_recontrol.utils.code_fingerprints import UnknownStateError, code_fingerprint
 
+from .fresh import run_fresh
+
 RATES = {"good": 1.0}
 
 
@@ -335,18 +337,13 @@ def test_what_the_users_own_modules_import_counts(imported, call, changed, insid
 
 def fingerprint_in_a_process(folder):
     program = (
-        "from hf_recontrol.utils.code_fingerprints import code_fingerprint\n"
+        "import sys\nfrom hf_recontrol.utils.code_fingerprints import code_fingerprint\n"
+        "sys.dont_write_bytecode = True\nsys.path.insert(0, sys.argv[1])\n"
         "import my_reward\nprint(code_fingerprint(my_reward.reward))"
     )
-    path = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": path},
-    )
-    return done.stdout.splitlines()[-1]
+    code, out, err = run_fresh(program, [folder], os.environ, timeout=120)
+    assert code == 0, err
+    return out.splitlines()[-1]
 
 
 def test_a_logger_of_the_module_does_not_make_its_comments_count(tmp_path):

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import subprocess
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from hf_recontrol.pipelines.run_file import load_run
 from hf_recontrol.utils.setting_fields import default_text
 
 from .fresh import RECONTROL, run_fresh
-from .resumable import COMMAND, make_inputs
+from .resumable import make_inputs
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
@@ -173,10 +172,10 @@ def inputs(tmp_path_factory):
 
 
 def run(*arguments, folder: Path, code: int = 0) -> str:
-    done = subprocess.run([COMMAND, *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+    found, out, err = run_fresh(RECONTROL, arguments, os.environ, timeout=300, cwd=folder)
+    assert found == code, out + err
+    assert "Traceback" not in err
+    return out + err
 
 
 def test_a_run_is_repeated_from_the_file_it_wrote_and_options_override_it(inputs, tmp_path):

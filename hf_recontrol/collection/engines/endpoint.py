@@ -17,6 +17,8 @@ from .engine import Completion, Engine, EngineSampling, Request
 
 _DEFAULT_KEY = "OPENAI_API_KEY"
 _MAX_RETRIES = 5
+# Seconds.
+_LISTED_WITHIN = 30.0
 # Files beside the connections that a process has open, far more than it needs.
 _OTHER_FILES = 256
 # Characters of what a server says that an error repeats.
@@ -109,8 +111,10 @@ class EndpointEngine(Engine):
         """The server's name of the base: the same, or that of its only model, if that has room for its prompts."""
         from openai import APIError
 
+        # Drawing may take its time; a list of models that does not come at once never comes.
+        quick = self._client.with_options(max_retries=0, timeout=min(_LISTED_WITHIN, self._given.timeout))
         try:
-            rooms = {model.id: getattr(model, "max_model_len", None) for model in self._client.models.list()}
+            rooms = {model.id: getattr(model, "max_model_len", None) for model in quick.models.list()}
         except (APIError, ValueError, TypeError, AttributeError) as error:
             raise self._dead(error) from None
         base = str(self.model.config._name_or_path)
@@ -180,6 +184,8 @@ class EndpointEngine(Engine):
             raise self._dead(error) from None
         except (APIError, ValueError, RecursionError) as error:
             raise self._dead(error) from None
+        if not hasattr(answer, "choices"):
+            raise ValueError(f"What answers at {self.name} is no such server: does its URL end in /v1?")
         try:
             (choice,) = answer.choices
             ids, seen, reason = choice.token_ids, choice.prompt_token_ids, choice.finish_reason
