@@ -7,7 +7,7 @@ PIP := $(BIN)/python $(INSTALL) .ci/constraints.txt
 OUTPUT ?= demo
 SEED ?= 0
 
-.PHONY: demo try test test-slow test-wheel test-oldest test-serve fuzz package lint format docs heads results clean
+.PHONY: demo try test test-slow test-wheel test-oldest test-serve smoke-serve fuzz package lint format docs heads results clean
 
 demo: .venv/demo
 	$(BIN)/recontrol demo --output "$(OUTPUT)" --seed $(SEED) $(if $(PROMPTS),--prompts "$(PROMPTS)") \
@@ -71,6 +71,14 @@ test-serve: .venv-serve/done .venv/demo
 	RECONTROL_TEST_BASE="$$($(BIN)/python -c 'from hf_recontrol import embedded_model; print(embedded_model())')" \
 		RECONTROL_TEST_HEAD="$${RECONTROL_TEST_HEAD:-examples/heads/smollm2-vader}" \
 		.venv-serve/bin/python -m pytest -q tests/vllm $(ARGS)
+
+# What CI has time for: requests in one engine, and a real server with a real client.
+SMOKE := tests/vllm/test_requests.py::test_every_setting_in_one_batch_says_what_our_wrapper_says_alone \
+	tests/vllm/test_server.py::test_each_head_is_a_model \
+	tests/vllm/test_server.py::test_two_hundred_requests_of_all_kinds_at_once_are_each_what_our_wrapper_says \
+	tests/vllm/test_rollouts.py::test_greedy_rollouts_are_those_of_our_own_sampler
+smoke-serve: .venv-serve/done
+	.venv-serve/bin/python -m pytest -q $(SMOKE) $(ARGS)
 
 .venv-serve/done: .ci/constraints-serve.txt
 	rm -rf .venv-serve

@@ -1,4 +1,4 @@
-"""The command: once all of it through its entry point, and what it says in processes that have torch already."""
+"""The command: by its entry point, from prompts to controlled text, and what it says of mistakes."""
 
 import json
 import os
@@ -24,19 +24,24 @@ from .tiny_tokenizer import tiny_tokenizer
 COMMAND = str(Path(sys.executable).with_name("recontrol"))
 
 
-def run(*arguments, code: int = 0, cwd=None) -> subprocess.CompletedProcess:
+def run_command(*arguments, cwd=None) -> None:
+    """The command by its entry point."""
     done = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    return done
 
 
-def run_main(*arguments, code: int = 0, cwd=".") -> str:
-    """All that the command says, without the seconds that importing torch takes."""
+def run(*arguments, code: int = 0, cwd=".") -> tuple[str, str]:
+    """What the command prints, and what it says on stderr; without the seconds that importing torch takes."""
     found, out, err = run_fresh(RECONTROL, arguments, os.environ, timeout=120, cwd=cwd)
     assert found == code, out + err
     assert "Traceback" not in err
-    return out + err
+    return out, err
+
+
+def run_main(*arguments, code: int = 0, cwd=".") -> str:
+    """All that the command says."""
+    return "".join(run(*arguments, code=code, cwd=cwd))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
         "def dull(prompts, completions, **columns):\n"
         "    return [-float(len(set(text.split()))) for text in completions]\n"
     )
-    run(
+    run_command(
         "rollout",
         "-m",
         base,
@@ -70,14 +75,14 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
         6,
         cwd=tmp_path,
     )
-    labelled = run("label", "rollouts", "--reward", "my_reward:dull", cwd=tmp_path)
-    assert "120 responses, mean reward -" in labelled.stdout
-    twice = run("label", "rollouts", "--reward", "topic", "--reward", "column:topic", code=1, cwd=tmp_path)
-    assert "Two rewards have the same name" in twice.stderr
-    collected = run("states", "rollouts", "-m", base, "-o", "states", "--states-dtype", "int8", cwd=tmp_path)
-    assert "of 120 responses" in collected.stdout and "int8 error" in collected.stdout
+    labelled, _ = run("label", "rollouts", "--reward", "my_reward:dull", cwd=tmp_path)
+    assert "120 responses, mean reward -" in labelled
+    _, twice = run("label", "rollouts", "--reward", "topic", "--reward", "column:topic", code=1, cwd=tmp_path)
+    assert "Two rewards have the same name" in twice
+    collected, _ = run("states", "rollouts", "-m", base, "-o", "states", "--states-dtype", "int8", cwd=tmp_path)
+    assert "of 120 responses" in collected and "int8 error" in collected
     options = ("--head-sizes", "16,8", "--advantage-sizes", "8", "--num-epochs", 3, "--lr-scheduler-type", "cosine")
-    figures = json.loads(run("train", "states", "-o", "head", *options, cwd=tmp_path).stdout)
+    figures = json.loads(run("train", "states", "-o", "head", *options, cwd=tmp_path)[0])
     assert set(figures) == {
         "baselines.constant",
         "baselines.prompt_mean",
@@ -94,12 +99,12 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
     }
     head = ValueHead.from_pretrained(tmp_path / "head")
     assert head.config.head_sizes == [16, 8] and head.config.base_model_name_or_path == str(base)
-    described = json.loads(run("info", tmp_path / "head").stdout)
+    described = json.loads(run("info", tmp_path / "head")[0])
     assert described["parameters"] == sum(p.numel() for p in head.parameters())
 
     # From here the head finds its base by itself, in the command and in Python.
     strong = ("--method", "advantage", "--step-size", 1000, "--max-new-tokens", 8)
-    shown = run("generate", tmp_path / "head", "w10 w11", "--compare", *strong).stdout
+    shown = run("generate", tmp_path / "head", "w10 w11", "--compare", *strong)[0]
     heading, _, base_text, _, controlled_text = shown.splitlines()
     assert heading == "# w10 w11" and base_text != controlled_text
     model = ReControlForCausalLM.from_pretrained(tmp_path / "head")

@@ -124,3 +124,10 @@ def test_arguments_that_control_needs_cannot_be_given_twice(served):
     for argument in ("--load-format=auto", "--logits_processors", "--port"):
         with pytest.raises(ValueError, match="leave it out"):
             server_command(served.base, served.heads, None, "127.0.0.1", 1, None, [argument, "x"])
+
+
+@pytest.mark.parametrize("given", [[], ["--enable_chunked_prefill"], ["--no-enable-chunked-prefill"]])
+def test_on_a_cpu_prompts_are_read_whole_unless_told_otherwise(served, given):
+    command = server_command(served.base, served.heads, None, "127.0.0.1", 1, None, given)
+    of_chunks = [argument for argument in command if "chunked" in argument]
+    assert of_chunks == (given or ["--no-enable-chunked-prefill"])

@@ -31,10 +31,10 @@ def base(served):
     return AutoModelForCausalLM.from_pretrained(served.base, dtype=torch.float32)
 
 
-def write(folder, model, tokenizer, arguments=EAGER, engine="vllm", **changes):
+def write(folder, model, tokenizer, arguments=EAGER, engine="vllm", prompts=PROMPTS, **changes):
     other = {} if engine is None else {"engine": engine, "engine_arguments": arguments}
     quiet = {"progress": lambda *_: None}
-    write_rollouts(folder, model, tokenizer, load_prompts(PROMPTS), **(SETTINGS | other | quiet | changes))
+    write_rollouts(folder, model, tokenizer, load_prompts(prompts), **(SETTINGS | other | quiet | changes))
     return load_rollouts(folder)
 
 
@@ -59,6 +59,14 @@ def test_a_response_depends_on_its_own_seed_and_a_stopped_run_goes_on(tmp_path, 
         part.unlink()
     assert write(tmp_path / "a", base, tokenizer, EAGER | {"max_num_seqs": 2}, **options) == first
     assert write(tmp_path / "b", base, tokenizer, **options, seed=1) != first
+
+
+def test_prompts_of_which_not_all_fit_into_one_batch(tmp_path, base, tokenizer):
+    """One that is read in pieces, and whose response has a seed, ends vLLM on a CPU."""
+    long = [" ".join(f"w{i + j}" for j in range(40)) for i in range(5, 11)]
+    options = {"prompts": long, "temperature": 1.0}
+    drawn = write(tmp_path / "a", base, tokenizer, EAGER | {"max_num_batched_tokens": 64}, **options)
+    assert drawn == write(tmp_path / "b", base, tokenizer, EAGER | {"max_num_batched_tokens": 512}, **options)
 
 
 def test_the_draws_are_those_of_the_model(tmp_path, base, tokenizer):

@@ -77,6 +77,7 @@ class VLLMEngine(Engine):
         if self._has_heads:
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         from vllm import LLM, EngineArgs
+        from vllm.platforms import current_platform
 
         known = {item.name for item in fields(EngineArgs)} | set(inspect.signature(LLM).parameters)
         if unknown := sorted(self.arguments.keys() - known):
@@ -88,6 +89,9 @@ class VLLMEngine(Engine):
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "max_model_len": longest + self.sampling.max_tokens,
         }
+        if current_platform.is_cpu():
+            # vLLM moves the noise of a response back where its prompt is read in pieces, which no CPU's generator can.
+            wanted["enable_chunked_prefill"] = False
         engine = LLM(**(source | wanted | self.arguments), generation_config="vllm", seed=0).llm_engine
         self._engine = engine
         over = Event()

@@ -95,6 +95,14 @@ def serve_vllm(
     os.execve(command[0], command, os.environ | environment)
 
 
+def _runs_on_cpu() -> bool:
+    if find_spec("vllm") is None:
+        return False
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
 def server_command(
     base: str | os.PathLike,
     heads: Mapping[str, str | os.PathLike],
@@ -116,6 +124,9 @@ def server_command(
     given = {argument.partition("=")[0].replace("_", "-") for argument in extra_arguments}
     if taken := sorted(given & ours.keys()):
         raise ValueError(f"{taken[0]} is set for the control of the model, or has an option of its own: leave it out.")
+    if _runs_on_cpu() and not given & {"--enable-chunked-prefill", "--no-enable-chunked-prefill"}:
+        # There a request with a seed whose prompt is read in pieces ends vLLM: no CPU's generator can go back.
+        extra_arguments = ["--no-enable-chunked-prefill", *extra_arguments]
     return [
         sys.executable,
         *("-m", "vllm.entrypoints.launchers.api_server.entry", "--model", arguments["model"]),
