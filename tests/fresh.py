@@ -44,9 +44,9 @@ _OWN = _read(os.environ)
 
 
 @contextmanager
-def _from_server(environment: Mapping[str, str]) -> Iterator[bool]:
+def _from_server(environment: Mapping[str, str], cold: bool) -> Iterator[bool]:
     """Where processes with this environment start from; gives whether libraries are imported there."""
-    is_own = _read(environment) == _OWN
+    is_own = _read(environment) == _OWN and not cold
     server = _with_libraries.connect_to_new_process if is_own else multiprocessing.forkserver.connect_to_new_process
     with mock.patch("multiprocessing.forkserver.connect_to_new_process", server):
         yield is_own
@@ -92,11 +92,12 @@ class FreshProcess:
         environment: dict[str, str],
         cwd: os.PathLike = ".",
         typed: str = "",
+        cold: bool = False,
     ):
         self._folder = tempfile.TemporaryDirectory(prefix="fresh-")
         self._output = os.path.join(self._folder.name, "printed")
         arguments = (script, tuple(map(str, arguments)), dict(environment), os.path.abspath(cwd), self._output, typed)
-        with _from_server(environment) as is_own:
+        with _from_server(environment, cold) as is_own:
             self._process = _context.Process(target=_execute, args=(*arguments, is_own))
             self._process.start()
 
@@ -130,12 +131,13 @@ def run_fresh(
     timeout: float,
     cwd: os.PathLike = ".",
     typed: str = "",
+    cold: bool = False,
 ) -> tuple[int, str, str]:
     """
     Run a script in a fresh process, which may read what is `typed`: (exit code, what it printed, what it said on
-    stderr).
+    stderr). One that is `cold` has imported nothing of Hugging Face, whatever its environment.
     """
-    process = FreshProcess(script, arguments, environment, cwd, typed)
+    process = FreshProcess(script, arguments, environment, cwd, typed, cold)
     try:
         out, err = process.communicate(timeout)
     except subprocess.TimeoutExpired:

@@ -562,7 +562,7 @@ saved = torch.load({str(tmp_path / "model.pt")!r})
 model = pickle.loads(saved["model"])
 print(model.generate(saved["input_ids"], max_new_tokens=8, do_sample=False).tolist())
 """
-    code, output, error = run_fresh(script, (), os.environ, timeout=120)
+    code, output, error = run_fresh(script, (), os.environ, timeout=120, cold=True)
     assert code == 0, error
     assert output.strip() == str(model.generate(input_ids, max_new_tokens=8, do_sample=False).tolist())
 
@@ -1039,7 +1039,7 @@ def test_importing_the_package_imports_neither_torch_nor_an_extra():
         "from hf_recontrol import ReControlForCausalLM, ValueHead\n"
         "print(sorted({'vaderSentiment', 'gguf', 'typer', 'hypothesis'} & sys.modules.keys()))"
     )
-    code, output, error = run_fresh(script, (), os.environ, timeout=120)
+    code, output, error = run_fresh(script, (), os.environ, timeout=120, cold=True)
     assert code == 0, error
     assert output == "[]\n"
 
