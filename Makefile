@@ -1,8 +1,7 @@
 # `make demo` and `make test` start from nothing but python3: each makes the environment it needs in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Without bytecode of what is never imported: most of the time of an installation goes there.
-INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --constraint
+INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
 PIP := $(BIN)/python $(INSTALL) .ci/constraints.txt
 OUTPUT ?= demo
 SEED ?= 0

@@ -126,6 +126,7 @@ def test_what_does_not_fit_is_told_and_a_keypress_stops_one_answer(folder):
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     process.stdin.write("w5 w6\n")
     process.stdin.flush()
@@ -147,8 +148,10 @@ class Terminal:
     def __init__(self, columns, *words):
         self.place, inside = os.openpty()
         self.resize(columns)
+        # What a shell starts in the background ignores Ctrl-C, and so would this.
         program = (
-            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+            "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
         )
         sizes = ("COLUMNS", "LINES")
         self.process = subprocess.Popen(

@@ -227,7 +227,7 @@ def test_what_is_not_installed_is_named_before_anything_is_made(base, tmp_path, 
         run(base, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     program = "import sys; sys.modules['accelerate'] = None; import hf_recontrol.pipelines.fit"
-    code, _, error = run_fresh(program, (), os.environ, timeout=120)
+    code, _, error = run_fresh(program, (), os.environ, timeout=120, cold=True)
     assert code == 1 and error.endswith("ImportError: Training needs `pip install 'hf_recontrol[train]'`.\n")
 
 
