@@ -540,6 +540,31 @@ def test_a_body_without_a_length_is_limited_too():
         served.close()
 
 
+LARGE = b" " * 8_000_000
+
+
+@pytest.mark.parametrize("length", [f"Content-Length: {len(LARGE)}", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize(("settings", "status"), [({"api_key": KEY}, 401), ({"max_body_bytes": 2000}, 413)])
+def test_a_client_that_is_still_sending_gets_the_answer(serve, settings, status, length):
+    served = serve(**settings)
+    body = LARGE if "Length" in length else b"%x\r\n%b\r\n0\r\n\r\n" % (len(LARGE), LARGE)
+    for _ in range(5):
+        place = begun(served, b"", length)
+        place.sendall(body)
+        assert status_of(place)[0] == status
+
+
+def test_an_answer_that_refuses_does_not_wait_for_the_body(serve):
+    served = serve(max_body_bytes=2000)
+    with begun(served, b"", "Content-Length: 3000") as place:
+        place.settimeout(5)
+        assert place.recv(100).startswith(b"HTTP/1.1 413")
+    with begun(served, b" ", "Content-Length: 3000", "Expect: 100-continue") as place:
+        place.settimeout(5)
+        assert place.recv(100).startswith(b"HTTP/1.1 413")
+    assert served.complete()
+
+
 BODY = json.dumps({"model": "base", "prompt": "w7 w8 w9", "max_tokens": 2}).encode()
 
 

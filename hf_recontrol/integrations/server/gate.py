@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from typing import Any
 
@@ -25,10 +26,44 @@ def error_response(status: int, message: str, **headers: str) -> JSONResponse:
 
 
 class _Refused(Exception):
-    """A request whose body is not read on."""
+    """A request that is not handed on."""
 
-    def __init__(self, answer: JSONResponse):
-        self.answer = answer
+    def __init__(self, status: int, message: str, **headers: str):
+        self.status, self.message, self.headers = status, message, headers
+
+
+class _Incoming:
+    """`receive` of a request, which knows if more of the body is to come."""
+
+    def __init__(self, receive):
+        self._receive, self.more = receive, True
+
+    async def __call__(self) -> dict[str, Any]:
+        message = await self._receive()
+        self.more = message["type"] == "http.request" and message.get("more_body", False)
+        return message
+
+    async def drop(self) -> None:
+        while self.more:
+            await self()
+
+
+async def _refuse(refused: _Refused, scope: dict[str, Any], incoming: _Incoming, send) -> None:
+    """
+    Answer at once, then read and drop what is still sent: a connection that is closed on bytes that nobody has read is
+    reset, and the client never sees the answer.
+    """
+    # On a connection that stays, the rest of the body would still be waited for.
+    closing = {"Connection": "close"} if incoming.more else {}
+
+    async def open_ended(message: dict[str, Any]) -> None:
+        await send(message | {"more_body": True} if message["type"] == "http.response.body" else message)
+
+    answer = error_response(refused.status, refused.message, **refused.headers, **closing)
+    await answer(scope, incoming, open_ended)
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(incoming.drop(), _BODY_SECONDS)
+    await send({"type": "http.response.body", "body": b""})
 
 
 class Gate:
@@ -57,20 +92,20 @@ class Gate:
         if scope["type"] != "http" or scope["path"] in _OPEN:
             await self.app(scope, receive, send)
             return
+        incoming = _Incoming(receive)
         try:
             self._check(dict(scope["headers"]))
             # Read here: an error raised while the application reads is told as one of its own.
-            body = await asyncio.wait_for(self._body(Request(scope, receive)), _BODY_SECONDS)
+            body = await asyncio.wait_for(self._body(Request(scope, incoming)), _BODY_SECONDS)
             self._check_room()
         except ClientDisconnect:
             return
         except asyncio.TimeoutError:
             message = f"The request's body did not come within {_BODY_SECONDS} seconds: send it again."
-            # On a connection that stays, the rest of the body would still be waited for.
-            await error_response(408, message, Connection="close")(scope, receive, send)
+            await error_response(408, message, Connection="close")(scope, incoming, send)
             return
         except _Refused as refused:
-            await refused.answer(scope, receive, send)
+            await _refuse(refused, scope, incoming, send)
             return
         self._running += 1
         try:
@@ -95,7 +130,7 @@ class Gate:
     def _check(self, headers: dict[bytes, bytes]) -> None:
         given = headers.get(b"authorization", b"")
         if self._expected is not None and not secrets.compare_digest(given, self._expected):
-            raise _Refused(error_response(401, "This server wants its API key: `Authorization: Bearer ...`."))
+            raise _Refused(401, "This server wants its API key: `Authorization: Bearer ...`.")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body_bytes:
             raise self._too_large()
@@ -107,7 +142,7 @@ class Gate:
 
     def _no_room(self) -> _Refused:
         message = "The server has no room for one more request now: try again."
-        return _Refused(error_response(503, message, **{"Retry-After": "1"}))
+        return _Refused(503, message, **{"Retry-After": "1"})
 
     def _too_large(self) -> _Refused:
-        return _Refused(error_response(413, f"A request may have {self.max_body_bytes} bytes."))
+        return _Refused(413, f"A request may have {self.max_body_bytes} bytes.")
