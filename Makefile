@@ -6,7 +6,7 @@ PIP := $(BIN)/python $(INSTALL) .ci/constraints.txt
 OUTPUT ?= demo
 SEED ?= 0
 
-.PHONY: demo try test test-slow test-wheel test-oldest test-serve smoke-serve fuzz package lint format docs heads results clean
+.PHONY: demo try test test-slow test-wheel test-oldest test-serve smoke-serve bench-gpu fuzz package lint format docs heads results clean
 
 demo: .venv/demo
 	$(BIN)/recontrol demo --output "$(OUTPUT)" --seed $(SEED) $(if $(PROMPTS),--prompts "$(PROMPTS)") \
@@ -96,6 +96,10 @@ lint: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Control on a GPU: right, and at what cost. With the python that has torch for it: make bench-gpu PYTHON=...
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --output gpu.json
 
 # docs/api.md, from the docstrings.
 docs: .venv/dev

@@ -144,3 +144,12 @@ def run_fresh(
         process.send_signal(signal.SIGKILL)
         raise
     return process.returncode, out, err
+
+
+def run_script(path: Path, arguments: Sequence[str], timeout: float, cwd: os.PathLike = ".") -> tuple[int, str, str]:
+    """Run a file as `python path arguments` does, in a fresh process: as [`run_fresh`]."""
+    program = (
+        "import runpy, sys\nscript = sys.argv.pop(1)\nsys.path.insert(0, script.rpartition('/')[0])\n"
+        "runpy.run_path(script, run_name='__main__')"
+    )
+    return run_fresh(program, [path, *arguments], os.environ, timeout, cwd)

@@ -1,14 +1,13 @@
 """The script of the results page does all of it on a few prompts: a tiny chat model, a tiny encoder, made-up pairs."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from .fresh import run_fresh
+from .fresh import run_script
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
@@ -44,11 +43,7 @@ def material(tmp_path):
 
 
 def run(*words, folder):
-    program = (
-        "import runpy, sys\nscript = sys.argv.pop(1)\nsys.path.insert(0, script.rpartition('/')[0])\n"
-        "runpy.run_path(script, run_name='__main__')"
-    )
-    code, out, err = run_fresh(program, [SCRIPT, *words], os.environ, timeout=900, cwd=folder)
+    code, out, err = run_script(SCRIPT, words, timeout=900, cwd=folder)
     assert code == 0, out + err
 
 

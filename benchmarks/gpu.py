@@ -1,0 +1,282 @@
+"""
+Control on a GPU: whether it is right there, and what it costs. Needs torch, transformers and this package.
+
+    make bench-gpu                                # python benchmarks/gpu.py --output gpu.json
+    python benchmarks/gpu.py --device cpu --small # the same path where there is no GPU
+
+Three parts, some minutes together:
+
+- *right*: the logits of every control on the device against float64 and autograd on the CPU, as a share of what it
+  does to them. In float64 all rows agree; in float32 nine in ten do: a unit at its kink may turn by rounding.
+- *modes*: greedy tokens of a static cache, compiled whole and, on CUDA, with CUDA graphs, against those of eager mode.
+- *edit*: milliseconds that one edit at 7B geometry (hidden 4096, one hidden layer of 4096) adds to a step of a base of
+  one thin layer, in eager mode and compiled whole, on CUDA with CUDA graphs; the median of the rounds, in turn.
+
+Then `overhead.py --model 7b` on the device: controlled over plain decoding, a step. The exit status is 1 where
+something is not right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from overhead import timer
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
+
+# Of float32, the share of what control does to the logits, that nine rows in ten may differ from float64.
+NEAR = 1e-3
+EXACT = 1e-8
+
+
+def base_model(dtype: torch.dtype) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=1000,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)  # logits as far apart as a trained model's
+    return model
+
+
+class Called(ValueHead):
+    """A head that the controller does not know, and so climbs by autograd."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden)
+
+
+def random_head(seed: int = 0, **config) -> ValueHead:
+    torch.manual_seed(seed)
+    head = ValueHead(ValueHeadConfig(hook_point="lm_head", **({"hidden_size": 256, "head_sizes": [256]} | config)))
+    for name, parameter in head.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if "bias" in name else 0.06)
+    if head.config.static_vector:
+        torch.nn.init.normal_(head.static_vector, std=0.1)
+    return head
+
+
+HEADS = {
+    "default": {},
+    "other": {"seed": 1},
+    "deep": {"head_sizes": [128, 64]},
+    "gelu": {"activation": "gelu"},
+    "linear": {"head_sizes": []},
+    "advantage": {"head_sizes": [8], "advantage_sizes": [64], "static_vector": True},
+}
+CLIMBED = ("default", "other", "deep", "gelu", "linear")
+ASCENT = ControlConfig(step_size=0.5, num_steps=30)
+ADVANTAGE = ControlConfig("advantage", step_size=2.0)
+# (name, heads with their weights, control).
+CONTROLS = [
+    ("ascent, n=30", {"default": 1.0}, ASCENT),
+    ("ascent, n=200", {"default": 1.0}, replace(ASCENT, num_steps=200)),
+    ("ascent with a penalty", {"default": 1.0}, replace(ASCENT, l2=0.05)),
+    ("ascent to a target", {"default": 1.0}, replace(ASCENT, step_size=0.05, target=3.0)),
+    ("ascent of two layers", {"deep": 1.0}, ASCENT),
+    ("ascent, GELU", {"gelu": 1.0}, ASCENT),
+    ("ascent, linear V", {"linear": 1.0}, ASCENT),
+    ("ascent of a mixture", {"default": 0.7, "other": -0.4}, ASCENT),
+    ("advantage", {"advantage": 1.0}, ADVANTAGE),
+    ("static", {"advantage": 1.0}, ControlConfig("static", step_size=2.0)),
+    ("plausibility", {"default": 1.0}, replace(ASCENT, plausibility=0.1)),
+    ("a limit on KL", {"default": 1.0}, replace(ASCENT, max_kl=0.05)),
+]
+
+
+def controlled(dtype: torch.dtype, device: str, by_autograd: bool = False) -> ReControlForCausalLM:
+    """A small base with all heads. The same weights whatever the dtype."""
+    heads = {name: random_head(**config).to(dtype) for name, config in HEADS.items()}
+    if by_autograd:
+        for name in CLIMBED:
+            heads[name].__class__ = Called
+    base = base_model(torch.float32).to(device, dtype)
+    model = ReControlForCausalLM.from_model(base, heads.pop("default"), ASCENT)
+    for name, head in heads.items():
+        model.add_value_head(name, head)
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: ReControlForCausalLM, ids: torch.Tensor, control, heads: dict[str, float]) -> torch.Tensor:
+    with model.use_control(control, heads):
+        return model(ids.to(model.device)).logits.double().cpu()
+
+
+def right(device: str) -> list[dict]:
+    """Every control's logits against float64 on the CPU, where V is climbed by autograd."""
+    ids = torch.randint(3, 1000, (4, 32), generator=torch.Generator().manual_seed(0))
+    reference, rows = controlled(torch.float64, "cpu", by_autograd=True), []
+    with reference.disable_control(), torch.no_grad():
+        plain = reference(ids).logits
+    wanted = {name: logits_of(reference, ids, control, heads) for name, heads, control in CONTROLS}
+    for dtype, limit in ((torch.float64, EXACT), (torch.float32, NEAR)):
+        model = controlled(dtype, device)
+        for name, heads, control in CONTROLS:
+            found = logits_of(model, ids, control, heads)
+            # What plausibility excludes is -inf in both.
+            kept = wanted[name].isfinite() & found.isfinite()
+            gap, size = (torch.where(kept, x, 0).norm(dim=-1) for x in (found - wanted[name], wanted[name] - plain))
+            errors = (gap / size).flatten()
+            # The limit is found by trials, to 0.1 % of itself.
+            allowed = limit if control.max_kl is None else max(limit, 2e-3)
+            ninth = float(errors.quantile(0.9))
+            rows.append({"control": name, "dtype": str(dtype), "error": ninth, "right": ninth <= allowed})
+            print(f"  {name:24s} {str(dtype)[6:]:8s} {ninth:.1e}{'' if ninth <= allowed else '   WRONG'}", flush=True)
+    return rows
+
+
+def modes(device: str, whole: dict, fastest: dict) -> list[dict]:
+    """Greedy tokens of what is compiled against those of eager mode."""
+    ids = torch.randint(3, 1000, (2, 8), generator=torch.Generator().manual_seed(1)).to(device)
+    settings = {"do_sample": False, "max_new_tokens": 12}
+    rows = []
+    for name, heads, control in [row for row in CONTROLS if row[0] in ("ascent, n=30", "advantage", "a limit on KL")]:
+        model = controlled(torch.float32, device)
+        with model.use_control(control, heads):
+            eager = model.generate(ids, **settings).tolist()
+            found = {"static cache": model.generate(ids, cache_implementation="static", **settings).tolist()}
+            found["compiled whole"] = decoded(model, ids, 12, **whole)
+            if fastest != whole:
+                found["CUDA graphs"] = decoded(model, ids, 12, **fastest)
+        for mode, tokens in found.items():
+            rows.append({"control": name, "mode": mode, "right": tokens == eager})
+            print(f"  {name:24s} {mode:16s} {'equal' if tokens == eager else 'WRONG'}", flush=True)
+    return rows
+
+
+@torch.no_grad()
+def decoded(model: ReControlForCausalLM, ids: torch.Tensor, count: int, **options) -> list[list[int]]:
+    """Greedy tokens by a forward that is compiled whole, over a static cache."""
+    torch.compiler.reset()
+    step = torch.compile(model, fullgraph=True, **options)
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + count)
+    sequence = ids
+    tokens = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+    for position in range(ids.shape[1], ids.shape[1] + count):
+        sequence = torch.cat([sequence, tokens], dim=1)
+        positions = torch.tensor([[position]], device=ids.device).expand(len(ids), 1)
+        logits = step(tokens, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits
+        tokens = logits[:, -1].argmax(-1, keepdim=True).clone()
+    return sequence.tolist()
+
+
+def stepper(model: ReControlForCausalLM, size: int, called: Callable) -> Callable[[], torch.Tensor]:
+    """One decoding step of `size` rows over a static cache, the same at each call."""
+    ids = torch.randint(3, model.config.vocab_size, (size, 4), generator=torch.Generator().manual_seed(size))
+    ids = ids.to(model.device)
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    positions = torch.full((size, 1), 4, device=ids.device)
+
+    def step() -> torch.Tensor:
+        cache.reset()
+        return called(ids[:, -1:], past_key_values=cache, position_ids=positions, logits_to_keep=1).logits
+
+    return step
+
+
+@torch.no_grad()
+def edits(device: str, width: int, batch_sizes: list[int], rounds: int, options: dict) -> list[dict]:
+    """Milliseconds that one edit adds to the step of a base of one thin layer, in eager mode and compiled whole."""
+    place, rows = torch.device(device), []
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=width // 16, vocab_size=64
+    )
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().to(place)
+    head = random_head(hidden_size=width, head_sizes=[width], advantage_sizes=[width // 4])
+    model = ReControlForCausalLM.from_model(base, head.to(place), ASCENT)
+    model.add_value_head("deep", random_head(hidden_size=width, head_sizes=[width, width]).to(place))
+    ascent, long = replace(ASCENT, step_size=0.01), replace(ASCENT, step_size=0.01, num_steps=200)
+    kinds = [
+        *(("ascent, n=30", "default", ascent, size) for size in batch_sizes),
+        ("ascent, n=200", "default", long, batch_sizes[0]),
+        ("two layers, n=30", "deep", ascent, batch_sizes[0]),
+        *(("advantage", "default", replace(ADVANTAGE, step_size=0.01), size) for size in batch_sizes),
+    ]
+    for name, which, control, size in kinds:
+        torch.compiler.reset()
+        forms = {"eager": model, "compiled": torch.compile(model, fullgraph=True, dynamic=False, **options)}
+        steps = {form: stepper(model, size, called) for form, called in forms.items()}
+        seconds: dict[tuple[str, bool], list[float]] = {(form, on): [] for form in forms for on in (False, True)}
+        moved = {}
+        for number in range(-3, rounds):
+            for (form, on), times in seconds.items():
+                with model.use_control(control if on else False, {which: 1.0}):
+                    begin = timer(place)
+                    logits = steps[form]()
+                    if number >= 0:
+                        times.append(timer(place) - begin)
+                    else:
+                        moved[form, on] = logits.float().clone()
+        effects = [moved[form, True] - moved[form, False] for form in forms]
+        equal = bool(effects[0].any()) and torch.allclose(*effects, rtol=NEAR, atol=NEAR)
+        pairs = {form: zip(seconds[form, True], seconds[form, False], strict=True) for form in forms}
+        added = {form: 1e3 * statistics.median(on - off for on, off in times) for form, times in pairs.items()}
+        plain = {form: 1e3 * statistics.median(seconds[form, False]) for form in forms}
+        rows.append({"control": name, "batch_size": size, "added_ms": added, "base_ms": plain, "right": equal})
+        said = ", ".join(f"{form} {added[form]:.3f} ms (base {plain[form]:.3f})" for form in forms)
+        print(f"  {name:18s} batch {size:2d}  {said}{'' if equal else '   WRONG'}", flush=True)
+    return rows
+
+
+def overheads(device: str, batch_sizes: list[int], rounds: int) -> dict:
+    """What `overhead.py` measures at 7B geometry, in a process whose memory is free."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "overhead.json"
+        words = ["--model", "7b", "--device", device, "--rounds", str(rounds), "--output", str(output)]
+        words += ["--batch-sizes", *map(str, batch_sizes)]
+        subprocess.run([sys.executable, Path(__file__).with_name("overhead.py"), *words], check=True)
+        return json.loads(output.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--small", action="store_true", help="a width of 64, traced but not compiled, no 7B model")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    arguments = parser.parse_args()
+    device, small = arguments.device, arguments.small
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here: --device cpu --small takes the same path without one")
+    # Tracing alone on a small model; CUDA graphs where there are any.
+    whole = {"backend": "aot_eager"} if small else {}
+    fastest = {"mode": "reduce-overhead"} if device.startswith("cuda") else whole
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    print(f"{name}, torch {torch.__version__}\n\nright: 90th percentile of the rows, against float64 on the CPU")
+    figures = {"device": name, "torch": torch.__version__, "right": right(device)}
+    print("\nmodes: greedy tokens, against eager mode")
+    figures["modes"] = modes(device, whole, fastest)
+    print("\nedit: one edit")
+    width = 64 if small else 4096
+    figures["edit"] = edits(device, width, arguments.batch_sizes, arguments.rounds, fastest)
+    if not small:
+        figures["overhead"] = overheads(device, arguments.batch_sizes, arguments.rounds)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if not all(row["right"] for part in ("right", "modes", "edit") for row in figures[part]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

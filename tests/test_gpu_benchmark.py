@@ -1,0 +1,44 @@
+"""What `make bench-gpu` does on a GPU, on the CPU: all of it runs, and what is wrong is said."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_recontrol.control import ascent
+
+from .fresh import run_script
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+def test_all_of_it_runs_without_a_gpu_and_finds_nothing_wrong(tmp_path):
+    words = ["--device", "cpu", "--small", "--rounds", "1", "--batch-sizes", "2", "--output", "figures.json"]
+    code, out, err = run_script(SCRIPT, words, timeout=600, cwd=tmp_path)
+    assert code == 0, out + err
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for part, count in (("right", 24), ("modes", 6), ("edit", 4)):
+        assert len(figures[part]) == count
+        assert all(row["right"] for row in figures[part])
+    assert "WRONG" not in out
+
+
+def test_a_form_that_is_wrong_is_found(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    benchmark = importlib.import_module(SCRIPT.stem)
+    right = ascent._ascend_by_flips
+    monkeypatch.setattr(ascent, "_ascend_by_flips", lambda *given: 1.01 * right(*given))
+    rows = benchmark.right("cpu")
+    wrong = {row["control"] for row in rows if not row["right"]}
+    assert {"ascent, n=30", "ascent, n=200", "ascent of a mixture"} <= wrong
+    assert not wrong & {"ascent of two layers", "ascent, GELU", "advantage", "static"}
+    assert capsys.readouterr().out.count("WRONG") == sum(not row["right"] for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_to_do(tmp_path):
+    code, _, err = run_script(SCRIPT, [], timeout=120, cwd=tmp_path)
+    assert code == 2
+    assert "--device cpu --small" in err
