@@ -276,6 +276,25 @@ def test_the_gram_matrix_is_made_up_to_twice_the_states_width_and_four_times_for
     assert_close_to_plain(head, states, control, step_size, tolerance=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_rows_of_flips_sum_to_the_product(dtype, rows, share, threads):
+    generator = torch.Generator().manual_seed(0)
+    gram = torch.randn(60, 60, dtype=dtype, generator=generator)
+    difference = torch.randn(rows, 60, dtype=dtype, generator=generator)
+    difference *= torch.rand(rows, 60, generator=generator) < share
+    difference[-1, 5] = 1.0  # there is one at least; whole rows of zeros before it
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = hf_recontrol.control.ascent._of_flips(gram, difference, *difference.nonzero(as_tuple=True))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, difference @ gram)
+
+
 def count_steps(function) -> int:
     """How many steps were taken one by one: each looks for the units that flipped."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -155,6 +155,26 @@ def test_a_target_is_approached_as_by_plain_gradient_descent(kind, wrapped, per_
     assert after.square().sum() < before.square().sum()
 
 
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("objectives", [1, 3])
+@pytest.mark.parametrize("many_flips", [0.0, 0.1, 1.0])
+def test_a_target_is_approached_by_flips_as_by_dense_steps(objectives, rows, per_row, l2, many_flips, monkeypatch):
+    ascent = hf_recontrol.control.ascent
+    head = scaled_head("wide", 3, num_objectives=objectives)
+    control = ControlConfig(num_steps=60, l2=l2, target=[1.5, -0.5, 1.0][:objectives])
+    step_size = torch.linspace(0.01, 0.03, rows, dtype=torch.float64)[:, None] if per_row else 0.02
+    states = 2 * torch.randn(rows, 16, dtype=torch.float64)
+    followed, dense, by_flips = [], ascent._ascend, ascent._of_flips
+    monkeypatch.setattr(ascent, "_MANY_FLIPS", many_flips)
+    monkeypatch.setattr(ascent, "_of_flips", lambda *args: followed.append(len(args[3])) or by_flips(*args))
+    edited = Controller(head).edit(states, control, step_size)
+    assert (sum(followed) > 2) == (many_flips > 0)
+    monkeypatch.setattr(ascent, "_approach_by_flips", dense)
+    torch.testing.assert_close(edited, Controller(head).edit(states, control, step_size), rtol=1e-9, atol=1e-9)
+
+
 def test_a_linear_head_reaches_its_target_whatever_the_number_of_steps():
     head = scaled_head("linear", 3, num_objectives=2)
     weight = head.value_mlp.layers[0].weight

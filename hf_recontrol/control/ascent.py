@@ -20,10 +20,10 @@ from torch import nn
 from ..configuration import ControlConfig
 from ..heads.value_head import ValueHead
 from .method import ControlMethod
-from .plan import HeadTensors, Plan
+from .plan import WIDEST, HeadTensors, Plan
 
 # Where more than this share of the units flip in one step, a whole product with G costs less than picking rows of it.
-_MANY_FLIPS = 0.25
+_MANY_FLIPS = 0.1
 # Steps taken without looking then: so many flips rarely become few at once, and looking costs as much as a small
 # product.
 _STEPS_WITHOUT_LOOKING = 8
@@ -95,6 +95,13 @@ def _first_layer(plan: Plan, moves: torch.Tensor) -> torch.Tensor:
     return torch.cat([(moves / head.scale) @ head.layers[0][0].T for head in plan.heads], dim=1)
 
 
+def _moves(plan: Plan, delta: torch.Tensor) -> torch.Tensor:
+    """`delta @ G`: by G, or by the W_k where they are less to read."""
+    if plan.gram is not None and sum(plan.widths) <= WIDEST * plan.heads[0].mean.shape[0]:
+        return delta @ plan.gram
+    return _first_layer(plan, _combine(plan, delta))
+
+
 def ascend(
     plan: Plan,
     hidden: torch.Tensor,
@@ -125,15 +132,11 @@ def ascend(
     if all(head.is_linear for head in heads) and (target is None or len(heads) == 1):
         coefficients = _ascend_linear(plan, weights, z, alpha, decay, num_steps, target)
     # Finding the flips makes the host wait for the device at each step: a gain on a CPU only.
-    elif (
-        eager
-        and target is None
-        and plan.gram is not None
-        and plan.can_flip
-        and hidden.device.type == "cpu"
-        and len(hidden) > 0
-    ):
-        coefficients = _ascend_by_flips(plan, weights, z, alpha, decay, num_steps)
+    elif eager and plan.gram is not None and plan.can_flip and hidden.device.type == "cpu" and len(hidden) > 0:
+        if target is None:
+            coefficients = _ascend_by_flips(plan, weights, z, alpha, decay, num_steps)
+        else:
+            coefficients = _approach_by_flips(plan, weights, z, alpha, decay, num_steps, target)
     else:
         coefficients = _ascend(plan, weights, z, alpha, decay, num_steps, target)
     return _combine(plan, coefficients)
@@ -164,10 +167,22 @@ def _ascend(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_steps: int, 
         delta = _gradient(plan, weights, z, target)
         coefficients = decay * coefficients + alpha * delta
         if step < num_steps - 1:
-            change = delta @ plan.gram if plan.gram is not None else _first_layer(plan, _combine(plan, delta))
-            moved = decay * moved + alpha * change
+            moved = decay * moved + alpha * _moves(plan, delta)
             z = start + moved
     return coefficients
+
+
+def _of_flips(gram: torch.Tensor, difference: torch.Tensor, rows: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """
+    `difference @ gram` of `(rows, units)` that hold few numbers, at `rows` and `units`: sums of G's rows, which are
+    read once and copied nowhere.
+    """
+    if len(difference) > 1:
+        starts = torch.searchsorted(rows, torch.arange(len(difference), device=rows.device))
+    else:  # a part for each thread
+        starts = torch.arange(0, len(units), -(-len(units) // torch.get_num_threads()), device=rows.device)
+    sums = nn.functional.embedding_bag(units, gram, starts, mode="sum", per_sample_weights=difference[rows, units])
+    return sums if len(difference) > 1 else sums.sum(0, keepdim=True)
 
 
 def _ascend_by_flips(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_steps: int) -> torch.Tensor:
@@ -192,7 +207,7 @@ def _ascend_by_flips(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_ste
     start, moved = z, torch.zeros_like(z)
     coefficients = torch.zeros_like(z)
     delta = (z > 0) * weight
-    change = delta @ gram
+    change = _moves(plan, delta)
     remaining, without_looking = num_steps, 0
     while remaining > 0:
         coefficients = step(coefficients, delta)
@@ -204,15 +219,15 @@ def _ascend_by_flips(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_ste
         before, delta = delta, (z > 0) * weight
         if without_looking > 0:
             without_looking -= 1
-            change = delta @ gram
+            change = _moves(plan, delta)
             continue
         difference = delta - before
-        units = (difference if len(difference) == 1 else difference.any(0)[None]).nonzero()[:, 1]
-        if len(units) > _MANY_FLIPS * len(gram):
+        rows, units = difference.nonzero(as_tuple=True)
+        if len(units) > _MANY_FLIPS * difference.numel():
             without_looking = _STEPS_WITHOUT_LOOKING
-            change = delta @ gram
+            change = _moves(plan, delta)
         elif len(units) > 0:
-            change = torch.addmm(change, difference[:, units], gram[units])
+            change += _of_flips(gram, difference, rows, units)
         elif not penalised:  # a penalty bends the path; without a product with G its steps are cheap enough
             # How many more steps can be taken before a unit flips? One short of it: rounding must not step over.
             velocity = alpha * change
@@ -223,6 +238,36 @@ def _ascend_by_flips(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_ste
                 coefficients = step(coefficients, delta, jump)
                 moved = step(moved, change, jump)
                 remaining -= jump
+    return coefficients
+
+
+def _approach_by_flips(
+    plan: Plan, weights, z: torch.Tensor, alpha, decay, num_steps: int, target: torch.Tensor
+) -> torch.Tensor:
+    """
+    [`_ascend`] of one hidden ReLU layer towards a target. There `δ = ω Σ_j (target_j - V_j) w_j ⊙ 1[z > 0]` for the
+    objectives j: the gaps change at each step, the products of `w_j ⊙ 1[z > 0]` with G where a unit's sign flips.
+    """
+    (head,), (omega,) = plan.heads, weights
+    weight, bias = head.out
+    start, moved, coefficients = z, torch.zeros_like(z), torch.zeros_like(z)
+    # (rows, objectives, units).
+    basis = (z > 0)[:, None] * weight
+    shape = basis.shape
+    changes = _moves(plan, basis.flatten(0, 1))
+    for step in range(num_steps):
+        gaps = (alpha * omega * (target - torch.addmm(bias, z.relu(), weight.T)))[:, None]
+        coefficients = decay * coefficients + (gaps @ basis)[:, 0]
+        if step < num_steps - 1:
+            moved = decay * moved + (gaps @ changes.view(shape))[:, 0]
+            z = start + moved
+            before, basis = basis, (z > 0)[:, None] * weight
+            difference = (basis - before).flatten(0, 1)
+            rows, units = difference.nonzero(as_tuple=True)
+            if len(units) > _MANY_FLIPS * difference.numel():
+                changes = _moves(plan, basis.flatten(0, 1))
+            elif len(units) > 0:
+                changes += _of_flips(plan.gram, difference, rows, units)
     return coefficients
 
 

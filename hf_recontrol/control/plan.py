@@ -13,7 +13,7 @@ from ..heads.value_head import ValueHead
 # Units of all first layers, in widths of the state, up to which there is a Gram matrix G. Beyond twice the width two
 # products with the W_k are cheaper than one with G. Where a few rows of G are read instead of all, only its memory
 # counts.
-_WIDEST = 2
+WIDEST = 2
 _WIDEST_BY_FLIPS = 4
 
 
@@ -124,7 +124,7 @@ def build_plan(
             )
         )
     plan = Plan(heads, None)
-    widest = _WIDEST_BY_FLIPS if plan.can_flip and device.type == "cpu" else _WIDEST
+    widest = _WIDEST_BY_FLIPS if plan.can_flip and device.type == "cpu" else WIDEST
     if with_gram and sum(plan.widths) <= widest * heads[0].mean.shape[0]:
         plan = replace(plan, gram=_gram(heads))
     return plan
