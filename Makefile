@@ -6,7 +6,7 @@ PIP := $(BIN)/python $(INSTALL) .ci/constraints.txt
 OUTPUT ?= demo
 SEED ?= 0
 
-.PHONY: demo try test test-slow test-wheel test-oldest test-serve smoke-serve bench-gpu fuzz package lint format docs heads results clean
+.PHONY: demo try test test-slow test-wheel test-oldest test-serve smoke-serve bench bench-gpu fuzz package lint format docs heads results clean
 
 demo: .venv/demo
 	$(BIN)/recontrol demo --output "$(OUTPUT)" --seed $(SEED) $(if $(PROMPTS),--prompts "$(PROMPTS)") \
@@ -96,6 +96,10 @@ lint: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The table of docs/speed.md, on a machine that does nothing else.
+bench: .venv/core
+	$(BIN)/python benchmarks/overhead.py --model 7b --batch-sizes 1 8 32 --rounds 5 --table
 
 # Control on a GPU: right, and at what cost. With the python that has torch for it: make bench-gpu PYTHON=...
 bench-gpu:

@@ -2,7 +2,7 @@
 Time of controlled over base generation, a token.
 
     python benchmarks/overhead.py --model smollm2
-    python benchmarks/overhead.py --model 7b --batch-sizes 1 8 32
+    python benchmarks/overhead.py --model 7b --batch-sizes 1 8 32       # `make bench`, with --rounds 5 --table
 
 Each decoding step runs the base and every control in turn, in one process, on the same cache; what is printed is the
 median over rounds of the ratio to the base's step of the same round, with the 10th and 90th percentile. `7b` has the
@@ -22,7 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -32,6 +32,15 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig, embedded_model
 
 STEP_SIZE = 0.5
+# At batch 1.
+TARGETS = {
+    "ascent n=30": 1.05,
+    "ascent n=200": 1.10,
+    "ascent, 4 heads, n=30": 1.15,
+    "ascent, two layers, n=30": 1.3,
+    "ascent, two layers, n=200": 2,
+    "advantage": 1.01,
+}
 
 
 @dataclass
@@ -212,6 +221,7 @@ def make_variants(model, hidden_size: int, args) -> tuple[ReControlForCausalLM, 
             Variant(f"ascent n={n}", several[:1], control),
             Variant(f"ascent, 2 heads, n={n}", several[:2], control),
             Variant(f"ascent, 4 heads, n={n}", several, control),
+            Variant(f"ascent to a target, n={n}", several[:1], replace(control, target=1.0)),
             Variant(f"ascent, two layers, n={n}", ("two",), control),
             Variant(f"direct loop n={n}", rival=direct_loop(one, n)),
         ]
@@ -252,6 +262,16 @@ def report(title: str, base: float, ratios: dict[str, list[float]], flips: dict[
     return rows
 
 
+def print_table(results: list[dict]) -> None:
+    """All batch sizes side by side, in Markdown, with the targets."""
+    names = ["control", *(f"batch {result['batch_size']}" for result in results), "target at batch 1"]
+    print("\n| " + " | ".join(names) + " |")
+    print("|---" * len(names) + "|")
+    for rows in zip(*(result["rows"] for result in results), strict=True):
+        cells = [f"{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for row in rows]
+        print("| " + " | ".join([rows[0]["control"], *cells, str(TARGETS.get(rows[0]["control"], ""))]) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("smollm2", "7b"), required=True)
@@ -262,6 +282,7 @@ def main() -> None:
     parser.add_argument("--advantage-width", type=int, default=1024)
     parser.add_argument("--relative-edit", type=float, default=0.1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--table", action="store_true", help="print a table of all batch sizes too")
     parser.add_argument("--output", help="JSON file for the figures")
     args = parser.parse_args()
     device = (
@@ -306,6 +327,8 @@ def main() -> None:
             f"\nBytes: head with Gram matrix {head_bytes / 1e6:.0f} MB (float32), model {model_bytes / 1e9:.1f} GB "
             f"(bf16): a step that reads each once takes {1 + head_bytes / model_bytes:.4f}x."
         )
+    if args.table:
+        print_table(results)
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
             json.dump({"device": device, "model": args.model, "results": results}, file, indent=2)

@@ -20,9 +20,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+)
 
 from hf_recontrol import (
+    ClassifierReward,
     Rollout,
     States,
     StateStore,
@@ -166,6 +174,40 @@ def states(model, tokenizer, rounds: int) -> None:
         print(f"int8 error: {error:.4f} of each feature's spread")
 
 
+def labels(model, tokenizer, rounds: int) -> None:
+    """Labels by a classifier (MiniLM's geometry, random weights) against its forward over the same chats."""
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    classifier = BertForSequenceClassification(config).eval()
+    reward = ClassifierReward(classifier, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        options = {"max_new_tokens": 48, "temperature": 0.9, "batch_size": 32, "part_size": 128}
+        write_rollouts(folder, model, tokenizer, load_prompts(PROMPTS, limit=128), **options)
+        rows = [rollout for path in sorted(folder.glob("part-*.parquet")) for rollout in load_rollouts(path)]
+        chats = [
+            [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion}] for row in rows
+        ]
+
+        @torch.no_grad()
+        def bare():
+            ids = sorted(tokenizer.apply_chat_template(chats, return_dict=True)["input_ids"], key=len)
+            for start in range(0, len(ids), 32):
+                classifier(**padded(ids[start : start + 32], tokenizer.pad_token_id, "right", "cpu")).logits.tolist()
+
+        def ours():
+            return label_rollouts(folder, [reward], again=True)
+
+        compare("labels by a classifier, over its bare forward", ours, bare, rounds)
+
+
 def kept(model, tokenizer, rounds: int) -> None:
     """Rollouts and states with states kept while sampling, against a forward of their own."""
     prompts = load_prompts(PROMPTS, limit=64)
@@ -295,6 +337,7 @@ def directions(model, tokenizer, rounds: int) -> None:
 STAGES = {
     "rollouts": rollouts,
     "batching": batching,
+    "labels": labels,
     "states": states,
     "kept": kept,
     "training": training,
