@@ -99,7 +99,7 @@ def test_a_conversation_under_control_and_its_commands(folder):
 
 
 def test_both_answers_strengths_heads_and_what_is_wrong(folder):
-    lines = ["w5 w6", "/strength 0", "/clear", "w5 w6", "/strength much", "/strength 1e38", "w5", "/strength 3"]
+    lines = ["w5 w6", "/strength 0", "/clear", "w5 w6", "/strength much", "/strength 1e39", "w5", "/strength 3"]
     lines += ["/off", "/clear", "w5 w6", "/heads", "/heads nobody=1", "/heads other=0.5", "/nonsense"]
     output = chat(folder, *lines, words=["--temperature", "0", "--value-head", f"other={folder / 'head'}"])
     [base], [controlled] = (expected(folder, ["w5 w6"], control) for control in (False, None))
@@ -107,6 +107,7 @@ def test_both_answers_strengths_heads_and_what_is_wrong(folder):
     assert f"controlled:\n{base}\n" in output  # at strength 0
     assert "/strength takes a number, got 'much'" in output and "too large for this head" in output
     assert "default=1\nother=0\n" in output and "default=0\nother=0.5\n" in output and "'nobody'" in output
+    assert "Answers as the base." in output and "What was said is forgotten." in output
     assert "/clear" in output.split("other=0.5")[1]  # the help
 
 
@@ -231,4 +232,8 @@ def test_a_terminal_shows_both_answers_side_by_side_where_it_has_room(folder):
     shared = min(len(stopped["base"]), len(beside["base"]))
     assert shared and beside["base"][:shared] == stopped["base"][:shared]
     assert "user" not in terminal.say("/history") and "step size 3" in terminal.say("/strength")
+    # At the prompt it ends nothing: there is a chat to lose.
+    terminal.type("\x03")
+    assert "/exit ends" in terminal.read_to(r"\n> $")
+    assert "step size 3" in terminal.say("/strength")
     assert terminal.end() == 0

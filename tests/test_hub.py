@@ -267,6 +267,19 @@ def test_a_hub_that_cannot_be_reached_is_an_oserror_that_names_the_repo_and_the_
         assert text in result["text"], result["text"]
 
 
+@pytest.mark.parametrize("loader", ["load_base_model(name)", "load_base(name, LoadingSettings())"])
+def test_a_base_that_cannot_be_had_is_named_with_the_way_out(run, nowhere, loader):
+    output = run(
+        "from hf_recontrol.heads.base_model import load_base_model\n"
+        "from hf_recontrol.pipelines.loading import load_base\n"
+        "from hf_recontrol.settings import LoadingSettings\n"
+        f"name = 'org/base'\ntry:\n    {loader}\nexcept OSError as error:\n    print('REFUSED', error)",
+        endpoint=nowhere,
+        HF_HUB_OFFLINE="1",
+    )
+    assert "REFUSED The base model org/base cannot be loaded" in output and "name that folder as the base" in output
+
+
 def test_a_push_without_a_login_is_an_oserror_and_changes_nothing(hub, run, tmp_path):
     make_head().save_pretrained(tmp_path / "head")
     script = (

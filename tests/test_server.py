@@ -373,6 +373,8 @@ def test_a_stream_says_that_it_ends(served):
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "text"),
         ({"messages": [{"role": "user", "content": "w7 " * 80}]}, "64 tokens"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "knows no ['enable_thinking']"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "knows no `tools`"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -38,7 +38,8 @@ app = typer.Typer(
 responses), **label** (score them), **states** (read hidden states), **train** (fit the head); each reads the folder of
 the one before, resumes where it was stopped, and shares its work between the processes of `accelerate launch`. Then
 **generate** under the head's control, **trace** what it does to an answer, and **compare** it with the base,
-prompting, best-of-n and more. **demo** does all of it on a small model.""",
+prompting, best-of-n and more. **chat** in the terminal, or **serve** an OpenAI-compatible API. **demo** does most of
+it on a small model.""",
 )
 
 

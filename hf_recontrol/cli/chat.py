@@ -32,6 +32,13 @@ HELP = """\
 /exit               end; so does Ctrl-D"""
 
 
+_ANSWERS = {
+    "both": "Answers twice, as the base and under control.",
+    "on": "Answers under control.",
+    "off": "Answers as the base.",
+}
+
+
 @settings_class("Options")
 class _ChatSettings(SeedSettings, TemplateSettings, LoadingSettings):
     """What `recontrol chat` can be told of how it computes."""
@@ -82,7 +89,10 @@ class Chat:
         while True:
             try:
                 line = input("> ").strip()
-            except (EOFError, KeyboardInterrupt):
+            except KeyboardInterrupt:
+                typer.echo("\n(Ctrl-D or /exit ends)")
+                continue
+            except EOFError:
                 typer.echo()
                 return
             if line in ("/exit", "/quit"):
@@ -106,6 +116,7 @@ class Chat:
             raise ValueError(f"{line}: {error}.") from error
         if name in ("both", "on", "off") and not words:
             self.mode = name
+            typer.echo(_ANSWERS[self.mode])
         elif name == "strength" and len(words) <= 1:
             if words:
                 self.model.control = replace(self.model.control, step_size=_number("/strength", words[0]))
@@ -120,6 +131,7 @@ class Chat:
             self.trace(Path(words[0] if words else "trace.html"))
         elif name == "clear" and not words:
             self.messages = []
+            typer.echo("What was said is forgotten.")
         elif name == "history" and not words:
             for message in self.messages:
                 typer.echo(f"{message['role']}: {message['content']}")

@@ -36,7 +36,8 @@ def _named_heads(given: list[str]) -> dict[str, str]:
         if not is_named or os.sep in name or "/" in name:
             name, source = "default", text
         if not source or name in heads:
-            raise typer.BadParameter(f"is NAME=HEAD, each name once, got {text!r}", param_hint="--value-head")
+            why = f"the name {name!r} is taken" if source else "it names no head"
+            raise typer.BadParameter(f"is NAME=HEAD, each name once; of {text!r} {why}", param_hint="--value-head")
         heads[name] = source
     return heads
 
@@ -44,6 +45,10 @@ def _named_heads(given: list[str]) -> dict[str, str]:
 def _served_name(base: str | os.PathLike) -> str:
     """What clients call a base: its Hub name, or its folder's."""
     return Path(base).resolve().name if os.path.isdir(base) else str(base)
+
+
+def _shown_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 @app.command()
@@ -147,8 +152,8 @@ def _serve_on_transformers(
     application = build_app(
         model, tokenizer, requests, api_key=api_key, max_body_bytes=max_body_bytes, max_requests=max_requests
     )
-    shown_host = f"[{host}]" if ":" in host else host
-    typer.echo(f"Serving {', '.join(requests.models)} at http://{shown_host}:{listener.getsockname()[1]}/v1")
+    place = f"http://{_shown_host(host)}:{listener.getsockname()[1]}/v1"
+    typer.echo(f"Serving {', '.join(requests.models)} at {place}")
     run(application, listener)
 
 
@@ -181,4 +186,7 @@ def _serve_on_vllm(
         *("--dtype", settings.dtype),
         *more,
     ]
-    serve_vllm(str(found.base), heads, wanted, host, port, api_key, name or _served_name(found.base), more)
+    name = name or _served_name(found.base)
+    models = ", ".join([name, *(f"{name}:{head}" for head in heads)])
+    typer.echo(f"Starting vLLM, which serves {models} at http://{_shown_host(host)}:{port}/v1 when it is ready.")
+    serve_vllm(str(found.base), heads, wanted, host, port, api_key, name, more)

@@ -210,7 +210,8 @@ class ValueHeadConfig:
         if isinstance(values, dict) and {"model_type", "architectures"} & values.keys():
             raise ValueError(
                 f"{source} is the configuration of a model, not of a value head: name the head too, "
-                "`ReControlForCausalLM.from_pretrained(model, value_head=head)`."
+                "`ReControlForCausalLM.from_pretrained(model, value_head=head)`, or `recontrol serve model "
+                "--value-head head`."
             )
         values = known_items(cls, values, source)
         if "hidden_size" not in values:

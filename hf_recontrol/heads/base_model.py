@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,13 @@ def load_base_model(
     place = {name: value for name, value in {"revision": revision, "subfolder": subfolder}.items() if value}
     check_base(name_or_path, **place, **hub_options(kwargs))
     kwargs |= place | {"output_loading_info": True}
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, *args, **kwargs)
-    except ValueError as error:
-        if "for this kind of AutoModel" not in str(error):
-            raise
-        model, info = AutoModelForImageTextToText.from_pretrained(name_or_path, *args, **kwargs)
+    with naming(name_or_path):
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(name_or_path, *args, **kwargs)
+        except ValueError as error:
+            if "for this kind of AutoModel" not in str(error):
+                raise
+            model, info = AutoModelForImageTextToText.from_pretrained(name_or_path, *args, **kwargs)
     if missing := sorted(info["missing_keys"]):
         names = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise ValueError(
@@ -64,6 +67,20 @@ def load_base_model(
             "would be random: name a checkpoint of a whole language model."
         )
     return model if subfolder else _with_commit(model, revision, kwargs.get("cache_dir"))
+
+
+@contextmanager
+def naming(name_or_path: str | os.PathLike) -> Iterator[None]:
+    """Raise what keeps a base's files away as an `OSError` that names the base: offline, transformers does not."""
+    try:
+        yield
+    except OSError as error:
+        if str(name_or_path) in str(error):
+            raise
+        raise OSError(
+            f"The base model {name_or_path} cannot be loaded: {error}\nWhere its files are in a folder, name that "
+            "folder as the base."
+        ) from error
 
 
 def check_base(name_or_path: str | os.PathLike, **options) -> None:

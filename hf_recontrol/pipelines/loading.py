@@ -14,7 +14,7 @@ from ..collection.batches import recorded_control, shown_control, weights_as_sam
 from ..configuration import ControlConfig
 from ..data.processes import device_of
 from ..data.stage_folder import read_manifest
-from ..heads.base_model import check_base, load_base_model
+from ..heads.base_model import check_base, load_base_model, naming
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..settings import EngineSettings, LoadingSettings
@@ -54,7 +54,8 @@ def load_base(
     # Before the tokenizer, which may be there or not.
     check_base(name_or_path, **source)
     arguments: dict[str, Any] = source | {"trust_remote_code": settings.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **arguments)
+    with naming(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **arguments)
     arguments["dtype"] = settings.dtype
     if settings.device_map is not None:
         arguments["device_map"] = settings.device_map

@@ -211,6 +211,12 @@ class Chat(_Strict, ChatCompletionHandler):
             _refuse("`chat_template_kwargs` must be an object.")
         if taken := sorted(more.keys() & inspect.signature(self.tokenizer.apply_chat_template).parameters.keys()):
             _refuse(f"`chat_template_kwargs` are the template's own variables, {taken} are not.")
+        template = self.tokenizer.get_chat_template(tools=tools or None)
+        # What a template does not name, it leaves out in silence.
+        if tools and "tools" not in template:
+            _refuse("This base's chat template knows no `tools`: say what there is in a message.")
+        if unknown := sorted(name for name in more if name not in template):
+            _refuse(f"`chat_template_kwargs`: this base's chat template knows no {unknown}.")
         return view
 
     @staticmethod
