@@ -37,6 +37,8 @@ from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHe
 # Of float32, the share of what control does to the logits, that nine rows in ten may differ from float64.
 NEAR = 1e-3
 EXACT = 1e-8
+# The share that compiled code may do otherwise.
+SAME = 1e-2
 
 
 def base_model(dtype: torch.dtype) -> torch.nn.Module:
@@ -128,19 +130,20 @@ def right(device: str) -> list[dict]:
     with reference.disable_control(), torch.no_grad():
         plain = reference(ids).logits
     wanted = {name: logits_of(reference, ids, control, heads) for name, heads, control in CONTROLS}
-    for dtype, limit in ((torch.float64, EXACT), (torch.float32, NEAR)):
+    for dtype, limit, share in ((torch.float64, EXACT, 1.0), (torch.float32, NEAR, 0.9)):
         model = controlled(dtype, device)
         for name, heads, control in CONTROLS:
             found = logits_of(model, ids, control, heads)
-            # What plausibility excludes is -inf in both.
-            kept = wanted[name].isfinite() & found.isfinite()
+            # What plausibility excludes is -inf in both; a row where it is so in one alone is wrong.
+            kept = wanted[name].isfinite()
+            alike = (torch.where(kept, 0, wanted[name]) == torch.where(found.isfinite(), 0, found)).all(-1)
             gap, size = (torch.where(kept, x, 0).norm(dim=-1) for x in (found - wanted[name], wanted[name] - plain))
-            errors = (gap / size).flatten()
+            errors = torch.where(alike, gap / size, torch.inf).nan_to_num(torch.inf).flatten()
             # The limit is found by trials, to 0.1 % of itself.
             allowed = limit if control.max_kl is None else max(limit, 2e-3)
-            ninth = float(errors.quantile(0.9))
-            rows.append({"control": name, "dtype": str(dtype), "error": ninth, "right": ninth <= allowed})
-            print(f"  {name:24s} {str(dtype)[6:]:8s} {ninth:.1e}{'' if ninth <= allowed else '   WRONG'}", flush=True)
+            worst = float(errors.quantile(share))
+            rows.append({"control": name, "dtype": str(dtype), "error": worst, "right": worst <= allowed})
+            print(f"  {name:24s} {str(dtype)[6:]:8s} {worst:.1e}{'' if worst <= allowed else '   WRONG'}", flush=True)
     return rows
 
 
@@ -228,7 +231,7 @@ def edits(device: str, width: int, batch_sizes: list[int], rounds: int, options:
                     else:
                         moved[form, on] = logits.float().clone()
         effects = [moved[form, True] - moved[form, False] for form in forms]
-        equal = bool(effects[0].any()) and torch.allclose(*effects, rtol=NEAR, atol=NEAR)
+        equal = bool((effects[1] - effects[0]).norm() <= SAME * effects[0].norm()) and bool(effects[0].any())
         pairs = {form: zip(seconds[form, True], seconds[form, False], strict=True) for form in forms}
         added = {form: 1e3 * statistics.median(on - off for on, off in times) for form, times in pairs.items()}
         plain = {form: 1e3 * statistics.median(seconds[form, False]) for form in forms}
@@ -250,20 +253,25 @@ def overheads(device: str, batch_sizes: list[int], rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--small", action="store_true", help="a width of 64, traced but not compiled, no 7B model")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     device, small = arguments.device, arguments.small
+    if min(arguments.rounds, *arguments.batch_sizes) < 1:
+        parser.error("--rounds and --batch-sizes are 1 or more")
+    if arguments.output and not arguments.output.resolve().parent.is_dir():
+        parser.error(f"--output: there is no folder {arguments.output.resolve().parent}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("torch finds no GPU here: --device cpu --small takes the same path without one")
     # Tracing alone on a small model; CUDA graphs where there are any.
     whole = {"backend": "aot_eager"} if small else {}
     fastest = {"mode": "reduce-overhead"} if device.startswith("cuda") else whole
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    print(f"{name}, torch {torch.__version__}\n\nright: 90th percentile of the rows, against float64 on the CPU")
+    print(f"{name}, torch {torch.__version__}")
+    print("\nright: the worst row (float32: of the best nine tenths), against float64 on the CPU")
     figures = {"device": name, "torch": torch.__version__, "right": right(device)}
     print("\nmodes: greedy tokens, against eager mode")
     figures["modes"] = modes(device, whole, fastest)

@@ -408,6 +408,15 @@ def test_a_row_that_is_not_finite_passes_the_advantage_edit_untouched():
     torch.testing.assert_close(result[[0, 2]], states[[0, 2]] + 2.0 * head.advantage(states[[0, 2]]).detach())
 
 
+@pytest.mark.parametrize("step_size", [3e38, 1e39, 1e308])
+@pytest.mark.parametrize("head_sizes", [(), (7,), (7, 5)])
+@pytest.mark.parametrize("target", [None, 1.0])
+def test_a_step_size_beyond_the_dtype_is_told_like_any_that_is_too_large(head_sizes, step_size, target):
+    head, control = make_head(head_sizes=list(head_sizes)), ControlConfig(num_steps=9, target=target)
+    with pytest.raises(FloatingPointError, match="step_size"):
+        Controller(head).edit(100 * torch.randn(3, 16), replace(control, step_size=step_size), step_size)
+
+
 def test_a_row_that_is_not_finite_is_an_error_where_states_are_checked():
     head, states, control, step_size = case()
     states[1] = torch.nan

@@ -153,7 +153,9 @@ def test_another_model_is_refused_before_anything_is_drawn(tmp_path, tokenizer, 
         ({"token_ids": None}, "returns no token ids"),
         ({"token_ids": ["w5"]}, "returns no token ids"),
         ({"token_ids": [-1]}, "returns no token ids"),
+        ({"token_ids": [True, True]}, "returns no token ids"),
         ({"token_ids": [3, 10**6]}, "holds another model"),
+        ({"token_ids": [3, 10**30]}, "holds another model"),
         ({"token_ids": []}, "returned 0 tokens where 1 to 8 can be drawn"),
         ({"token_ids": [3] * 9}, "returned 9 tokens where 1 to 8 can be drawn"),
         ({"token_ids": [3, 4], "finish_reason": "stop"}, "returned no token that ends one"),
@@ -185,6 +187,23 @@ def test_a_response_that_a_short_context_cut_is_no_rollout(tmp_path, model, toke
     monkeypatch.setattr(EngineServer, "complete", short)
     with pytest.raises(ValueError, match=r"cut a response after 3 tokens, 30 were asked for"):
         write(tmp_path, model, tokenizer, server, temperature=1.0, max_new_tokens=30)
+
+
+@pytest.mark.parametrize("ids", [[10**6] * 8, [2**31] * 8, [10**30] * 8])
+def test_tokens_that_the_model_does_not_have_are_no_rollout_either(
+    tmp_path, model, tokenizer, server, monkeypatch, ids
+):
+    complete = EngineServer.complete
+
+    def late(self, body):
+        if body["temperature"]:
+            self.faults = {"token_ids": ids}
+        return complete(self, body)
+
+    monkeypatch.setattr(EngineServer, "complete", late)
+    with pytest.raises(ValueError, match=r"holds another model than .* it returned the token"):
+        write(tmp_path, model, tokenizer, server, temperature=1.0)
+    assert not list(tmp_path.glob("part-*"))
 
 
 def test_a_context_that_is_too_short_is_known_before_anything_is_drawn(tmp_path, model, tokenizer, server):

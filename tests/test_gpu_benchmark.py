@@ -37,6 +37,31 @@ def test_a_form_that_is_wrong_is_found(monkeypatch, capsys):
     assert capsys.readouterr().out.count("WRONG") == sum(not row["right"] for row in rows)
 
 
+@pytest.mark.parametrize("fault", ["nan", "inf", "-inf", "two positions"])
+def test_logits_that_are_partly_wrong_are_found(monkeypatch, fault):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    benchmark = importlib.import_module(SCRIPT.stem)
+    plain = benchmark.logits_of
+    monkeypatch.setattr(benchmark, "CONTROLS", [row for row in benchmark.CONTROLS if "static" in row[0]])
+
+    asked = []
+
+    def partly_wrong(model, *given):
+        logits = plain(model, *given)
+        asked.append(model.dtype)
+        if len(asked) > 1:  # the first is what the others are held against
+            if fault == "two positions":
+                logits[:, :2] *= 5
+            else:
+                logits[..., :5] = float(fault)
+        return logits
+
+    monkeypatch.setattr(benchmark, "logits_of", partly_wrong)
+    double, single = benchmark.right("cpu")
+    # In float32 a tenth of the rows may differ.
+    assert not double["right"] and single["right"] == (fault == "two positions")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_to_do(tmp_path):
     code, _, err = run_script(SCRIPT, [], timeout=120, cwd=tmp_path)

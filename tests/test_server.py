@@ -556,6 +556,23 @@ def test_a_client_that_is_still_sending_gets_the_answer(serve, settings, status,
         assert status_of(place)[0] == status
 
 
+def test_a_refused_client_that_stays_does_not_hold_the_end(serve):
+    served = serve(api_key=KEY)
+    with begun(served, b" ", "Content-Length: 3000") as place:
+        assert place.recv(100).startswith(b"HTTP/1.1 401")
+        begin = time.monotonic()
+        served.close()
+        assert time.monotonic() - begin < 10
+
+
+def test_a_refused_request_without_a_body_keeps_its_connection(serve):
+    served = serve(api_key=KEY)
+    with socket.create_connection(("127.0.0.1", served.client.base_url.port), timeout=30) as place:
+        for key, status in (("wrong", b"401"), (KEY, b"200")):
+            place.sendall(f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\r\n".encode())
+            assert place.recv(10_000).split()[1] == status
+
+
 def test_an_answer_that_refuses_does_not_wait_for_the_body(serve):
     served = serve(max_body_bytes=2000)
     with begun(served, b"", "Content-Length: 3000") as place:

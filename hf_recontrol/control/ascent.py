@@ -196,13 +196,16 @@ def _ascend_by_flips(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_ste
         z = torch.cat([x.new_full(x.shape, torch.inf) if head.is_linear else x for head, x in blocks], dim=1)
     weight, gram = _slopes(plan, weights), plan.gram
     penalised = isinstance(decay, torch.Tensor) or decay != 1.0
+    limit = torch.finfo(z.dtype).max
 
     def step(total: torch.Tensor, direction: torch.Tensor, times: int = 1) -> torch.Tensor:
         if penalised:
             total = total.mul_(decay)
         if isinstance(alpha, torch.Tensor):
             return total.addcmul_(alpha, direction, value=times)
-        return total.add_(direction, alpha=alpha * times)
+        length = alpha * times
+        # A factor that its dtype does not hold is an error there; what it leads to is told of the edited states.
+        return total.add_(direction, alpha=length if abs(length) <= limit else math.inf)
 
     start, moved = z, torch.zeros_like(z)
     coefficients = torch.zeros_like(z)

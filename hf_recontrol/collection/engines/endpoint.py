@@ -191,7 +191,7 @@ class EndpointEngine(Engine):
             ids, seen, reason = choice.token_ids, choice.prompt_token_ids, choice.finish_reason
         except (AttributeError, TypeError, ValueError):
             ids = None
-        if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
+        if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
             raise ValueError(
                 f"The server at {self.name} returns no token ids with its completions: rollouts need one that does, "
                 "such as vLLM's."

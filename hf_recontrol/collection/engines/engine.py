@@ -223,8 +223,6 @@ class Engine(ABC):
     @torch.no_grad()
     def _lost(self, prompt_ids: list[int], ids: list[int]) -> float:
         """How many nats the likeliest token is likelier than that of `ids`, where this is most."""
-        if max(ids) >= vocabulary_size(self.model):
-            return float("inf")
         inputs, (where,) = teacher_forced(self.model, [Rollout("", "", prompt_ids, ids, False)], True)
         controlled = isinstance(self.model, ReControlForCausalLM)
         with in_eval(self.model), self.model.use_control(self._control) if controlled else nullcontext():
@@ -281,6 +279,11 @@ class Engine(ABC):
         if not 1 <= len(ids) <= sampling.max_tokens:
             raise ValueError(
                 f"The engine {self.name} returned {len(ids)} tokens where 1 to {sampling.max_tokens} can be drawn."
+            )
+        if (highest := max(ids)) >= (size := vocabulary_size(self.model)):
+            raise ValueError(
+                f"The engine {self.name} holds another model than {self.model.config._name_or_path}, which has {size} "
+                f"tokens: it returned the token {highest}. Let both be the same checkpoint."
             )
         if ended and not sampling.stop and set(ids).isdisjoint(sampling.stop_token_ids):
             raise ValueError(

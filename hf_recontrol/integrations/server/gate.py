@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -16,6 +17,8 @@ from ..request_body import Replay
 _OPEN = ("/health",)
 # Seconds in which a request's body must have come, whole.
 _BODY_SECONDS = 30
+# Seconds for which what still comes of a refused one is dropped, in all and up to its next part.
+_DROP_SECONDS, _NEXT_SECONDS = 10, 1
 
 
 def error_response(status: int, message: str, **headers: str) -> JSONResponse:
@@ -35,8 +38,9 @@ class _Refused(Exception):
 class _Incoming:
     """`receive` of a request, which knows if more of the body is to come."""
 
-    def __init__(self, receive):
-        self._receive, self.more = receive, True
+    def __init__(self, receive, headers: dict[bytes, bytes]):
+        self._receive = receive
+        self.more = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
 
     async def __call__(self) -> dict[str, Any]:
         message = await self._receive()
@@ -44,8 +48,11 @@ class _Incoming:
         return message
 
     async def drop(self) -> None:
-        while self.more:
-            await self()
+        """Read on, while it comes: neither a server that ends nor anybody else waits long for a client that stays."""
+        until = time.monotonic() + _DROP_SECONDS
+        with contextlib.suppress(asyncio.TimeoutError):
+            while self.more and time.monotonic() < until:
+                await asyncio.wait_for(self(), _NEXT_SECONDS)
 
 
 async def _refuse(refused: _Refused, scope: dict[str, Any], incoming: _Incoming, send) -> None:
@@ -61,8 +68,7 @@ async def _refuse(refused: _Refused, scope: dict[str, Any], incoming: _Incoming,
 
     answer = error_response(refused.status, refused.message, **refused.headers, **closing)
     await answer(scope, incoming, open_ended)
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(incoming.drop(), _BODY_SECONDS)
+    await incoming.drop()
     await send({"type": "http.response.body", "body": b""})
 
 
@@ -92,9 +98,10 @@ class Gate:
         if scope["type"] != "http" or scope["path"] in _OPEN:
             await self.app(scope, receive, send)
             return
-        incoming = _Incoming(receive)
+        headers = dict(scope["headers"])
+        incoming = _Incoming(receive, headers)
         try:
-            self._check(dict(scope["headers"]))
+            self._check(headers)
             # Read here: an error raised while the application reads is told as one of its own.
             body = await asyncio.wait_for(self._body(Request(scope, incoming)), _BODY_SECONDS)
             self._check_room()
