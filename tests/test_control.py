@@ -276,6 +276,24 @@ def test_the_gram_matrix_is_made_up_to_twice_the_states_width_and_four_times_for
     assert_close_to_plain(head, states, control, step_size, tolerance=1e-9)
 
 
+@pytest.mark.parametrize("head_sizes", [(12, 9), (10, 9, 11)])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+@pytest.mark.parametrize("many_flips", [0.0, 0.1, 1.0])
+def test_a_deep_ascent_that_follows_the_last_layers_flips_is_the_plain_one(
+    head_sizes, batch, l2, many_flips, monkeypatch
+):
+    ascent, followed = hf_recontrol.control.ascent, []
+    by_flips = ascent._of_flips
+    monkeypatch.setattr(ascent, "_MANY_FLIPS", many_flips)
+    monkeypatch.setattr(ascent, "_of_flips", lambda *args: followed.append(len(args[3])) or by_flips(*args))
+    head, states, control, step_size = case(head_sizes=head_sizes, num_steps=60, l2=l2, batch=batch)
+    edited = edit(head, states, control, step_size)
+    # One row alone may meet no kink of the last layer.
+    assert (sum(followed) > 0) == (many_flips > 0) or batch == 1
+    torch.testing.assert_close(edited, plain_ascent(head, states, control, step_size)[0], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [1, 2, 7])
 @pytest.mark.parametrize("share", [0.0, 0.02, 1.0])

@@ -50,7 +50,33 @@ def _derivative(activation: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.T
     raise ValueError(f"No derivative is known of the activation {activation!r}.")
 
 
-def _first_layer_gradient(head: HeadTensors, z: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+class _Followed:
+    """
+    Products with a matrix of what changes in few places from one step to the next, as sign flips change it: kept up to
+    date from the matrix's rows there. Which those are is data, so this is for eager mode.
+    """
+
+    def __init__(self, matrix: torch.Tensor):
+        self.matrix = matrix
+        self._left: torch.Tensor | None = None
+
+    def __call__(self, left: torch.Tensor) -> torch.Tensor:
+        """`left @ matrix`; not to be changed."""
+        before, self._left = self._left, left
+        if before is not None:
+            difference = left - before
+            rows, units = difference.nonzero(as_tuple=True)
+            if len(units) <= _MANY_FLIPS * difference.numel():
+                if len(units) > 0:
+                    self._product = self._product + _of_flips(self.matrix, difference, rows, units)
+                return self._product
+        self._product = left @ self.matrix
+        return self._product
+
+
+def _first_layer_gradient(
+    head: HeadTensors, z: torch.Tensor, target: torch.Tensor | None, last: _Followed | None = None
+) -> torch.Tensor:
     """δ/ω at the first pre-activation, `(rows, width)`: a forward and a backward by hand."""
     slopes = []
     for weight, bias in head.layers[1:]:
@@ -64,15 +90,18 @@ def _first_layer_gradient(head: HeadTensors, z: torch.Tensor, target: torch.Tens
         weight, bias = head.out
         gradient = ((target - torch.addmm(bias, value, weight.T)) @ weight) * slope
     for (weight, _), slope in zip(reversed(head.layers[1:]), reversed(slopes), strict=True):
-        gradient = (gradient @ weight) * slope
+        gradient = (gradient @ weight if last is None else last(gradient)) * slope
+        last = None
     return gradient
 
 
-def _gradient(plan: Plan, weights: Sequence, z: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
-    """δ of all heads, `(rows, units of all first layers)`."""
+def _gradient(
+    plan: Plan, weights: Sequence, z: torch.Tensor, target: torch.Tensor | None, lasts: Sequence[_Followed | None]
+) -> torch.Tensor:
+    """δ of all heads, `(rows, units of all first layers)`; `lasts` is of each head's last hidden layer."""
     deltas = [
-        weight * _first_layer_gradient(head, head_z, target)
-        for head, weight, head_z in zip(plan.heads, weights, z.split(plan.widths, dim=1), strict=True)
+        weight * _first_layer_gradient(head, head_z, target, last)
+        for head, weight, head_z, last in zip(plan.heads, weights, z.split(plan.widths, dim=1), lasts, strict=True)
     ]
     return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=1)
 
@@ -128,17 +157,18 @@ def ascend(
             Whether steps may depend on the data, which traced code cannot do.
     """
     heads = plan.heads
+    # Finding the flips makes the host wait for the device at each step: a gain on a CPU only.
+    follows = eager and hidden.device.type == "cpu" and len(hidden) > 0
     z = torch.cat([torch.addmm(head.layers[0][1], head.scaled(hidden), head.layers[0][0].T) for head in heads], dim=1)
     if all(head.is_linear for head in heads) and (target is None or len(heads) == 1):
         coefficients = _ascend_linear(plan, weights, z, alpha, decay, num_steps, target)
-    # Finding the flips makes the host wait for the device at each step: a gain on a CPU only.
-    elif eager and plan.gram is not None and plan.can_flip and hidden.device.type == "cpu" and len(hidden) > 0:
+    elif follows and plan.gram is not None and plan.can_flip:
         if target is None:
             coefficients = _ascend_by_flips(plan, weights, z, alpha, decay, num_steps)
         else:
             coefficients = _approach_by_flips(plan, weights, z, alpha, decay, num_steps, target)
     else:
-        coefficients = _ascend(plan, weights, z, alpha, decay, num_steps, target)
+        coefficients = _ascend(plan, weights, z, alpha, decay, num_steps, target, follows)
     return _combine(plan, coefficients)
 
 
@@ -159,12 +189,21 @@ def _ascend_linear(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_steps
     return ((alpha * weight * (target - z)) @ vectors * series) @ vectors.T
 
 
-def _ascend(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_steps: int, target) -> torch.Tensor:
-    """The coefficients c after `num_steps` dense steps from `z`, both `(rows, units)`."""
+def _ascend(
+    plan: Plan, weights, z: torch.Tensor, alpha, decay, num_steps: int, target, follows: bool = False
+) -> torch.Tensor:
+    """
+    The coefficients c after `num_steps` dense steps from `z`, both `(rows, units)`. Of deep ReLU heads the gradient at
+    the last activation changes with the signs there alone, so the first product of the backward `follows` the flips.
+    """
     coefficients = torch.zeros_like(z)
+    lasts = [
+        _Followed(head.layers[-1][0]) if follows and target is None and head.is_deep_relu else None
+        for head in plan.heads
+    ]
     start, moved = z, torch.zeros_like(z)
     for step in range(num_steps):
-        delta = _gradient(plan, weights, z, target)
+        delta = _gradient(plan, weights, z, target, lasts)
         coefficients = decay * coefficients + alpha * delta
         if step < num_steps - 1:
             moved = decay * moved + alpha * _moves(plan, delta)
@@ -254,23 +293,14 @@ def _approach_by_flips(
     (head,), (omega,) = plan.heads, weights
     weight, bias = head.out
     start, moved, coefficients = z, torch.zeros_like(z), torch.zeros_like(z)
-    # (rows, objectives, units).
-    basis = (z > 0)[:, None] * weight
-    shape = basis.shape
-    changes = _moves(plan, basis.flatten(0, 1))
+    followed = _Followed(plan.gram)
     for step in range(num_steps):
+        basis = (z > 0)[:, None] * weight
         gaps = (alpha * omega * (target - torch.addmm(bias, z.relu(), weight.T)))[:, None]
         coefficients = decay * coefficients + (gaps @ basis)[:, 0]
         if step < num_steps - 1:
-            moved = decay * moved + (gaps @ changes.view(shape))[:, 0]
+            moved = decay * moved + (gaps @ followed(basis.flatten(0, 1)).view(basis.shape))[:, 0]
             z = start + moved
-            before, basis = basis, (z > 0)[:, None] * weight
-            difference = (basis - before).flatten(0, 1)
-            rows, units = difference.nonzero(as_tuple=True)
-            if len(units) > _MANY_FLIPS * difference.numel():
-                changes = _moves(plan, basis.flatten(0, 1))
-            elif len(units) > 0:
-                changes += _of_flips(plan.gram, difference, rows, units)
     return coefficients
 
 

@@ -53,6 +53,11 @@ class HeadTensors:
         """Whether V has one hidden layer, of ReLUs."""
         return len(self.layers) == 1 and self.activation_name == "relu"
 
+    @property
+    def is_deep_relu(self) -> bool:
+        """Whether V has several hidden layers, of ReLUs."""
+        return len(self.layers) > 1 and self.activation_name == "relu"
+
     def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
         """x of `(rows, hidden_size)` states."""
         return (hidden - self.mean) / self.scale
