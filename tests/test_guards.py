@@ -63,6 +63,21 @@ def test_constants_of_a_row_and_masked_tokens_of_the_base_change_nothing():
     assert logits[:, 7].isinf().all() and logits[:, 8:].isfinite().all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_many_rows_are_limited_as_each_alone(masked):
+    generator = torch.Generator().manual_seed(0)
+    base, change = (3 * torch.randn(3, 5, 40, generator=generator) for _ in range(2))
+    change[0, 1] = 0  # rows that keep the limit, among those that break it
+    change[2] *= 1e-3
+    plausibility = 0.05 if masked else 0.0
+    found = guarded_logits(base, base + change, plausibility, 0.05)
+    rows = zip(base.reshape(-1, 40), (base + change).reshape(-1, 40), strict=True)
+    alone = [guarded_logits(one, other, plausibility, 0.05) for one, other in rows]
+    torch.testing.assert_close(found, torch.stack(alone).view(3, 5, 40))
+    if not masked:
+        assert torch.equal(found[0, 1], base[0, 1]) and torch.equal(found[2], (base + change)[2])
+
+
 def test_the_mask_counts_as_distance_from_the_base():
     base, controlled = drawn(2.0, 3.0)
     masked = implausible_tokens(base, 0.2)
