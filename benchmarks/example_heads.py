@@ -12,7 +12,6 @@ bfloat16, what states are scaled by in float32.
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,6 +49,14 @@ def keep_small(trained: Path, kept: Path, reward: str) -> None:
     head.save_pretrained(kept)
 
 
+def without_seconds(table: str) -> str:
+    """A comparison's table without its last column: it says what else the machine did."""
+    rows = [
+        line.rpartition("|")[0].rpartition("|")[0] + "|" if line[:1] == "|" else line for line in table.split("\n")
+    ]
+    return "\n".join(rows)
+
+
 def measure(head: Path, rewards: Path, reward: str, judge: str, output: Path) -> None:
     """Compare a head's methods at equal KL on unseen prompts, and keep the table beside the heads."""
     rows = load_prompts(rewards / "prompts-train.jsonl", limit=NUM_PROMPTS + NUM_HELD_OUT).rows
@@ -73,7 +80,8 @@ def measure(head: Path, rewards: Path, reward: str, judge: str, output: Path) ->
         controls=CONTROLS,
         held_out=rows[NUM_PROMPTS:],
     )
-    shutil.copy(output / "table.md", HEADS / f"{head.name}.md")
+    table = (output / "table.md").read_text(encoding="utf-8")
+    (HEADS / f"{head.name}.md").write_text(without_seconds(table), encoding="utf-8")
 
 
 def main() -> None:
