@@ -1,5 +1,6 @@
 """`recontrol serve` on transformers' server: a real server, asked by the real `openai` client."""
 
+import http.client
 import inspect
 import json
 import os
@@ -567,10 +568,15 @@ def test_a_refused_client_that_stays_does_not_hold_the_end(serve):
 
 def test_a_refused_request_without_a_body_keeps_its_connection(serve):
     served = serve(api_key=KEY)
-    with socket.create_connection(("127.0.0.1", served.client.base_url.port), timeout=30) as place:
-        for key, status in (("wrong", b"401"), (KEY, b"200")):
-            place.sendall(f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\r\n".encode())
-            assert place.recv(10_000).split()[1] == status
+    place = http.client.HTTPConnection("127.0.0.1", served.client.base_url.port, timeout=30)
+    place.connect()
+    first = place.sock
+    for key, status in (("wrong", 401), (KEY, 200)):
+        place.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+        answer = place.getresponse()
+        assert answer.read() and answer.status == status
+        assert place.sock is first
+    place.close()
 
 
 def test_an_answer_that_refuses_does_not_wait_for_the_body(serve):
