@@ -25,9 +25,13 @@ def test_all_of_it_runs_without_a_gpu_and_finds_nothing_wrong(tmp_path):
     assert "WRONG" not in out
 
 
-def test_a_form_that_is_wrong_is_found(monkeypatch, capsys):
+@pytest.fixture
+def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    benchmark = importlib.import_module(SCRIPT.stem)
+    return importlib.import_module(SCRIPT.stem)
+
+
+def test_a_form_that_is_wrong_is_found(benchmark, monkeypatch, capsys):
     right = ascent._ascend_by_flips
     monkeypatch.setattr(ascent, "_ascend_by_flips", lambda *given: 1.01 * right(*given))
     rows = benchmark.right("cpu")
@@ -38,9 +42,7 @@ def test_a_form_that_is_wrong_is_found(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("fault", ["nan", "inf", "-inf", "two positions"])
-def test_logits_that_are_partly_wrong_are_found(monkeypatch, fault):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    benchmark = importlib.import_module(SCRIPT.stem)
+def test_logits_that_are_partly_wrong_are_found(benchmark, monkeypatch, fault):
     plain = benchmark.logits_of
     monkeypatch.setattr(benchmark, "CONTROLS", [row for row in benchmark.CONTROLS if "static" in row[0]])
 

@@ -10,6 +10,7 @@ import torch
 _TRIALS = 16
 # A row's KL is near enough to the limit from this share of it on.
 _ENOUGH = 0.999
+# Rows whose logits, several times over, a CPU's cache holds.
 _ROWS_AT_ONCE = 4
 # Below any KL, β and variance that matter.
 _TINY = 1e-30
