@@ -33,7 +33,16 @@ import torch
 from results_page import BATCH_SIZES, page
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_recontrol import CompareSettings, FitSettings, compare, embedded_model, fit, load_prompts, vader
+from hf_recontrol import (
+    CompareSettings,
+    FitSettings,
+    compare,
+    embedded_model,
+    fit,
+    label_rollouts,
+    load_prompts,
+    vader,
+)
 
 KL = 0.1
 INSTRUCTION = CompareSettings().instruction
@@ -186,8 +195,16 @@ class Runner:
         return gemma(self.output / "gemma-3-270m") if study.base == "gemma" else self.base or embedded_model()
 
     def head(self, study: Study) -> None:
-        """Train it, if it is not there."""
+        """Train it, if it is not there. Studies of one base share their responses: each scores a copy of its own."""
         reward: Any = vader if study.reward == "vader" else str(self.rewards)
+        own = self.output / study.name / "fit" / "rollouts"
+        for report in self.output.glob(f"{study.base}-*/fit/report.html"):
+            if not own.exists():
+                copied = own.with_name(".rollouts")
+                shutil.rmtree(copied, ignore_errors=True)
+                shutil.copytree(report.with_name("rollouts"), copied)
+                label_rollouts(copied, [reward], again=True)
+                copied.rename(own)
         settings = FitSettings(num_samples=2, part_size=128, keep_states=True, **self.settings(study))
         fit(self.model(study), self.training(study)[0], reward, self.output / study.name / "fit", settings)
 
@@ -251,8 +268,14 @@ class Runner:
     def rivals(self, study: Study) -> None:
         """What else learns from the same responses, or asks about each token."""
         self.head(study)
-        adapter = {"kind": "lora_dpo", "adapter": str(self.adapter(study))}
-        self.compared(study, "rivals", self.unseen(study), [*self.as_found(study, RIVALS), adapter])
+        self.compared(study, "rivals", self.unseen(study), self.as_found(study, RIVALS))
+
+    def lora(self, study: Study) -> None:
+        """The head's methods against an adapter trained on the same responses, whole and by half."""
+        self.head(study)
+        adapter = {"kind": "lora_dpo", "adapter": str(self.adapter(study)), "strengths": [0.5, 1.0]}
+        controls = [{"kind": "base"}, *self.as_found(study, HEADS_OWN), adapter]
+        self.compared(study, "lora", self.unseen(study), controls)
 
     def elsewhere(self, study: Study) -> None:
         """The same controls at the same strengths, on questions of another kind."""
@@ -314,6 +337,7 @@ class Runner:
 PARTS = {
     "comparison": (Runner.comparison, ("smollm2", "gemma")),
     "rivals": (Runner.rivals, ("smollm2",)),
+    "lora": (Runner.lora, ("smollm2",)),
     "harmfulqa": (Runner.elsewhere, ("smollm2",)),
     "grid": (Runner.grid, ("smollm2",)),
     "times": (Runner.times, ("smollm2",)),

@@ -12,6 +12,7 @@ BATCH_SIZES = (1, 8, 32)
 TITLES = {
     "comparison": "unseen prompts of HH-RLHF",
     "rivals": "what else learns from the same responses, or asks about each token",
+    "lora": "an adapter trained by DPO on the same responses",
     "against-static": "the head's methods against its static vector, at 0.1 nats a token",
     "harmfulqa": "HarmfulQA, out of distribution",
     "grid": "step size by steps",
@@ -100,7 +101,7 @@ def costs(study: Path) -> list[str]:
         f"Training on the same scored rollouts (the paper's Fig. 3): the head {head['seconds']:.0f} s and "
         f"{head['peak_memory_bytes'] / 2**30:.1f} GiB at most, reading its states included; the LoRA adapter by DPO "
         f"{lora['seconds']:.0f} s and {lora['peak_memory_bytes'] / 2**30:.1f} GiB ({lora['pairs']} pairs, one epoch). "
-        "Their rewards stand in the first table above. PPO was not run.",
+        "Their rewards stand in the table with the adapter. PPO was not run.",
     ]
 
 

@@ -50,6 +50,7 @@ def run(*words, folder):
 FIRST = ("unseen prompts of HH-RLHF", "the head's methods against its static vector, at 0.1 nats a token")
 OTHERS = (
     "what else learns from the same responses, or asks about each token",
+    "an adapter trained by DPO on the same responses",
     "HarmfulQA, out of distribution",
     "step size by steps",
     "time and memory",

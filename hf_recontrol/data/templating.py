@@ -66,6 +66,34 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
+def mentions(template: str | Mapping[str, str], name: str) -> bool:
+    """Whether a chat template, or one of several, has the name as a word. What it does not name has no effect."""
+    written = template if isinstance(template, str) else "\n".join(template.values())
+    return re.search(rf"\b{re.escape(name)}\b", written) is not None
+
+
+def unknown_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> list[str]:
+    """
+    Those of a chat template's arguments that the tokenizer's template does not mention.
+
+    Raises:
+        `ValueError`: if the tokenizer has no template; for what is no argument of a template but of
+        `apply_chat_template`.
+    """
+    if not arguments:
+        return []
+    template = tokenizer.chat_template
+    if template is None:
+        raise ValueError("`chat_template_kwargs` are given, but the tokenizer has no chat template.")
+    own = inspect.signature(tokenizer.apply_chat_template).parameters
+    if taken := sorted(name for name in arguments if name in own and name not in _FOR_TEMPLATES):
+        more = ": `tools` stand beside the messages" if taken[0] == "tools" else ""
+        raise ValueError(
+            f"`chat_template_kwargs` may not hold {taken[0]!r}, which is no argument of a template{more}."
+        )
+    return [name for name in arguments if not mentions(template, name)]
+
+
 class PromptEncoder:
     """
     Encodes prompts for one tokenizer, and remembers what a user should hear of.
@@ -82,7 +110,6 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TemplateSettings):
         self.tokenizer, self.settings = tokenizer, settings
-        self.arguments = inspect.signature(tokenizer.apply_chat_template).parameters
         self._check_arguments(settings.chat_template_kwargs, must_be_known=True)
         # Templates of models that also take images know parts, and write nothing for a text.
         self._in_parts = False
@@ -138,23 +165,10 @@ class PromptEncoder:
         return messages
 
     def _check_arguments(self, arguments: Mapping[str, Any], must_be_known: bool) -> None:
-        if not arguments:
-            return
-        template = self.tokenizer.chat_template
-        if template is None:
-            raise ValueError("`chat_template_kwargs` are given, but the tokenizer has no chat template.")
-        taken = sorted(name for name in arguments if name in self.arguments and name not in _FOR_TEMPLATES)
-        if taken:
-            more = ": tools are a column of the prompts" if taken[0] == "tools" else ""
-            raise ValueError(
-                f"`chat_template_kwargs` may not hold {taken[0]!r}, which is no argument of a template{more}."
-            )
-        written = template if isinstance(template, str) else "\n".join(template.values())
-        for name in arguments:
-            if not re.search(rf"\b{re.escape(name)}\b", written):
-                if must_be_known:
-                    raise ValueError(f"`chat_template_kwargs`: the chat template knows no {name!r}.")
-                self._note(_UNKNOWN, name)
+        for name in unknown_arguments(self.tokenizer, arguments):
+            if must_be_known:
+                raise ValueError(f"`chat_template_kwargs`: the chat template knows no {name!r}.")
+            self._note(_UNKNOWN, name)
 
     def _note(self, what: str, example: str) -> None:
         count, first = self._notes.get(what, (0, example))
@@ -238,7 +252,7 @@ class PromptEncoder:
         arguments = options.pop("chat_template_kwargs", {})
         self._check_arguments(arguments, must_be_known=False)
         options |= self.settings.chat_template_kwargs | arguments
-        if "tools" in options and "tools" not in str(template):
+        if "tools" in options and not mentions(template, "tools"):
             self._note(_UNKNOWN, "tools")
         harmless = self._harmless(messages, options.get("tools"))
         try:
@@ -257,7 +271,7 @@ class PromptEncoder:
         found = next((match for text in _texts([asked, tools]) if (match := self._special.search(text))), None)
         if found is None or self.settings.prompt_format == "formatted":
             return {}
-        if "sanitize_control_tokens" not in self.arguments:
+        if "sanitize_control_tokens" not in inspect.signature(self.tokenizer.apply_chat_template).parameters:
             raise ValueError(
                 f"The prompt mentions the special token {found.group()!r}, which this release of transformers cannot "
                 "take as ordinary text: upgrade it, or, if the token is to act as one, `prompt_format='formatted'` "

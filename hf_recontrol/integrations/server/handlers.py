@@ -9,7 +9,6 @@ is refused.
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -23,6 +22,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import Modality
 from transformers.utils import logging
 
+from ...data.templating import mentions, unknown_arguments
 from ..request_settings import FIELDS, RequestSettings, UnknownModel
 from .gate import error_response
 from .generation import INTERNAL, TOLD, RequestModel, cut_at_stops
@@ -209,14 +209,14 @@ class Chat(_Strict, ChatCompletionHandler):
         more = {} if body.get("chat_template_kwargs") is None else body["chat_template_kwargs"]
         if not isinstance(more, dict):
             _refuse("`chat_template_kwargs` must be an object.")
-        if taken := sorted(more.keys() & inspect.signature(self.tokenizer.apply_chat_template).parameters.keys()):
-            _refuse(f"`chat_template_kwargs` are the template's own variables, {taken} are not.")
-        template = self.tokenizer.get_chat_template(tools=tools or None)
-        # What a template does not name, it leaves out in silence.
-        if tools and "tools" not in template:
+        try:
+            unknown = unknown_arguments(self.tokenizer, more)
+        except ValueError as error:
+            _refuse(str(error))
+        if unknown:
+            _refuse(f"`chat_template_kwargs`: this base's chat template knows no {unknown[0]!r}.")
+        if tools and not mentions(self.tokenizer.get_chat_template(tools=tools), "tools"):
             _refuse("This base's chat template knows no `tools`: say what there is in a message.")
-        if unknown := sorted(name for name in more if name not in template):
-            _refuse(f"`chat_template_kwargs`: this base's chat template knows no {unknown}.")
         return view
 
     @staticmethod
