@@ -376,7 +376,7 @@ def test_a_stream_says_that_it_ends(served):
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "knows no 'enable_thinking'"),
         ({"chat_template_kwargs": {"tools": []}}, "beside the messages"),
-        ({"chat_template_kwargs": {"message": "x"}}, "knows no 'message'"),
+        ({"chat_template_kwargs": {"messag": "x"}}, "knows no 'messag'"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "knows no `tools`"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
