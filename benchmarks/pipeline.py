@@ -90,21 +90,26 @@ def length(prompts, completions, **columns):
 
 
 def rollouts(model, tokenizer, rounds: int) -> None:
-    """Samples with seeds of their own against `generate(do_sample=True)` on the same batch, without an end token."""
-    for batch_size in (8, 32):
-        prompts = load_prompts(PROMPTS, limit=batch_size)
+    """
+    Samples with seeds of their own against `generate(do_sample=True)` on the same batch, without an end token; one and
+    eight samples of a prompt.
+    """
+    for batch_size, samples in ((8, 1), (32, 1), (32, 8)):
+        prompts = load_prompts(PROMPTS, limit=batch_size // samples)
         config = GenerationConfig(do_sample=True, temperature=0.9, top_k=0, max_new_tokens=48, eos_token_id=-1)
         config.pad_token_id = tokenizer.pad_token_id
         encoded = [encode_prompt(tokenizer, row["prompt"]) for row in prompts.rows]
         inputs = padded(encoded, config.pad_token_id, "left", model.device)
+        options = {"generation_config": config, "batch_size": batch_size, "num_samples": samples}
 
-        def ours(prompts=prompts, config=config, batch_size=batch_size):
-            return generate_rollouts(model, tokenizer, prompts, generation_config=config, batch_size=batch_size)
+        def ours(prompts=prompts, options=options):
+            return generate_rollouts(model, tokenizer, prompts, **options)
 
-        def bare(inputs=inputs, config=config):
-            return tokenizer.batch_decode(model.generate(**inputs, generation_config=config))
+        def bare(inputs=inputs, config=config, samples=samples):
+            ids = model.generate(**inputs, generation_config=config, num_return_sequences=samples)
+            return tokenizer.batch_decode(ids)
 
-        compare(f"rollouts, batch {batch_size}, over generate", ours, bare, rounds)
+        compare(f"rollouts, batch {batch_size}, {samples} of a prompt, over generate", ours, bare, rounds)
 
 
 def batching(model, tokenizer, rounds: int) -> None:

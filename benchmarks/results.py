@@ -224,7 +224,7 @@ class Runner:
         reward: Any = vader if study.reward == "vader" else str(self.rewards)
         judge: str | Callable = str(self.rewards) if study.reward == "vader" else inoffensive
         # Larger parts make larger batches, which a CPU is faster at.
-        own = self.settings(study) | {"part_size": 64, "embeddings": str(self.encoder or encoder_folder())} | changes
+        own = self.settings(study) | {"part_size": 256, "embeddings": str(self.encoder or encoder_folder())} | changes
         compare(
             self.model(study),
             prompts,

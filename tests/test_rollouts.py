@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
+from hf_recontrol.collection import sampling
 from hf_recontrol.collection.rollouts import generate_rollouts, pad_batch, write_rollouts
 from hf_recontrol.collection.sampling import RowSampler, cut_response, response_seed
 from hf_recontrol.data.prompts import load_prompts
@@ -13,7 +14,7 @@ from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.stage_folder import read_manifest
 
 from .conftest import make_head
-from .tiny_models import tiny_model
+from .tiny_models import FAMILIES, tiny_model
 from .tiny_tokenizer import byte_tokenizer, tiny_tokenizer
 
 PROMPTS = ["w5 w6 w7", "w8", "w9 w10"]
@@ -188,6 +189,39 @@ def test_a_sample_depends_on_its_prompt_and_number_not_on_its_batch(model, token
     # The first prompts keep their samples when others follow.
     longer = generate_rollouts(model, tokenizer, [*PROMPTS, "w11 w12 w13 w14"], **options)
     assert together == longer[: len(together)]
+
+
+# Lengths in which some prompts are read together, and some apart; one has nothing to be read before its last token.
+LENGTHS = (9, 8, 3, 1, 9)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [*((family, {}) for family in FAMILIES), ("mistral", {"sliding_window": 12}), ("gemma2", {"sliding_window": 12})],
+)
+def test_reading_each_prompt_once_changes_no_response(family, changes, tokenizer, monkeypatch):
+    model = tiny_model(family, dtype=torch.float32, **changes)
+    prompts = [" ".join(f"w{5 + (7 * i + j) % 60}" for j in range(length)) for i, length in enumerate(LENGTHS)]
+    options = {"num_samples": 3, "max_new_tokens": 6, "seed": 1}
+    once = generate_rollouts(model, tokenizer, prompts, **options)
+    monkeypatch.setattr(sampling, "read_prompts_once", lambda *args: None)
+    assert once == generate_rollouts(model, tokenizer, prompts, **options)
+
+
+@pytest.mark.parametrize("layer", [None, -1, 1])
+def test_prompts_are_read_once_without_control(model, tokenizer, monkeypatch, layer):
+    hook_point = {"hook_point": "lm_head"} if layer is None else {"layer": layer}
+    controlled = ReControlForCausalLM.from_model(model, value_head=make_head(**hook_point))
+    lengths = []
+    controlled.get_input_embeddings().register_forward_hook(lambda module, args, output: lengths.append(output.shape))
+    prompts = ["w5 " * 12, "w6 " * 4]
+    options = {"control": ControlConfig(step_size=2.0), "num_samples": 4, "max_new_tokens": 5, "seed": 1}
+    once = generate_rollouts(controlled, tokenizer, prompts, **options)
+    read = [tuple(shape[:2]) for shape in lengths if shape[1] > 1]
+    assert read[-2:] == [(1, 11), (1, 3)], "but for the last token, which is read under control"
+    monkeypatch.setattr(sampling, "read_prompts_once", lambda *args: None)
+    assert once == generate_rollouts(controlled, tokenizer, prompts, **options)
+    assert once != generate_rollouts(controlled, tokenizer, prompts, **options | {"control": False})
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class _Sampler:
         if self.config.do_sample:
             last.append(RowSampler([response_seed(seed, *each) for each in drawn], device))
         if first or last:
-            options["custom_generate"] = draw_with(first=first, last=last)
+            options["custom_generate"] = draw_with(prompts, first=first, last=last)
         follow(model)
         with in_eval(model), nullcontext() if keeper is None else keeper.reading():
             output = model.generate(**inputs, generation_config=self.config, **options)

@@ -24,7 +24,7 @@ from transformers.generation import GenerationMode
 
 from ..data.prompts import BadRow, Prompts
 from ..data.templating import PromptEncoder
-from ..modeling.generation import read_padding
+from ..modeling.generation import read_padding, read_prompts_once
 from ..settings import SamplingSettings
 
 DEFAULT_NEW_TOKENS = 128
@@ -144,19 +144,21 @@ class Reweighing(LogitsProcessor, ABC):
 
 
 def draw_with(
-    *, first: Sequence[LogitsProcessor] = (), last: Sequence[LogitsProcessor] = ()
+    prompts: Sequence[Sequence[int]], *, first: Sequence[LogitsProcessor] = (), last: Sequence[LogitsProcessor] = ()
 ) -> Callable[..., torch.LongTensor]:
     """
     A decoding method for `generate(custom_generate=...)`: transformers' own loop with processors before and behind all
     of its own, where `generate(logits_processor=...)` would put them before temperature and top-p. What is drawn is
-    the token with the largest score then.
+    the token with the largest score then. `prompts` holds each row's token ids.
     """
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         generation_config.do_sample = False
-        for processor in last:
-            if isinstance(processor, Reweighing):
-                processor.begin(input_ids, model_kwargs)
+        reweighing = [processor for processor in last if isinstance(processor, Reweighing)]
+        for processor in reweighing:
+            processor.begin(input_ids, model_kwargs)
+        if not reweighing:
+            read_prompts_once(model, prompts, input_ids, model_kwargs)
         return model._sample(
             input_ids,
             logits_processor=LogitsProcessorList([*first, *logits_processor, *last]),

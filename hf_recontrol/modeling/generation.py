@@ -6,13 +6,15 @@ must be given to see what generation sees.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedModel
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..configuration import ControlConfig
 from .call_settings import HeadWeights
@@ -24,6 +26,9 @@ _PROBE_LENGTH, _PROBE_ROWS = 8, 4
 # How much of the next token's distribution may move: what rounding does to it stays below in float32 (and float64),
 # and in the shorter dtypes.
 _ROUNDING, _COARSE_ROUNDING = 1e-3, 0.1
+
+# Prompts that are read together are at least this share of the longest one's length.
+_LENGTHS_TOGETHER = 0.75
 
 _known: WeakKeyDictionary[PreTrainedModel, frozenset[str]] = WeakKeyDictionary()
 
@@ -211,6 +216,76 @@ def check_padding(model: PreTrainedModel, attention_mask: torch.Tensor | None) -
                 f"Row {rows[0]} is padded on the {side}, and {type(model).__name__} reads padding there although it "
                 f"is masked: pad on the {'right' if side == 'left' else 'left'}, or give rows of one length together."
             )
+
+
+@torch.no_grad()
+def read_prompts_once(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+) -> None:
+    """
+    Fill the empty cache of a generation with its prompts but for the last token of each, so that what is left of the
+    first forward is one token a row. Equal prompts are read once, and those of other lengths apart, where a forward
+    of the whole batch would read a prompt for each of its samples, and the padding. Nothing is done for a cache other
+    than of plain and sliding attention.
+
+    Args:
+        prompts (sequence of `list[int]`):
+            The prompt of each row.
+        input_ids (`torch.Tensor` of shape `(rows, width)`):
+            The prompts, padded on the left.
+        model_kwargs (`dict`):
+            What transformers' decoding method calls the model with.
+    """
+    distinct = {tuple(prompt): row for row, prompt in reversed(list(enumerate(prompts)))}
+    groups: list[list[tuple[int, ...]]] = []
+    for prompt in sorted(distinct, key=len, reverse=True):
+        # Of a prompt of one token nothing is read here, so a group of such would be an empty batch.
+        if not groups or 1 < len(prompt) < _LENGTHS_TOGETHER * len(groups[-1][0]):
+            groups.append([])
+        groups[-1].append(prompt)
+    cache, width = model_kwargs.get("past_key_values"), input_ids.shape[1]
+    given = {name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor)}
+    if (
+        width == 1
+        or (len(groups) == 1 and len(distinct) == len(prompts))
+        or not given <= {"attention_mask", "position_ids"}
+        or any(model_kwargs[name].shape != input_ids.shape for name in given)
+        or not _is_plain(cache, width)
+    ):
+        return
+    read = []
+    for group in groups:
+        rows, start = [distinct[prompt] for prompt in group], width - len(group[0])
+        inputs = {name: model_kwargs[name][rows, start:-1] for name in given} | {
+            "input_ids": input_ids[rows, start:-1],
+            "past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True)),
+        }
+        if model._supports_logits_to_keep():
+            inputs["logits_to_keep"] = 1
+        with model.disable_control() if isinstance(model, ControlledGenerationMixin) else nullcontext():
+            read.append(model(**inputs, use_cache=True).past_key_values)
+    order = {prompt: number for number, prompt in enumerate(prompt for group in groups for prompt in group)}
+    rows = [order[tuple(prompt)] for prompt in prompts]
+    for number, layers in enumerate(zip(*(part.layers for part in read), strict=True)):
+        if layers[0].is_initialized:  # a layer that shares another's keys has none
+            keys, values = (
+                torch.cat([pad(states, (0, 0, width - 1 - states.shape[-2], 0)) for states in each])
+                for each in zip(*((layer.keys, layer.values) for layer in layers), strict=True)
+            )
+            cache.update(keys[rows], values[rows], number)
+
+
+def _is_plain(cache: Any, width: int) -> bool:
+    """Whether a cache is empty, and will hold keys and values of `width` tokens and nothing else."""
+    return (
+        type(cache) is DynamicCache
+        and cache.get_seq_length() == 0
+        and not cache.offloading
+        and all(
+            type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and width < layer.sliding_window)
+            for layer in cache.layers
+        )
+    )
 
 
 def check_causal(model: PreTrainedModel) -> None:
