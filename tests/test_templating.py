@@ -170,7 +170,7 @@ def test_what_a_template_cannot_use_is_named(chatml, recontrol_warnings):
         encode_prompt(chatml, "Hi", chat_template_kwargs={"enable_thinkin": False})
     with pytest.raises(ValueError, match="may not hold 'add_generation_prompt'"):
         encode_prompt(chatml, "Hi", chat_template_kwargs={"add_generation_prompt": False})
-    with pytest.raises(ValueError, match="'tools'.*beside the messages"):
+    with pytest.raises(ValueError, match=r"'tools'.*beside the messages"):
         encode_prompt(chatml, "Hi", chat_template_kwargs={"tools": [TOOL]})
     with pytest.raises(ValueError, match="no chat template"):
         encode_prompt(byte_tokenizer(), "Hi", chat_template_kwargs={"enable_thinking": False})
