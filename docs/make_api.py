@@ -75,6 +75,8 @@ SECTIONS = {
         "kl_divergence",
         "match_kl",
         "KLMatch",
+        "data_curve",
+        "DataCurve",
         "paired_interval",
         "recommend_control",
         "Recommendation",

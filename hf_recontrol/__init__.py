@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .data.states import States, StateStore
     from .data.templating import encode_prompt
     from .evaluation.comparison.figures import Figure
+    from .evaluation.data_curve import DataCurve, data_curve
     from .evaluation.intervals import paired_interval
     from .evaluation.judges.judge import Judge, Question, Verdict
     from .evaluation.judges.page import write_judge_page
@@ -82,6 +83,7 @@ _MODULES = {
     "data.rollouts": ("Rollout", "load_rollouts", "save_rollouts"),
     "data.states": ("StateStore", "States"),
     "data.templating": ("encode_prompt",),
+    "evaluation.data_curve": ("DataCurve", "data_curve"),
     "evaluation.intervals": ("paired_interval",),
     "evaluation.judges.judge": ("Judge", "Question", "Verdict"),
     "evaluation.judges.page": ("write_judge_page",),

@@ -9,7 +9,15 @@ import unicodedata
 import pytest
 import torch
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, split_by_prompt
+from hf_recontrol import (
+    ControlConfig,
+    DataCurve,
+    ReControlForCausalLM,
+    ValueHead,
+    compare,
+    data_curve,
+    split_by_prompt,
+)
 from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
@@ -83,6 +91,23 @@ def test_a_head_a_report_and_plain_files(base, tmp_path):
     model = ReControlForCausalLM.from_model(base, tmp_path / "head")
     ids = torch.tensor([[5, 6]])
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 6)
+
+
+def test_whether_more_responses_would_help_is_said_where_prompts_are_enough(base, tmp_path):
+    prompts = [f"w{5 + i} w7" for i in range(60)]
+    figures = run(base, tmp_path, prompts=prompts)
+    curve = DataCurve(**figures["data_curve"])
+    assert curve == DataCurve(**data_curve(tmp_path / "states").to_dict())
+    assert curve.responses == [24, 48, 96]
+    assert curve.text in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert run(base, tmp_path, prompts=prompts) == figures
+
+
+@pytest.mark.parametrize("changes", [{"prompts": PROMPTS}, {"directions": False}, {"every": 2}])
+def test_no_more_is_said_of_more_responses_than_can_be(base, tmp_path, changes):
+    prompts = [f"w{5 + i} w7" for i in range(60)]
+    assert "data_curve" not in run(base, tmp_path, **{"prompts": prompts} | changes)
+    assert "More responses" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_another_target_kl_finds_another_step_size_unless_the_control_is_the_user_s(base, tmp_path):

@@ -41,6 +41,7 @@ def fit(
     Example: `recontrol fit -m org/base --prompts prompts.jsonl --reward my_module:my_reward -o run --num-samples 2`
     """
     from ..configuration import ValueHeadConfig
+    from ..evaluation.data_curve import DataCurve
     from ..heads.hub import CONFIG_NAME
     from ..pipelines.fit import fit as run_fit
 
@@ -49,6 +50,8 @@ def fit(
     figures = run_fit(**inputs, settings=settings, command=own_command())
     if is_main_process():
         _print_figures(figures)
+        if "data_curve" in figures:
+            typer.echo(DataCurve(**figures["data_curve"]).text)
         output = Path(inputs["output"])
         control = ValueHeadConfig.from_json_file(output / "head" / CONFIG_NAME).control
         if control is not None:

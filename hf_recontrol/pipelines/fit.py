@@ -23,6 +23,7 @@ from ..data.processes import Processes, no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import MANIFEST_NAME, shared_folder
 from ..data.states import StateStore
+from ..evaluation.data_curve import MIN_PROMPTS, data_curve
 from ..evaluation.recommendation import recommend_control
 from ..heads.base_model import check_nameable
 from ..heads.value_head import ValueHead
@@ -86,7 +87,8 @@ def fit(
             What the head's card says that its figures were measured by.
 
     Returns:
-        The figures of [`train_head`].
+        The figures of [`train_head`]; with directions at every state, and 50 prompts or more, `data_curve` too, a
+        [`DataCurve`] as a `dict`.
 
     Raises:
         `ValueError`, `OSError`: before any long work if something cannot be used, see the stages; if `output` was made
@@ -116,6 +118,7 @@ def fit(
             save_run(output, model, prompts, reward, list(rewards.values()), given, tokenizer_given)
         figures = _run_stages(output, base, tokenizer, rows, rewards, settings, processes, quiet, command)
         if processes.index == 0:
+            figures |= _data_curve(output, settings)
             with without_heads(base):
                 _recommend(output, base, tokenizer, rows, rewards, settings, quiet)
             write_run_report(output, tokenizer, figures, settings)
@@ -216,6 +219,19 @@ def _base(model, tokenizer, settings: FitSettings):
     if tokenizer is None:
         raise ValueError("A loaded model needs its `tokenizer` too.")
     return model.eval(), tokenizer
+
+
+def _data_curve(output: Path, settings: FitSettings) -> dict[str, Any]:
+    """What more rollouts would be worth, measured once, where there are directions and prompts enough."""
+    training = read_json(output / "head" / FIGURES_NAME)
+    if "data_curve" not in training:
+        store = StateStore.open(output / "states")
+        few = len(store.prompts.unique()) < MIN_PROMPTS
+        if few or not store.has_directions or store.read_at["every"] > 1:
+            return {}
+        training["data_curve"] = data_curve(store, settings.gae_lambda).to_dict()
+        write_json(output / "head" / FIGURES_NAME, training)
+    return {"data_curve": read_json(output / "head" / FIGURES_NAME)["data_curve"]}
 
 
 def _recommend(

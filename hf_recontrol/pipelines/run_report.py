@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.rollouts import Rollout, load_rollouts, rollout_parts
 from ..data.stage_folder import read_manifest
 from ..data.states import StateStore
+from ..evaluation.data_curve import DataCurve
 from ..evaluation.pages.report import write_report
 from ..heads.value_head import ValueHead
 from ..settings import TrainingSettings
@@ -51,6 +52,7 @@ def write_run_report(
         "Head": f"V {head.config.head_sizes}, g {head.config.advantage_sizes}",
         "Recommended control": "none" if head.config.control is None else str(head.config.control),
         **_compared(training.get("recommended")),
+        **({"More responses": DataCurve(**training["data_curve"]).text} if "data_curve" in training else {}),
         "Seed": str(settings.seed),
     }
     one = {} if head.config.num_objectives > 1 else {"reward_mean": head.config.reward_mean}
