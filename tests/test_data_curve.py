@@ -64,6 +64,14 @@ def test_few_responses_say_that_more_would_help_and_noise_says_that_nothing_is_k
     assert sum(curve.more_would_help for curve in many) <= 3
 
 
+def test_of_many_states_the_moments_are_of_some(monkeypatch):
+    states = episodes(2000, 0.3, length=4)[0]
+    exact = data_curve(states)
+    monkeypatch.setattr("hf_recontrol.evaluation.data_curve._STATES_FOR_MOMENTS", 3000)
+    for point, same in zip(data_curve(states).gain, exact.gain, strict=True):
+        assert point != same and point == pytest.approx(same, abs=0.02)
+
+
 def test_responses_of_one_prompt_count_together():
     states = episodes(600, 0.3)[0]
     apart = data_curve(states).gain[-1]

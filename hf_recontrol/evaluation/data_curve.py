@@ -20,6 +20,8 @@ _SIZES = (1, 2, 4)
 _PENALTY = 0.1
 # Episodes that are read at once.
 _BATCH = 256
+# Second moments are of so many states, evenly spaced, or all: they cost the width's square for each.
+_STATES_FOR_MOMENTS = 100_000
 # Fewer prompts than this say nothing.
 MIN_PROMPTS = 50
 # 95 % of a normal distribution are so many standard errors around its mean.
@@ -129,6 +131,10 @@ def _batches(store: StateStore):
         yield episodes, torch.repeat_interleave(torch.arange(len(episodes)), store.lengths[episodes])
 
 
+def _stride(store: StateStore) -> int:
+    return -(-store.num_states // _STATES_FOR_MOMENTS)
+
+
 def _linear_values(
     store: StateStore, fold: torch.Tensor, rewards: torch.Tensor, fitted_on: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +146,7 @@ def _linear_values(
         hidden = store.gather("hidden", episodes).double()
         x = torch.cat([hidden, torch.ones(len(hidden), 1, dtype=torch.float64)], dim=1)
         for number in fold[episodes].unique().tolist():
-            rows = (fold[episodes] == number)[inside]
+            rows = (fold[episodes] == number)[inside].nonzero()[:: _stride(store), 0]
             squares[number] += x[rows].T @ x[rows]
             products[number, :, 0] += x[rows].T @ rewards[episodes][inside][rows]
     weights, constants = [], []
@@ -179,8 +185,8 @@ def _static_vectors(
         own = fold[episodes]
         products += directions.T @ (targets * fitted_on[own][inside])
         for number in own.unique().tolist():
-            rows = (own == number)[inside]
-            squares[number] += directions[rows].T @ directions[rows]
+            rows = (own == number)[inside].nonzero()[:: _stride(store), 0]
+            squares[number] += _stride(store) * directions[rows].T @ directions[rows]
     vectors = []
     for column, product in zip(fitted_on.T, products.T, strict=True):
         square = torch.tensordot(column, squares, 1)
