@@ -3,8 +3,7 @@ What control is worth at a small scale: the studies of docs/results.md, and that
 
     make results PAIRS=hh-rlhf-harmless-test.jsonl.gz HARMFULQA=harmfulqa.jsonl.gz
     python benchmarks/results.py --pairs PAIRS --harmfulqa FILE --output results [--only NAME ...] [--quick]
-    python benchmarks/results.py ... --only smollm2-vader --parts comparison     # some studies, some parts of them
-    python benchmarks/results.py ... --base FOLDER --encoder FOLDER              # others than SmolLM2 and MiniLM
+    python benchmarks/results.py ... --parts comparison --base FOLDER --encoder FOLDER   # not SmolLM2 and MiniLM
     python benchmarks/results.py --figures benchmarks/results --page docs/results.md    # the page alone
 
 Each study is a head (`recontrol fit`) and comparisons (`recontrol compare`) in a folder of its own in `--output`. All
@@ -206,7 +205,11 @@ class Runner:
                 label_rollouts(copied, [reward], again=True)
                 copied.rename(own)
         settings = FitSettings(num_samples=2, part_size=128, keep_states=True, **self.settings(study))
-        fit(self.model(study), self.training(study)[0], reward, self.output / study.name / "fit", settings)
+        figures = fit(self.model(study), self.training(study)[0], reward, self.output / study.name / "fit", settings)
+        if "data_curve" in figures:
+            path = self.figures / study.name / "data-curve.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(figures["data_curve"]) + "\n", encoding="utf-8")
 
     def settings(self, study: Study) -> dict[str, Any]:
         """Those of sampling and loading."""

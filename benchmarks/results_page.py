@@ -105,6 +105,28 @@ def costs(study: Path) -> list[str]:
     ]
 
 
+def by_responses(study: Path) -> list[str]:
+    """What a static vector gains by the number of responses it was fitted on."""
+    path = study / "data-curve.json"
+    if not path.is_file():
+        return []
+    curve = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        "",
+        "What a static vector gains on prompts that it was not fitted on, in deviations of the reward for the root of "
+        "a nat an answer ([how](fitting.md#would-more-responses-help); no answer is sampled for it):",
+        "",
+        "| responses | gain |",
+        "|---:|---:|",
+        *(
+            f"| {count} | {value:.3f} [{low:.3f}, {high:.3f}] |"
+            for count, (value, low, high) in zip(curve["responses"], curve["gain"], strict=True)
+        ),
+        "",
+        "The last doubling added {:+.3f} [{:+.3f}, {:+.3f}].".format(*curve["doubling"]),
+    ]
+
+
 def page(kept: Path, names: Sequence[str]) -> str:
     """The whole page, from the folder of figures."""
     studies = [name for name in names if (kept / name).is_dir()]
@@ -129,6 +151,8 @@ def page(kept: Path, names: Sequence[str]) -> str:
                 against = "static_vector" if part == "against-static" else "the base"
                 text += [f"## {base}, {reward}: {title}", "", f"{REWARDS[reward]}.", "", table, ""]
                 text += [*in_words(folder, against), ""]
+        if curve := by_responses(study):
+            text += [f"## {base}, {reward}: the data", *curve, ""]
         if timed := [*by_batch(study), *costs(study)]:
             text += [f"## {base}, {reward}: time and memory", *timed, ""]
     if PUBLISHED.is_file():
