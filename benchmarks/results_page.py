@@ -118,10 +118,7 @@ def by_responses(study: Path) -> list[str]:
         "",
         "| responses | gain |",
         "|---:|---:|",
-        *(
-            f"| {count} | {value:.3f} [{low:.3f}, {high:.3f}] |"
-            for count, (value, low, high) in zip(curve["responses"], curve["gain"], strict=True)
-        ),
+        *(f"| {count} | {gain:.3f} |" for count, gain in zip(curve["responses"], curve["gain"], strict=True)),
         "",
         "The last doubling added {:+.3f} [{:+.3f}, {:+.3f}].".format(*curve["doubling"]),
     ]

@@ -110,6 +110,16 @@ def test_no_more_is_said_of_more_responses_than_can_be(base, tmp_path, changes):
     assert "More responses" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_what_cannot_be_said_of_more_responses_stops_nothing(base, tmp_path, monkeypatch, recontrol_warnings):
+    def fails(*args):
+        raise torch.linalg.LinAlgError("singular")
+
+    monkeypatch.setattr("hf_recontrol.pipelines.fit.data_curve", fails)
+    assert "data_curve" not in run(base, tmp_path, prompts=[f"w{5 + i} w7" for i in range(60)])
+    assert any("cannot be said: singular" in said for said in recontrol_warnings)
+    assert (tmp_path / "report.html").is_file()
+
+
 def test_another_target_kl_finds_another_step_size_unless_the_control_is_the_user_s(base, tmp_path):
     run(base, tmp_path, target_kl=0.02)
     weak = ValueHead.from_pretrained(tmp_path / "head")

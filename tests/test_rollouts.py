@@ -3,7 +3,7 @@
 import datasets
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
 from hf_recontrol.collection import sampling
@@ -206,6 +206,32 @@ def test_reading_each_prompt_once_changes_no_response(family, changes, tokenizer
     once = generate_rollouts(model, tokenizer, prompts, **options)
     monkeypatch.setattr(sampling, "read_prompts_once", lambda *args: None)
     assert once == generate_rollouts(model, tokenizer, prompts, **options)
+
+
+@pytest.mark.parametrize("length", [8, 9, 10])
+def test_prompts_are_not_read_apart_where_positions_depend_on_the_longest_row(tokenizer, monkeypatch, length):
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.0],
+        "long_factor": [4.0, 9.0],
+        "original_max_position_embeddings": 8,
+    }
+    model = tiny_model("llama", dtype=torch.float32)
+    model = type(model)(type(model.config)(**(model.config.to_dict() | {"rope_parameters": rope})))
+    prompts = [" ".join(f"w{5 + i + j}" for j in range(length)) for i in range(2)]
+    options = {"num_samples": 3, "max_new_tokens": 4, "seed": 1}
+    once = generate_rollouts(model, tokenizer, prompts, **options)
+    monkeypatch.setattr(sampling, "read_prompts_once", lambda *args: None)
+    assert once == generate_rollouts(model, tokenizer, prompts, **options)
+
+
+def test_a_model_without_a_cache_reads_its_prompts_each_time(tokenizer):
+    config = OpenAIGPTConfig(vocab_size=97, n_embd=16, n_layer=2, n_head=4, n_positions=64)
+    rollouts = generate_rollouts(
+        OpenAIGPTLMHeadModel(config), tokenizer, ["w5 w6 w7"], num_samples=2, max_new_tokens=3
+    )
+    assert len(rollouts) == 2
 
 
 @pytest.mark.parametrize("layer", [None, -1, 1])

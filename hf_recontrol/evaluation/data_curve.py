@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,11 @@ _FOLDS = 5
 _SIZES = (1, 2, 4)
 # Ridge penalties of V and of the vector, relative to the mean eigenvalue of what they are fitted on.
 _PENALTY = 0.1
-# Episodes that are read at once.
-_BATCH = 256
-# Second moments are of so many states, evenly spaced, or all: they cost the width's square for each.
+# Numbers that are read at once.
+_BATCH = 2**24
+# Below any second moment and any deviation that matter.
+_TINY = 1e-30
+# Second moments are of so many states, drawn at random, or all: they cost the width's square for each.
 _STATES_FOR_MOMENTS = 100_000
 # Fewer prompts than this say nothing.
 MIN_PROMPTS = 50
@@ -36,15 +39,15 @@ class DataCurve:
     Args:
         responses (`list[int]`):
             How many, for each point; each has twice as many as the one before.
-        gain (`list` of `(float, float, float)`):
-            What the vector earns on prompts that it was not fitted on, with its 95 % interval: standard deviations of
-            the reward for the root of one nat a response, by the first term of the series in the step size.
+        gain (`list[float]`):
+            What the vector earns on prompts that it was not fitted on: standard deviations of the reward for the root
+            of one nat a response, by the first term of the series in the step size.
         doubling (`(float, float, float)`):
-            What the last doubling added to the gain, and its interval, paired over prompts.
+            What the last doubling added to the gain, and its 95 % interval: of these vectors, paired over prompts.
     """
 
     responses: list[int]
-    gain: list[tuple[float, float, float]]
+    gain: list[float]
     doubling: tuple[float, float, float]
 
     @property
@@ -59,7 +62,7 @@ class DataCurve:
         conclusion = "more would help" if self.more_would_help else "these do not show that more would help"
         return (
             f"A static vector fitted to {self.responses[-2]} and to {self.responses[-1]} responses gains "
-            f"{self.gain[-2][0]:.2f} and {self.gain[-1][0]:.2f} standard deviations of the reward for the root of a "
+            f"{self.gain[-2]:.2f} and {self.gain[-1]:.2f} standard deviations of the reward for the root of a "
             f"nat a response: twice as many add {value:+.2f} [{low:.2f}, {high:.2f}], so {conclusion}."
         )
 
@@ -67,7 +70,7 @@ class DataCurve:
         """For JSON; the inverse of `DataCurve(**values)`."""
         return {
             "responses": self.responses,
-            "gain": [list(point) for point in self.gain],
+            "gain": self.gain,
             "doubling": list(self.doubling),
         }
 
@@ -78,7 +81,7 @@ def data_curve(states: States | StateStore | str | os.PathLike, gae_lambda: floa
     earns. Nothing is sampled: of the policy `π ∝ π0 exp(α w_yᵀ b)`, with `ℓ = Σ_t (w_y - w̄(h_t))ᵀ b` of a response,
     the reward rises by `α Cov(ℓ, r)` and the KL divergence is `α² Var(ℓ) / 2`, both up to higher terms in α. So at a
     small KL the gain is `√2 Cov(ℓ, r) / sd(ℓ) · √KL`. Cross-fitted in five folds of prompts; the states are read three
-    times, a batch at a time.
+    times, a batch at a time. Every response counts with its reward, without a discount, also one that was cut off.
 
     Args:
         states:
@@ -90,7 +93,8 @@ def data_curve(states: States | StateStore | str | os.PathLike, gae_lambda: floa
         [`DataCurve`]. Several objectives count as their sum.
 
     Raises:
-        `ValueError`: for states without directions, or not of every token; for fewer than 50 prompts.
+        `ValueError`: for states without directions, or not of every token; for fewer than 50 prompts, a reward that is
+        no finite number, or an episode without a state.
     """
     store = StateStore.of(states)
     if not store.has_directions or store.read_at["every"] > 1:
@@ -98,6 +102,8 @@ def data_curve(states: States | StateStore | str | os.PathLike, gae_lambda: floa
     distinct, prompts = store.prompts.unique(return_inverse=True)
     if len(distinct) < MIN_PROMPTS:
         raise ValueError(f"A data curve needs {MIN_PROMPTS} prompts or more, there are {len(distinct)}.")
+    if not torch.isfinite(store.rewards).all() or (store.lengths < 1).any():
+        raise ValueError("A data curve needs a finite reward and a state at least of every episode.")
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0))
     fold = (torch.empty_like(order).scatter_(0, order, torch.arange(len(order))) % _FOLDS)[prompts]
     rewards = store.rewards.double()
@@ -115,24 +121,27 @@ def data_curve(states: States | StateStore | str | os.PathLike, gae_lambda: floa
     earned = np.empty(scores.shape)
     for number in range(_FOLDS):
         own = (fold == number).numpy()
-        spread = scores[own].std(0).clip(1e-30)
+        spread = scores[own].std(0).clip(_TINY)
         earned[own] = math.sqrt(2) * scores[own] / spread * (rewards.numpy() - before)[own, None]
     counts = torch.bincount(fold, minlength=_FOLDS).double()
     return DataCurve(
         [round(float((counts @ fitted_on[:, size :: len(_SIZES)]).mean())) for size in range(len(_SIZES))],
-        [_with_interval(earned[:, size], prompts.numpy()) for size in range(len(_SIZES))],
+        earned.mean(0).tolist(),
         _with_interval(earned[:, -1] - earned[:, -2], prompts.numpy()),
     )
 
 
-def _batches(store: StateStore):
-    """(numbers of some episodes, the number of each of their states' episode among them)."""
-    for episodes in torch.arange(len(store)).split(_BATCH):
-        yield episodes, torch.repeat_interleave(torch.arange(len(episodes)), store.lengths[episodes])
-
-
-def _stride(store: StateStore) -> int:
-    return -(-store.num_states // _STATES_FOR_MOMENTS)
+def _batches(store: StateStore) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """
+    (numbers of some episodes, of each of their states the number of its episode among them, and whether it is one of
+    those that second moments are of).
+    """
+    generator = torch.Generator().manual_seed(0)
+    share = _STATES_FOR_MOMENTS / store.num_states
+    size = max(1, _BATCH // store.hidden_size // int(store.lengths.max()))
+    for episodes in torch.arange(len(store)).split(size):
+        inside = torch.repeat_interleave(torch.arange(len(episodes)), store.lengths[episodes])
+        yield episodes, inside, torch.rand(len(inside), generator=generator) < share
 
 
 def _linear_values(
@@ -142,17 +151,17 @@ def _linear_values(
     width = store.hidden_size
     # Of each fold: Σ x xᵀ and Σ x r, for x the state and 1.
     squares, products = (torch.zeros(_FOLDS, width + 1, size, dtype=torch.float64) for size in (width + 1, 1))
-    for episodes, inside in _batches(store):
-        hidden = store.gather("hidden", episodes).double()
-        x = torch.cat([hidden, torch.ones(len(hidden), 1, dtype=torch.float64)], dim=1)
-        for number in fold[episodes].unique().tolist():
-            rows = (fold[episodes] == number)[inside].nonzero()[:: _stride(store), 0]
-            squares[number] += x[rows].T @ x[rows]
-            products[number, :, 0] += x[rows].T @ rewards[episodes][inside][rows]
+    for episodes, inside, chosen in _batches(store):
+        hidden, folds = store.gather("hidden", episodes), fold[episodes][inside]
+        for number in folds.unique().tolist():
+            rows = chosen & (folds == number)
+            x = torch.cat([hidden[rows].double(), torch.ones(int(rows.sum()), 1, dtype=torch.float64)], dim=1)
+            squares[number] += x.T @ x
+            products[number, :, 0] += x.T @ rewards[episodes][inside][rows]
     weights, constants = [], []
     for column in fitted_on.T:
         square, product = torch.tensordot(column, squares, 1), torch.tensordot(column, products, 1)[:, 0]
-        count = square[-1, -1]
+        count = square[-1, -1].clamp_min(1)
         mean, target = square[-1, :-1] / count, product[-1] / count
         covariance = square[:-1, :-1] / count - torch.outer(mean, mean)
         scale = covariance.diagonal().clamp_min(1e-12).sqrt()
@@ -175,22 +184,23 @@ def _static_vectors(
     width, columns = store.hidden_size, fitted_on.shape[1]
     squares = torch.zeros(_FOLDS, width, width, dtype=torch.float64)
     products = torch.zeros(width, columns, dtype=torch.float64)
-    for episodes, inside in _batches(store):
+    share = min(1.0, _STATES_FOR_MOMENTS / store.num_states)
+    for episodes, inside, chosen in _batches(store):
         directions = store.gather("directions", episodes).double()
         flat = store.gather("hidden", episodes).double() @ values[0] + values[1]
         lengths = store.lengths[episodes]
         targets = value_differences(
             pad_episodes(flat, lengths), rewards[episodes, None].expand(-1, columns), lengths, gae_lambda
         )[episode_mask(lengths)]
-        own = fold[episodes]
-        products += directions.T @ (targets * fitted_on[own][inside])
-        for number in own.unique().tolist():
-            rows = (own == number)[inside].nonzero()[:: _stride(store), 0]
-            squares[number] += _stride(store) * directions[rows].T @ directions[rows]
+        folds = fold[episodes][inside]
+        products += directions.T @ (targets * fitted_on[folds])
+        for number in folds.unique().tolist():
+            x = directions[chosen & (folds == number)]
+            squares[number] += x.T @ x / share
     vectors = []
     for column, product in zip(fitted_on.T, products.T, strict=True):
         square = torch.tensordot(column, squares, 1)
-        square.diagonal().add_(_PENALTY * square.diagonal().mean())
+        square.diagonal().add_(_PENALTY * square.diagonal().mean().clamp_min(_TINY))
         vectors.append(torch.linalg.solve(square, product))
     return torch.stack(vectors, 1)
 
@@ -205,7 +215,7 @@ def _scores(
     sizes = len(_SIZES)
     scores = torch.zeros(len(store), sizes, dtype=torch.float64)
     before = torch.zeros(len(store), dtype=torch.float64)
-    for episodes, inside in _batches(store):
+    for episodes, inside, _ in _batches(store):
         directions = store.gather("directions", episodes).double()
         lengths, own = store.lengths[episodes], fold[episodes]
         summed = torch.zeros(len(episodes), store.hidden_size, dtype=torch.float64).index_add_(0, inside, directions)
@@ -217,8 +227,9 @@ def _scores(
 
 
 def _with_interval(earned: np.ndarray, prompts: np.ndarray) -> tuple[float, float, float]:
-    """The mean over episodes and its interval, episodes of one prompt together."""
+    """The mean over episodes and its interval by the jackknife, which leaves out all episodes of a prompt at once."""
+    counts, sums = np.bincount(prompts), np.bincount(prompts, earned)
+    without = (sums.sum() - sums) / (counts.sum() - counts)
+    error = math.sqrt((len(counts) - 1) / len(counts) * float(((without - without.mean()) ** 2).sum()))
     mean = float(earned.mean())
-    by_prompt = np.bincount(prompts, earned - mean)
-    error = math.sqrt(float((by_prompt**2).sum())) / len(earned)
     return mean, mean - _ENDS * error, mean + _ENDS * error

@@ -6,7 +6,7 @@ must be given to see what generation sees.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -225,8 +225,9 @@ def read_prompts_once(
     """
     Fill the empty cache of a generation with its prompts but for the last token of each, so that what is left of the
     first forward is one token a row. Equal prompts are read once, and those of other lengths apart, where a forward
-    of the whole batch would read a prompt for each of its samples, and the padding. Nothing is done for a cache other
-    than of plain and sliding attention.
+    of the whole batch would read a prompt for each of its samples, and the padding. Nothing is done where that could
+    change what is read: for a cache other than of plain and sliding attention, positions that count the padding or
+    depend on the longest row, and prompts whose tokens see later ones.
 
     Args:
         prompts (sequence of `list[int]`):
@@ -243,17 +244,11 @@ def read_prompts_once(
         if not groups or 1 < len(prompt) < _LENGTHS_TOGETHER * len(groups[-1][0]):
             groups.append([])
         groups[-1].append(prompt)
-    cache, width = model_kwargs.get("past_key_values"), input_ids.shape[1]
-    given = {name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor)}
-    if (
-        width == 1
-        or (len(groups) == 1 and len(distinct) == len(prompts))
-        or not given <= {"attention_mask", "position_ids"}
-        or any(model_kwargs[name].shape != input_ids.shape for name in given)
-        or not _is_plain(cache, width)
-    ):
+    saves = len(groups) > 1 or len(distinct) < len(prompts)
+    if not (saves and _can_read_apart(model, distinct, input_ids, model_kwargs)):
         return
-    read = []
+    given = [name for name in ("attention_mask", "position_ids") if model_kwargs.get(name) is not None]
+    read, width = [], input_ids.shape[1]
     for group in groups:
         rows, start = [distinct[prompt] for prompt in group], width - len(group[0])
         inputs = {name: model_kwargs[name][rows, start:-1] for name in given} | {
@@ -264,6 +259,8 @@ def read_prompts_once(
             inputs["logits_to_keep"] = 1
         with model.disable_control() if isinstance(model, ControlledGenerationMixin) else nullcontext():
             read.append(model(**inputs, use_cache=True).past_key_values)
+        if read[-1].get_seq_length() != len(group[0]) - 1:
+            return
     order = {prompt: number for number, prompt in enumerate(prompt for group in groups for prompt in group)}
     rows = [order[tuple(prompt)] for prompt in prompts]
     for number, layers in enumerate(zip(*(part.layers for part in read), strict=True)):
@@ -272,19 +269,34 @@ def read_prompts_once(
                 torch.cat([pad(states, (0, 0, width - 1 - states.shape[-2], 0)) for states in each])
                 for each in zip(*((layer.keys, layer.values) for layer in layers), strict=True)
             )
-            cache.update(keys[rows], values[rows], number)
+            model_kwargs["past_key_values"].update(keys[rows], values[rows], number)
 
 
-def _is_plain(cache: Any, width: int) -> bool:
-    """Whether a cache is empty, and will hold keys and values of `width` tokens and nothing else."""
+def _can_read_apart(
+    model: PreTrainedModel,
+    prompts: Collection[Sequence[int]],
+    input_ids: torch.Tensor,
+    model_kwargs: dict[str, Any],
+) -> bool:
+    """Whether a prompt's keys and values are the same without its last token, its padding and the other prompts."""
+    cache, width = model_kwargs.get("past_key_values"), input_ids.shape[1]
+    given = {name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor)}
     return (
-        type(cache) is DynamicCache
+        width > 1
+        and type(cache) is DynamicCache
         and cache.get_seq_length() == 0
         and not cache.offloading
         and all(
             type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and width < layer.sliding_window)
             for layer in cache.layers
         )
+        and given <= {"attention_mask", "position_ids"}
+        and all(model_kwargs[name].shape == input_ids.shape for name in given)
+        and "past_key_values" in inspect.signature(model.forward).parameters
+        # A model that is not told the positions counts them, from the padding on.
+        and ("position_ids" in given or len(set(map(len, prompts))) == 1)
+        and _rescales_beyond(model) is None
+        and "later tokens" not in _seen_beside_rows(model)
     )
 
 

@@ -229,7 +229,12 @@ def _data_curve(output: Path, settings: FitSettings) -> dict[str, Any]:
         few = len(store.prompts.unique()) < MIN_PROMPTS
         if few or not store.has_directions or store.read_at["every"] > 1:
             return {}
-        training["data_curve"] = data_curve(store, settings.gae_lambda).to_dict()
+        try:
+            training["data_curve"] = data_curve(store, settings.gae_lambda).to_dict()
+        # The head is there: what is only said of it stops nothing.
+        except (RuntimeError, ValueError) as error:
+            logger.warning(f"Whether more responses would help cannot be said: {error}")
+            return {}
         write_json(output / "head" / FIGURES_NAME, training)
     return {"data_curve": read_json(output / "head" / FIGURES_NAME)["data_curve"]}
 
