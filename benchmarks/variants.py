@@ -2,7 +2,7 @@
 What makes a better static vector and g, measured without sampling: parts trained in several ways on one set of states,
 by what they earn on scored answers to unseen prompts.
 
-    python benchmarks/variants.py --fit FOLDER --answers COMPARISON [--reward COLUMN] --output variants
+    python benchmarks/variants.py --fit FOLDER --answers COMPARISON [--reward COLUMN] [--prompts N] --output variants
 
 `--fit` is a folder of `recontrol fit`, `--answers` one of `recontrol compare` with the rows of a best-of-n: several
 answers of the base to each prompt. What is earned is the first term of the series in the step size, as in
@@ -44,10 +44,11 @@ WAYS = {
 }
 
 
-def pool_of(answers: Path, base: str, reward: str) -> States:
-    """The states of a comparison's best-of-n answers, with directions."""
+def pool_of(answers: Path, base: str, reward: str, prompts: int | None) -> States:
+    """The states of a comparison's best-of-n answers to its first prompts, with directions."""
     settings = json.loads((answers / "figures.json").read_text(encoding="utf-8"))["settings"]
     rows = pyarrow.parquet.read_table(answers / "answers.parquet").to_pylist()
+    numbers = set(sorted({row["prompt_number"] for row in rows})[:prompts])
     rollouts = [
         Rollout(
             row["prompt"],
@@ -61,7 +62,8 @@ def pool_of(answers: Path, base: str, reward: str) -> States:
             sample=row["sample"],
         )
         for row in rows
-        if row["control"] == "best_of_n" and row["completion_ids"] and row[reward] is not None
+        if row["control"] == "best_of_n" and row["prompt_number"] in numbers
+        if row["completion_ids"] and row[reward] is not None
     ]
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return collect_states(model, rollouts, hook_point="lm_head", directions=True)
@@ -103,11 +105,12 @@ def main() -> None:
     parser.add_argument("--fit", type=Path, required=True)
     parser.add_argument("--answers", type=Path, required=True)
     parser.add_argument("--reward", default="reward", help="column of the answers")
+    parser.add_argument("--prompts", type=int, help="so many alone")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     store = StateStore.open(arguments.fit / "states")
-    pool = pool_of(arguments.answers, store.read_at["base_model_name_or_path"], arguments.reward)
+    pool = pool_of(arguments.answers, store.read_at["base_model_name_or_path"], arguments.reward, arguments.prompts)
     config = ValueHeadConfig.from_json_file(arguments.fit / "head" / "config.json")
     first = arguments.output / "value"
     if not (first / "config.json").is_file():
