@@ -12,6 +12,7 @@ from hf_recontrol.collection.sampling import RowSampler, cut_response, response_
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.stage_folder import read_manifest
+from hf_recontrol.modeling import generation
 
 from .conftest import make_head
 from .tiny_models import FAMILIES, tiny_model
@@ -224,6 +225,15 @@ def test_prompts_are_not_read_apart_where_positions_depend_on_the_longest_row(to
     once = generate_rollouts(model, tokenizer, prompts, **options)
     monkeypatch.setattr(sampling, "read_prompts_once", lambda *args: None)
     assert once == generate_rollouts(model, tokenizer, prompts, **options)
+
+
+def test_a_model_is_probed_once(model, tokenizer, monkeypatch):
+    probed = []
+    probe = generation._probe
+    monkeypatch.setattr(generation, "_probe", lambda model: probed.append(model) or probe(model))
+    for _ in range(2):
+        generate_rollouts(model, tokenizer, PROMPTS, num_samples=2, max_new_tokens=2)
+    assert len(probed) == 1
 
 
 def test_a_model_without_a_cache_reads_its_prompts_each_time(tokenizer):

@@ -30,7 +30,8 @@ _ROUNDING, _COARSE_ROUNDING = 1e-3, 0.1
 # Prompts that are read together are at least this share of the longest one's length.
 _LENGTHS_TOGETHER = 0.75
 
-_known: WeakKeyDictionary[PreTrainedModel, frozenset[str]] = WeakKeyDictionary()
+# By the model without its LM head, which shallow copies of a model share.
+_known: WeakKeyDictionary[torch.nn.Module, frozenset[str]] = WeakKeyDictionary()
 
 
 class ControlledGenerationMixin:
@@ -311,9 +312,10 @@ def check_causal(model: PreTrainedModel) -> None:
 
 
 def _seen_beside_rows(model: PreTrainedModel) -> frozenset[str]:
-    if model not in _known:
-        _known[model] = _probe(model)
-    return _known[model]
+    body = model.base_model
+    if body not in _known:
+        _known[body] = _probe(model)
+    return _known[body]
 
 
 @torch.no_grad()
