@@ -37,6 +37,15 @@ SETTINGS = FitSettings(
     dtype="float32",
     critic_layer=16,
 )
+COMPARED = CompareSettings(
+    max_new_tokens=48,
+    temperature=0.9,
+    batch_size=64,
+    part_size=64,
+    dtype="float32",
+    perplexity=True,
+    on_seen_prompts="skip",
+)
 
 
 def keep_small(trained: Path, kept: Path, reward: str) -> None:
@@ -60,21 +69,12 @@ def without_seconds(table: str) -> str:
 def measure(head: Path, rewards: Path, reward: str, judge: str, output: Path) -> None:
     """Compare a head's methods at equal KL on unseen prompts, and keep the table beside the heads."""
     rows = load_prompts(rewards / "prompts-train.jsonl", limit=NUM_PROMPTS + NUM_HELD_OUT).rows
-    settings = CompareSettings(
-        max_new_tokens=48,
-        temperature=0.9,
-        batch_size=64,
-        part_size=64,
-        dtype="float32",
-        perplexity=True,
-        on_seen_prompts="skip",
-    )
     compare(
         embedded_model(),
         load_prompts(rewards / "prompts-test.jsonl"),
         reward,
         output,
-        settings,
+        COMPARED,
         head=head,
         judge=judge,
         controls=CONTROLS,

@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hf_recontrol import CompareSettings, ValueHead, compare, embedded_model, load_prompts
+from example_heads import COMPARED, HEADS
 
-ROOT = Path(__file__).parents[1]
+from hf_recontrol import ValueHead, compare, embedded_model, load_prompts
+
+KEPT = Path(__file__).with_name("results")
 TIMES = 20
 GUARDS = {
     "no guard": {},
@@ -43,29 +45,20 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     arguments = parser.parse_args()
     functions = {"vader": "hf_recontrol:vader", "preference": str(arguments.rewards)}
-    settings = CompareSettings(
-        max_new_tokens=48,
-        temperature=0.9,
-        batch_size=64,
-        part_size=64,
-        dtype="float32",
-        perplexity=True,
-        on_seen_prompts="skip",
-    )
     for name in arguments.only:
-        head, output = ROOT / "examples" / "heads" / f"smollm2-{name}", arguments.output / name
+        head, output = HEADS / f"smollm2-{name}", arguments.output / name
         compare(
             embedded_model(),
             load_prompts(arguments.rewards / "prompts-test.jsonl", limit=arguments.prompts),
             functions[name],
             output,
-            settings,
+            COMPARED,
             head=head,
             judge=next(function for other, function in functions.items() if other != name),
             controls=controls(head),
         )
         table = (output / "table.md").read_text(encoding="utf-8")
-        (ROOT / "benchmarks" / "results" / f"guards-{name}.md").write_text(table, encoding="utf-8")
+        (KEPT / f"guards-{name}.md").write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":

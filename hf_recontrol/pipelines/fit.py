@@ -236,7 +236,7 @@ def _data_curve(output: Path, settings: FitSettings) -> dict[str, Any]:
             logger.warning(f"Whether more responses would help cannot be said: {error}")
             return {}
         write_json(output / "head" / FIGURES_NAME, training)
-    return {"data_curve": read_json(output / "head" / FIGURES_NAME)["data_curve"]}
+    return {"data_curve": training["data_curve"]}
 
 
 def _recommend(
