@@ -35,7 +35,7 @@ SETTINGS = FitSettings(
     batch_size=32,
     part_size=128,
     dtype="float32",
-    critic_layer=16,
+    prefix_every=4,
 )
 COMPARED = CompareSettings(
     max_new_tokens=48,

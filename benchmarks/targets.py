@@ -7,8 +7,8 @@ What the static vector and g should learn from: heads of one set of scored rollo
 
 `--fit` is a folder of `recontrol fit`, whose base, sampling settings and scored rollouts are used. Heads:
 
-- `none`: targets are the differences of V, along the tokens that were drawn.
-- `critic-L`: the differences of a critic that also reads decoder layer L.
+- `none`: targets are the differences of V, along the tokens that were drawn, without GAE.
+- `critic-L`: those of a critic that also reads decoder layer L, as `fit` takes them.
 - `branches-L`: the values that this critic gives to the states after each of the likeliest tokens, of every third
   state: `Σ_y p(y) ((w_y - w̄)ᵀ g(h) - (V(s') - Σ_y' p(y') V(s'')))²`, p the base's probabilities of these tokens.
 
@@ -76,7 +76,7 @@ class Run:
             states = self.output / f"states-{layer}"
             write_states(states, self.model, self.fit / "rollouts", critic_layer=layer, states_dtype="float32")
             trained = self.output / (name if kind != "branches" else f"critic-{layer}") / "head"
-            train_head(trained, states)
+            train_head(trained, states, **({} if layer else {"critic": False, "gae_lambda": 0.0}))
             if kind == "branches" and not (folder / "head" / "config.json").is_file():
                 self.learn_from_branches(folder / "head", trained, states, layer)
             compare(
@@ -152,7 +152,12 @@ class Run:
         cache = DynamicCache(config=model.config)
         with self.reading(layer) as seen:
             hidden = model.get_decoder()(ids, past_key_values=cache).last_hidden_state[0]
-        logits = model.get_output_embeddings()(hidden[start + chosen]).float() / (rollout.temperature or 1.0)
+        rows = model.get_output_embeddings().weight
+        all_logits = model.get_output_embeddings()(hidden[start : start + length]).float() / (
+            rollout.temperature or 1.0
+        )
+        mean_row = all_logits.softmax(-1) @ rows
+        logits = all_logits[chosen]
         ends = torch.tensor(model.generation_config.eos_token_id or []).reshape(-1)
         logits[:, ends] = -torch.inf  # where an answer ends there is no next state
         chance, tokens = logits.softmax(-1).topk(TOKENS)
@@ -169,10 +174,14 @@ class Run:
                 past_key_values=cache,
             ).last_hidden_state[0]
         after_context = seen[0][0]
-        # The critic also reads the layer's mean over the response's states so far, the branch's included.
+        # The critic also reads the directions of the tokens so far, and the layer's mean over the response's states so
+        # far, both with the branch's own.
+        directions = rows[torch.tensor(rollout.completion_ids)] - mean_row
+        drawn_before = (directions.cumsum(0) - directions)[chosen].repeat_interleave(TOKENS, 0)
+        drawn_before += rows[tokens.reshape(-1)] - mean_row[chosen].repeat_interleave(TOKENS, 0)
         so_far = context.cumsum(0)[chosen].repeat_interleave(TOKENS, 0) + after_context
         mean = so_far / (chosen + 2).repeat_interleave(TOKENS)[:, None]
-        value = critic(torch.cat([after, after_context, mean], 1).float()).sum(-1)
+        value = critic(torch.cat([after, drawn_before, after_context, mean], 1).float()).sum(-1)
         drawn = tokens.eq(torch.tensor(rollout.completion_ids)[chosen][:, None])
         expected = hidden[start + chosen + 1]
         assert torch.allclose(

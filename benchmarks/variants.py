@@ -1,13 +1,14 @@
 """
 What makes a better static vector and g, measured without sampling: parts trained in several ways on one set of states,
-by what they earn on scored answers to unseen prompts.
+by what they earn on responses to prompts that they were not trained on.
 
-    python benchmarks/variants.py --fit FOLDER --answers COMPARISON [--reward COLUMN] [--prompts N] --output variants
+    python benchmarks/variants.py --fit FOLDER --output variants [--folds 4] [--ways WAY ...]
 
-`--fit` is a folder of `recontrol fit`, `--answers` one of `recontrol compare` with the rows of a best-of-n: several
-answers of the base to each prompt. What is earned is the first term of the series in the step size, as in
-`hf_recontrol.data_curve`: with `ℓ = Σ_t (w_y - w̄)ᵀ u(h_t)` of an answer, `√2 Cov(ℓ, r) / sd(ℓ)` within prompts, in
-deviations of the reward for the root of a nat an answer. Differences are to the first way, paired over prompts.
+`--fit` is a folder of `recontrol fit` with `prefix_every`. What is earned is the first term of the series in the step
+size, as in `hf_recontrol.data_curve`: with `ℓ = Σ_t (w_y - w̄)ᵀ u(h_t)` of a response and u the edit, `√2 Cov(ℓ, r) /
+sd(ℓ)`, in deviations of the reward for the root of a nat a response. What of the reward the prompt alone explains (a
+ridge regression on the first state) is taken off. Differences are to the static vector of the first way; intervals are
+95 %, by the jackknife over prompts. It goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -16,128 +17,164 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet
 import torch
-from transformers import AutoModelForCausalLM
 
 from hf_recontrol import (
-    Rollout,
     States,
     StateStore,
     ValueHead,
     ValueHeadConfig,
-    collect_states,
+    ValueSettings,
     fit_advantage,
-    paired_interval,
+    train_critic,
     train_value_head,
 )
 
-# What is changed of the settings of training.
+# λ of GAE; whether there is a critic; after how many tokens the response so far was scored for it, if it was.
 WAYS = {
-    "as it is": {},
-    "GAE 0.5": {"gae_lambda": 0.5},
-    "GAE 0.8": {"gae_lambda": 0.8},
-    "GAE 0.95": {"gae_lambda": 0.95},
+    "V, λ 0": (0.0, False, None),
+    "V, λ 0.8": (0.8, False, None),
+    "critic, λ 0": (0.0, True, None),
+    "critic, λ 0.5": (0.5, True, None),
+    "critic, λ 0.8": (0.8, True, None),
+    "critic, every 16, λ 0.8": (0.8, True, 16),
+    "critic, every 8, λ 0.8": (0.8, True, 8),
+    "critic, every 4, λ 0": (0.0, True, 4),
+    "critic, every 4, λ 0.5": (0.5, True, 4),
+    "critic, every 4, λ 0.8": (0.8, True, 4),
 }
 
 
-def pool_of(answers: Path, base: str, reward: str, prompts: int | None) -> States:
-    """The states of a comparison's best-of-n answers to its first prompts, with directions."""
-    settings = json.loads((answers / "figures.json").read_text(encoding="utf-8"))["settings"]
-    rows = pyarrow.parquet.read_table(answers / "answers.parquet").to_pylist()
-    numbers = set(sorted({row["prompt_number"] for row in rows})[:prompts])
-    rollouts = [
-        Rollout(
-            row["prompt"],
-            row["completion"],
-            row["prompt_ids"],
-            row["completion_ids"],
-            row["finished"],
-            reward=[row[reward]],
-            temperature=settings["temperature"],
-            prompt_number=row["prompt_number"],
-            sample=row["sample"],
+@dataclass
+class Pool:
+    """All states of a fit in memory, and which fold each prompt is in."""
+
+    store: StateStore
+    folds: int
+
+    def __post_init__(self):
+        store, everything = self.store, torch.arange(len(self.store))
+        self.hidden, self.directions = (store.gather(name, everything) for name in ("hidden", "directions"))
+        self.so_far = store.gather("prefix_rewards", everything) if store.has_prefix_rewards else None
+        self.first = store.lengths.cumsum(0) - store.lengths
+        self.episode = torch.repeat_interleave(everything, store.lengths)
+        self.position = torch.arange(len(self.hidden)) - self.first[self.episode]
+        distinct, self.prompt = store.prompts.unique(return_inverse=True)
+        order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0))
+        self.fold = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)) % self.folds)[self.prompt]
+        rewards = store.rewards.double().sum(-1)
+        self.rewards = (rewards - rewards.mean()) / rewards.std()
+        self.left = self.rewards - self.by_prompt()
+
+    def by_prompt(self) -> torch.Tensor:
+        """What the first state says of the reward, fitted on the other folds."""
+        first, found = self.hidden[self.first].double(), torch.empty_like(self.rewards)
+        for number in range(self.folds):
+            own = self.fold == number
+            x, y = first[~own], self.rewards[~own]
+            mean, scale = x.mean(0), x.std(0).clamp_min(1e-9)
+            x = (x - mean) / scale
+            square = x.T @ x + len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+            weight = torch.linalg.solve(square, x.T @ (y - y.mean()))
+            found[own] = (first[own] - mean) / scale @ weight + y.mean()
+        return found
+
+    def part(self, episodes: torch.Tensor, every: int | None) -> States:
+        """Some episodes; with the rewards of the response so far as they are known after every k-th token."""
+        store, rows = self.store, torch.isin(self.episode, episodes)
+        so_far = None
+        if every is not None:
+            if self.so_far is None:
+                raise ValueError("The fit has no rewards of the response so far: it needs `prefix_every`.")
+            so_far = self.so_far[self.first[self.episode] + self.position // every * every][rows]
+        return States(
+            self.hidden[rows],
+            store.lengths[episodes],
+            store.rewards[episodes],
+            store.prompts[episodes],
+            store.finished[episodes],
+            directions=self.directions[rows],
+            prefix_rewards=so_far,
         )
-        for row in rows
-        if row["control"] == "best_of_n" and row["prompt_number"] in numbers
-        if row["completion_ids"] and row[reward] is not None
-    ]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return collect_states(model, rollouts, hook_point="lm_head", directions=True)
+
+    @torch.no_grad()
+    def scores(self, episodes: torch.Tensor, edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """ℓ of each episode under an edit of the state."""
+        found = torch.zeros(len(self.rewards), dtype=torch.float64)
+        for rows in torch.isin(self.episode, episodes).nonzero()[:, 0].split(8192):
+            shifts = (self.directions[rows] * edit(self.hidden[rows])).sum(-1).double()
+            found.index_add_(0, self.episode[rows], shifts)
+        return found[episodes]
+
+    def interval(self, earned: torch.Tensor) -> tuple[float, float]:
+        """(mean over responses, half of its interval's width)."""
+        counts = torch.bincount(self.prompt).double()
+        sums = torch.zeros_like(counts).index_add_(0, self.prompt, earned)
+        without = (sums.sum() - sums) / (counts.sum() - counts)
+        spread = (len(counts) - 1) / len(counts) * (without - without.mean()).square().sum()
+        return float(earned.mean()), 1.96 * float(spread.sqrt())
 
 
-@torch.no_grad()
-def scores(pool: States, edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """ℓ of each answer under an edit of the state."""
-    shifts = torch.cat(
-        [
-            (pool.rows("directions", rows) * edit(pool.rows("hidden", rows))).sum(-1)
-            for rows in torch.arange(len(pool.hidden)).split(8192)
-        ]
-    )
-    answers = torch.repeat_interleave(torch.arange(len(pool.lengths)), pool.lengths)
-    return torch.zeros(len(pool.lengths), dtype=torch.float64).index_add_(0, answers, shifts.double())
-
-
-def within(prompts: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Unbiased covariance of the answers to each prompt."""
-    counts = torch.bincount(prompts).double()
-    means = [torch.zeros(len(counts), dtype=torch.float64).index_add_(0, prompts, x) / counts for x in (a, b)]
-    products = (a - means[0][prompts]) * (b - means[1][prompts])
-    summed = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, prompts, products)
-    return summed[counts > 1] / (counts[counts > 1] - 1)
-
-
-def earned(pool: States, edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """What each prompt adds to the gain."""
-    _, prompts = pool.prompts.unique(return_inverse=True)
-    rewards = pool.rewards[:, 0].double()
-    found = scores(pool, edit)
-    spread = within(prompts, found, found).mean().sqrt()
-    return math.sqrt(2) * within(prompts, found, rewards / rewards.std()) / spread
+def scores_of(way: str, pool: Pool, fold: int, config: ValueHeadConfig, output: Path) -> dict[str, list[float]]:
+    """ℓ of the responses of a fold under the two parts that were trained on the others in one way."""
+    kept = output / f"{way}, fold {fold}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    gae_lambda, with_critic, every = WAYS[way]
+    train, own = (pool.fold != fold).nonzero()[:, 0], (pool.fold == fold).nonzero()[:, 0]
+    states = pool.part(train, every)
+    value = output / f"V of fold {fold}"
+    if not (value / "config.json").is_file():
+        head, _ = train_value_head(states, config)
+        head.save_pretrained(value)
+    head = ValueHead.from_pretrained(value)
+    critic = train_critic(states, config, ValueSettings())[0] if with_critic else None
+    fit_advantage(head, states, gae_lambda=gae_lambda, critic=critic)
+    edits = {"static vector": head.static_vector.expand_as, "g": head.advantage}
+    found: dict[str, Any] = {part: pool.scores(own, edit).tolist() for part, edit in edits.items()}
+    kept.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", type=Path, required=True)
-    parser.add_argument("--answers", type=Path, required=True)
-    parser.add_argument("--reward", default="reward", help="column of the answers")
-    parser.add_argument("--prompts", type=int, help="so many alone")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--folds", type=int, default=4)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    store = StateStore.open(arguments.fit / "states")
-    pool = pool_of(arguments.answers, store.read_at["base_model_name_or_path"], arguments.reward, arguments.prompts)
-    config = ValueHeadConfig.from_json_file(arguments.fit / "head" / "config.json")
-    first = arguments.output / "value"
-    if not (first / "config.json").is_file():
-        untrained = replace(config, control=None, training=None)
-        head, _ = train_value_head(store, untrained)
-        head.save_pretrained(first)
+    pool = Pool(StateStore.open(arguments.fit / "states"), arguments.folds)
+    trained = ValueHeadConfig.from_json_file(arguments.fit / "head" / "config.json")
+    config = ValueHeadConfig(
+        trained.hidden_size,
+        head_sizes=trained.head_sizes,
+        activation=trained.activation,
+        num_objectives=trained.num_objectives,
+        hook_point=trained.hook_point,
+        advantage_sizes=trained.advantage_sizes,
+        static_vector=True,
+    )
     reference = None
-    print("| way | part | gain | difference |\n|---|---|---:|---:|")
-    for way, changes in WAYS.items():
-        place = arguments.output / way.replace(" ", "-")
-        if not (place / "config.json").is_file():
-            head = ValueHead.from_pretrained(first)
-            fit_advantage(head, store, **changes)
-            head.save_pretrained(place)
-        head = ValueHead.from_pretrained(place)
-        for part, edit in (("static vector", head.static_vector.expand_as), ("g", head.advantage)):
-            gains = earned(pool, edit)
-            reference = gains if reference is None else reference
-            shown = f"{float(gains.mean()):.3f} {ends(gains, '')}"
-            difference = f"{float((gains - reference).mean()):+.3f} {ends(gains - reference, '+')}"
-            print(f"| {way} | {part} | {shown} | {difference} |", flush=True)
-
-
-def ends(values: torch.Tensor, sign: str) -> str:
-    """The 95 % interval of a mean over prompts."""
-    low, high = paired_interval(values.tolist())
-    return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
+    print(f"{len(pool.rewards)} responses\n\n| way | part | gain | difference |\n|---|---|---:|---:|")
+    for way in arguments.ways:
+        found = [scores_of(way, pool, fold, config, arguments.output) for fold in range(arguments.folds)]
+        for part in ("static vector", "g"):
+            earned = torch.zeros_like(pool.left)
+            for fold, scores in enumerate(found):
+                own, shift = pool.fold == fold, torch.tensor(scores[part], dtype=torch.float64)
+                earned[own] = math.sqrt(2) * shift / shift.std() * pool.left[own]
+            reference = earned if reference is None else reference
+            (gain, half), (more, width) = pool.interval(earned), pool.interval(earned - reference)
+            print(
+                f"| {way} | {part} | {gain:.3f} [{gain - half:.3f}, {gain + half:.3f}] "
+                f"| {more:+.3f} [{more - width:+.3f}, {more + width:+.3f}] |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

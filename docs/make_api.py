@@ -39,6 +39,7 @@ SECTIONS = {
         "train_head",
         "train_value_head",
         "fit_advantage",
+        "train_critic",
     ],
     "Comparison": ["compare", "tune", "Figure", "Rival", "Answer", "Bench"],
     "A trace": ["trace", "write_trace", "Trace", "TracedResponse", "TracedToken", "TokenChance"],

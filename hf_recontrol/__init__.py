@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .collection.classifiers import ClassifierReward
-    from .collection.labels import label_rollouts, score_rollouts
-    from .collection.rewards import RewardFunction, load_reward, text_reward, vader
     from .collection.rollouts import generate_rollouts, write_rollouts
+    from .collection.scoring.classifiers import ClassifierReward
+    from .collection.scoring.labels import label_rollouts
+    from .collection.scoring.responses import score_rollouts
+    from .collection.scoring.rewards import RewardFunction, load_reward, text_reward, vader
     from .collection.states import collect_states, write_states
     from .configuration import ControlConfig, TrainingRecord, ValueHeadConfig
     from .data.prompts import Prompts, load_prompts
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
         ValueSettings,
     )
     from .training.advantage import fit_advantage
+    from .training.critic import train_critic
     from .training.held_out import split_by_prompt, value_figures
     from .training.stage import train_head
     from .training.targets import td_targets, value_differences
@@ -73,9 +75,10 @@ if TYPE_CHECKING:
 
 # Imported on first use, as transformers does, so that `import hf_recontrol` does not wait for torch.
 _MODULES = {
-    "collection.classifiers": ("ClassifierReward",),
-    "collection.labels": ("label_rollouts", "score_rollouts"),
-    "collection.rewards": ("RewardFunction", "load_reward", "text_reward", "vader"),
+    "collection.scoring.classifiers": ("ClassifierReward",),
+    "collection.scoring.labels": ("label_rollouts",),
+    "collection.scoring.responses": ("score_rollouts",),
+    "collection.scoring.rewards": ("RewardFunction", "load_reward", "text_reward", "vader"),
     "collection.rollouts": ("generate_rollouts", "write_rollouts"),
     "collection.states": ("collect_states", "write_states"),
     "configuration": ("ControlConfig", "TrainingRecord", "ValueHeadConfig"),
@@ -129,6 +132,7 @@ _MODULES = {
         "ValueSettings",
     ),
     "training.advantage": ("fit_advantage",),
+    "training.critic": ("train_critic",),
     "training.held_out": ("split_by_prompt", "value_figures"),
     "training.stage": ("train_head",),
     "training.targets": ("td_targets", "value_differences"),

@@ -57,7 +57,7 @@ def uses(model, folder):
 
 
 def labelled(folder):
-    from hf_recontrol.collection.labels import label_rollouts
+    from hf_recontrol.collection.scoring.labels import label_rollouts
 
     label_rollouts(folder, {"variety": variety}, again=True)
     return folder

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_recontrol import ClassifierReward, Rollout, fit, load_reward, score_rollouts
-from hf_recontrol.collection.rewards import by_name
+from hf_recontrol.collection.scoring.rewards import by_name
 
 from .tiny_models import tiny_model
 from .tiny_tokenizer import TEMPLATE, byte_tokenizer, tiny_tokenizer

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from hf_recontrol import FitSettings, StatesSettings, ValueHead, ValueHeadConfig, fit
-from hf_recontrol.collection.labels import label_rollouts
 from hf_recontrol.collection.rollouts import write_rollouts
+from hf_recontrol.collection.scoring.labels import label_rollouts
 from hf_recontrol.collection.states import write_states
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.states import States, StateStore
 from hf_recontrol.settings import ValueSettings
 from hf_recontrol.training.advantage import fit_advantage
-from hf_recontrol.training.critic import CriticStore, running_mean, train_critic
+from hf_recontrol.training.critic import CriticStore, running_mean, sum_before, train_critic
+from hf_recontrol.training.held_out import split_by_prompt
 from hf_recontrol.training.value import train_value_head
 
 from .tiny_models import layers_of, tiny_model
@@ -54,42 +55,107 @@ def hidden_from_the_head(count: int = 400, seed: int = 0) -> tuple[States, torch
     return states, slope
 
 
-def test_the_running_mean_is_of_each_episode_alone():
+def test_means_and_sums_over_the_response_so_far_are_of_each_episode_alone():
     lengths = torch.tensor([3, 1, 2])
     flat = torch.randn(6, 5)
     parts = flat.split([3, 1, 2])
-    expected = torch.stack([part[: i + 1].mean(0) for part in parts for i in range(len(part))])
-    torch.testing.assert_close(running_mean(flat, lengths), expected)
+    means = torch.stack([part[: i + 1].mean(0) for part in parts for i in range(len(part))])
+    torch.testing.assert_close(running_mean(flat, lengths), means)
+    sums = torch.stack([part[:i].sum(0) for part in parts for i in range(len(part))])
+    torch.testing.assert_close(sum_before(flat, lengths), sums)
 
 
-def test_a_critic_s_store_adds_the_context_and_its_mean_and_goes_to_other_processes():
+def test_what_a_critic_reads_goes_to_other_processes_too():
     states, _ = hidden_from_the_head(20)
+    states.prefix_rewards = torch.randn(len(states.hidden), 1)
+    states.prefix_rewards[::2] = torch.nan
     store = StateStore.of(states)
+    width = 2 * WIDTH + 1 + 2 * CONTEXT
     for wide in (CriticStore(store), pickle.loads(pickle.dumps(CriticStore(store)))):
         chosen = torch.tensor([7, 0, 19])
+        lengths = store.lengths[chosen]
         found = wide.gather("hidden", chosen)
-        assert found.shape == (int(store.lengths[chosen].sum()), WIDTH + 2 * CONTEXT)
-        assert wide.hidden_size == WIDTH + 2 * CONTEXT
-        context = store.gather("context", chosen)
-        assert torch.equal(found[:, :WIDTH], store.gather("hidden", chosen))
-        assert torch.equal(found[:, WIDTH : WIDTH + CONTEXT], context)
-        torch.testing.assert_close(found[:, WIDTH + CONTEXT :], running_mean(context, store.lengths[chosen]))
+        assert found.shape == (int(lengths.sum()), width) and wide.hidden_size == width
+        own, drawn, prefix, context, mean = found.split([WIDTH, WIDTH, 1, CONTEXT, CONTEXT], dim=1)
+        assert torch.equal(own, store.gather("hidden", chosen))
+        torch.testing.assert_close(drawn, sum_before(store.gather("directions", chosen), lengths))
+        rewards = store.gather("prefix_rewards", chosen)
+        known = rewards.isfinite()
+        assert known.any() and not known.all() and wide.prefix_columns.tolist() == [2 * WIDTH]
+        assert torch.equal(prefix[known], rewards[known])
+        torch.testing.assert_close(prefix[~known], states.prefix_rewards.nanmean().expand(int((~known).sum())))
+        assert torch.equal(context, store.gather("context", chosen))
+        torch.testing.assert_close(mean, running_mean(context, lengths))
         assert torch.equal(wide.gather("directions", chosen), store.gather("directions", chosen))
 
 
-def test_a_critic_gives_better_targets_where_it_sees_what_the_head_does_not():
+def test_a_critic_is_ridge_regression_on_the_reward():
+    states, _ = hidden_from_the_head(200)
+    store = StateStore.of(states)
+    settings = ValueSettings(discount=0.9, validation_split=0.3)
+    critic, _ = train_critic(store, CONFIG, settings)
+    train, held_out = split_by_prompt(store.prompts, 0.3, 0)
+    wide = CriticStore(store)
+
+    def rows(episodes):
+        x = critic.scaled(wide.gather("hidden", episodes)).double()
+        y = (store.rewards[episodes, 0].double() - critic.config.reward_mean) / critic.config.reward_std
+        left = torch.cat([torch.arange(n - 1, -1, -1) for n in store.lengths[episodes].tolist()])
+        return x, torch.repeat_interleave(y, store.lengths[episodes]) * 0.9**left
+
+    (x, y), (x_held, y_held) = rows(train), rows(held_out)
+    x_mean, y_mean = x.mean(0), y.mean()
+    errors, found = [], []
+    largest = torch.linalg.eigvalsh((x - x_mean).T @ (x - x_mean) / len(x)).max()
+    for penalty in largest * torch.logspace(-6, 2, 17, dtype=torch.float64):
+        # The same as more rows of data, of the root of the penalty in each column.
+        more = (penalty * len(x)).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
+        target = torch.cat([y - y_mean, torch.zeros(x.shape[1], dtype=torch.float64)])
+        weight = torch.linalg.lstsq(torch.cat([x - x_mean, more]), target[:, None]).solution[:, 0]
+        found.append((x_held - x_mean) @ weight + y_mean)
+        errors.append(float((found[-1] - y_held).square().mean()))
+    best = errors.index(min(errors))
+    values = critic(wide.gather("hidden", held_out))[:, 0].double()
+    torch.testing.assert_close(values, found[best], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("seen", ["context", "prefix_rewards", "directions"])
+def test_a_critic_gives_better_targets_where_it_sees_what_the_head_does_not(seen):
     states, slope = hidden_from_the_head()
+    if seen == "prefix_rewards":
+        states.prefix_rewards = states.context[:, :1].clone()
+    if seen != "context":
+        states.context = None
     head, own = train_value_head(states, CONFIG, td_lambda=1.0, **FAST)
-    critic, figures = train_critic(StateStore.of(states), CONFIG, ValueSettings(td_lambda=1.0, **FAST))
+    critic, figures = train_critic(StateStore.of(states), CONFIG, ValueSettings())
     assert figures["value_error"] < 0.7 * own["value_error"]
-    weak = fit_advantage(head, states, advantage_num_epochs=0)
+    options = {"advantage_num_epochs": 0, "gae_lambda": 0.0}
+    weak = fit_advantage(head, states, **options)
     vector = head.static_vector.clone()
-    strong = fit_advantage(head, states, critic=critic, advantage_num_epochs=0)
+    strong = fit_advantage(head, states, critic=critic, **options)
     similarity = [torch.cosine_similarity(x, slope, dim=0) for x in (vector, head.static_vector)]
     assert similarity[1] > 0.98 and similarity[1] > similarity[0]
     assert strong["constant_correlation"] > weak["constant_correlation"] + 0.1
     # In standardised units, as the reward is.
     torch.testing.assert_close(head.static_vector, slope / head.config.reward_std, rtol=0.3, atol=0.1)
+
+
+def test_a_critic_of_several_objectives_has_a_value_for_each():
+    states, _ = hidden_from_the_head(200)
+    states.rewards = torch.cat([states.rewards, -2 * states.rewards + 1], 1)
+    store = StateStore.of(states)
+    critic, _ = train_critic(store, replace(CONFIG, num_objectives=2), ValueSettings())
+    values = critic(CriticStore(store).gather("hidden", torch.arange(50)))
+    torch.testing.assert_close(values[:, 1], -values[:, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_what_was_cut_off_teaches_a_critic_nothing_where_that_is_asked():
+    states, _ = hidden_from_the_head(200)
+    states.finished = torch.arange(200) % 3 > 0
+    whole, _ = train_critic(StateStore.of(states), CONFIG, ValueSettings(open_truncated=True))
+    states.rewards[~states.finished] = 1e6
+    changed, _ = train_critic(StateStore.of(states), CONFIG, ValueSettings(open_truncated=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), changed.parameters(), strict=True))
 
 
 def length(prompts, completions, **columns):
@@ -165,35 +231,29 @@ def run(output, **changes):
     return fit(model, PROMPTS, variety, output, tokenizer=tiny_tokenizer(), quiet=True, **OPTIONS | changes)
 
 
-def test_fit_with_a_critic_reports_it_and_leaves_nothing_of_it_in_the_head(tmp_path):
-    plain, figures = run(tmp_path / "plain"), run(tmp_path / "critic", critic_layer=0)
-    assert {"critic_value_error", "critic_value_error_last", "critic_correlation_last"} <= figures.keys()
-    assert not any(name.startswith("critic") for name in plain)
+CRITIC = {"critic_value_error", "critic_value_error_last", "critic_correlation_last"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"critic_layer": 0}, {"prefix_every": 2}, {"prefix_every": 3, "keep_states": True}]
+)
+def test_fit_reports_its_critic_and_leaves_nothing_of_it_in_the_head(changes, tmp_path):
+    plain, figures = run(tmp_path / "plain", critic=False), run(tmp_path / "critic", **changes)
+    assert figures.keys() >= CRITIC and not any(name.startswith("critic") for name in plain)
     heads = [ValueHead.from_pretrained(tmp_path / name / "head") for name in ("plain", "critic")]
     assert heads[0].state_dict().keys() == heads[1].state_dict().keys()
     # V is the same; what g and the static vector learned is not.
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(heads[0].value_mlp.parameters(), heads[1].value_mlp.parameters(), strict=True)
-    )
-    assert not torch.equal(heads[0].static_vector, heads[1].static_vector)
+    for ours, theirs in zip(heads[0].value_mlp.parameters(), heads[1].value_mlp.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(heads[0].static_vector, heads[1].static_vector)
     assert "the critic" in (tmp_path / "critic" / "report.html").read_text(encoding="utf-8")
     assert "critic" in (tmp_path / "critic" / "head" / "README.md").read_text(encoding="utf-8")
     # Nothing is left to do, and nothing changes.
     before = (tmp_path / "critic" / "head" / "model.safetensors").read_bytes()
-    assert run(tmp_path / "critic", critic_layer=0) == figures
+    assert run(tmp_path / "critic", **changes) == figures
     assert (tmp_path / "critic" / "head" / "model.safetensors").read_bytes() == before
-    with pytest.raises(ValueError, match="critic_layer"):
-        run(tmp_path / "plain", critic_layer=0)
-
-
-def test_stored_states_can_be_trained_on_without_the_critic(tmp_path):
-    plain = run(tmp_path / "plain")
-    # Without states for a critic the setting says nothing.
-    assert run(tmp_path / "plain", critic=False) == plain
-    run(tmp_path / "off", critic_layer=0, critic=False)
-    heads = [ValueHead.from_pretrained(tmp_path / name / "head") for name in ("plain", "off")]
-    assert all(torch.equal(a, b) for a, b in zip(*(head.state_dict().values() for head in heads), strict=True))
+    with pytest.raises(ValueError, match=next(iter(changes), "critic")):
+        run(tmp_path / "plain", **changes)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 import hf_recontrol
 from hf_recontrol import ReControlForCausalLM
-from hf_recontrol.collection.rewards import vader
+from hf_recontrol.collection.scoring.rewards import vader
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.pipelines import demo as demo_module
 from hf_recontrol.pipelines.demo import DEMO_PROMPTS, embedded_model, run_demo

@@ -149,7 +149,7 @@ def test_a_finished_run_is_not_made_again(base, tmp_path, monkeypatch):
     before = hashes(tmp_path)
     for name in (
         "collection.rollouts._sample",
-        "collection.labels.scored_rollouts",
+        "collection.scoring.labels.scored_rollouts",
         "collection.states._Reader.read",
         "training.stage._train_both",
         "pipelines.fit.recommend_control",

@@ -6,8 +6,8 @@ from transformers import GenerationConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig
 from hf_recontrol.collection.kept_states import KEPT_FOLDER, remove_kept
-from hf_recontrol.collection.labels import label_rollouts
 from hf_recontrol.collection.rollouts import write_rollouts
+from hf_recontrol.collection.scoring.labels import label_rollouts
 from hf_recontrol.collection.states import write_states
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlamaForSequen
 
 from hf_recontrol import FitSettings, LoadingSettings, ReControlForCausalLM, ValueHead, fit, generate_rollouts
 from hf_recontrol.cli.app import own_command
-from hf_recontrol.collection.rewards import load_reward
+from hf_recontrol.collection.scoring.rewards import load_reward
 from hf_recontrol.heads.base_model import load_base_model
 from hf_recontrol.pipelines.loading import load_base
 from hf_recontrol.pipelines.run_file import load_run, save_run

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_recontrol import load_prompts
-from hf_recontrol.collection.labels import label_rollouts
 from hf_recontrol.collection.rollouts import write_rollouts
+from hf_recontrol.collection.scoring.labels import label_rollouts
 from hf_recontrol.evaluation.rivals.kinds import make_rival
 from hf_recontrol.evaluation.rivals.rival import Bench
 from hf_recontrol.settings import SamplingSettings

@@ -16,7 +16,7 @@ from hf_recontrol import (
     write_rollouts,
     write_states,
 )
-from hf_recontrol.collection.labels import label_rollouts
+from hf_recontrol.collection.scoring.labels import label_rollouts
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.states import StateStore
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_recontrol import fit
-from hf_recontrol.collection.labels import label_rollouts
+from hf_recontrol.collection.scoring.labels import label_rollouts
 
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer

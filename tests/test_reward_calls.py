@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_recontrol import Rollout, fit, score_rollouts, text_reward, vader
-from hf_recontrol.collection.rewards import by_name, call_reward, load_reward, reward_name
+from hf_recontrol.collection.scoring.rewards import by_name, call_reward, load_reward, reward_name
 
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer

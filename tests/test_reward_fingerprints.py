@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from hf_recontrol import Rollout, load_rollouts, save_rollouts, vader
-from hf_recontrol.collection.labels import label_rollouts
-from hf_recontrol.collection.rewards import load_reward, note_calls, reward_fingerprint
+from hf_recontrol.collection.scoring.labels import label_rollouts
+from hf_recontrol.collection.scoring.rewards import load_reward, note_calls, reward_fingerprint
 from hf_recontrol.data.fingerprints import file_checksum
 from hf_recontrol.utils.code_fingerprints import UnknownStateError, code_fingerprint
 
@@ -230,7 +230,7 @@ def test_a_reward_that_counts_its_calls_is_still_the_same(folder):
 
 def test_a_reward_that_cannot_be_known_is_scored_once_with_a_warning_and_then_asks_for_a_name(folder, monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_recontrol.collection.labels.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_recontrol.collection.scoring.labels.logger.warning", warnings.append)
     judge = Judge(1)
     judge.lock = threading.Lock()
     label_rollouts(folder, [judge])

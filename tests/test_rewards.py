@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_recontrol.collection.classifiers import ClassifierReward
-from hf_recontrol.collection.labels import check_rows, label_rollouts, score_rollouts
-from hf_recontrol.collection.rewards import by_name, load_reward, named_rewards, text_reward, vader
 from hf_recontrol.collection.rollouts import write_rollouts
+from hf_recontrol.collection.scoring.classifiers import ClassifierReward
+from hf_recontrol.collection.scoring.labels import label_rollouts
+from hf_recontrol.collection.scoring.responses import check_rows, score_rollouts
+from hf_recontrol.collection.scoring.rewards import by_name, load_reward, named_rewards, text_reward, vader
 from hf_recontrol.collection.states import write_states
 from hf_recontrol.data.prompts import Prompts, load_prompts
 from hf_recontrol.data.rollouts import Rollout, load_rollouts, save_rollouts
@@ -128,7 +129,7 @@ def test_a_folder_is_scored_in_place_and_scored_once(folder, monkeypatch):
     assert [r.reward for r in after] == [[float(len(r.completion)), float(r.columns["topic"])] for r in after]
     assert counts["unscored"] == 0 and counts["reward topic"] == sum(range(5, 15))
     assert read_manifest(folder, "rollouts", "")["rewards"] == ["length", "topic"]
-    monkeypatch.setattr("hf_recontrol.collection.labels.scored_rollouts", None)
+    monkeypatch.setattr("hf_recontrol.collection.scoring.labels.scored_rollouts", None)
     assert label_rollouts(folder, {"length": length, "topic": load_reward("column:topic")}) == counts
     before = hashes(folder)
     with pytest.raises(ValueError, match=r"another reward \(there \['length', 'topic'\], now \['length'\]\).*--again"):
@@ -311,7 +312,7 @@ def test_rewards_that_score_a_row_are_combined_and_one_that_none_scores_is_left_
         return [3.0 if combine == "mean" else 2.0, None, 2.0, None]
 
     warnings = []
-    monkeypatch.setattr("hf_recontrol.collection.labels.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_recontrol.collection.scoring.responses.logger.warning", warnings.append)
     scored = score_rollouts(rollouts("a", "b", "c", "d"), first, second, combine_rewards=combine)
     assert [r.reward for r in scored] == [*expected, None]
     assert warnings == ["1 of 4 responses have no reward and are left out (first scored 2, second scored 2)."]
@@ -319,7 +320,7 @@ def test_rewards_that_score_a_row_are_combined_and_one_that_none_scores_is_left_
 
 def test_without_the_option_a_response_that_one_reward_does_not_score_is_left_out_and_counted(folder, monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_recontrol.collection.labels.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_recontrol.collection.scoring.labels.logger.warning", warnings.append)
     counts = label_rollouts(folder, [length, only(1)])
     assert counts["unscored"] == 5 and counts["scored length"] == 10
     assert warnings == ["5 of 10 responses have no reward and are left out (length scored 10, only_1 scored 5)."]

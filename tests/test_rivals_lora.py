@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_recontrol import ReControlForCausalLM, load_prompts
-from hf_recontrol.collection.labels import label_rollouts
 from hf_recontrol.collection.rollouts import write_rollouts
+from hf_recontrol.collection.scoring.labels import label_rollouts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.evaluation.likelihoods import likelihoods
 from hf_recontrol.evaluation.rivals.kinds import make_rival

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
-from hf_recontrol.collection.labels import label_rollouts
 from hf_recontrol.collection.rollouts import generate_rollouts, write_rollouts
+from hf_recontrol.collection.scoring.labels import label_rollouts
 from hf_recontrol.collection.states import collect_states, write_states
 from hf_recontrol.data.fingerprints import head_fingerprint
 from hf_recontrol.data.prompts import load_prompts

@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig
-from hf_recontrol.collection.labels import label_rollouts
 from hf_recontrol.collection.rollouts import write_rollouts
+from hf_recontrol.collection.scoring.labels import label_rollouts
 from hf_recontrol.collection.states import _Reader, collect_states, write_states
 from hf_recontrol.data.fingerprints import control_settings
 from hf_recontrol.data.prompts import load_prompts

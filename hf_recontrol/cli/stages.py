@@ -122,24 +122,35 @@ def label(
     rollouts: Annotated[Path, typer.Argument(help="Folder of `recontrol rollout`; it is scored in place.")],
     reward: RewardOption,
     again: Annotated[bool, typer.Option("--again", help="Replace the rewards of an earlier scoring.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="The base, for its tokenizer: `--prefix-every` needs it."),
+    ] = None,
 ) -> None:
     """Score responses with one or more rewards.
 
     Example: `recontrol label run/rollouts --reward hf_recontrol:vader`
     """
-    from ..collection.labels import label_rollouts
-    from ..collection.rewards import named_rewards
+    from transformers import AutoTokenizer
+
+    from ..collection.scoring.labels import label_rollouts
+    from ..collection.scoring.rewards import named_rewards
     from ..data.rollouts import columns_of
     from ..data.stage_folder import read_manifest
 
     read_manifest(rollouts, "rollouts", "recontrol rollout", complete=False)
     columns = columns_of(sorted(rollouts.glob("part-*.parquet")))
+    if settings.prefix_every is not None and model is None:
+        raise ValueError("`--prefix-every` needs `--model`, the base that drew the responses, for its tokenizer.")
+    tokenizer = None if settings.prefix_every is None else AutoTokenizer.from_pretrained(model)
     counts = label_rollouts(
         rollouts,
         named_rewards(reward, columns),
         again=again,
         on_bad_rows=settings.on_bad_rows,
         combine_rewards=settings.combine_rewards,
+        prefix_every=settings.prefix_every,
+        tokenizer=tokenizer,
     )
     if is_main_process():
         scored = counts["rollouts"] - counts["unscored"]

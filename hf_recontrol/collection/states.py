@@ -16,11 +16,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data.fingerprints import hook_point_settings, model_settings, prompt_hash
+from ..data.fingerprints import hook_point_settings, model_settings
 from ..data.processes import Progress, progress_bar
 from ..data.rollouts import Rollout, count_rollouts, load_rollouts, rollout_parts
 from ..data.stage_folder import StageFolder, read_manifest
-from ..data.states import States, StateWriter
+from ..data.states import States, StateWriter, episode_tensors
 from ..heads.base_model import check_nameable
 from ..modeling.hook_points import HookPoint, in_eval, lm_head_rows
 from ..modeling.hooks import follow, read_states
@@ -143,17 +143,6 @@ class _Reader:
             yield rest[i], values
 
 
-def _small(rollouts: Sequence[Rollout], every: int, num_objectives: int) -> dict[str, torch.Tensor]:
-    """The tensors of [`States`] with one row for each episode."""
-    return {
-        "lengths": torch.tensor([math.ceil(len(r.completion_ids) / every) for r in rollouts], dtype=torch.int64),
-        # In float64: of rewards that are large next to their spread float32 would keep nothing.
-        "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float64).reshape(-1, num_objectives),
-        "prompts": torch.tensor([prompt_hash(r.prompt) for r in rollouts], dtype=torch.int64),
-        "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
-    }
-
-
 def collect_states(
     model: PreTrainedModel,
     rollouts: Sequence[Rollout],
@@ -195,7 +184,7 @@ def collect_states(
             advance(1)
     return States(
         **{name: torch.cat([found[i][name] for i in range(len(rollouts))]) for name in reader.widths},
-        **_small(rollouts, 1, len(rollouts[0].reward)),
+        **episode_tensors(rollouts, 1, len(rollouts[0].reward), any(r.prefix_tokens is not None for r in rollouts)),
         **hook_point_settings(model, settings.hook_point, settings.layer),
     )
 
@@ -249,6 +238,12 @@ def write_states(
     with stage:
         if stage.is_counted():
             return stage.counts()
+        make_small = partial(
+            episode_tensors,
+            every=known["every"],
+            num_objectives=len(manifest["rewards"]),
+            prefixes=manifest.get("prefix_every") is not None,
+        )
         make_writer = partial(
             StateWriter,
             widths=reader.widths,
@@ -256,7 +251,7 @@ def write_states(
             metadata=hook_point_settings(model, settings.hook_point, settings.layer)
             | {"every": known["every"], "context_layer": settings.critic_layer},
         )
-        _write_parts(stage, reader, parts, len(manifest["rewards"]), kept, make_writer, progress)
+        _write_parts(stage, reader, parts, make_small, kept, make_writer, progress)
         return _finish(stage, manifest, rollouts)
 
 
@@ -264,7 +259,7 @@ def _write_parts(
     stage: StageFolder,
     reader: _Reader,
     parts: Sequence[Path],
-    num_objectives: int,
+    make_small: Callable[[Sequence[Rollout]], dict[str, torch.Tensor]],
     kept: Callable[[int], KeptStates | None],
     make_writer: Callable[..., StateWriter],
     progress: Progress | None,
@@ -278,9 +273,7 @@ def _write_parts(
             if index in missing:
                 used = [r for r in part if r.completion_ids and r.reward is not None]
                 with atomic_path(stage.part_path(index)) as path:
-                    _write_part(
-                        make_writer(path, _small(used, every, num_objectives)), reader, used, kept(index), every
-                    )
+                    _write_part(make_writer(path, make_small(used)), reader, used, kept(index), every)
             advance(len(part))
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..utils.extras import needs_extra
 from ..utils.files import atomic_path
@@ -34,6 +36,8 @@ class Rollout:
             Whether the model ended its turn; otherwise the response was cut at the token limit.
         reward (`list[float]`, *optional*):
             One reward for each objective; `None` where there is none (yet).
+        prefix_tokens (`list[int]`, *optional*), prefix_rewards (`list[list[float]]`, *optional*):
+            The rewards of the response so far: after how many tokens, and one for each objective each time.
         temperature (`float`, *optional*, defaults to 1.0):
             What the response was sampled at; 0 is greedy.
         columns (`dict[str, Any]`):
@@ -56,6 +60,23 @@ class Rollout:
     prompt_number: int = 0
     sample: int = 0
     control: dict[str, Any] | None = None
+    prefix_tokens: list[int] | None = None
+    prefix_rewards: list[list[float]] | None = None
+
+
+def responses_so_far(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, every: int) -> list[Rollout]:
+    """The response after every k-th token but the last one, as rollouts that are not finished."""
+    ids = rollout.completion_ids
+    return [
+        replace(
+            rollout,
+            # A stop string ends the completion before its last tokens.
+            completion=tokenizer.decode(ids[:count], skip_special_tokens=True)[: len(rollout.completion)],
+            completion_ids=ids[:count],
+            finished=False,
+        )
+        for count in range(every, len(ids), every)
+    ]
 
 
 def _parquet():
@@ -88,7 +109,7 @@ def save_rollouts(
     """
     Write rollouts as a Parquet file with the columns of [`Rollout`]: `prompt` is a text, a list of messages, or JSON
     if messages hold more than texts; `reward` is a number, or a list if there are several objectives; `columns` and
-    `control` are JSON.
+    `control` are JSON; the columns of the response so far stand there only if a rollout has them.
 
     Args:
         rewards (sequence of `str`, *optional*), scoring (`int`, *optional*), scored (`dict[str, int]`, *optional*):
@@ -103,6 +124,8 @@ def save_rollouts(
     keys = sorted({key for r in rollouts if kind == "messages" for message in r.prompt for key in message})
     objectives = max((len(r.reward) for r in rollouts if r.reward is not None), default=1)
     ids = pa.list_(pa.int32())
+    with_prefixes = any(rollout.prefix_tokens is not None for rollout in rollouts)
+    prefixes = {"prefix_tokens": ids, "prefix_rewards": pa.list_(pa.list_(pa.float64()))} if with_prefixes else {}
     schema = pa.schema(
         {
             "prompt": pa.list_(pa.struct({key: pa.string() for key in keys})) if keys else pa.string(),
@@ -116,6 +139,7 @@ def save_rollouts(
             "prompt_number": pa.int64(),
             "sample": pa.int32(),
             "control": pa.string(),
+            **prefixes,
             **dict.fromkeys(measured, pa.float64()),
         },
         metadata={

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .fingerprints import prompt_hash
+from .rollouts import Rollout
 from .stage_folder import MANIFEST_NAME, read_manifest
 
 # Names of dtypes in a safetensors header.
@@ -52,6 +54,9 @@ class States:
             part.
         context (`torch.Tensor` of shape `(states, context_size)`, *optional*):
             The states of another layer at the same tokens, for a critic.
+        prefix_rewards (`torch.Tensor` of shape `(states, num_objectives)`, *optional*):
+            The rewards of the response so far, as far as they are known: those of the latest part of it that was
+            scored. NaN where none was.
         hook_point (`str`), layer (`int`), base_model_name_or_path, base_model_revision (`str`, *optional*):
             Where the states were read.
         every (`int`, *optional*, defaults to 1):
@@ -72,6 +77,7 @@ class States:
     finished: torch.Tensor | None = None
     directions: torch.Tensor | None = None
     context: torch.Tensor | None = None
+    prefix_rewards: torch.Tensor | None = None
     hook_point: str = "lm_head"
     layer: int = -1
     base_model_name_or_path: str | None = None
@@ -91,9 +97,9 @@ class States:
             self.finished = torch.ones(len(self.lengths), dtype=torch.bool)
 
     def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of `"hidden"`, `"directions"` or `"context"` in float32; only these are read."""
+        """Rows of `"hidden"`, `"directions"`, `"context"` or `"prefix_rewards"` in float32; only these are read."""
         values = getattr(self, name)[rows].float()
-        row_scale = getattr(self, f"{name}_row_scale")
+        row_scale = getattr(self, f"{name}_row_scale", None)
         if row_scale is None:
             return values
         return values * row_scale[rows] * getattr(self, f"{name}_feature_scale")
@@ -113,6 +119,30 @@ class States:
                 return cls(**{name: file.get_tensor(name) for name in file.keys()}, **metadata)  # noqa: SIM118
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} does not hold states ({error}): make them with `recontrol states`.") from error
+
+
+def episode_tensors(
+    rollouts: Sequence[Rollout], every: int, num_objectives: int, prefixes: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors of [`States`] with one row for each episode and, if asked for, the rewards of the text so far."""
+    found = [_so_far(rollout, every, num_objectives) for rollout in rollouts] if prefixes else []
+    return {
+        "lengths": torch.tensor([math.ceil(len(r.completion_ids) / every) for r in rollouts], dtype=torch.int64),
+        # In float64: of rewards that are large next to their spread float32 would keep nothing.
+        "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float64).reshape(-1, num_objectives),
+        "prompts": torch.tensor([prompt_hash(r.prompt) for r in rollouts], dtype=torch.int64),
+        "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
+        **({"prefix_rewards": torch.cat([torch.empty(0, num_objectives), *found])} if prefixes else {}),
+    }
+
+
+def _so_far(rollout: Rollout, every: int, num_objectives: int) -> torch.Tensor:
+    """The rewards of the response so far at each state that is kept, `(states, objectives)`; NaN where unknown."""
+    tokens = len(rollout.completion_ids)
+    rewards = torch.full((tokens, num_objectives), torch.nan)
+    for start, values in zip(rollout.prefix_tokens or (), rollout.prefix_rewards or (), strict=True):
+        rewards[start:] = torch.tensor(values)
+    return rewards[(tokens - 1) % every :: every]
 
 
 class StateStore:
@@ -182,6 +212,25 @@ class StateStore:
     def has_context(self) -> bool:
         return all(part.context is not None for part in self.parts)
 
+    @property
+    def has_prefix_rewards(self) -> bool:
+        return all(part.prefix_rewards is not None for part in self.parts)
+
+    @cached_property
+    def _mean_prefix_rewards(self) -> torch.Tensor:
+        known = torch.cat([part.prefix_rewards for part in self.parts]).nanmean(0)
+        return known.nan_to_num(0.0).float()
+
+    def prefix_rewards(self, episodes: torch.Tensor) -> torch.Tensor:
+        """
+        As [`StateStore.gather`], the rewards of the response so far, with their mean over all states where none is
+        known; `(states, 0)` if none is kept.
+        """
+        if not self.has_prefix_rewards:
+            return torch.empty(int(self.lengths[episodes].sum()), 0)
+        rewards = StateStore.gather(self, "prefix_rewards", episodes)
+        return rewards.where(rewards.isfinite(), self._mean_prefix_rewards)
+
     @cached_property
     def read_at(self) -> dict:
         """Where in the model the states were read, and how densely."""
@@ -190,8 +239,8 @@ class StateStore:
 
     def gather(self, name: str, episodes: torch.Tensor) -> torch.Tensor:
         """
-        `"hidden"`, `"directions"` or `"context"` of whole episodes, one after the other, in float32: shape `(states,
-        hidden_size)`.
+        `"hidden"`, `"directions"`, `"context"` or `"prefix_rewards"` of whole episodes, one after the other, in
+        float32: shape `(states, width)`.
         """
         lengths = self.lengths[episodes]
         ends = lengths.cumsum(0)
@@ -217,7 +266,8 @@ class StateWriter:
         path (`Path`):
             The file.
         small (`dict[str, torch.Tensor]`):
-            The tensors with one row for each episode; `lengths` says how many states each has.
+            The tensors that are known before: those with one row for each episode, of which `lengths` says how many
+            states each has, and `prefix_rewards`.
         widths (`dict[str, int]`):
             Of `"hidden"` and, if they are kept, `"directions"` and `"context"`.
         dtype (`torch.dtype`):

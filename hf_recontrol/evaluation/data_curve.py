@@ -17,8 +17,9 @@ from ..training.targets import episode_mask, pad_episodes, value_differences
 # Prompts are in one of so many folds; what is measured on one is fitted on 1, 2 and 4 of the others.
 _FOLDS = 5
 _SIZES = (1, 2, 4)
-# Ridge penalties of V and of the vector, relative to the mean eigenvalue of what they are fitted on.
-_PENALTY = 0.1
+# Ridge penalties of V and of the vector, relative to the mean eigenvalue of what they are fitted on. Smaller for the
+# rewards of the response so far, which say more than any other number that V reads.
+_VALUE_PENALTY, _VECTOR_PENALTY, _PREFIX_PENALTY = 0.3, 0.03, 0.003
 # Numbers that are read at once.
 _BATCH = 2**24
 # Below any second moment and any deviation that matter.
@@ -75,18 +76,19 @@ class DataCurve:
         }
 
 
-def data_curve(states: States | StateStore | str | os.PathLike, gae_lambda: float = 0.0) -> DataCurve:
+def data_curve(states: States | StateStore | str | os.PathLike, gae_lambda: float = 0.8) -> DataCurve:
     r"""
-    Fit a linear V and, to its differences, a static vector b on some of the prompts, and measure on others what b
-    earns. Nothing is sampled: of the policy `π ∝ π0 exp(α w_yᵀ b)`, with `ℓ = Σ_t (w_y - w̄(h_t))ᵀ b` of a response,
-    the reward rises by `α Cov(ℓ, r)` and the KL divergence is `α² Var(ℓ) / 2`, both up to higher terms in α. So at a
-    small KL the gain is `√2 Cov(ℓ, r) / sd(ℓ) · √KL`. Cross-fitted in five folds of prompts; the states are read three
-    times, a batch at a time. Every response counts with its reward, without a discount, also one that was cut off.
+    Fit a linear V of the state (and of the rewards of the response so far, where there are any) and, to its
+    differences, a static vector b on some of the prompts, and measure on others what b earns. Nothing is sampled: of
+    the policy `π ∝ π0 exp(α w_yᵀ b)`, with `ℓ = Σ_t (w_y - w̄(h_t))ᵀ b` of a response, the reward rises by
+    `α Cov(ℓ, r)` and the KL divergence is `α² Var(ℓ) / 2`, both up to higher terms in α. So at a small KL the gain is
+    `√2 Cov(ℓ, r) / sd(ℓ) · √KL`. Cross-fitted in five folds of prompts; the states are read three times, a batch at a
+    time. Every response counts with its reward, without a discount, also one that was cut off.
 
     Args:
         states:
             Episodes with directions, every state of them.
-        gae_lambda (`float`, *optional*, defaults to 0.0):
+        gae_lambda (`float`, *optional*, defaults to 0.8):
             λ of b's targets, as for [`fit_advantage`].
 
     Returns:
@@ -144,18 +146,26 @@ def _batches(store: StateStore) -> Iterator[tuple[torch.Tensor, torch.Tensor, to
         yield episodes, inside, torch.rand(len(inside), generator=generator) < share
 
 
+def _read(store: StateStore, episodes: torch.Tensor) -> torch.Tensor:
+    """What V reads of whole episodes, `(states, inputs)`, in float64."""
+    return torch.cat([store.gather("hidden", episodes), store.prefix_rewards(episodes)], dim=1).double()
+
+
 def _linear_values(
     store: StateStore, fold: torch.Tensor, rewards: torch.Tensor, fitted_on: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """V(h) = Wᵀ h + c of each column: weights `(hidden_size, columns)`, and constants, to the reward at all states."""
-    width = store.hidden_size
-    # Of each fold: Σ x xᵀ and Σ x r, for x the state and 1.
+    """V(x) = Wᵀ x + c of each column: weights `(inputs, columns)`, and constants, to the reward at all states."""
+    prefixes = store.rewards.shape[1] if store.has_prefix_rewards else 0
+    width = store.hidden_size + prefixes
+    penalty = torch.full((width,), _VALUE_PENALTY, dtype=torch.float64)
+    penalty[store.hidden_size :] = _PREFIX_PENALTY
+    # Of each fold: Σ x xᵀ and Σ x r, for x what V reads and 1.
     squares, products = (torch.zeros(_FOLDS, width + 1, size, dtype=torch.float64) for size in (width + 1, 1))
     for episodes, inside, chosen in _batches(store):
-        hidden, folds = store.gather("hidden", episodes), fold[episodes][inside]
+        read, folds = _read(store, episodes), fold[episodes][inside]
         for number in folds.unique().tolist():
             rows = chosen & (folds == number)
-            x = torch.cat([hidden[rows].double(), torch.ones(int(rows.sum()), 1, dtype=torch.float64)], dim=1)
+            x = torch.cat([read[rows], torch.ones(int(rows.sum()), 1, dtype=torch.float64)], dim=1)
             squares[number] += x.T @ x
             products[number, :, 0] += x.T @ rewards[episodes][inside][rows]
     weights, constants = [], []
@@ -165,7 +175,7 @@ def _linear_values(
         mean, target = square[-1, :-1] / count, product[-1] / count
         covariance = square[:-1, :-1] / count - torch.outer(mean, mean)
         scale = covariance.diagonal().clamp_min(1e-12).sqrt()
-        correlated = covariance / torch.outer(scale, scale) + _PENALTY * torch.eye(width, dtype=torch.float64)
+        correlated = covariance / torch.outer(scale, scale) + torch.diag(penalty)
         weight = torch.linalg.solve(correlated, (product[:-1] / count - mean * target) / scale) / scale
         weights.append(weight)
         constants.append(target - mean @ weight)
@@ -187,7 +197,7 @@ def _static_vectors(
     share = min(1.0, _STATES_FOR_MOMENTS / store.num_states)
     for episodes, inside, chosen in _batches(store):
         directions = store.gather("directions", episodes).double()
-        flat = store.gather("hidden", episodes).double() @ values[0] + values[1]
+        flat = _read(store, episodes) @ values[0] + values[1]
         lengths = store.lengths[episodes]
         targets = value_differences(
             pad_episodes(flat, lengths), rewards[episodes, None].expand(-1, columns), lengths, gae_lambda
@@ -200,7 +210,7 @@ def _static_vectors(
     vectors = []
     for column, product in zip(fitted_on.T, products.T, strict=True):
         square = torch.tensordot(column, squares, 1)
-        square.diagonal().add_(_PENALTY * square.diagonal().mean().clamp_min(_TINY))
+        square.diagonal().add_(_VECTOR_PENALTY * square.diagonal().mean().clamp_min(_TINY))
         vectors.append(torch.linalg.solve(square, product))
     return torch.stack(vectors, 1)
 
@@ -221,7 +231,7 @@ def _scores(
         summed = torch.zeros(len(episodes), store.hidden_size, dtype=torch.float64).index_add_(0, inside, directions)
         columns = own[:, None] * sizes + torch.arange(sizes)
         scores[episodes] = (summed @ vectors).gather(1, columns)
-        first = store.gather("hidden", episodes)[lengths.cumsum(0) - lengths].double()
+        first = _read(store, episodes)[lengths.cumsum(0) - lengths]
         before[episodes] = (first @ values[0] + values[1]).gather(1, columns[:, -1:])[:, 0]
     return scores.numpy(), before.numpy()
 

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..collection.labels import score_rollouts
-from ..collection.rewards import RewardFunction
 from ..collection.rollouts import generate_rollouts
+from ..collection.scoring.responses import score_rollouts
+from ..collection.scoring.rewards import RewardFunction
 from ..configuration import ControlConfig
 from ..data.processes import Progress, no_progress, progress_bar
 from ..data.prompts import Prompts

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..collection.labels import check_rows, try_rewards
-from ..collection.rewards import RewardFunction, load_reward, named_rewards
+from ..collection.scoring.responses import check_rows, try_rewards
+from ..collection.scoring.rewards import RewardFunction, load_reward, named_rewards
 from ..data.fingerprints import prompt_hashes
 from ..data.processes import no_progress
 from ..data.prompts import Prompts, load_prompts

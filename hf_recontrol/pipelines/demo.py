@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from ..collection.rewards import vader
+from ..collection.scoring.rewards import vader
 from ..configuration import ControlConfig
 from ..data.prompts import load_prompts
 from ..evaluation.comparison.entries import KIND_OF_METHOD

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..collection.kept_states import remove_kept
-from ..collection.labels import check_rows, label_rollouts, try_rewards
-from ..collection.rewards import RewardFunction, named_rewards
 from ..collection.rollouts import write_rollouts
+from ..collection.scoring.labels import label_rollouts
+from ..collection.scoring.responses import check_rows, try_rewards
+from ..collection.scoring.rewards import RewardFunction, named_rewards
 from ..collection.states import write_states
 from ..configuration import ValueHeadConfig
 from ..data.fingerprints import prompt_hashes
@@ -107,7 +108,7 @@ def fit(
     processes = Processes()
     _check(rows, settings, processes)
     if not (output / "rollouts" / MANIFEST_NAME).exists():
-        try_rewards(rewards, rows, settings.on_bad_rows)
+        try_rewards(rewards, rows, settings.on_bad_rows, settings.prefix_every)
     if processes.index == 0:
         check_target(output / "report.html")
     with shared_folder(output):
@@ -140,7 +141,6 @@ def _run_stages(
 ) -> dict[str, Any]:
     """The four stages, each in its folder; returns the figures of the last."""
     stages = ["rollouts", "rewards", "states", "value head"]
-    stages += ["critic"] if settings.critic_layer is not None and settings.critic else []
     stages += ["advantage"] if settings.with_directions else []
     # Once states are being written no part of the rollouts is missing.
     keep_states = settings.keep_states and not (output / "states" / MANIFEST_NAME).is_file()
@@ -160,6 +160,8 @@ def _run_stages(
             rewards,
             on_bad_rows=settings.on_bad_rows,
             combine_rewards=settings.combine_rewards,
+            prefix_every=settings.prefix_every,
+            tokenizer=tokenizer,
             progress=show("rewards"),
         )
         write_states(output / "states", base, output / "rollouts", settings, progress=show("states"))

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from ..collection.rewards import ColumnReward
+from ..collection.scoring.rewards import ColumnReward
 from ..settings import FitSettings, LoadingSettings
 from ..utils.files import atomic_path
 from ..utils.setting_fields import Settings

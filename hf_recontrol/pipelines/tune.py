@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..collection.labels import check_rows, try_rewards
-from ..collection.rewards import RewardFunction, named_rewards
+from ..collection.scoring.responses import check_rows, try_rewards
+from ..collection.scoring.rewards import RewardFunction, named_rewards
 from ..configuration import ControlConfig
 from ..data.fingerprints import head_fingerprint, prompt_hashes
 from ..data.processes import Processes, no_progress

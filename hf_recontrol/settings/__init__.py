@@ -14,11 +14,8 @@ from .comparison import (
 )
 from .engine import OWN_ENGINE, EngineSettings
 from .stages import (
-    AdvantageSettings,
     BadRowSettings,
-    FitSettings,
     ForwardSettings,
-    HeadSettings,
     HookPointSettings,
     LabelSettings,
     LoadingSettings,
@@ -28,6 +25,11 @@ from .stages import (
     SeedSettings,
     StatesSettings,
     TemplateSettings,
+)
+from .training import (
+    AdvantageSettings,
+    FitSettings,
+    HeadSettings,
     TrainingSettings,
     TrainSettings,
     ValueSettings,

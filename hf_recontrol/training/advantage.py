@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..data.processes import Processes, Progress, float64_device
+from ..data.processes import Processes, Progress
 from ..data.states import States, StateStore
 from ..heads.value_head import ValueHead
 from ..settings import AdvantageSettings
 from .critic import critic_values
 from .held_out import split_by_prompt
+from .ridge import Moments, ridge
 from .targets import episode_mask, pad_episodes, value_differences
 from .trainer import Episodes, EpisodeTrainer, check_training, own_randomness, training_options
 
@@ -25,8 +27,6 @@ logger = logging.get_logger(__name__)
 
 # Below this correlation g has found next to nothing.
 _USELESS = 0.05
-# Ridge penalties tried, relative to the largest eigenvalue of the directions' second moment.
-_PENALTIES = torch.logspace(-6, 2, 17, dtype=torch.float64)
 
 
 class AdvantageModel(nn.Module):
@@ -111,41 +111,16 @@ class AdvantageTrainer(EpisodeTrainer):
         }
 
 
-def _moments(
-    head: ValueHead, episodes: Episodes, gae_lambda: float, discount: float, processes: Processes
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`XᵀX / n`, `Xᵀy / n` and n, streamed, over all processes: X the directions, y the targets."""
+def _moments(head: ValueHead, episodes: Episodes, gae_lambda: float, discount: float, processes: Processes) -> Moments:
+    """Those of the directions and their targets."""
     device = next(head.parameters()).device
-    width = episodes.store.hidden_size
-    exact = {"dtype": torch.float64, "device": float64_device(device)}
-    square, product = torch.zeros(width, width, **exact), torch.zeros(width, **exact)
-    count = 0.0
-    for _, batch in episodes.batches(64, processes):
-        batch = {name: value.to(device) for name, value in batch.items()}
-        # The device first: not every one knows float64.
-        x, y = (
-            values.to(square.device).double()
-            for values in (batch["directions"], advantage_targets(head, batch, gae_lambda, discount))
-        )
-        square.addmm_(x.T, x)
-        product += x.T @ y
-        count += len(x)
-    gathered = processes.gather((square.cpu(), product.cpu(), count))
-    count = sum(part[2] for part in gathered)
-    return sum(part[0] for part in gathered) / count, sum(part[1] for part in gathered) / count, count
 
+    def rows() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for _, batch in episodes.batches(64, processes):
+            batch = {name: value.to(device) for name, value in batch.items()}
+            yield batch["directions"], advantage_targets(head, batch, gae_lambda, discount)[:, None]
 
-def _ridge(train: tuple, held_out: tuple) -> torch.Tensor:
-    """b of `min ‖X b - y‖² + ρ‖b‖²` on the training moments, for the ρ that is best on the held-out ones."""
-    square, product, _ = train
-    if not (torch.isfinite(square).all() and torch.isfinite(held_out[0]).all()):
-        raise ValueError("The directions hold NaN or infinite values.")
-    eigenvalues, basis = torch.linalg.eigh(square)
-    projected = basis.T @ product
-    penalties = eigenvalues.max() * _PENALTIES
-    solutions = [basis @ (projected / (eigenvalues.clamp(min=0) + penalty)) for penalty in penalties]
-    # The error but for a constant.
-    return min(solutions, key=lambda b: float(b @ held_out[0] @ b - 2 * b @ held_out[1])).float()
+    return Moments.of(rows(), (episodes.store.hidden_size, 1), device, processes)
 
 
 def fit_advantage(
@@ -241,7 +216,7 @@ def _fit_constant(
     moments = [
         _moments(head, part, settings.gae_lambda, settings.discount, trainer.processes) for part in (train, held_out)
     ]
-    vector = _ridge(*moments)
+    vector = ridge(*moments)[:, 0]
     with torch.no_grad():
         if head.config.static_vector:
             head.static_vector.copy_(vector)

@@ -1,33 +1,39 @@
-"""A critic: a value function that sees more than the head can, only to give the advantage part its targets."""
+"""A critic: a linear value function that sees more than the head can, only to give the advantage part its targets."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..configuration import ValueHeadConfig
-from ..data.processes import Processes, Progress
-from ..data.states import StateStore
+from ..data.processes import Processes
+from ..data.states import States, StateStore
 from ..heads.value_head import ValueHead
 from ..settings import ValueSettings
-from .targets import pad_episodes
-from .value import fit_values
+from .ridge import Moments, ridge
+from .targets import episode_mask, pad_episodes, td_targets
+from .trainer import Episodes
+from .value import check_states, measure, new_head, sides
 
 # Episodes whose values are computed at once.
 _EPISODES_AT_ONCE = 64
+# The reward of the text so far is one number among hundreds and says more than any of them: in these units the penalty
+# leaves it alone.
+_PREFIX_UNIT = 0.1
 
 
 class CriticStore(StateStore):
     """
-    States as a critic reads them, `(states, hidden_size + 2 * context_size)`: the head's own, those of another layer,
-    and the mean of these over the response up to there.
+    States as a critic reads them: the head's own; the sum of the directions of the tokens drawn so far; where there
+    are any, the rewards of the text so far, and the states of another layer with their mean over the response so far.
 
     Args:
         store ([`StateStore`]):
-            States with a context.
+            States with directions.
     """
 
     def __init__(self, store: StateStore):
@@ -40,54 +46,109 @@ class CriticStore(StateStore):
     @property
     def hidden_size(self) -> int:
         part = self.parts[0]
-        return part.hidden.shape[1] + 2 * part.context.shape[1]
+        others = self.prefix_columns.numel() + (2 * part.context.shape[1] if self.has_context else 0)
+        return 2 * part.hidden.shape[1] + others
+
+    @property
+    def prefix_columns(self) -> torch.Tensor:
+        """Which columns hold the rewards of the text so far."""
+        count = self.rewards.shape[1] if self.has_prefix_rewards else 0
+        return 2 * self.parts[0].hidden.shape[1] + torch.arange(count)
 
     def gather(self, name: str, episodes: torch.Tensor) -> torch.Tensor:
         """As [`StateStore.gather`], with `"hidden"` what the critic reads."""
         if name != "hidden":
             return super().gather(name, episodes)
-        context = super().gather("context", episodes)
-        mean = running_mean(context, self.lengths[episodes])
-        return torch.cat([super().gather("hidden", episodes), context, mean], dim=1)
+        lengths = self.lengths[episodes]
+        columns = [
+            super().gather("hidden", episodes),
+            sum_before(super().gather("directions", episodes), lengths),
+            self.prefix_rewards(episodes),
+        ]
+        if self.has_context:
+            context = super().gather("context", episodes)
+            columns += [context, running_mean(context, lengths)]
+        return torch.cat(columns, dim=1)
+
+
+def sum_before(flat: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Of episodes one after the other, `(states, width)`: the sum of each one's rows before this one."""
+    return pad_episodes(flat, lengths).cumsum(1)[episode_mask(lengths)] - flat
 
 
 def running_mean(flat: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Of episodes one after the other, `(states, width)`: the mean of each one's states up to and with this one."""
     position = torch.arange(len(flat)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    padded = pad_episodes(flat, lengths).cumsum(1)
-    return padded[pad_episodes(torch.ones(len(flat)), lengths) > 0] / (position + 1)[:, None]
+    return (sum_before(flat, lengths) + flat) / (position + 1)[:, None]
 
 
 def train_critic(
-    store: StateStore,
+    states: States | StateStore | str | os.PathLike,
     config: ValueHeadConfig,
-    settings: ValueSettings,
-    *,
-    output_dir: str | os.PathLike | None = None,
-    progress: Progress | None = None,
+    settings: ValueSettings | None = None,
+    **changes,
 ) -> tuple[ValueHead, dict[str, Any]]:
-    """
-    Train a critic as [`train_value_head`] trains V: the same shape, episodes and targets.
+    r"""
+    Fit a critic: the linear V of all that training knows of the response so far which is nearest to the reward at all
+    states, by ridge regression in closed form, with the penalty that is best on the held-out prompts. It reads the
+    state, the sum of the directions of the tokens drawn so far and, where the states hold them, the rewards of the
+    response so far and the states of another layer with their mean. It is linear, because its differences from token
+    to token are what is used, and those of a network that was fitted to a few thousand rewards are mostly noise.
 
     Args:
-        store ([`StateStore`]):
-            States with a context.
+        states ([`States`], [`StateStore`], or folder of `recontrol states`):
+            Episodes with their rewards and directions.
         config ([`ValueHeadConfig`]):
             The head's.
-        settings ([`ValueSettings`]):
-            How to train.
-        output_dir, progress:
-            As for [`train_value_head`].
+        settings ([`ValueSettings`], *optional*), changes:
+            Of these `validation_split`, `seed`, `open_truncated` and `discount` count, as for [`train_value_head`].
 
     Returns:
-        The critic, a value head over what [`CriticStore`] holds, and its figures.
+        The critic, for [`fit_advantage`] (a value head without a hidden layer, over what it reads), and its figures,
+        see [`value_figures`].
 
     Raises:
-        As [`train_value_head`].
+        `ValueError`: if the states have no directions; else as [`train_value_head`].
     """
+    store, settings, processes = StateStore.of(states), ValueSettings.of(settings, changes), Processes()
+    if not store.has_directions:
+        raise ValueError("The states have no directions: collect them at `lm_head`, with `directions`.")
+    check_states(store, config)
     wide = CriticStore(store)
-    config = replace(config, hidden_size=wide.hidden_size, advantage_sizes=None, static_vector=False)
-    return fit_values(wide, config, settings, output_dir, progress=progress)
+    config = replace(config, hidden_size=wide.hidden_size, head_sizes=[], advantage_sizes=None, static_vector=False)
+    train, rewarded, held_out = sides(store, settings)
+    critic = new_head(wide, config, train, rewarded, "feature", settings.seed)
+    critic.state_scale[wide.prefix_columns] *= _PREFIX_UNIT
+    critic = critic.to(processes.device)
+    parts = [Episodes(wide, chosen, critic, ["hidden"], open_ended=False) for chosen in (rewarded, held_out)]
+    fitted, measured = (
+        Moments.of(
+            _rows(critic, part, settings.discount, processes),
+            (wide.hidden_size, config.num_objectives),
+            processes.device,
+            processes,
+        )
+        for part in parts
+    )
+    weight = ridge(fitted.around(fitted.x, fitted.y), measured.around(fitted.x, fitted.y))
+    [layer] = critic.value_mlp.layers
+    with torch.no_grad():
+        layer.weight.copy_(weight.T)
+        layer.bias.copy_(fitted.y - fitted.x @ weight.double())
+    figures = measure(critic, parts[1], processes)
+    return critic.cpu(), figures
+
+
+@torch.no_grad()
+def _rows(
+    critic: ValueHead, episodes: Episodes, discount: float, processes: Processes
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the critic reads at each state of this process's share, in its units, and the discounted reward."""
+    for _, batch in episodes.batches(_EPISODES_AT_ONCE, processes):
+        lengths = batch["lengths"]
+        nothing = torch.zeros(*episode_mask(lengths).shape, batch["rewards"].shape[1])
+        targets = td_targets(nothing, batch["rewards"], lengths, 1.0, discount=discount)[episode_mask(lengths)]
+        yield critic.scaled(batch["hidden"].to(processes.device)), targets
 
 
 @torch.no_grad()

@@ -55,18 +55,14 @@ def _states_id(folder: str | os.PathLike) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _what_matters(settings: TrainSettings, store: StateStore) -> dict[str, Any]:
-    """
-    The settings that the head depends on: not where its training is shown, nor how its data are fetched, nor a critic
-    where there are no states for one.
-    """
+def _what_matters(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that the head depends on: not where its training is shown, nor how its data are fetched."""
     values = {
         item.name: getattr(settings, item.name) for cls in (ValueSettings, AdvantageSettings) for item in fields(cls)
     }
     arguments = values["training_arguments"]
     values["training_arguments"] = {key: value for key, value in arguments.items() if key not in _INDIFFERENT}
-    indifferent = _INDIFFERENT if store.has_context else {*_INDIFFERENT, "critic"}
-    return {key: value for key, value in values.items() if key not in indifferent}
+    return {key: value for key, value in values.items() if key not in _INDIFFERENT}
 
 
 def train_head(
@@ -107,7 +103,7 @@ def train_head(
     check_training(settings, processes)
     store = StateStore.open(states)
     config = _head_config(store, settings)
-    known = {"states": _states_id(states), "head": config.to_dict(), "training": _what_matters(settings, store)}
+    known = {"states": _states_id(states), "head": config.to_dict(), "training": _what_matters(settings)}
     known = json.loads(json.dumps(known, default=repr))
     lock = nullcontext()
     if processes.index == 0:
@@ -182,13 +178,13 @@ def _train_both(
         return None if progress is None else progress(description)
 
     def once(
-        train: Callable[..., tuple[ValueHead, dict[str, Any]]], description: str, folder: str
+        train: Callable[..., tuple[ValueHead, dict[str, Any]]], description: str, **options
     ) -> tuple[ValueHead, dict[str, Any]]:
         """What is trained, or was before a stop, and its figures."""
         finished = work / description.replace(" ", "_")
         if (finished / FIGURES_NAME).exists():
             return ValueHead.from_pretrained(finished), read_json(finished / FIGURES_NAME)
-        made, figures = train(store, config, settings, output_dir=work / folder, progress=shown(description))
+        made, figures = train(store, config, settings, **options)
         if processes.index == 0:
             made.save_pretrained(finished)
             write_json(finished / FIGURES_NAME, figures)
@@ -196,13 +192,12 @@ def _train_both(
         return made, figures
 
     work = output / "training"
-    head, figures = once(train_value_head, "value head", "value")
+    head, figures = once(train_value_head, "value head", output_dir=work / "value", progress=shown("value head"))
     curves = {"value": figures.pop("log")}
     if config.static_vector:
         critic = None
-        if settings.critic and store.has_context:
-            critic, found = once(train_critic, "critic", "critic-training")
-            curves["critic"] = found["log"]
+        if settings.critic:
+            critic, found = once(train_critic, "critic")
             figures |= {f"critic_{name}": found[name] for name in CRITIC_FIGURES}
         found = fit_advantage(
             head, store, settings, critic=critic, output_dir=work / "advantage", progress=shown("advantage")

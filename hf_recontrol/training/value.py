@@ -98,11 +98,11 @@ class ValueTrainer(EpisodeTrainer):
 
     def figures(self) -> dict[str, Any]:
         """Those of [`value_figures`]."""
-        return _measure(self.accelerator.unwrap_model(self.model).head, self.held_out, self.processes)
+        return measure(self.accelerator.unwrap_model(self.model).head, self.held_out, self.processes)
 
 
 @torch.no_grad()
-def _measure(head: ValueHead, episodes: Episodes, processes: Processes) -> dict[str, Any]:
+def measure(head: ValueHead, episodes: Episodes, processes: Processes) -> dict[str, Any]:
     """The figures of V on episodes, each process measuring its share; the same in every process."""
     device = next(head.parameters()).device
     width = len(POSITIONS) * head.config.num_objectives + 1
@@ -137,9 +137,9 @@ def measure_value_head(
         `ValueError`: if the states are not those that the head reads, or lack a reward.
     """
     store = StateStore.of(states)
-    _check(store, head.config)
+    check_states(store, head.config)
     episodes = torch.arange(len(store)) if episodes is None else episodes
-    return _measure(head, Episodes(store, episodes, head, ["hidden"], open_ended=False), Processes())
+    return measure(head, Episodes(store, episodes, head, ["hidden"], open_ended=False), Processes())
 
 
 class _TargetUpdate(TrainerCallback):
@@ -154,7 +154,8 @@ class _TargetUpdate(TrainerCallback):
             target.lerp_(source, self.share)
 
 
-def _check(store: StateStore, config: ValueHeadConfig) -> None:
+def check_states(store: StateStore, config: ValueHeadConfig) -> None:
+    """Raise `ValueError` if a head of this configuration cannot be trained on these states."""
     found = (store.read_at["hook_point"], store.read_at["layer"])
     wanted = (config.hook_point, config.layer)
     if found[0] != wanted[0] or (found != wanted and found[0] == "decoder_layer"):
@@ -170,6 +171,24 @@ def _check(store: StateStore, config: ValueHeadConfig) -> None:
         )
     if not torch.isfinite(store.rewards).all():
         raise ValueError("The rewards hold NaN or infinite values.")
+
+
+def sides(store: StateStore, settings: ValueSettings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Numbers of the episodes that are trained on, of those among them whose rewards count, and of those that are held
+    out and whose rewards count.
+
+    Raises:
+        `ValueError`: if a side would be empty.
+    """
+    train, held_out = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
+    if not settings.open_truncated:
+        return train, train, held_out
+    # What a truncated response was given is not asked for, so it is no part of the units or the figures either.
+    rewarded, held_out = train[store.finished[train]], held_out[store.finished[held_out]]
+    if not len(rewarded) or not len(held_out):
+        raise ValueError("`open_truncated` needs finished responses among the training and the held-out ones.")
+    return train, rewarded, held_out
 
 
 def new_head(
@@ -285,14 +304,8 @@ def fit_values(
 ) -> tuple[ValueHead, dict[str, Any]]:
     """[`train_value_head`], without telling the warnings that are among its figures."""
     check_training(settings, Processes())
-    _check(store, config)
-    train, held_out = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
-    rewarded = train
-    if settings.open_truncated:
-        # What a truncated response was given is not asked for, so it is no part of the units or the figures either.
-        rewarded, held_out = train[store.finished[train]], held_out[store.finished[held_out]]
-        if not len(rewarded) or not len(held_out):
-            raise ValueError("`open_truncated` needs finished responses among the training and the held-out ones.")
+    check_states(store, config)
+    train, rewarded, held_out = sides(store, settings)
     head = new_head(store, config, train, rewarded, settings.scaling, settings.seed)
     with ExitStack() as stack:
         if output_dir is None:

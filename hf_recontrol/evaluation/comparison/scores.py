@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ...collection.labels import scored_rollouts
-from ...collection.rewards import RewardFunction, note_calls, reward_fingerprint
+from ...collection.scoring.responses import scored_rollouts
+from ...collection.scoring.rewards import RewardFunction, note_calls, reward_fingerprint
 from ...data.processes import Processes, Progress, progress_bar
 from ...data.rollouts import Rollout, load_rollouts
 from ...data.stage_folder import StageFolder

@@ -11,8 +11,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ...collection.labels import scored_rollouts
-from ...collection.rewards import note_calls, reward_fingerprint
 from ...collection.rollouts import draw_rollouts
 from ...collection.sampling import (
     Reweighing,
@@ -22,6 +20,8 @@ from ...collection.sampling import (
     sampling_config,
     vocabulary_size,
 )
+from ...collection.scoring.responses import scored_rollouts
+from ...collection.scoring.rewards import note_calls, reward_fingerprint
 from ...data.fingerprints import head_fingerprint
 from ...data.processes import no_progress
 from ...data.prompts import Prompts

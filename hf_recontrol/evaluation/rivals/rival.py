@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ...collection.rewards import RewardFunction
 from ...collection.rollouts import generate_rollouts
 from ...collection.sampling import sampling_config
+from ...collection.scoring.rewards import RewardFunction
 from ...configuration import ControlConfig
 from ...data.fingerprints import model_settings
 from ...data.processes import no_progress

@@ -1,34 +1,28 @@
-"""Responses to scored responses, in memory or in their folder: rewards are called, and what they return is checked."""
+"""Responses to scored responses, in memory: rewards are called, and what they return is checked."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data.fingerprints import file_checksum
-from ..data.processes import Progress, progress_bar
-from ..data.prompts import BadRow, Prompts, report_bad_rows
-from ..data.rollouts import Rollout, columns_of, count_rollouts, load_rollouts, save_rollouts, scored_by, scoring_of
-from ..data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
-from ..settings import LabelSettings
-from ..utils.checks import check_choice
-from ..utils.code_fingerprints import UnknownStateError
+from ...data.prompts import BadRow, Prompts, report_bad_rows
+from ...data.rollouts import Rollout, responses_so_far
+from ...settings import LabelSettings
+from ...utils.checks import check_choice
+from ...utils.code_fingerprints import UnknownStateError
 from .classifiers import ClassifierReward
 from .rewards import (
     ColumnReward,
     RewardFunction,
-    by_name,
     call_reward,
     check_reward,
     note_calls,
@@ -94,9 +88,12 @@ def _known_fault(function: RewardFunction, row: dict[str, Any], combine_rewards:
     return None
 
 
-def try_rewards(rewards: dict[str, RewardFunction], prompts: Prompts, on_bad_rows: str) -> None:
+def try_rewards(
+    rewards: dict[str, RewardFunction], prompts: Prompts, on_bad_rows: str, prefix_every: int | None = None
+) -> None:
     """
-    Call each reward function once, before any response is sampled, on a made-up answer to the first two prompts.
+    Call each reward function once, before any response is sampled, on a made-up answer to the first two prompts; with
+    `prefix_every` on half of it too.
 
     Raises:
         `ValueError`, `RuntimeError`: as [`score_rollouts`].
@@ -106,12 +103,15 @@ def try_rewards(rewards: dict[str, RewardFunction], prompts: Prompts, on_bad_row
         Rollout(row["prompt"], _TRIED, [0], [0], True, columns={key: row[key] for key in row if key != "prompt"})
         for row in prompts.rows[:2]
     ]
-    fingerprints, unknown = _fingerprints(rewards)
+    fingerprints, unknown = fingerprints_of(rewards)
     if unknown:
         logger.warning(unknown)
     try:
-        with _noting_calls(rewards, fingerprints):
+        with noting_calls(rewards, fingerprints):
             _, bad = _called(tried, list(rewards.values()), "the first prompts")
+            if prefix_every is not None:
+                half = [replace(rollout, completion=_TRIED[: len(_TRIED) // 2]) for rollout in tried]
+                _called_so_far(half, list(rewards.values()), "the first prompts")
         if on_bad_rows == "error":
             report_bad_rows(list(bad.values()), on_bad_rows)
     except (RuntimeError, ValueError) as error:
@@ -120,7 +120,7 @@ def try_rewards(rewards: dict[str, RewardFunction], prompts: Prompts, on_bad_row
 
 
 @contextmanager
-def _noting_calls(rewards: dict[str, RewardFunction], fingerprints: Sequence[str | None]) -> Iterator[None]:
+def noting_calls(rewards: dict[str, RewardFunction], fingerprints: Sequence[str | None]) -> Iterator[None]:
     """Around calls of rewards that had these fingerprints before, see [`note_calls`]."""
     try:
         yield
@@ -135,6 +135,8 @@ def score_rollouts(
     on_bad_rows: str = "error",
     combine_rewards: str = "none",
     source: str = "rollouts",
+    prefix_every: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Rollout]:
     """
     Rollouts with their rewards. What is scored is the completion as it is stored, cut where the turn ends.
@@ -150,6 +152,9 @@ def score_rollouts(
             gets no reward. `"mean"`, `"sum"`: one objective, of the functions that score a rollout.
         source (`str`, *optional*):
             Where the rollouts are from, for messages.
+        prefix_every (`int`, *optional*), tokenizer (*optional*):
+            Also score the response so far after every k-th token, with the tokenizer that the responses were decoded
+            by. A part that a function gives no finite number for has no reward.
 
     Raises:
         `ValueError`: if there is nothing to score; if a function cannot be called with what the rollouts have, returns
@@ -157,12 +162,13 @@ def score_rollouts(
         a reward. `RuntimeError`: if a function itself fails.
     """
     check_choice("combine_rewards", combine_rewards, LabelSettings.choices("combine_rewards"))
+    check_prefixes(prefix_every, tokenizer)
     if not rollouts or not rewards:
         raise ValueError(f"Nothing to score: {len(rollouts)} rollouts, {len(rewards)} reward functions.")
-    scored, counts = scored_rollouts(rollouts, rewards, on_bad_rows, combine_rewards, source)
+    scored, counts = scored_rollouts(rollouts, rewards, on_bad_rows, combine_rewards, source, prefix_every, tokenizer)
     names = [reward_name(function) for function in rewards]
     unscored = sum(rollout.reward is None for rollout in scored)
-    left_out = _unscored(list(zip(names, counts, strict=True)), unscored, len(scored), combine_rewards)
+    left_out = what_is_left_out(list(zip(names, counts, strict=True)), unscored, len(scored), combine_rewards)
     if left_out:
         logger.warning(left_out)
     return scored
@@ -174,15 +180,62 @@ def scored_rollouts(
     on_bad_rows: str,
     combine_rewards: str,
     source: str,
+    prefix_every: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[list[Rollout], list[int]]:
-    """(rollouts with their rewards, how many of them each function scored)."""
+    """(rollouts with their rewards, how many of them each function scored); arguments as for [`score_rollouts`]."""
     scores, bad = _called(rollouts, rewards, source)
     report_bad_rows(list(bad.values()), on_bad_rows)
     found = [
-        replace(rollout, reward=None if row in bad else _reward_of(values, combine_rewards))
+        replace(
+            rollout,
+            reward=None if row in bad else _reward_of(values, combine_rewards),
+            prefix_tokens=None,
+            prefix_rewards=None,
+        )
         for row, (rollout, *values) in enumerate(zip(rollouts, *scores, strict=True))
     ]
+    if prefix_every is not None:
+        found = _with_prefixes(found, rewards, combine_rewards, source, prefix_every, tokenizer)
     return found, [sum(value is not None for value in values) for values in scores]
+
+
+def check_prefixes(prefix_every: int | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise `ValueError` if the response so far cannot be scored for want of a tokenizer."""
+    if prefix_every is not None and tokenizer is None:
+        raise ValueError("To score the response so far (`prefix_every`), give the `tokenizer` of the responses too.")
+
+
+def _with_prefixes(
+    rollouts: Sequence[Rollout],
+    rewards: Sequence[RewardFunction],
+    combine_rewards: str,
+    source: str,
+    every: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Rollout]:
+    """Rollouts with the rewards of the response so far, where the whole one has a reward."""
+    parts = [[] if r.reward is None else responses_so_far(r, tokenizer, every) for r in rollouts]
+    scores = _called_so_far([part for own in parts for part in own], rewards, source)
+    found = iter([_reward_of(values, combine_rewards) for values in zip(*scores, strict=True)])
+    result = []
+    for rollout, own in zip(rollouts, parts, strict=True):
+        known = {len(part.completion_ids): reward for part in own if (reward := next(found)) is not None}
+        result.append(replace(rollout, prefix_tokens=list(known), prefix_rewards=list(known.values())))
+    return result
+
+
+def _called_so_far(
+    parts: Sequence[Rollout], rewards: Sequence[RewardFunction], source: str
+) -> list[list[float | None]]:
+    """What each function says of parts of responses, `None` where that is no finite number."""
+    if not parts:
+        return [[] for _ in rewards]
+    try:
+        return _called(parts, rewards, source)[0]
+    except (RuntimeError, ValueError) as error:
+        said = f"{error} (It was given the response so far, part of a text: leave `prefix_every` out if it needs all.)"
+        raise type(error)(said) from error.__cause__ or error
 
 
 def _called(
@@ -215,7 +268,7 @@ def _reward_of(values: Sequence[float | None], combine_rewards: str) -> list[flo
     return [sum(known) / (len(known) if combine_rewards == "mean" else 1)] if known else None
 
 
-def _unscored(scored: Sequence[tuple[str, int]], unscored: int, total: int, combine_rewards: str) -> str | None:
+def what_is_left_out(scored: Sequence[tuple[str, int]], unscored: int, total: int, combine_rewards: str) -> str | None:
     """What to say of responses without a reward; raises where no response has one."""
     for name, count in scored:
         if count == 0:
@@ -232,122 +285,7 @@ def _unscored(scored: Sequence[tuple[str, int]], unscored: int, total: int, comb
     return f"{unscored} of {total} responses have no reward and are left out ({counts})." if unscored else None
 
 
-def label_rollouts(
-    folder: str | os.PathLike,
-    rewards: dict[str, RewardFunction] | Sequence[RewardFunction],
-    *,
-    again: bool = False,
-    on_bad_rows: str = "error",
-    combine_rewards: str = "none",
-    progress: Progress | None = None,
-) -> dict[str, float]:
-    """
-    Score the rollouts of a folder, file by file, in place: each file is replaced by itself with rewards. A run that
-    was stopped resumes there. Under `accelerate launch` the processes share the files.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            A finished folder of [`write_rollouts`].
-        rewards (`dict[str, RewardFunction]`, or sequence of functions):
-            The rewards, one objective each, by their names.
-        again (`bool`, *optional*, defaults to `False`):
-            Replace the rewards of an earlier scoring. The same call resumes one that was stopped.
-        on_bad_rows (`str`, *optional*, defaults to `"error"`), combine_rewards (*optional*, defaults to `"none"`):
-            As for [`score_rollouts`].
-        progress (`Callable[[int, int], None]`, *optional*):
-            Called with (done, total) instead of showing a bar.
-
-    Returns:
-        Counts: those of the rollouts, `unscored`, the sum of each objective, `reward NAME`, and how many responses
-        each function scored, `scored NAME`.
-
-    Raises:
-        `ValueError`: as [`score_rollouts`]; if the rollouts have other rewards already (also those of a function of
-        the same name that does or holds something else) and `again` is not set; if a file is damaged. `OSError`: as
-        [`read_manifest`].
-    """
-    if not isinstance(rewards, dict):
-        rewards = by_name(rewards)
-    check_choice("combine_rewards", combine_rewards, LabelSettings.choices("combine_rewards"))
-    if not rewards:
-        raise ValueError("No reward is given, so there is nothing to score with.")
-    folder, names = Path(folder), list(rewards)
-    if combine_rewards != "none" and len(names) > 1:
-        names = [f"{combine_rewards} of {', '.join(names)}"]
-    fingerprints, unknown = _fingerprints(rewards)
-    wanted = {"rewards": names, "fingerprints": fingerprints}
-    known = read_manifest(folder, "rollouts", "recontrol rollout", complete=False)
-    stage = StageFolder(folder, "rollouts", known["settings"], known["num_parts"], ".parquet")
-    with stage:
-        scorings = [scoring_of(path) for path in map(stage.part_path, range(stage.num_parts)) if path.is_file()]
-        if len(scorings) < stage.num_parts:
-            raise ValueError(f"The rollouts in {folder} are not finished: run the same `recontrol rollout` again.")
-        scoring = known.get("scoring", 0)
-        found = {name: known.get(name) for name in wanted}
-        if scoring in scorings and (found != wanted or unknown) and not again:
-            raise ValueError(_other_rewards(folder, found, wanted, unknown))
-        finished = known["complete"] and known.get("rewards") is not None
-        if finished and not again:
-            return stage.counts()
-        columns = columns_of(map(stage.part_path, range(stage.num_parts)))
-        for function in rewards.values():
-            check_reward(function, columns)
-        if found != wanted or finished:
-            scoring = max((number for number in scorings if number is not None), default=-1) + 1
-        stage.processes.wait()
-        if stage.processes.index == 0:
-            stage.write_manifest(known | {"complete": False, "scoring": scoring} | wanted)
-        stage.processes.wait()
-        if unknown and stage.processes.index == 0:
-            logger.warning(unknown)
-        with _noting_calls(rewards, fingerprints):
-            _score_parts(stage, known, scorings, scoring, rewards, names, on_bad_rows, combine_rewards, progress)
-        kept = {"bad_rows": known.get("bad_rows", 0)} | {key: known.get(key) for key in ("dataset", "head_sources")}
-        counts = stage.finish(partial(_count_scored, names=names), kept | {"scoring": scoring} | wanted)
-        scored = [(name, counts.get(f"scored {name}", 0)) for name in rewards]
-        try:
-            left_out = _unscored(scored, counts["unscored"], counts["rollouts"], combine_rewards)
-        except ValueError:
-            # They count as not scored, so that other rewards need no `again`.
-            if stage.processes.index == 0:
-                manifest = read_manifest(folder, "rollouts", "recontrol rollout")
-                stage.write_manifest(manifest | dict.fromkeys(wanted) | {"scoring": scoring + 1})
-            stage.processes.wait()
-            raise
-        if left_out and stage.processes.index == 0:
-            logger.warning(left_out)
-        return counts
-
-
-def _score_parts(
-    stage: StageFolder,
-    known: dict[str, Any],
-    scorings: Sequence[int | None],
-    scoring: int,
-    rewards: dict[str, RewardFunction],
-    names: Sequence[str],
-    on_bad_rows: str,
-    combine_rewards: str,
-    progress: Progress | None,
-) -> None:
-    """Score the parts of this process that this scoring has not reached yet."""
-    total = sum(count_rollouts(stage.part_path(index)) for index in stage.own_parts())
-    with progress_bar("rewards", total, progress, stage.processes.index) as advance:
-        for index in stage.own_parts():
-            path = stage.part_path(index)
-            untouched = known["complete"] or scorings[index] is None
-            if untouched and file_checksum(path) != known["parts"].get(path.name):
-                raise ValueError(f"{path} was changed or damaged: it is not what its {MANIFEST_NAME} names.")
-            rollouts = load_rollouts(path)
-            if scorings[index] != scoring and rollouts:
-                scored, counts = scored_rollouts(
-                    rollouts, list(rewards.values()), on_bad_rows, combine_rewards, path.name
-                )
-                save_rollouts(scored, path, names, scoring, dict(zip(rewards, counts, strict=True)))
-            advance(len(rollouts))
-
-
-def _fingerprints(rewards: dict[str, RewardFunction]) -> tuple[list[str | None], str]:
+def fingerprints_of(rewards: dict[str, RewardFunction]) -> tuple[list[str | None], str]:
     """(what tells each reward from others, `None` where that cannot be known; what to say of those, or nothing)."""
     fingerprints, unknown = [], []
     for name, function in rewards.items():
@@ -360,35 +298,3 @@ def _fingerprints(rewards: dict[str, RewardFunction]) -> tuple[list[str | None],
                 f"of your own that changes when it does: `{name}.fingerprint = 'version 1'`."
             )
     return fingerprints, " ".join(unknown)
-
-
-def _other_rewards(folder: Path, found: dict[str, list], wanted: dict[str, list], unknown: str) -> str:
-    remedy = (
-        f"Name another folder, or replace the rewards: `recontrol label {folder} --reward ... --again` "
-        "(`again=True`). What was made of the old ones must go too: in a folder of `recontrol fit` remove `states` "
-        "and `head`, then run the same `fit` with the new rewards."
-    )
-    if found["rewards"] == wanted["rewards"] and unknown:
-        return f"The rollouts in {folder} were scored with {found['rewards']}. {unknown} {remedy}"
-    if found["rewards"] == wanted["rewards"]:
-        return (
-            f"The rollouts in {folder} were scored with {found['rewards']}, but its code (or Python's release), what "
-            f"it holds, or its weights are others now. {remedy}"
-        )
-    return (
-        f"The rollouts in {folder} were scored with another reward (there {found['rewards']}, now "
-        f"{wanted['rewards']}). {remedy}"
-    )
-
-
-def _count_scored(path: Path, names: Sequence[str]) -> dict[str, float]:
-    rollouts = load_rollouts(path)
-    scored = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-    return {
-        "rollouts": len(rollouts),
-        "finished": sum(rollout.finished for rollout in rollouts),
-        "tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
-        "unscored": len(rollouts) - len(scored),
-        **{f"reward {name}": sum(reward[k] for reward in scored) for k, name in enumerate(names)},
-        **{f"scored {name}": count for name, count in scored_by(path).items()},
-    }

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.processes import Processes
-from ..data.prompts import Prompt
-from ..utils.code_fingerprints import UnknownStateError, code_fingerprint
-from ..utils.extras import needs_extra
-from ..utils.imports import named_module
+from ...data.processes import Processes
+from ...data.prompts import Prompt
+from ...utils.code_fingerprints import UnknownStateError, code_fingerprint
+from ...utils.extras import needs_extra
+from ...utils.imports import named_module
 from .classifiers import ClassifierReward
 
 # f(prompts=, completions=, completion_ids=, **columns) -> list[float | None], as in TRL: one reward for each response,

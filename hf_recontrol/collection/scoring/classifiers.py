@@ -14,9 +14,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from ..data.prompts import Prompt
-from ..data.templating import prompt_text
-from ..utils.code_fingerprints import model_fingerprint
+from ...data.prompts import Prompt
+from ...data.templating import prompt_text
+from ...utils.code_fingerprints import model_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,0 +1,191 @@
+"""Responses to scored responses, in their folder: file by file, and resumed after any stop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ...data.fingerprints import file_checksum
+from ...data.processes import Progress, progress_bar
+from ...data.rollouts import (
+    Rollout,
+    columns_of,
+    count_rollouts,
+    load_rollouts,
+    save_rollouts,
+    scored_by,
+    scoring_of,
+)
+from ...data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
+from ...settings import LabelSettings
+from ...utils.checks import check_choice
+from .responses import check_prefixes, fingerprints_of, noting_calls, scored_rollouts, what_is_left_out
+from .rewards import RewardFunction, by_name, check_reward
+
+logger = logging.get_logger(__name__)
+
+
+def label_rollouts(
+    folder: str | os.PathLike,
+    rewards: dict[str, RewardFunction] | Sequence[RewardFunction],
+    *,
+    again: bool = False,
+    on_bad_rows: str = "error",
+    combine_rewards: str = "none",
+    prefix_every: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """
+    Score the rollouts of a folder, file by file, in place: each file is replaced by itself with rewards. A run that
+    was stopped resumes there. Under `accelerate launch` the processes share the files.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A finished folder of [`write_rollouts`].
+        rewards (`dict[str, RewardFunction]`, or sequence of functions):
+            The rewards, one objective each, by their names.
+        again (`bool`, *optional*, defaults to `False`):
+            Replace the rewards of an earlier scoring. The same call resumes one that was stopped.
+        on_bad_rows, combine_rewards, prefix_every, tokenizer (*optional*):
+            As for [`score_rollouts`].
+        progress (`Callable[[int, int], None]`, *optional*):
+            Called with (done, total) instead of showing a bar.
+
+    Returns:
+        Counts: those of the rollouts, `unscored`, the sum of each objective, `reward NAME`, and how many responses
+        each function scored, `scored NAME`.
+
+    Raises:
+        `ValueError`: as [`score_rollouts`]; if the rollouts have other rewards already (also those of a function of
+        the same name that does or holds something else) and `again` is not set; if a file is damaged. `OSError`: as
+        [`read_manifest`].
+    """
+    if not isinstance(rewards, dict):
+        rewards = by_name(rewards)
+    check_choice("combine_rewards", combine_rewards, LabelSettings.choices("combine_rewards"))
+    check_prefixes(prefix_every, tokenizer)
+    if not rewards:
+        raise ValueError("No reward is given, so there is nothing to score with.")
+    folder, names = Path(folder), list(rewards)
+    if combine_rewards != "none" and len(names) > 1:
+        names = [f"{combine_rewards} of {', '.join(names)}"]
+    fingerprints, unknown = fingerprints_of(rewards)
+    wanted = {"rewards": names, "fingerprints": fingerprints, "prefix_every": prefix_every}
+    known = read_manifest(folder, "rollouts", "recontrol rollout", complete=False)
+    stage = StageFolder(folder, "rollouts", known["settings"], known["num_parts"], ".parquet")
+    with stage:
+        scorings = [scoring_of(path) for path in map(stage.part_path, range(stage.num_parts)) if path.is_file()]
+        if len(scorings) < stage.num_parts:
+            raise ValueError(f"The rollouts in {folder} are not finished: run the same `recontrol rollout` again.")
+        scoring = known.get("scoring", 0)
+        found = {name: known.get(name) for name in wanted}
+        if scoring in scorings and (found != wanted or unknown) and not again:
+            raise ValueError(_other_rewards(folder, found, wanted, unknown))
+        finished = known["complete"] and known.get("rewards") is not None
+        if finished and not again:
+            return stage.counts()
+        columns = columns_of(map(stage.part_path, range(stage.num_parts)))
+        for function in rewards.values():
+            check_reward(function, columns)
+        if found != wanted or finished:
+            scoring = max((number for number in scorings if number is not None), default=-1) + 1
+        stage.processes.wait()
+        if stage.processes.index == 0:
+            stage.write_manifest(known | {"complete": False, "scoring": scoring} | wanted)
+        stage.processes.wait()
+        if unknown and stage.processes.index == 0:
+            logger.warning(unknown)
+        with noting_calls(rewards, fingerprints):
+            score = partial(
+                scored_rollouts,
+                rewards=list(rewards.values()),
+                on_bad_rows=on_bad_rows,
+                combine_rewards=combine_rewards,
+                prefix_every=prefix_every,
+                tokenizer=tokenizer,
+            )
+            _score_parts(stage, known, scorings, scoring, list(rewards), names, score, progress)
+        kept = {"bad_rows": known.get("bad_rows", 0)} | {key: known.get(key) for key in ("dataset", "head_sources")}
+        counts = stage.finish(partial(_count_scored, names=names), kept | {"scoring": scoring} | wanted)
+        scored = [(name, counts.get(f"scored {name}", 0)) for name in rewards]
+        try:
+            left_out = what_is_left_out(scored, counts["unscored"], counts["rollouts"], combine_rewards)
+        except ValueError:
+            # They count as not scored, so that other rewards need no `again`.
+            if stage.processes.index == 0:
+                manifest = read_manifest(folder, "rollouts", "recontrol rollout")
+                stage.write_manifest(manifest | dict.fromkeys(wanted) | {"scoring": scoring + 1})
+            stage.processes.wait()
+            raise
+        if left_out and stage.processes.index == 0:
+            logger.warning(left_out)
+        return counts
+
+
+def _score_parts(
+    stage: StageFolder,
+    known: dict[str, Any],
+    scorings: Sequence[int | None],
+    scoring: int,
+    rewards: Sequence[str],
+    names: Sequence[str],
+    score: Callable[..., tuple[list[Rollout], list[int]]],
+    progress: Progress | None,
+) -> None:
+    """Score the parts of this process that this scoring has not reached yet."""
+    total = sum(count_rollouts(stage.part_path(index)) for index in stage.own_parts())
+    with progress_bar("rewards", total, progress, stage.processes.index) as advance:
+        for index in stage.own_parts():
+            path = stage.part_path(index)
+            untouched = known["complete"] or scorings[index] is None
+            if untouched and file_checksum(path) != known["parts"].get(path.name):
+                raise ValueError(f"{path} was changed or damaged: it is not what its {MANIFEST_NAME} names.")
+            rollouts = load_rollouts(path)
+            if scorings[index] != scoring and rollouts:
+                scored, counts = score(rollouts, source=path.name)
+                save_rollouts(scored, path, names, scoring, dict(zip(rewards, counts, strict=True)))
+            advance(len(rollouts))
+
+
+def _other_rewards(folder: Path, found: dict[str, list], wanted: dict[str, list], unknown: str) -> str:
+    remedy = (
+        f"Name another folder, or replace the rewards: `recontrol label {folder} --reward ... --again` "
+        "(`again=True`). What was made of the old ones must go too: in a folder of `recontrol fit` remove `states` "
+        "and `head`, then run the same `fit` with the new rewards."
+    )
+    if found["prefix_every"] != wanted["prefix_every"] and found["rewards"] == wanted["rewards"]:
+        return (
+            f"The rollouts in {folder} were scored with prefix_every={found['prefix_every']}, now it is "
+            f"{wanted['prefix_every']}. {remedy}"
+        )
+    if found["rewards"] == wanted["rewards"] and unknown:
+        return f"The rollouts in {folder} were scored with {found['rewards']}. {unknown} {remedy}"
+    if found["rewards"] == wanted["rewards"]:
+        return (
+            f"The rollouts in {folder} were scored with {found['rewards']}, but its code (or Python's release), what "
+            f"it holds, or its weights are others now. {remedy}"
+        )
+    return (
+        f"The rollouts in {folder} were scored with another reward (there {found['rewards']}, now "
+        f"{wanted['rewards']}). {remedy}"
+    )
+
+
+def _count_scored(path: Path, names: Sequence[str]) -> dict[str, float]:
+    rollouts = load_rollouts(path)
+    scored = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    return {
+        "rollouts": len(rollouts),
+        "finished": sum(rollout.finished for rollout in rollouts),
+        "tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
+        "unscored": len(rollouts) - len(scored),
+        **{f"reward {name}": sum(reward[k] for reward in scored) for k, name in enumerate(names)},
+        **{f"scored {name}": count for name, count in scored_by(path).items()},
+    }

@@ -1,0 +1,252 @@
+"""Rewards of the response so far: what is scored, where it is kept, and what the states say of it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_recontrol import (
+    FitSettings,
+    Rollout,
+    States,
+    StateStore,
+    collect_states,
+    data_curve,
+    fit,
+    label_rollouts,
+    load_prompts,
+    load_rollouts,
+    score_rollouts,
+    write_rollouts,
+    write_states,
+)
+
+from .tiny_models import tiny_model
+from .tiny_tokenizer import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+def words(completions, **columns):
+    return [float(len(text.split())) for text in completions]
+
+
+def rollout(count, prompt="w5", **changes):
+    ids = list(range(10, 10 + count))
+    values = {"completion": TOKENIZER.decode(ids, skip_special_tokens=True), "finished": False} | changes
+    return Rollout(prompt, values.pop("completion"), [7], ids, values.pop("finished"), **values)
+
+
+def test_the_response_so_far_is_scored_after_every_kth_token_but_the_last():
+    seen = []
+
+    def reward(prompts, completions, completion_ids, mark):
+        seen.append((prompts, completions, completion_ids, mark))
+        return [float(len(ids)) for ids in completion_ids]
+
+    given = [rollout(7, columns={"mark": "a"}), rollout(3, prompt="w6", columns={"mark": "b"}), rollout(1)]
+    given[2].columns = {"mark": "c"}
+    scored = score_rollouts(given, reward, prefix_every=3, tokenizer=TOKENIZER)
+    assert [r.reward for r in scored] == [[7.0], [3.0], [1.0]]
+    assert [r.prefix_tokens for r in scored] == [[3, 6], [], []]
+    assert [r.prefix_rewards for r in scored] == [[[3.0], [6.0]], [], []]
+    # Whole responses in one call, all parts in another, each with its prompt and columns.
+    assert len(seen) == 2
+    prompts, completions, ids, marks = seen[1]
+    assert prompts == ["w5", "w5"] and marks == ["a", "a"]
+    assert ids == [list(range(10, 13)), list(range(10, 16))]
+    assert completions == [TOKENIZER.decode(part) for part in ids]
+
+
+def test_a_part_never_says_more_than_the_response_which_a_stop_string_ended():
+    texts = []
+
+    def reward(completions):
+        texts.extend(completions)
+        return [float(i) for i in range(len(completions))]
+
+    whole = rollout(6)
+    cut = rollout(6, completion=whole.completion[: len(whole.completion) // 2], finished=True)
+    score_rollouts([cut], reward, prefix_every=1, tokenizer=TOKENIZER)
+    assert len(texts) == 6 and all(cut.completion.startswith(text) for text in texts)
+
+
+def test_parts_without_a_finite_number_are_left_out_and_scoring_again_forgets_the_old_ones():
+    def picky(completion_ids):
+        return [{2: None, 4: float("nan")}.get(len(ids), float(len(ids))) for ids in completion_ids]
+
+    [scored] = score_rollouts([rollout(7)], picky, prefix_every=2, tokenizer=TOKENIZER)
+    assert (scored.prefix_tokens, scored.prefix_rewards) == ([6], [[6.0]])
+    [again] = score_rollouts([scored], words)
+    assert again.prefix_tokens is None and again.prefix_rewards is None
+
+
+@pytest.mark.usefixtures("recontrol_warnings")
+def test_a_response_without_a_reward_has_none_so_far_either():
+    def even(completion_ids):
+        return [None if len(ids) == 5 else 1.0 for ids in completion_ids]
+
+    scored = score_rollouts([rollout(5), rollout(6)], even, prefix_every=2, tokenizer=TOKENIZER)
+    assert scored[0].reward is None and scored[0].prefix_rewards == []
+    assert scored[1].prefix_tokens == [2, 4]
+
+
+def test_several_rewards_are_kept_or_combined_for_parts_as_for_the_whole():
+    def one(completion_ids):
+        return [1.0 for _ in completion_ids]
+
+    options = {"prefix_every": 2, "tokenizer": TOKENIZER}
+    [both] = score_rollouts([rollout(5)], words, one, **options)
+    assert both.prefix_rewards == [[2.0, 1.0], [4.0, 1.0]]
+    [mean] = score_rollouts([rollout(5)], words, one, combine_rewards="mean", **options)
+    assert mean.prefix_rewards == [[1.5], [2.5]]
+
+
+def test_a_reward_that_needs_whole_texts_says_so():
+    def whole_only(completion_ids):
+        if any(len(ids) < 5 for ids in completion_ids):
+            raise RuntimeError("too short")
+        return [1.0 for _ in completion_ids]
+
+    with pytest.raises(RuntimeError, match=r"too short.*prefix_every"):
+        score_rollouts([rollout(5)], whole_only, prefix_every=2, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match="tokenizer"):
+        score_rollouts([rollout(5)], words, prefix_every=2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """(a tiny model, a folder of its rollouts, not scored yet)."""
+    model = tiny_model("llama", dtype=torch.float32)
+    model.generation_config.eos_token_id = 2
+    prompts = load_prompts([f"w{i} w{i + 1}" for i in range(5, 13)])
+    options = {"num_samples": 2, "max_new_tokens": 7, "part_size": 5, "temperature": 1.5}
+    write_rollouts(tmp_path / "rollouts", model, TOKENIZER, prompts, **options)
+    return model, tmp_path / "rollouts"
+
+
+def test_a_folder_keeps_them_and_another_way_of_scoring_is_refused(folder):
+    _, rollouts = folder
+    plain = load_rollouts(rollouts)
+    label_rollouts(rollouts, [words])
+    bytes_without = {path.name: path.read_bytes() for path in rollouts.glob("*.parquet")}
+    with pytest.raises(ValueError, match=r"prefix_every=None, now it is 2.*--again"):
+        label_rollouts(rollouts, [words], prefix_every=2, tokenizer=TOKENIZER)
+    assert {path.name: path.read_bytes() for path in rollouts.glob("*.parquet")} == bytes_without
+    label_rollouts(rollouts, [words], prefix_every=2, tokenizer=TOKENIZER, again=True)
+    expected = score_rollouts(plain, words, prefix_every=2, tokenizer=TOKENIZER)
+    assert load_rollouts(rollouts) == expected
+    # Done already: nothing is called.
+    label_rollouts(rollouts, [words], prefix_every=2, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match="prefix_every=2, now it is 3"):
+        label_rollouts(rollouts, [words], prefix_every=3, tokenizer=TOKENIZER)
+    label_rollouts(rollouts, [words], again=True)
+    assert all(r.prefix_tokens is None for r in load_rollouts(rollouts))
+
+
+def test_a_scoring_that_was_stopped_goes_on(folder, monkeypatch):
+    _, rollouts = folder
+    calls = []
+
+    def failing(completions):
+        calls.append(len(completions))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return [float(len(text.split())) for text in completions]
+
+    failing.fingerprint = "words"
+    options = {"prefix_every": 2, "tokenizer": TOKENIZER}
+    with pytest.raises(KeyboardInterrupt):
+        label_rollouts(rollouts, [failing], **options)
+    begun = len(calls)
+    label_rollouts(rollouts, [failing], **options)
+    assert len(calls) > begun
+    assert load_rollouts(rollouts) == score_rollouts(load_rollouts(rollouts), words, **options)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_states_hold_the_latest_reward_known_at_each(folder, every, dtype, tmp_path):
+    model, rollouts = folder
+    label_rollouts(rollouts, [words], prefix_every=2, tokenizer=TOKENIZER)
+    write_states(tmp_path / "states", model, rollouts, every=every, states_dtype=dtype)
+    store = StateStore.open(tmp_path / "states")
+    assert store.has_prefix_rewards
+    used = [r for r in load_rollouts(rollouts) if r.completion_ids]
+    for number, r in enumerate(used):
+        expected = []
+        for t in range(len(r.completion_ids)):
+            known = [reward for count, reward in zip(r.prefix_tokens, r.prefix_rewards, strict=True) if count <= t]
+            expected.append(known[-1] if known else [torch.nan])
+        expected = torch.tensor(expected)[(len(r.completion_ids) - 1) % every :: every]
+        found = store.gather("prefix_rewards", torch.tensor([number]))
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    if every == 1:
+        in_memory = collect_states(model, used, hook_point="lm_head", directions=True)
+        stored = store.gather("prefix_rewards", torch.arange(len(store)))
+        torch.testing.assert_close(in_memory.prefix_rewards, stored, equal_nan=True)
+    filled = store.prefix_rewards(torch.arange(len(store)))
+    assert filled.isfinite().all()
+    # Without them there is no such tensor, and the file is as it was before there were any.
+    label_rollouts(rollouts, [words], again=True)
+    write_states(tmp_path / "plain", model, rollouts, every=every, states_dtype=dtype)
+    plain = StateStore.open(tmp_path / "plain")
+    assert not plain.has_prefix_rewards and plain.prefix_rewards(torch.arange(3)).shape[1] == 0
+
+
+def test_they_sharpen_the_data_curve():
+    generator = torch.Generator().manual_seed(0)
+    count, width, length = 240, 6, 8
+    steps = torch.randn(count, length, width, generator=generator)
+    value = (steps @ torch.linspace(-1, 1, width)).cumsum(1)
+    states = States(
+        hidden=torch.randn(count * length, width, generator=generator),
+        lengths=torch.full((count,), length),
+        rewards=value[:, -1:],
+        prompts=torch.arange(count) // 2,
+        directions=steps.reshape(-1, width),
+        hook_point="lm_head",
+    )
+    plain = data_curve(states)
+    states.prefix_rewards = torch.cat([torch.full((count, 1), torch.nan), value[:, :-1]], 1).reshape(-1, 1)
+    better = data_curve(states)
+    assert better.gain[0] > plain.gain[0]
+    # b is found exactly, and the gain is that of the reward itself: √2 deviations for the root of a nat.
+    assert better.gain[-1] == pytest.approx(2**0.5, rel=0.05)
+
+
+def test_fit_tries_the_reward_on_half_a_text_before_anything_is_made(tmp_path):
+    def whole_only(completions, **columns):
+        if any("know." not in text for text in completions):
+            raise RuntimeError("no full stop")
+        return [1.0 for _ in completions]
+
+    model = tiny_model("llama", dtype=torch.float32)
+    prompts = [f"w{i}" for i in range(5, 45)]
+    with pytest.raises(RuntimeError, match=r"no full stop.*prefix_every"):
+        fit(model, prompts, whole_only, tmp_path / "run", tokenizer=TOKENIZER, prefix_every=2, quiet=True)
+    assert not (tmp_path / "run" / "rollouts").exists()
+
+
+@pytest.mark.parametrize("changes", [{"critic": False}, {"directions": False}, {"hook_point": "decoder_layer"}])
+def test_they_are_for_a_critic(changes):
+    with pytest.raises(ValueError, match="prefix_every"):
+        FitSettings(prefix_every=8, **changes)
+
+
+def test_the_command_needs_the_base_for_its_tokenizer(folder, tmp_path):
+    model, rollouts = folder
+    model.save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    command = [sys.executable, "-m", "hf_recontrol", "label", rollouts, "--reward", "hf_recontrol:vader"]
+    refused = subprocess.run([*command, "--prefix-every", "2"], capture_output=True, text=True)
+    assert refused.returncode == 1 and "--model" in refused.stderr and "Traceback" not in refused.stderr
+    done = subprocess.run(
+        [*command, "--prefix-every", "2", "-m", tmp_path / "base"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((rollouts / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["prefix_every"] == 2
+    assert any(r.prefix_tokens for r in load_rollouts(rollouts))
