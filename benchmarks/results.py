@@ -6,11 +6,10 @@ What control is worth at a small scale: the studies of docs/results.md, and that
     python benchmarks/results.py ... --parts comparison --base FOLDER --encoder FOLDER   # not SmolLM2 and MiniLM
     python benchmarks/results.py --figures benchmarks/results --page docs/results.md    # the page alone
 
-Each study is a head (`recontrol fit`) and comparisons (`recontrol compare`) in a folder of its own in `--output`. All
-of it goes on where it was stopped. What a finished comparison says goes to `--figures` (by default in `--output`),
-small enough to be committed; the page is made from that alone. `--pairs` as for `reward_model.py`, which is run first:
-it holds 200 prompts out of everything. `--harmfulqa` holds rows with a `prompt`. `--quick` does everything on a few
-prompts, to see that it runs.
+Each study is a head (`recontrol fit`) and comparisons (`recontrol compare`) in a folder of its own in `--output`; all of
+it goes on where it was stopped. What they say goes to `--figures` (by default in `--output`), small enough to commit; the
+page is made from that alone. `--pairs` as for `reward_model.py`, which is run first: it holds 200 prompts out of all.
+`--harmfulqa` holds rows with a `prompt`. `--quick` does everything on a few prompts, to see that it runs.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from hf_recontrol import (
 )
 
 KL = 0.1
+FIT = {"num_samples": 2, "part_size": 128, "keep_states": True, "prefix_every": 4}
 INSTRUCTION = CompareSettings().instruction
 
 
@@ -202,10 +202,11 @@ class Runner:
                 copied = own.with_name(".rollouts")
                 shutil.rmtree(copied, ignore_errors=True)
                 shutil.copytree(report.with_name("rollouts"), copied)
-                label_rollouts(copied, [reward], again=True)
+                tokenizer, every = AutoTokenizer.from_pretrained(self.model(study)), FIT["prefix_every"]
+                label_rollouts(copied, [reward], again=True, prefix_every=every, tokenizer=tokenizer)
                 copied.rename(own)
-        settings = FitSettings(num_samples=2, part_size=128, keep_states=True, **self.settings(study))
-        figures = fit(self.model(study), self.training(study)[0], reward, self.output / study.name / "fit", settings)
+        settings = FitSettings(**FIT, **self.settings(study))
+        figures = fit(self.model(study), self.training(study)[0], reward, own.parent, settings)
         if "data_curve" in figures:
             path = self.figures / study.name / "data-curve.json"
             path.parent.mkdir(parents=True, exist_ok=True)

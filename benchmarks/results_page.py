@@ -29,7 +29,8 @@ Strengths were found on 64 held-out prompts, never by the reward. Differences ar
 tables are of a machine that did other work too.{times}
 
 The models: smollm2 is SmolLM2-135M-Instruct{gemma}.
-Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens to each.
+Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens to each,
+scored after every fourth token too (`--prefix-every 4`).
 The preference reward model is a MiniLM of 6 layers, trained on the same pairs by `benchmarks/reward_model.py`: it
 ranks {accuracy:.0%} of {held_out_pairs} unseen pairs right, and its reward correlates with an answer's length by
 {correlation_with_length:.2f}. No judge here reads and understands: win rates are by these reward models.
