@@ -6,10 +6,10 @@ What control is worth at a small scale: the studies of docs/results.md, and that
     python benchmarks/results.py ... --parts comparison --base FOLDER --encoder FOLDER   # not SmolLM2 and MiniLM
     python benchmarks/results.py --figures benchmarks/results --page docs/results.md    # the page alone
 
-Each study is a head (`recontrol fit`) and comparisons (`recontrol compare`) in a folder of its own in `--output`; all of
-it goes on where it was stopped. What they say goes to `--figures` (by default in `--output`), small enough to commit; the
-page is made from that alone. `--pairs` as for `reward_model.py`, which is run first: it holds 200 prompts out of all.
-`--harmfulqa` holds rows with a `prompt`. `--quick` does everything on a few prompts, to see that it runs.
+Each study is a head (`recontrol fit`) and comparisons (`recontrol compare`) in a folder of its own in `--output`. All
+goes on where it was stopped. What they say goes to `--figures` (by default in `--output`); the page is made from that
+alone. `--pairs` as for `reward_model.py`, which is run first: it holds 200 prompts out of everything. `--harmfulqa`
+holds rows with a `prompt`. `--quick` does everything on a few prompts, to see that it runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_recontrol import (
     CompareSettings,
-    FitSettings,
     compare,
     embedded_model,
     fit,
@@ -205,8 +204,7 @@ class Runner:
                 tokenizer, every = AutoTokenizer.from_pretrained(self.model(study)), FIT["prefix_every"]
                 label_rollouts(copied, [reward], again=True, prefix_every=every, tokenizer=tokenizer)
                 copied.rename(own)
-        settings = FitSettings(**FIT, **self.settings(study))
-        figures = fit(self.model(study), self.training(study)[0], reward, own.parent, settings)
+        figures = fit(self.model(study), self.training(study)[0], reward, own.parent, **FIT, **self.settings(study))
         if "data_curve" in figures:
             path = self.figures / study.name / "data-curve.json"
             path.parent.mkdir(parents=True, exist_ok=True)
