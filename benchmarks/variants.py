@@ -59,7 +59,7 @@ class Pool:
     def __post_init__(self):
         store, everything = self.store, torch.arange(len(self.store))
         self.hidden, self.directions = (store.gather(name, everything) for name in ("hidden", "directions"))
-        self.so_far = store.gather("prefix_rewards", everything) if store.has_prefix_rewards else None
+        self.so_far = torch.cat([p.prefix_rewards for p in store.parts]) if store.has_prefix_rewards else None
         self.first = store.lengths.cumsum(0) - store.lengths
         self.episode = torch.repeat_interleave(everything, store.lengths)
         self.position = torch.arange(len(self.hidden)) - self.first[self.episode]

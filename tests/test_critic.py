@@ -79,11 +79,10 @@ def test_what_a_critic_reads_goes_to_other_processes_too():
         own, drawn, prefix, context, mean = found.split([WIDTH, WIDTH, 1, CONTEXT, CONTEXT], dim=1)
         assert torch.equal(own, store.gather("hidden", chosen))
         torch.testing.assert_close(drawn, sum_before(store.gather("directions", chosen), lengths))
-        rewards = store.gather("prefix_rewards", chosen)
-        known = rewards.isfinite()
-        assert known.any() and not known.all() and wide.prefix_columns.tolist() == [2 * WIDTH]
-        assert torch.equal(prefix[known], rewards[known])
-        torch.testing.assert_close(prefix[~known], states.prefix_rewards.nanmean().expand(int((~known).sum())))
+        rows = torch.cat([torch.arange(n) + store.lengths[:e].sum() for e, n in zip(chosen, lengths, strict=True)])
+        rewards = states.prefix_rewards[rows] - states.prefix_rewards.nanmean()
+        assert rewards.isnan().any() and not rewards.isnan().all() and wide.prefix_columns.tolist() == [2 * WIDTH]
+        torch.testing.assert_close(prefix, rewards.nan_to_num(0.0))
         assert torch.equal(context, store.gather("context", chosen))
         torch.testing.assert_close(mean, running_mean(context, lengths))
         assert torch.equal(wide.gather("directions", chosen), store.gather("directions", chosen))

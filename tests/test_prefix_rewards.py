@@ -166,6 +166,21 @@ def test_a_scoring_that_was_stopped_goes_on(folder, monkeypatch):
     assert load_rollouts(rollouts) == score_rollouts(load_rollouts(rollouts), words, **options)
 
 
+def test_rewards_that_are_large_next_to_their_spread_keep_it(folder, tmp_path):
+    def large(completions):
+        return [1e9 + len(text.split()) for text in completions]
+
+    model, rollouts = folder
+    label_rollouts(rollouts, [words], prefix_every=2, tokenizer=TOKENIZER)
+    write_states(tmp_path / "small", model, rollouts)
+    label_rollouts(rollouts, [large], prefix_every=2, tokenizer=TOKENIZER, again=True)
+    write_states(tmp_path / "large", model, rollouts)
+    found = [StateStore.open(tmp_path / name) for name in ("small", "large")]
+    small, large = (store.prefix_rewards(torch.arange(len(store))) for store in found)
+    assert small.std() > 0.1
+    torch.testing.assert_close(large, small, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_states_hold_the_latest_reward_known_at_each(folder, every, dtype, tmp_path):
@@ -175,20 +190,20 @@ def test_states_hold_the_latest_reward_known_at_each(folder, every, dtype, tmp_p
     store = StateStore.open(tmp_path / "states")
     assert store.has_prefix_rewards
     used = [r for r in load_rollouts(rollouts) if r.completion_ids]
+    stored = torch.cat([part.prefix_rewards for part in store.parts])
+    parts = stored.split(store.lengths.tolist())
     for number, r in enumerate(used):
         expected = []
         for t in range(len(r.completion_ids)):
             known = [reward for count, reward in zip(r.prefix_tokens, r.prefix_rewards, strict=True) if count <= t]
             expected.append(known[-1] if known else [torch.nan])
-        expected = torch.tensor(expected)[(len(r.completion_ids) - 1) % every :: every]
-        found = store.gather("prefix_rewards", torch.tensor([number]))
-        torch.testing.assert_close(found, expected, equal_nan=True)
+        expected = torch.tensor(expected, dtype=torch.float64)[(len(r.completion_ids) - 1) % every :: every]
+        assert torch.equal(parts[number].nan_to_num(-1.0), expected.nan_to_num(-1.0))
+        given = store.prefix_rewards(torch.tensor([number]))
+        torch.testing.assert_close(given, (expected - stored.nanmean()).nan_to_num(0.0).float())
     if every == 1:
         in_memory = collect_states(model, used, hook_point="lm_head", directions=True)
-        stored = store.gather("prefix_rewards", torch.arange(len(store)))
         torch.testing.assert_close(in_memory.prefix_rewards, stored, equal_nan=True)
-    filled = store.prefix_rewards(torch.arange(len(store)))
-    assert filled.isfinite().all()
     # Without them there is no such tensor, and the file is as it was before there were any.
     label_rollouts(rollouts, [words], again=True)
     write_states(tmp_path / "plain", model, rollouts, every=every, states_dtype=dtype)

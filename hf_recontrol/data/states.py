@@ -97,9 +97,9 @@ class States:
             self.finished = torch.ones(len(self.lengths), dtype=torch.bool)
 
     def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of `"hidden"`, `"directions"`, `"context"` or `"prefix_rewards"` in float32; only these are read."""
+        """Rows of `"hidden"`, `"directions"` or `"context"` in float32; only these are read."""
         values = getattr(self, name)[rows].float()
-        row_scale = getattr(self, f"{name}_row_scale", None)
+        row_scale = getattr(self, f"{name}_row_scale")
         if row_scale is None:
             return values
         return values * row_scale[rows] * getattr(self, f"{name}_feature_scale")
@@ -125,23 +125,29 @@ def episode_tensors(
     rollouts: Sequence[Rollout], every: int, num_objectives: int, prefixes: bool
 ) -> dict[str, torch.Tensor]:
     """The tensors of [`States`] with one row for each episode and, if asked for, the rewards of the text so far."""
-    found = [_so_far(rollout, every, num_objectives) for rollout in rollouts] if prefixes else []
+    so_far = [torch.empty(0, num_objectives, dtype=torch.float64)]
+    so_far += [_so_far(rollout, every, num_objectives) for rollout in rollouts if prefixes]
     return {
         "lengths": torch.tensor([math.ceil(len(r.completion_ids) / every) for r in rollouts], dtype=torch.int64),
         # In float64: of rewards that are large next to their spread float32 would keep nothing.
         "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float64).reshape(-1, num_objectives),
         "prompts": torch.tensor([prompt_hash(r.prompt) for r in rollouts], dtype=torch.int64),
         "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
-        **({"prefix_rewards": torch.cat([torch.empty(0, num_objectives), *found])} if prefixes else {}),
+        **(
+            {"prefix_rewards": torch.cat([torch.empty(0, num_objectives, dtype=torch.float64), *found])}
+            if prefixes
+            else {}
+        ),
     }
 
 
 def _so_far(rollout: Rollout, every: int, num_objectives: int) -> torch.Tensor:
     """The rewards of the response so far at each state that is kept, `(states, objectives)`; NaN where unknown."""
     tokens = len(rollout.completion_ids)
-    rewards = torch.full((tokens, num_objectives), torch.nan)
+    # In float64, as the rewards are.
+    rewards = torch.full((tokens, num_objectives), torch.nan, dtype=torch.float64)
     for start, values in zip(rollout.prefix_tokens or (), rollout.prefix_rewards or (), strict=True):
-        rewards[start:] = torch.tensor(values)
+        rewards[start:] = torch.tensor(values, dtype=torch.float64)
     return rewards[(tokens - 1) % every :: every]
 
 
@@ -217,19 +223,21 @@ class StateStore:
         return all(part.prefix_rewards is not None for part in self.parts)
 
     @cached_property
-    def _mean_prefix_rewards(self) -> torch.Tensor:
-        known = torch.cat([part.prefix_rewards for part in self.parts]).nanmean(0)
-        return known.nan_to_num(0.0).float()
+    def _prefix_rewards(self) -> torch.Tensor:
+        rewards = torch.cat([part.prefix_rewards for part in self.parts]).double()
+        return (rewards - rewards.nanmean(0)).nan_to_num(0.0).float()
 
     def prefix_rewards(self, episodes: torch.Tensor) -> torch.Tensor:
         """
-        As [`StateStore.gather`], the rewards of the response so far, with their mean over all states where none is
-        known; `(states, 0)` if none is kept.
+        The rewards of the response so far at the states of whole episodes, less their mean over all states, and 0
+        where none is known: `(states, num_objectives)`, in float32; `(states, 0)` if none are kept.
         """
+        lengths = self.lengths[episodes]
         if not self.has_prefix_rewards:
-            return torch.empty(int(self.lengths[episodes].sum()), 0)
-        rewards = StateStore.gather(self, "prefix_rewards", episodes)
-        return rewards.where(rewards.isfinite(), self._mean_prefix_rewards)
+            return torch.empty(int(lengths.sum()), 0)
+        first = (self.lengths.cumsum(0) - self.lengths)[episodes]
+        position = torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        return self._prefix_rewards[torch.repeat_interleave(first, lengths) + position]
 
     @cached_property
     def read_at(self) -> dict:
@@ -239,8 +247,8 @@ class StateStore:
 
     def gather(self, name: str, episodes: torch.Tensor) -> torch.Tensor:
         """
-        `"hidden"`, `"directions"`, `"context"` or `"prefix_rewards"` of whole episodes, one after the other, in
-        float32: shape `(states, width)`.
+        `"hidden"`, `"directions"` or `"context"` of whole episodes, one after the other, in float32: shape `(states,
+        hidden_size)`.
         """
         lengths = self.lengths[episodes]
         ends = lengths.cumsum(0)

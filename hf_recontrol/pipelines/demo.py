@@ -135,7 +135,7 @@ def run_demo(
         training.rows,
         vader,
         output,
-        FitSettings(part_size=64, keep_states=True, **shared),
+        FitSettings(part_size=64, keep_states=True, prefix_every=4, **shared),
         tokenizer=tokenizer,
         command=f"recontrol demo --seed {seed}",
     )
