@@ -133,11 +133,7 @@ def episode_tensors(
         "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float64).reshape(-1, num_objectives),
         "prompts": torch.tensor([prompt_hash(r.prompt) for r in rollouts], dtype=torch.int64),
         "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
-        **(
-            {"prefix_rewards": torch.cat([torch.empty(0, num_objectives, dtype=torch.float64), *found])}
-            if prefixes
-            else {}
-        ),
+        **({"prefix_rewards": torch.cat(so_far)} if prefixes else {}),
     }
 
 
