@@ -208,7 +208,7 @@ class Runner:
         if "data_curve" in figures:
             path = self.figures / study.name / "data-curve.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(figures["data_curve"]) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(figures["data_curve"] | FIT) + "\n", encoding="utf-8")
 
     def settings(self, study: Study) -> dict[str, Any]:
         """Those of sampling and loading."""

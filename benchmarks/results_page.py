@@ -29,8 +29,8 @@ Strengths were found on 64 held-out prompts, never by the reward. Differences ar
 tables are of a machine that did other work too.{times}
 
 The models: smollm2 is SmolLM2-135M-Instruct{gemma}.
-Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens to each,
-scored after every fourth token too (`--prefix-every 4`).
+Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens to each.
+{scored}
 The preference reward model is a MiniLM of 6 layers, trained on the same pairs by `benchmarks/reward_model.py`: it
 ranks {accuracy:.0%} of {held_out_pairs} unseen pairs right, and its reward correlates with an answer's length by
 {correlation_with_length:.2f}. No judge here reads and understands: win rates are by these reward models.
@@ -125,6 +125,26 @@ def by_responses(study: Path) -> list[str]:
     ]
 
 
+def how_trained(kept: Path, studies: Sequence[str]) -> str:
+    """What the static vectors and g learned from."""
+    scored, unscored = [], []
+    for name in studies:
+        path = kept / name / "data-curve.json"
+        if path.is_file():
+            every = json.loads(path.read_text(encoding="utf-8")).get("prefix_every")
+            (unscored if every is None else scored).append(name)
+    text = []
+    if scored:
+        text.append(f"Of {' and '.join(scored)} the response so far was scored too (`--prefix-every 4`).")
+    if unscored:
+        text += [
+            f"Those of {' and '.join(unscored)} are older:",
+            "their static vectors and g learned from V's own differences (`--no-critic --gae-lambda 0`), which teaches",
+            "them less ([what a critic is worth](fitting.md#a-critic)).",
+        ]
+    return "\n".join(text)
+
+
 def page(kept: Path, names: Sequence[str]) -> str:
     """The whole page, from the folder of figures."""
     studies = [name for name in names if (kept / name).is_dir()]
@@ -134,6 +154,7 @@ def page(kept: Path, names: Sequence[str]) -> str:
             **json.loads((kept / "reward-model.json").read_text(encoding="utf-8")),
             times=" Those to be held against each other stand under *time and memory*." if timed else "",
             gemma=GEMMA if any(name.startswith("gemma") for name in studies) else "",
+            scored=how_trained(kept, studies),
         )
     ]
     missing = [name for name in names if not (kept / name / "comparison" / "table.md").is_file()]
