@@ -139,7 +139,7 @@ def how_trained(kept: Path, studies: Sequence[str]) -> str:
     if unscored:
         text += [
             f"Those of {' and '.join(unscored)} are older:",
-            "their static vectors and g learned from V's own differences (`--no-critic --gae-lambda 0`), which teaches",
+            "their static vectors and g learned from V's own differences (`--no-critic --gae-lambda 0`) and taught",
             "them less ([what a critic is worth](fitting.md#a-critic)).",
         ]
     return "\n".join(text)

@@ -139,6 +139,25 @@ def test_a_critic_gives_better_targets_where_it_sees_what_the_head_does_not(seen
     torch.testing.assert_close(head.static_vector, slope / head.config.reward_std, rtol=0.3, atol=0.1)
 
 
+@pytest.mark.usefixtures("recontrol_warnings")
+def test_a_critic_of_states_that_say_nothing_says_nothing():
+    states, _ = hidden_from_the_head(60)
+    for name in ("hidden", "directions", "context"):
+        getattr(states, name).zero_()
+    critic, figures = train_critic(states, CONFIG)
+    assert figures["value_error"] == pytest.approx(1, abs=0.1)
+    assert all(torch.isfinite(tensor).all() for tensor in critic.state_dict().values())
+
+
+def test_a_critic_is_refused_where_it_cannot_be():
+    states, _ = hidden_from_the_head(60)
+    with pytest.raises(ValueError, match="wide"):
+        train_critic(states, replace(CONFIG, hidden_size=WIDTH + 1))
+    states.directions = None
+    with pytest.raises(ValueError, match="no directions"):
+        train_critic(states, CONFIG)
+
+
 def test_a_critic_of_several_objectives_has_a_value_for_each():
     states, _ = hidden_from_the_head(200)
     states.rewards = torch.cat([states.rewards, -2 * states.rewards + 1], 1)

@@ -73,6 +73,104 @@ def test_a_part_never_says_more_than_the_response_which_a_stop_string_ended():
     assert len(texts) == 6 and all(cut.completion.startswith(text) for text in texts)
 
 
+@pytest.mark.usefixtures("recontrol_warnings")
+def test_rewards_that_no_part_has_are_told(folder, caplog):
+    def whole_only(completion_ids):
+        return [1.0 + i if len(ids) == 7 else None for i, ids in enumerate(completion_ids)]
+
+    options = {"prefix_every": 2, "tokenizer": TOKENIZER}
+    [scored] = score_rollouts([rollout(7)], whole_only, **options)
+    assert scored.prefix_tokens == [] and "No response so far has a reward" in caplog.text
+    caplog.clear()
+    label_rollouts(folder[1], [words], prefix_every=50, tokenizer=TOKENIZER)
+    assert "No response so far has a reward" in caplog.text
+
+
+def test_a_combined_reward_of_a_part_is_of_the_functions_that_score_the_whole():
+    def needs_some(completion_ids):
+        return [float("nan") if len(ids) < 5 else 1.0 for ids in completion_ids]
+
+    def undecided(completion_ids):
+        return [None if len(ids) < 3 else 1.0 for ids in completion_ids]
+
+    def others(prompts):
+        return [None if prompt == "w5" else 1.0 for prompt in prompts]
+
+    def hundred(completion_ids):
+        return [100.0 for _ in completion_ids]
+
+    options = {"prefix_every": 2, "tokenizer": TOKENIZER, "combine_rewards": "sum"}
+    assert score_rollouts([rollout(7)], needs_some, hundred, **options)[0].prefix_tokens == [6]
+    assert score_rollouts([rollout(7)], undecided, hundred, **options)[0].prefix_tokens == [4, 6]
+    routed, other = score_rollouts([rollout(7), rollout(7, prompt="w6")], others, hundred, **options)
+    assert other.prefix_rewards == [[101.0]] * 3
+    assert routed.prefix_rewards == [[100.0]] * 3
+
+
+@pytest.mark.parametrize("every", [0, -3, 2.5, True])
+def test_a_number_of_tokens_that_is_none_is_refused_before_anything_is_written(every, folder):
+    rollouts = folder[1]
+    before = (rollouts / "manifest.json").read_bytes()
+    for call in (
+        lambda **o: score_rollouts([rollout(3)], words, **o),
+        lambda **o: label_rollouts(rollouts, [words], **o),
+    ):
+        with pytest.raises(ValueError, match="prefix_every"):
+            call(prefix_every=every, tokenizer=TOKENIZER)
+    assert (rollouts / "manifest.json").read_bytes() == before
+
+
+def test_the_tokenizer_of_another_base_is_refused(folder):
+    class Shifted:
+        def decode(self, ids, **options):
+            return TOKENIZER.decode([i + 1 for i in ids], **options)
+
+    with pytest.raises(ValueError, match="is not known: give that of the base"):
+        label_rollouts(folder[1], [words], prefix_every=2, tokenizer=Shifted())
+
+
+def test_a_character_that_is_not_whole_yet_is_not_shown():
+    class Bytes:
+        def decode(self, ids, **options):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    texts = []
+
+    def reward(completions):
+        texts.extend(completions)
+        return [0.0 for _ in completions]
+
+    ids = list("h\u00e9 \U0001f600!".encode())
+    given = Rollout("w5", "h\u00e9 \U0001f600!", [7], ids, True)
+    score_rollouts([given], reward, prefix_every=1, tokenizer=Bytes())
+    assert not any("\ufffd" in text for text in texts) and len(texts) == len(ids)
+
+
+def test_what_a_reward_gains_with_every_token_is_nobodys_merit():
+    generator = torch.Generator().manual_seed(0)
+    count, length = 40, 6
+    value = torch.randn(count, length, generator=generator).cumsum(1)
+    seen = torch.cat([torch.full((count, 1), torch.nan), value[:, :-1]], 1)
+    shared = {"lengths": torch.full((count,), length), "rewards": value[:, -1:], "prompts": torch.arange(count)}
+    stores = [
+        StateStore.of(States(torch.randn(count * length, 3), prefix_rewards=x.reshape(-1, 1), **shared))
+        for x in (seen, seen + 100 * torch.arange(length))
+    ]
+    plain, drifting = (store.prefix_rewards(torch.arange(count)) for store in stores)
+    torch.testing.assert_close(drifting, plain, rtol=1e-4, atol=1e-4)
+    by_place = plain.view(count, length)
+    torch.testing.assert_close(by_place.mean(0), torch.zeros(length), rtol=0, atol=1e-5)
+    assert (by_place[:, 0] == 0).all() and by_place[:, 1:].std() > 0.5
+
+
+def test_where_few_responses_are_so_long_their_mean_is_that_of_the_place_before():
+    lengths = torch.tensor([2] * 40 + [3])
+    prefix = torch.tensor([[torch.nan], [1.0]] * 40 + [[torch.nan], [1.0], [5.0]])
+    states = States(torch.randn(83, 3), lengths, torch.randn(41, 1), torch.arange(41), prefix_rewards=prefix)
+    found = StateStore.of(states).prefix_rewards(torch.tensor([40]))
+    torch.testing.assert_close(found, torch.tensor([[0.0], [0.0], [4.0]]))
+
+
 def test_parts_without_a_finite_number_are_left_out_and_scoring_again_forgets_the_old_ones():
     def picky(completion_ids):
         return [{2: None, 4: float("nan")}.get(len(ids), float(len(ids))) for ids in completion_ids]
@@ -199,6 +297,7 @@ def test_states_hold_the_latest_reward_known_at_each(folder, every, dtype, tmp_p
             expected.append(known[-1] if known else [torch.nan])
         expected = torch.tensor(expected, dtype=torch.float64)[(len(r.completion_ids) - 1) % every :: every]
         assert torch.equal(parts[number].nan_to_num(-1.0), expected.nan_to_num(-1.0))
+        # There are too few for a mean at each place.
         given = store.prefix_rewards(torch.tensor([number]))
         torch.testing.assert_close(given, (expected - stored.nanmean()).nan_to_num(0.0).float())
     if every == 1:

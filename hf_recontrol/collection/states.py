@@ -18,9 +18,9 @@ from transformers.utils import logging
 
 from ..data.fingerprints import hook_point_settings, model_settings
 from ..data.processes import Progress, progress_bar
-from ..data.rollouts import Rollout, count_rollouts, load_rollouts, rollout_parts
+from ..data.rollouts import Rollout, count_rollouts, episode_tensors, load_rollouts, rollout_parts
 from ..data.stage_folder import StageFolder, read_manifest
-from ..data.states import States, StateWriter, episode_tensors
+from ..data.states import States, StateWriter
 from ..heads.base_model import check_nameable
 from ..modeling.hook_points import HookPoint, in_eval, lm_head_rows
 from ..modeling.hooks import follow, read_states

@@ -67,6 +67,17 @@ class Processes:
 
         return gather_object([value])
 
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of all processes' tensors, on the CPU, the same in every process."""
+        if self.count == 1:
+            return values.cpu()
+        from accelerate.utils import reduce
+
+        # Where the device lacks float64 the tensors cannot meet there.
+        if values.dtype == torch.float64 and float64_device(self.device) != self.device:
+            return torch.stack(self.gather(values.cpu())).sum(0)
+        return reduce(values.to(self.device), "sum").cpu()
+
 
 def device_of(given: str | None, name: str = "device") -> torch.device:
     """

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..utils.extras import needs_extra
 from ..utils.files import atomic_path
-from .fingerprints import file_checksum
+from .fingerprints import file_checksum, prompt_hash
 from .prompts import Prompt
 from .stage_folder import MANIFEST_NAME, read_manifest
 
@@ -70,13 +72,22 @@ def responses_so_far(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, every
     return [
         replace(
             rollout,
-            # A stop string ends the completion before its last tokens.
-            completion=tokenizer.decode(ids[:count], skip_special_tokens=True)[: len(rollout.completion)],
+            completion=_decoded(ids[:count], rollout, tokenizer),
             completion_ids=ids[:count],
             finished=False,
         )
         for count in range(every, len(ids), every)
     ]
+
+
+def _decoded(ids: list[int], rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
+    # A stop string ends the completion before its last tokens, and the last character may not be whole yet.
+    return tokenizer.decode(ids, skip_special_tokens=True)[: len(rollout.completion)].rstrip("\ufffd")
+
+
+def is_decoded_by(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer makes a rollout's completion of its tokens."""
+    return _decoded(rollout.completion_ids, rollout, tokenizer) == rollout.completion.rstrip("\ufffd")
 
 
 def _parquet():
@@ -256,3 +267,29 @@ def rollout_parts(folder: str | os.PathLike) -> list[Path]:
         if file_checksum(folder / name) != checksum:
             raise ValueError(f"{folder / name} was changed or damaged: it is not what its {MANIFEST_NAME} names.")
     return [folder / name for name in sorted(manifest["parts"])]
+
+
+def episode_tensors(
+    rollouts: Sequence[Rollout], every: int, num_objectives: int, prefixes: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors of `States` with one row for each episode and, if asked for, the rewards of the text so far."""
+    so_far = [torch.empty(0, num_objectives, dtype=torch.float64)]
+    so_far += [_so_far(rollout, every, num_objectives) for rollout in rollouts if prefixes]
+    return {
+        "lengths": torch.tensor([math.ceil(len(r.completion_ids) / every) for r in rollouts], dtype=torch.int64),
+        # In float64: of rewards that are large next to their spread float32 would keep nothing.
+        "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float64).reshape(-1, num_objectives),
+        "prompts": torch.tensor([prompt_hash(r.prompt) for r in rollouts], dtype=torch.int64),
+        "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
+        **({"prefix_rewards": torch.cat(so_far)} if prefixes else {}),
+    }
+
+
+def _so_far(rollout: Rollout, every: int, num_objectives: int) -> torch.Tensor:
+    """The rewards of the response so far at each state that is kept, `(states, objectives)`; NaN where unknown."""
+    tokens = len(rollout.completion_ids)
+    # In float64, as the rewards are.
+    rewards = torch.full((tokens, num_objectives), torch.nan, dtype=torch.float64)
+    for start, values in zip(rollout.prefix_tokens or (), rollout.prefix_rewards or (), strict=True):
+        rewards[start:] = torch.tensor(values, dtype=torch.float64)
+    return rewards[(tokens - 1) % every :: every]

@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .fingerprints import prompt_hash
-from .rollouts import Rollout
 from .stage_folder import MANIFEST_NAME, read_manifest
 
 # Names of dtypes in a safetensors header.
@@ -29,6 +27,8 @@ _HEADER_NAMES = {
 }
 # The scales of int8 features are set by the first states of a file, so many.
 _STATES_FOR_SCALES = 2048
+# Fewer rewards of the response so far than this make no mean of their own.
+_ENOUGH = 30
 # Features that are smaller there than this share of the average one are not given a finer grid.
 _SMALLEST_FEATURE = 1e-2
 
@@ -121,32 +121,6 @@ class States:
             raise ValueError(f"{path} does not hold states ({error}): make them with `recontrol states`.") from error
 
 
-def episode_tensors(
-    rollouts: Sequence[Rollout], every: int, num_objectives: int, prefixes: bool
-) -> dict[str, torch.Tensor]:
-    """The tensors of [`States`] with one row for each episode and, if asked for, the rewards of the text so far."""
-    so_far = [torch.empty(0, num_objectives, dtype=torch.float64)]
-    so_far += [_so_far(rollout, every, num_objectives) for rollout in rollouts if prefixes]
-    return {
-        "lengths": torch.tensor([math.ceil(len(r.completion_ids) / every) for r in rollouts], dtype=torch.int64),
-        # In float64: of rewards that are large next to their spread float32 would keep nothing.
-        "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float64).reshape(-1, num_objectives),
-        "prompts": torch.tensor([prompt_hash(r.prompt) for r in rollouts], dtype=torch.int64),
-        "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
-        **({"prefix_rewards": torch.cat(so_far)} if prefixes else {}),
-    }
-
-
-def _so_far(rollout: Rollout, every: int, num_objectives: int) -> torch.Tensor:
-    """The rewards of the response so far at each state that is kept, `(states, objectives)`; NaN where unknown."""
-    tokens = len(rollout.completion_ids)
-    # In float64, as the rewards are.
-    rewards = torch.full((tokens, num_objectives), torch.nan, dtype=torch.float64)
-    for start, values in zip(rollout.prefix_tokens or (), rollout.prefix_rewards or (), strict=True):
-        rewards[start:] = torch.tensor(values, dtype=torch.float64)
-    return rewards[(tokens - 1) % every :: every]
-
-
 class StateStore:
     """
     The states of all files of a folder, as one sequence of episodes.
@@ -221,12 +195,24 @@ class StateStore:
     @cached_property
     def _prefix_rewards(self) -> torch.Tensor:
         rewards = torch.cat([part.prefix_rewards for part in self.parts]).double()
-        return (rewards - rewards.nanmean(0)).nan_to_num(0.0).float()
+        known = rewards.isfinite()
+        place = torch.cat([torch.arange(length) for length in self.lengths.tolist()])
+        sums, counts = (
+            torch.zeros(int(self.lengths.max()), rewards.shape[1], dtype=torch.float64).index_add_(0, place, values)
+            for values in (rewards.where(known, 0.0), known.double())
+        )
+        means, enough = sums / counts.clamp(min=1), counts >= _ENOUGH
+        # Where few are known, the mean is that of the last place at which enough were.
+        last = torch.arange(len(means))[:, None].where(enough, -1).cummax(0).values
+        overall = sums.sum(0) / counts.sum(0).clamp(min=1)
+        means = means.gather(0, last.clamp(min=0)).where(last >= 0, overall)
+        return (rewards - means[place]).where(known, 0.0).float()
 
     def prefix_rewards(self, episodes: torch.Tensor) -> torch.Tensor:
         """
-        The rewards of the response so far at the states of whole episodes, less their mean over all states, and 0
-        where none is known: `(states, num_objectives)`, in float32; `(states, 0)` if none are kept.
+        The rewards of the response so far at the states of whole episodes, less their mean over all episodes at the
+        same place (a reward may grow with every token, and that is nobody's merit), and 0 where none is known:
+        `(states, num_objectives)`, in float32; `(states, 0)` if none are kept.
         """
         lengths = self.lengths[episodes]
         if not self.has_prefix_rewards:

@@ -34,7 +34,7 @@ FIGURES = {
     "critic_value_error_last": Figure("the critic's error at the last token", "to be held against V's"),
     "critic_correlation_last": Figure("the critic's correlation with the reward, last token", "1 is perfect"),
     "advantage_correlation": Figure(
-        "g's correlation with V's differences", "how much each token changes V, or the critic's value", "pearsonr"
+        "g's correlation with its targets", "how much each token changes the critic's value (or V)", "pearsonr"
     ),
     "constant_correlation": Figure(
         "the same, of the static vector", "what one vector for all states does", "pearsonr"

@@ -271,7 +271,7 @@ class StatesSettings(HookPointSettings):
         None,
         "Decoder layer (negative: from the end) whose states are stored too, for a critic: a value function that sees "
         "more than the head can, and exists in training alone. A middle one is a good first try.",
-        default_text="no critic",
+        default_text="the critic reads no other layer",
     )
     every: int = setting(
         1,

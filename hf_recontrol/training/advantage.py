@@ -1,4 +1,4 @@
-"""States and V to the advantage part: least squares on V's differences, the static vector in closed form."""
+"""States and values to the advantage part: least squares on their differences, the static vector in closed form."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def fit_advantage(
     **changes,
 ) -> dict[str, Any]:
     r"""
-    Fit the advantage part, in place, by least squares on V's differences: `(w_y - w̄(h_t))ᵀ g(h_t) ≈ A_t` (see
+    Fit the advantage part, in place, by least squares on differences of values: `(w_y - w̄(h_t))ᵀ g(h_t) ≈ A_t` (see
     [`value_differences`]). First the static vector b, a g that is the same for all states, by ridge regression in
     closed form (streamed normal equations; the penalty is the one with the smallest held-out error); then the MLP from
     there on, by transformers' Trainer, with the epoch with the smallest held-out error kept, which may be the one
@@ -155,7 +155,7 @@ def fit_advantage(
 
     Returns:
         On the held-out prompts (which also chose the penalty and the epoch): `advantage_correlation` and
-        `constant_correlation`, with V's differences, of g and of b; `advantage_error` and `constant_error`, mean
+        `constant_correlation`, with their targets, of g and of b; `advantage_error` and `constant_error`, mean
         squared, relative to that of 0; `log`, the Trainer's log. Of g only where there is one.
 
     Raises:
@@ -235,7 +235,7 @@ def _fit_rest(trainer: AdvantageTrainer, head: ValueHead, constant_error: float,
     figures = trainer.figures()
     if figures["advantage_correlation"] < _USELESS and trainer.processes.index == 0:
         logger.warning(
-            f"On held-out prompts g's correlation with V's differences is {figures['advantage_correlation']:.3f}: "
+            f"On held-out prompts g's correlation with its targets is {figures['advantage_correlation']:.3f}: "
             "the advantage edit can hardly steer. Use more rollouts, or another control."
         )
     return figures

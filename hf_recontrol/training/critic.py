@@ -19,17 +19,18 @@ from .targets import episode_mask, pad_episodes, td_targets
 from .trainer import Episodes
 from .value import check_states, measure, new_head, sides
 
-# Episodes whose values are computed at once.
-_EPISODES_AT_ONCE = 64
-# The reward of the text so far is one number among hundreds and says more than any of them: in these units the penalty
-# leaves it alone.
+# Numbers that are read at once, and episodes at most.
+_NUMBERS_AT_ONCE, _EPISODES_AT_ONCE = 2**26, 64
+# The reward of the response so far is one number among hundreds and says more than any other: in a smaller unit it is
+# penalised less.
 _PREFIX_UNIT = 0.1
 
 
 class CriticStore(StateStore):
     """
-    States as a critic reads them: the head's own; the sum of the directions of the tokens drawn so far; where there
-    are any, the rewards of the text so far, and the states of another layer with their mean over the response so far.
+    States as a critic reads them: the head's own; the sum of the directions so far (of the states that are kept);
+    where there are any, the rewards of the response so far, and the states of another layer with their mean over the
+    response so far.
 
     Args:
         store ([`StateStore`]):
@@ -51,7 +52,7 @@ class CriticStore(StateStore):
 
     @property
     def prefix_columns(self) -> torch.Tensor:
-        """Which columns hold the rewards of the text so far."""
+        """Which columns hold the rewards of the response so far."""
         count = self.rewards.shape[1] if self.has_prefix_rewards else 0
         return 2 * self.parts[0].hidden.shape[1] + torch.arange(count)
 
@@ -139,12 +140,17 @@ def train_critic(
     return critic.cpu(), figures
 
 
+def _at_once(store: StateStore) -> int:
+    """How many episodes are read at once."""
+    return max(1, min(_EPISODES_AT_ONCE, _NUMBERS_AT_ONCE // (int(store.lengths.max()) * store.hidden_size)))
+
+
 @torch.no_grad()
 def _rows(
     critic: ValueHead, episodes: Episodes, discount: float, processes: Processes
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What the critic reads at each state of this process's share, in its units, and the discounted reward."""
-    for _, batch in episodes.batches(_EPISODES_AT_ONCE, processes):
+    for _, batch in episodes.batches(_at_once(episodes.store), processes):
         lengths = batch["lengths"]
         nothing = torch.zeros(*episode_mask(lengths).shape, batch["rewards"].shape[1])
         targets = td_targets(nothing, batch["rewards"], lengths, 1.0, discount=discount)[episode_mask(lengths)]
@@ -156,7 +162,7 @@ def critic_values(critic: ValueHead, store: StateStore, processes: Processes) ->
     """Standardised values of each episode's states, `(states, objectives)` each."""
     wide, critic = CriticStore(store), critic.to(processes.device)
     values: list[torch.Tensor] = []
-    for episodes in torch.arange(len(wide)).split(_EPISODES_AT_ONCE):
+    for episodes in torch.arange(len(wide)).split(_at_once(wide)):
         flat = critic(wide.gather("hidden", episodes).to(processes.device)).float().cpu()
         values += flat.split(wide.lengths[episodes].tolist())
     critic.cpu()

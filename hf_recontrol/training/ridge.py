@@ -61,9 +61,8 @@ class Moments:
             x_sum += x.sum(0)
             y_sum += y.sum(0)
             count += len(x)
-        gathered = processes.gather((square.cpu(), product.cpu(), x_sum.cpu(), y_sum.cpu(), count))
-        count = sum(part[-1] for part in gathered)
-        return cls(*(sum(part[i] for part in gathered) / count for i in range(4)))
+        count = processes.sum(torch.tensor(count, **exact))
+        return cls(*(processes.sum(x) / count for x in (square, product, x_sum, y_sum)))
 
     def around(self, x: torch.Tensor, y: torch.Tensor) -> Moments:
         """Those of inputs and targets less these constants."""
@@ -84,7 +83,8 @@ def ridge(train: Moments, held_out: Moments) -> torch.Tensor:
         raise ValueError("The states or directions hold NaN or infinite values.")
     eigenvalues, basis = torch.linalg.eigh(train.square)
     projected = basis.T @ train.product
-    penalties = eigenvalues.max() * _PENALTIES
+    # Inputs that are all 0 have a largest eigenvalue of 0, and any penalty will do.
+    penalties = eigenvalues.max().clamp(min=1e-30) * _PENALTIES
     solutions = [basis @ (projected / (eigenvalues.clamp(min=0) + penalty)[:, None]) for penalty in penalties]
     # The errors but for a constant.
     errors = [((held_out.square @ b - 2 * held_out.product) * b).sum(0) for b in solutions]

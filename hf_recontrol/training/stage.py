@@ -62,6 +62,8 @@ def _what_matters(settings: TrainSettings) -> dict[str, Any]:
     }
     arguments = values["training_arguments"]
     values["training_arguments"] = {key: value for key, value in arguments.items() if key not in _INDIFFERENT}
+    # Which critic: an earlier one was a network.
+    values["critic"] = settings.critic and "linear"
     return {key: value for key, value in values.items() if key not in _INDIFFERENT}
 
 

@@ -82,7 +82,7 @@ class Episodes(Dataset):
         numbers = torch.arange(len(self))
         if processes is not None:
             numbers = numbers[processes.index :: processes.count]
-        for part in numbers.split(size):
+        for part in numbers.split(size) if len(numbers) else ():
             yield part, self.__getitems__(part.tolist())
 
 

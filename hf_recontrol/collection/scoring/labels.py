@@ -25,7 +25,7 @@ from ...data.rollouts import (
 from ...data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
 from ...settings import LabelSettings
 from ...utils.checks import check_choice
-from .responses import check_prefixes, fingerprints_of, noting_calls, scored_rollouts, what_is_left_out
+from .responses import NO_PREFIX, check_prefixes, fingerprints_of, noting_calls, scored_rollouts, what_is_left_out
 from .rewards import RewardFunction, by_name, check_reward
 
 logger = logging.get_logger(__name__)
@@ -59,8 +59,8 @@ def label_rollouts(
             Called with (done, total) instead of showing a bar.
 
     Returns:
-        Counts: those of the rollouts, `unscored`, the sum of each objective, `reward NAME`, and how many responses
-        each function scored, `scored NAME`.
+        Counts: those of the rollouts, `unscored`, `prefixes` (responses so far that have a reward), the sum of each
+        objective, `reward NAME`, and how many responses each function scored, `scored NAME`.
 
     Raises:
         `ValueError`: as [`score_rollouts`]; if the rollouts have other rewards already (also those of a function of
@@ -126,6 +126,8 @@ def label_rollouts(
             raise
         if left_out and stage.processes.index == 0:
             logger.warning(left_out)
+        if prefix_every is not None and not counts["prefixes"] and stage.processes.index == 0:
+            logger.warning(NO_PREFIX)
         return counts
 
 
@@ -186,6 +188,7 @@ def _count_scored(path: Path, names: Sequence[str]) -> dict[str, float]:
         "finished": sum(rollout.finished for rollout in rollouts),
         "tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
         "unscored": len(rollouts) - len(scored),
+        "prefixes": sum(len(rollout.prefix_tokens or ()) for rollout in rollouts),
         **{f"reward {name}": sum(reward[k] for reward in scored) for k, name in enumerate(names)},
         **{f"scored {name}": count for name, count in scored_by(path).items()},
     }

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...data.prompts import BadRow, Prompts, report_bad_rows
-from ...data.rollouts import Rollout, responses_so_far
+from ...data.rollouts import Rollout, is_decoded_by, responses_so_far
 from ...settings import LabelSettings
-from ...utils.checks import check_choice
+from ...utils.checks import check_choice, check_int
 from ...utils.code_fingerprints import UnknownStateError
 from .classifiers import ClassifierReward
 from .rewards import (
@@ -32,6 +32,11 @@ from .rewards import (
 
 logger = logging.get_logger(__name__)
 
+# What is said where `prefix_every` gave nothing.
+NO_PREFIX = (
+    "No response so far has a reward (`prefix_every`): the rewards give none for part of a text, or no response is so "
+    "long. What is trained is the same as without."
+)
 # The answer that rewards are tried on before any is sampled.
 _TRIED = "I do not know."
 
@@ -154,7 +159,7 @@ def score_rollouts(
             Where the rollouts are from, for messages.
         prefix_every (`int`, *optional*), tokenizer (*optional*):
             Also score the response so far after every k-th token, with the tokenizer that the responses were decoded
-            by. A part that a function gives no finite number for has no reward.
+            by. A part has no reward where a function that scores the whole gives no finite number.
 
     Raises:
         `ValueError`: if there is nothing to score; if a function cannot be called with what the rollouts have, returns
@@ -171,6 +176,8 @@ def score_rollouts(
     left_out = what_is_left_out(list(zip(names, counts, strict=True)), unscored, len(scored), combine_rewards)
     if left_out:
         logger.warning(left_out)
+    if prefix_every is not None and not any(rollout.prefix_tokens for rollout in scored):
+        logger.warning(NO_PREFIX)
     return scored
 
 
@@ -196,43 +203,58 @@ def scored_rollouts(
         for row, (rollout, *values) in enumerate(zip(rollouts, *scores, strict=True))
     ]
     if prefix_every is not None:
-        found = _with_prefixes(found, rewards, combine_rewards, source, prefix_every, tokenizer)
+        scored_by = [[value is not None for value in values] for values in zip(*scores, strict=True)]
+        found = _with_prefixes(found, scored_by, rewards, combine_rewards, source, prefix_every, tokenizer)
     return found, [sum(value is not None for value in values) for values in scores]
 
 
 def check_prefixes(prefix_every: int | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Raise `ValueError` if the response so far cannot be scored for want of a tokenizer."""
+    """Raise `ValueError` for no number of tokens, or if the response so far cannot be had for want of a tokenizer."""
+    if prefix_every is not None:
+        check_int("prefix_every", prefix_every, low=1)
     if prefix_every is not None and tokenizer is None:
         raise ValueError("To score the response so far (`prefix_every`), give the `tokenizer` of the responses too.")
 
 
 def _with_prefixes(
     rollouts: Sequence[Rollout],
+    scored_by: Sequence[list[bool]],
     rewards: Sequence[RewardFunction],
     combine_rewards: str,
     source: str,
     every: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Rollout]:
-    """Rollouts with the rewards of the response so far, where the whole one has a reward."""
+    """
+    Rollouts with the rewards of the response so far, where the whole one has a reward; of a part that not all of the
+    functions score which score the whole there is none.
+    """
+    if 2 * sum(is_decoded_by(rollout, tokenizer) for rollout in rollouts) < len(rollouts):
+        raise ValueError(
+            f"The tokenizer does not make the texts of {source} of their tokens, so what they were after some of them "
+            "is not known: give that of the base which drew them."
+        )
     parts = [[] if r.reward is None else responses_so_far(r, tokenizer, every) for r in rollouts]
-    scores = _called_so_far([part for own in parts for part in own], rewards, source)
-    found = iter([_reward_of(values, combine_rewards) for values in zip(*scores, strict=True)])
+    scores = iter(_called_so_far([part for own in parts for part in own], rewards, source))
     result = []
-    for rollout, own in zip(rollouts, parts, strict=True):
-        known = {len(part.completion_ids): reward for part in own if (reward := next(found)) is not None}
+    for rollout, own, functions in zip(rollouts, parts, scored_by, strict=True):
+        known = {}
+        for part, values in zip(own, scores, strict=False):
+            if values is not None and [value is not None for value in values] == functions:
+                known[len(part.completion_ids)] = _reward_of(values, combine_rewards)
         result.append(replace(rollout, prefix_tokens=list(known), prefix_rewards=list(known.values())))
     return result
 
 
 def _called_so_far(
     parts: Sequence[Rollout], rewards: Sequence[RewardFunction], source: str
-) -> list[list[float | None]]:
-    """What each function says of parts of responses, `None` where that is no finite number."""
+) -> list[tuple[float | None, ...] | None]:
+    """What the functions say of each part of a response, `None` where one says what is no finite number."""
     if not parts:
-        return [[] for _ in rewards]
+        return []
     try:
-        return _called(parts, rewards, source)[0]
+        scores, bad = _called(parts, rewards, source)
+        return [None if row in bad else values for row, values in enumerate(zip(*scores, strict=True))]
     except (RuntimeError, ValueError) as error:
         said = f"{error} (It was given the response so far, part of a text: leave `prefix_every` out if it needs all.)"
         raise type(error)(said) from error.__cause__ or error
