@@ -79,7 +79,7 @@ def test_two_processes_make_what_one_makes(tmp_path, by_stage):
         one = run(arguments, tmp_path)
     for arguments in commands["two"]:
         two = (run_two if by_stage else launch)(arguments, tmp_path)
-    assert one.count('"value_error_last"') == two.count("value_error_last") == 1, "only the first process prints"
+    assert one.count('"value_error_last"') == two.count('"value_error_last"') == 1, "only the first process prints"
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
     one, two = tmp_path / "one", tmp_path / "two"
