@@ -121,6 +121,11 @@ class States:
             raise ValueError(f"{path} does not hold states ({error}): make them with `recontrol states`.") from error
 
 
+def places(lengths: torch.Tensor) -> torch.Tensor:
+    """Of episodes of these lengths, one after the other: the place of each state in its episode, `(states,)`."""
+    return torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+
+
 class StateStore:
     """
     The states of all files of a folder, as one sequence of episodes.
@@ -196,7 +201,7 @@ class StateStore:
     def _prefix_rewards(self) -> torch.Tensor:
         rewards = torch.cat([part.prefix_rewards for part in self.parts]).double()
         known = rewards.isfinite()
-        place = torch.cat([torch.arange(length) for length in self.lengths.tolist()])
+        place = places(self.lengths)
         sums, counts = (
             torch.zeros(int(self.lengths.max()), rewards.shape[1], dtype=torch.float64).index_add_(0, place, values)
             for values in (rewards.where(known, 0.0), known.double())
@@ -218,8 +223,7 @@ class StateStore:
         if not self.has_prefix_rewards:
             return torch.empty(int(lengths.sum()), 0)
         first = (self.lengths.cumsum(0) - self.lengths)[episodes]
-        position = torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        return self._prefix_rewards[torch.repeat_interleave(first, lengths) + position]
+        return self._prefix_rewards[torch.repeat_interleave(first, lengths) + places(lengths)]
 
     @cached_property
     def read_at(self) -> dict:
@@ -233,9 +237,7 @@ class StateStore:
         hidden_size)`.
         """
         lengths = self.lengths[episodes]
-        ends = lengths.cumsum(0)
-        position = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - lengths, lengths)
-        rows = torch.repeat_interleave(self._start[episodes], lengths) + position
+        rows = torch.repeat_interleave(self._start[episodes], lengths) + places(lengths)
         parts = self._part[episodes]
         if len(self.parts) == 1 or bool((parts == parts[0]).all()):
             return self.parts[int(parts[0])].rows(name, rows)

@@ -11,7 +11,7 @@ import torch
 
 from ..configuration import ValueHeadConfig
 from ..data.processes import Processes
-from ..data.states import States, StateStore
+from ..data.states import States, StateStore, places
 from ..heads.value_head import ValueHead
 from ..settings import ValueSettings
 from .ridge import Moments, ridge
@@ -79,8 +79,7 @@ def sum_before(flat: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 def running_mean(flat: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Of episodes one after the other, `(states, width)`: the mean of each one's states up to and with this one."""
-    position = torch.arange(len(flat)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    return (sum_before(flat, lengths) + flat) / (position + 1)[:, None]
+    return (sum_before(flat, lengths) + flat) / (places(lengths) + 1)[:, None]
 
 
 def train_critic(
