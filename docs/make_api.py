@@ -50,6 +50,7 @@ SECTIONS = {
         "CompareSettings",
         "TuneSettings",
         "TraceSettings",
+        "SourceSettings",
         "LoadingSettings",
         "BadRowSettings",
         "PromptSettings",

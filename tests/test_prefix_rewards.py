@@ -23,6 +23,7 @@ from hf_recontrol import (
     write_states,
 )
 
+from .hub_server import TOKEN
 from .tiny_models import tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
@@ -350,17 +351,53 @@ def test_they_are_for_a_critic(changes):
         FitSettings(prefix_every=8, **changes)
 
 
-def test_the_command_needs_the_base_for_its_tokenizer(folder, tmp_path):
-    model, rollouts = folder
-    model.save_pretrained(tmp_path / "base")
-    TOKENIZER.save_pretrained(tmp_path / "base")
+def labelled(rollouts, *options):
     command = [sys.executable, "-m", "hf_recontrol", "label", rollouts, "--reward", "hf_recontrol:vader"]
-    refused = subprocess.run([*command, "--prefix-every", "2"], capture_output=True, text=True)
-    assert refused.returncode == 1 and "--model" in refused.stderr and "Traceback" not in refused.stderr
-    done = subprocess.run(
-        [*command, "--prefix-every", "2", "-m", tmp_path / "base"], capture_output=True, text=True, check=False
-    )
+    return subprocess.run([*command, "--prefix-every", "2", *options], capture_output=True, text=True, check=False)
+
+
+def test_the_command_finds_the_tokenizer_of_the_base_that_drew_the_responses(tmp_path):
+    model, base, rollouts = tiny_model("llama", dtype=torch.float32), tmp_path / "base", tmp_path / "rollouts"
+    model.save_pretrained(base)
+    TOKENIZER.save_pretrained(base)
+    drawn = type(model).from_pretrained(base)
+    write_rollouts(rollouts, drawn, TOKENIZER, load_prompts(["w5 w6", "w7"]), max_new_tokens=5)
+    base.rename(tmp_path / "moved")
+    refused = labelled(rollouts)
+    assert refused.returncode == 1 and str(base) in refused.stderr and "Traceback" not in refused.stderr
+    assert "--model" in refused.stderr
+    assert labelled(rollouts, "-m", tmp_path / "moved").returncode == 0
+    (tmp_path / "moved").rename(base)
+    done = labelled(rollouts, "--again")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((rollouts / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["prefix_every"] == 2
     assert any(r.prefix_tokens for r in load_rollouts(rollouts))
+
+
+def test_the_tokenizer_is_that_of_the_commit_that_drew_them(hub, run, tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    hub.put("org/base", tmp_path / "base", private=True)
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    hub.put("org/base", tmp_path / "base", branch="v1")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "w5 w6"}) + "\n", encoding="utf-8")
+    script = """
+import sys, torch
+torch.set_num_threads(1)
+from hf_recontrol.cli import main
+
+folder, token = sys.argv[1:]
+for arguments in (
+    ["rollout", "-m", "org/base", "--revision", "v1", "--prompts", f"{folder}/prompts.jsonl",
+     "--max-new-tokens", "6", "-o", f"{folder}/rollouts"],
+    ["label", f"{folder}/rollouts", "--reward", "hf_recontrol:vader", "--prefix-every", "2"],
+):
+    sys.argv = ["recontrol", *arguments, "--token", token]
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, arguments
+"""
+    run(script, str(tmp_path), TOKEN, endpoint=hub.endpoint, token=None)
+    assert all(r.prefix_tokens for r in load_rollouts(tmp_path / "rollouts"))

@@ -16,6 +16,7 @@ from ..settings import (
     PromptSettings,
     RolloutSettings,
     SeedSettings,
+    SourceSettings,
     StatesSettings,
     TrainSettings,
 )
@@ -115,34 +116,38 @@ def _for_engine(settings: _RolloutCommandSettings, base: str, head: str | None) 
     return replace(settings, engine_arguments=controlled | settings.engine_arguments)
 
 
+@settings_class("Options")
+class _LabelCommandSettings(LabelSettings, SourceSettings):
+    """What `recontrol label` can be told."""
+
+
 @app.command()
-@with_settings(LabelSettings)
+@with_settings(_LabelCommandSettings)
 def label(
-    settings: LabelSettings,
+    settings: _LabelCommandSettings,
     rollouts: Annotated[Path, typer.Argument(help="Folder of `recontrol rollout`; it is scored in place.")],
     reward: RewardOption,
     again: Annotated[bool, typer.Option("--again", help="Replace the rewards of an earlier scoring.")] = False,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="The base, for its tokenizer: `--prefix-every` needs it."),
+        typer.Option(
+            "--model", "-m", help="The base, whose tokenizer `--prefix-every` needs, if it is not where it was."
+        ),
     ] = None,
 ) -> None:
     """Score responses with one or more rewards.
 
     Example: `recontrol label run/rollouts --reward hf_recontrol:vader`
     """
-    from transformers import AutoTokenizer
-
     from ..collection.scoring.labels import label_rollouts
     from ..collection.scoring.rewards import named_rewards
     from ..data.rollouts import columns_of
     from ..data.stage_folder import read_manifest
+    from ..pipelines.loading import tokenizer_as_sampled
 
     read_manifest(rollouts, "rollouts", "recontrol rollout", complete=False)
     columns = columns_of(sorted(rollouts.glob("part-*.parquet")))
-    if settings.prefix_every is not None and model is None:
-        raise ValueError("`--prefix-every` needs `--model`, the base that drew the responses, for its tokenizer.")
-    tokenizer = None if settings.prefix_every is None else AutoTokenizer.from_pretrained(model)
+    tokenizer = None if settings.prefix_every is None else tokenizer_as_sampled(model, settings, rollouts)
     counts = label_rollouts(
         rollouts,
         named_rewards(reward, columns),

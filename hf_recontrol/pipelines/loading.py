@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,10 +18,10 @@ from ..data.stage_folder import read_manifest
 from ..heads.base_model import check_base, load_base_model, naming
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
-from ..settings import EngineSettings, LoadingSettings
+from ..settings import EngineSettings, LoadingSettings, SourceSettings
 
 
-def base_source(settings: LoadingSettings) -> dict[str, str]:
+def base_source(settings: SourceSettings) -> dict[str, str]:
     """The settings that say where a base's files are got, if they are set, as arguments of `from_pretrained`."""
     return {name: value for name in ("revision", "token") if (value := getattr(settings, name)) is not None}
 
@@ -37,6 +38,20 @@ def check_same_weights(loading: LoadingSettings, drawing: EngineSettings) -> Non
         )
 
 
+def load_tokenizer(name_or_path: str | os.PathLike, settings: SourceSettings) -> PreTrainedTokenizerBase:
+    """
+    A base's tokenizer.
+
+    Raises:
+        `OSError`, `ValueError`: as [`load_base_model`].
+    """
+    source = base_source(settings)
+    # Before the tokenizer, which may be there or not.
+    check_base(name_or_path, **source)
+    with naming(name_or_path):
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=settings.trust_remote_code, **source)
+
+
 def load_base(
     name_or_path: str | os.PathLike,
     settings: LoadingSettings,
@@ -50,12 +65,8 @@ def load_base(
         `OSError`, `ValueError`: as [`load_base_model`]; if there is no such device.
     """
     device = device_of(settings.device)
-    source = base_source(settings)
-    # Before the tokenizer, which may be there or not.
-    check_base(name_or_path, **source)
-    arguments: dict[str, Any] = source | {"trust_remote_code": settings.trust_remote_code}
-    with naming(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **arguments)
+    tokenizer = load_tokenizer(name_or_path, settings)
+    arguments: dict[str, Any] = base_source(settings) | {"trust_remote_code": settings.trust_remote_code}
     arguments["dtype"] = settings.dtype
     if settings.device_map is not None:
         arguments["device_map"] = settings.device_map
@@ -113,6 +124,22 @@ def base_with_head(
             raise ValueError("No base model is named, and no head that names one.")
     model, own = load_base(base, settings, head)
     yield model, own if tokenizer is None else tokenizer
+
+
+def tokenizer_as_sampled(
+    name_or_path: str | os.PathLike | None, settings: SourceSettings, rollouts: str | os.PathLike
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base, by default of the one that drew a folder of rollouts, at the commit that drew them."""
+    drawn_by = read_manifest(rollouts, "rollouts", "recontrol rollout", complete=False)["settings"]
+    name_or_path = name_or_path or drawn_by["model"]
+    if name_or_path is None:
+        raise ValueError(f"The rollouts in {rollouts} name no base: name it (`--model`), for its tokenizer.")
+    if settings.revision is None and str(name_or_path) == drawn_by["model"]:
+        settings = replace(settings, revision=drawn_by["model_revision"])
+    try:
+        return load_tokenizer(name_or_path, settings)
+    except OSError as error:
+        raise OSError(f"{error} If the base that drew the rollouts has moved, name it (`--model`).") from error
 
 
 def load_as_sampled(

@@ -23,6 +23,7 @@ from .stages import (
     RolloutSettings,
     SamplingSettings,
     SeedSettings,
+    SourceSettings,
     StatesSettings,
     TemplateSettings,
 )

@@ -17,14 +17,30 @@ from .engine import OWN_ENGINE, EngineSettings
 
 
 @settings_class("Base model")
-class LoadingSettings(Settings):
-    """How a base model that is named, not given, is loaded."""
+class SourceSettings(Settings):
+    """Where the files of a base that is named, not given, are got."""
 
     revision: str | None = setting(
         None,
         "Branch, tag or commit of the base's repo.",
         default_text="the one that the head names, else the main branch",
     )
+    trust_remote_code: bool = setting(
+        False, "Run the code in the base's repo, for models that transformers does not know. Read it first."
+    )
+    token: str | None = setting(
+        None,
+        "Token of the Hub, for a base that is private or gated. Others on this machine may see it on a command line, "
+        "not in the variable HF_TOKEN. It is never written to a file.",
+        secret=True,
+        default_text="HF_TOKEN, else that of `hf auth login`",
+    )
+
+
+@settings_class("Base model")
+class LoadingSettings(SourceSettings):
+    """How a base model that is named, not given, is loaded."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
         "Dtype of the base's weights; `auto`: that of its files. Use float32 on a CPU that is slow in bfloat16.",
@@ -45,16 +61,6 @@ class LoadingSettings(Settings):
         'Quantises the base as it is loaded, such as {"quant_method": "bitsandbytes", "load_in_4bit": true}; in '
         "Python also a configuration of transformers. Every use of the head should name the same.",
         default_text="as its files are",
-    )
-    trust_remote_code: bool = setting(
-        False, "Run the code in the base's repo, for models that transformers does not know. Read it first."
-    )
-    token: str | None = setting(
-        None,
-        "Token of the Hub, for a base that is private or gated. Others on this machine may see it on a command line, "
-        "not in the variable HF_TOKEN. It is never written to a file.",
-        secret=True,
-        default_text="HF_TOKEN, else that of `hf auth login`",
     )
 
     def __post_init__(self):
