@@ -4,11 +4,12 @@ by what they earn on responses to prompts that they were not trained on.
 
     python benchmarks/variants.py --fit FOLDER --output variants [--folds 4] [--ways WAY ...]
 
-`--fit` is a folder of `recontrol fit` with `prefix_every`. What is earned is the first term of the series in the step
-size, as in `hf_recontrol.data_curve`: with `ℓ = Σ_t (w_y - w̄)ᵀ u(h_t)` of a response and u the edit, `√2 Cov(ℓ, r) /
-sd(ℓ)`, in deviations of the reward for the root of a nat a response. What of the reward the prompt alone explains (a
-ridge regression on the first state) is taken off. Differences are to the static vector of the first way; intervals are
-95 %, by the jackknife over prompts. It goes on where it was stopped.
+`--fit` is a folder of `recontrol fit` with `prefix_every`; ways with other k than multiples of that are left out. What
+is earned is the first term of the series in the step size, as in `hf_recontrol.data_curve`: with `ℓ = Σ_t (w_y - w̄)ᵀ
+u(h_t) + c_y - c̄(h_t)` of a response, u the edit and c the token bias, where there is one, `√2 Cov(ℓ, r) / sd(ℓ)`, in
+deviations of the reward for the root of a nat a response. What of the reward the prompt alone explains (a ridge
+regression on the first state) is taken off. Differences are to the static vector of the first way; intervals are 95 %,
+by the jackknife over prompts. It goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from hf_recontrol import (
     States,
@@ -34,18 +37,26 @@ from hf_recontrol import (
     train_value_head,
 )
 
-# λ of GAE; whether there is a critic; after how many tokens the response so far was scored for it, if it was.
+# λ of GAE; whether there is a critic; after how many tokens the response so far was scored for it, if it was; whether
+# there is a token bias.
 WAYS = {
-    "V, λ 0": (0.0, False, None),
-    "V, λ 0.8": (0.8, False, None),
-    "critic, λ 0": (0.0, True, None),
-    "critic, λ 0.5": (0.5, True, None),
-    "critic, λ 0.8": (0.8, True, None),
-    "critic, every 16, λ 0.8": (0.8, True, 16),
-    "critic, every 8, λ 0.8": (0.8, True, 8),
-    "critic, every 4, λ 0": (0.0, True, 4),
-    "critic, every 4, λ 0.5": (0.5, True, 4),
-    "critic, every 4, λ 0.8": (0.8, True, 4),
+    "V, λ 0": (0.0, False, None, False),
+    "V, λ 0.8": (0.8, False, None, False),
+    "critic, λ 0": (0.0, True, None, False),
+    "critic, λ 0.8": (0.8, True, None, False),
+    "critic, λ 0.8, tokens": (0.8, True, None, True),
+    "critic, every 16, λ 0.8": (0.8, True, 16, False),
+    "critic, every 8, λ 0.8": (0.8, True, 8, False),
+    "critic, every 8, λ 0.8, tokens": (0.8, True, 8, True),
+    "critic, every 4, λ 0": (0.0, True, 4, False),
+    "critic, every 4, λ 0.5": (0.5, True, 4, False),
+    "critic, every 4, λ 0.8": (0.8, True, 4, False),
+    "critic, every 4, λ 0.5, tokens": (0.5, True, 4, True),
+    "critic, every 4, λ 0.8, tokens": (0.8, True, 4, True),
+    "critic, every 1, λ 0.5": (0.5, True, 1, False),
+    "critic, every 1, λ 0.8": (0.8, True, 1, False),
+    "critic, every 1, λ 0.5, tokens": (0.5, True, 1, True),
+    "critic, every 1, λ 0.8, tokens": (0.8, True, 1, True),
 }
 
 
@@ -55,9 +66,14 @@ class Pool:
 
     store: StateStore
     folds: int
+    temperature: float
 
     def __post_init__(self):
         store, everything = self.store, torch.arange(len(self.store))
+        self.tokens = store.gather("tokens", everything)
+        name = store.read_at["base_model_name_or_path"]
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        self.rows = base.get_output_embeddings().weight.detach()
         self.hidden, self.directions = (store.gather(name, everything) for name in ("hidden", "directions"))
         self.so_far = torch.cat([p.prefix_rewards for p in store.parts]) if store.has_prefix_rewards else None
         self.first = store.lengths.cumsum(0) - store.lengths
@@ -99,16 +115,30 @@ class Pool:
             store.finished[episodes],
             directions=self.directions[rows],
             prefix_rewards=so_far,
+            tokens=self.tokens[rows],
+            vocabulary_size=len(self.rows),
         )
 
     @torch.no_grad()
-    def scores(self, episodes: torch.Tensor, edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """ℓ of each episode under an edit of the state."""
+    def scores(self, episodes: torch.Tensor, shifts: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """ℓ of each episode, of what gives the drawn tokens' shifts at some states."""
         found = torch.zeros(len(self.rewards), dtype=torch.float64)
-        for rows in torch.isin(self.episode, episodes).nonzero()[:, 0].split(8192):
-            shifts = (self.directions[rows] * edit(self.hidden[rows])).sum(-1).double()
-            found.index_add_(0, self.episode[rows], shifts)
+        for rows in torch.isin(self.episode, episodes).nonzero()[:, 0].split(1024):
+            found.index_add_(0, self.episode[rows], shifts(rows).double())
         return found[episodes]
+
+    def by_edit(self, edit: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Shifts by an edit of the state."""
+        return lambda rows: (self.directions[rows] * edit(self.hidden[rows])).sum(-1)
+
+    def by_bias(self, bias: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Shifts by a token bias."""
+
+        def shifts(rows: torch.Tensor) -> torch.Tensor:
+            policy = torch.softmax(self.hidden[rows] @ self.rows.T / self.temperature, -1)
+            return bias[self.tokens[rows]] - policy @ bias
+
+        return shifts
 
     def interval(self, earned: torch.Tensor) -> tuple[float, float]:
         """(mean over responses, half of its interval's width)."""
@@ -124,18 +154,23 @@ def scores_of(way: str, pool: Pool, fold: int, config: ValueHeadConfig, output: 
     kept = output / f"{way}, fold {fold}.json"
     if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
-    gae_lambda, with_critic, every = WAYS[way]
+    gae_lambda, with_critic, every, with_tokens = WAYS[way]
     train, own = (pool.fold != fold).nonzero()[:, 0], (pool.fold == fold).nonzero()[:, 0]
     states = pool.part(train, every)
     value = output / f"V of fold {fold}"
     if not (value / "config.json").is_file():
         head, _ = train_value_head(states, config)
         head.save_pretrained(value)
-    head = ValueHead.from_pretrained(value)
+    config = ValueHeadConfig.from_json_file(value / "config.json")
+    head = ValueHead(replace(config, token_bias_size=len(pool.rows) if with_tokens else None))
+    head.load_state_dict(load_file(value / "model.safetensors"), strict=not with_tokens)
     critic = train_critic(states, config, ValueSettings())[0] if with_critic else None
     fit_advantage(head, states, gae_lambda=gae_lambda, critic=critic)
     edits = {"static vector": head.static_vector.expand_as, "g": head.advantage}
-    found: dict[str, Any] = {part: pool.scores(own, edit).tolist() for part, edit in edits.items()}
+    by_bias = pool.scores(own, pool.by_bias(head.token_bias)) if with_tokens else 0
+    found: dict[str, Any] = {
+        part: (pool.scores(own, pool.by_edit(edit)) + by_bias).tolist() for part, edit in edits.items()
+    }
     kept.write_text(json.dumps(found), encoding="utf-8")
     return found
 
@@ -148,8 +183,13 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    pool = Pool(StateStore.open(arguments.fit / "states"), arguments.folds)
     trained = ValueHeadConfig.from_json_file(arguments.fit / "head" / "config.json")
+    temperature = trained.training.sampling["temperature"]
+    pool = Pool(StateStore.open(arguments.fit / "states"), arguments.folds, temperature)
+    scored_every = json.loads((arguments.fit / "rollouts" / "manifest.json").read_text(encoding="utf-8"))[
+        "prefix_every"
+    ]
+    ways = [way for way in arguments.ways if WAYS[way][2] is None or WAYS[way][2] % scored_every == 0]
     config = ValueHeadConfig(
         trained.hidden_size,
         head_sizes=trained.head_sizes,
@@ -161,7 +201,7 @@ def main() -> None:
     )
     reference = None
     print(f"{len(pool.rewards)} responses\n\n| way | part | gain | difference |\n|---|---|---:|---:|")
-    for way in arguments.ways:
+    for way in ways:
         found = [scores_of(way, pool, fold, config, arguments.output) for fold in range(arguments.folds)]
         for part in ("static vector", "g"):
             earned = torch.zeros_like(pool.left)

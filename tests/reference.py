@@ -100,6 +100,19 @@ def reference_edit(
         return (scale * edit).detach()
 
 
+def reference_shift(head: ValueHead | Mixture, logits: torch.Tensor, control: ControlConfig) -> torch.Tensor:
+    """Logits `(rows, positions, vocabulary)` of the LM head with the token bias, where the control has it."""
+    heads, weights = (head.heads, head.weights) if isinstance(head, Mixture) else ([head], [1.0])
+    if control.method == "ascent":
+        return logits
+    result = logits.double()
+    for one, weight in zip(heads, weights, strict=True):
+        if getattr(one, "token_bias", None) is not None:
+            factor = torch.as_tensor(control.step_size).double() * torch.as_tensor(weight).double()
+            result = result + (factor[:, None, None] if factor.ndim else factor) * one.token_bias.double()
+    return result.to(logits.dtype)
+
+
 def reference_within(
     base: torch.Tensor, controlled: torch.Tensor, max_kl: float, masked: torch.Tensor
 ) -> torch.Tensor:
@@ -146,6 +159,10 @@ def reference_control(
     def on_head(module, args):
         return None if paused else (edited(args[0]), *args[1:])
 
+    def behind_head(module, args, output):
+        shifted = reference_shift(head, output[:, start:], control)
+        return None if paused else torch.cat([output[:, :start], shifted], dim=1)
+
     def on_model(module, args, kwargs, output):
         nonlocal paused
         if paused or not control.is_guarded:
@@ -164,6 +181,7 @@ def reference_control(
     handles = [model.register_forward_hook(on_model, with_kwargs=True)]
     if head.config.hook_point == "lm_head":
         handles.append(lm_head_of(model).register_forward_pre_hook(on_head))
+        handles.append(lm_head_of(model).register_forward_hook(behind_head))
     else:
         handles.append(layers_of(model)[head.config.layer].register_forward_hook(on_layer))
     try:

@@ -1,6 +1,8 @@
 """Devices that a CPU can only simulate: one without float64, and one process with several GPUs."""
 
 import copy
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from hf_recontrol.collection.states import collect_states
 from hf_recontrol.data.processes import Processes, float64_device
 from hf_recontrol.evaluation.metrics import kl_divergence
 from hf_recontrol.training import trainer
-from hf_recontrol.training.advantage import AdvantageModel, AdvantageTrainer, _moments
+from hf_recontrol.training.advantage import AdvantageModel, AdvantageTargets, AdvantageTrainer, _fit_constant
 from hf_recontrol.training.held_out import split_by_prompt
 from hf_recontrol.training.value import measure_value_head, train_value_head
 
@@ -91,8 +93,8 @@ def test_rollouts_states_and_kl_on_a_device_without_float64():
 @pytest.mark.usefixtures("recontrol_warnings")
 def test_the_closed_form_and_all_figures_on_a_device_without_float64():
     states = episodes(60)
-    head, _ = train_value_head(states, CONFIG, num_epochs=1)
-    nn.init.normal_(head.advantage_mlp.layers[-1].weight)
+    states.tokens = torch.randint(7, (len(states.hidden),), generator=torch.Generator().manual_seed(0))
+    head, _ = train_value_head(states, replace(CONFIG, static_vector=True, token_bias_size=7), num_epochs=1)
     store = trainer.StateStore.of(states)
     parts = [
         trainer.Episodes(store, part, head, ["hidden", "directions"], False)
@@ -105,22 +107,21 @@ def test_the_closed_form_and_all_figures_on_a_device_without_float64():
             model=AdvantageModel(head),
             held_out=parts[1],
             processes=Processes(),
-            gae_lambda=0.0,
-            discount=1.0,
+            targets=AdvantageTargets(0.0, 1.0),
         )
-        moments = _moments(head, parts[0], 0.0, 1.0, Processes())
-        return moments, AdvantageTrainer.figures(fitted), measure_value_head(head, states)["value_error"]
+        fitted.figures = partial(AdvantageTrainer.figures, fitted)
+        figures = _fit_constant(fitted, head, *parts)
+        vectors = torch.cat([head.static_vector.cpu(), head.token_bias.cpu()])
+        return vectors, figures, measure_value_head(head, states)["value_error"]
 
     expected = everything()
     with device_without_float64() as away:
         head.to(away)
         assert next(head.parameters()).device == away
-        moments, figures, error = everything()
-    for name in ("square", "product", "x", "y"):
-        ours, theirs = (getattr(found, name) for found in (moments, expected[0]))
-        assert ours.dtype == torch.float64
-        torch.testing.assert_close(ours, theirs)
-    assert figures == pytest.approx(expected[1]) and error == pytest.approx(expected[2])
+        vectors, figures, error = everything()
+    assert expected[0].any()
+    torch.testing.assert_close(vectors, expected[0], rtol=1e-3, atol=1e-5)
+    assert figures == pytest.approx(expected[1], rel=1e-4) and error == pytest.approx(expected[2])
 
 
 class Several(trainer.TrainingArguments):

@@ -269,7 +269,8 @@ def tiny_head(
 ) -> ValueHead:
     """
     A random head for a plain model, with a `state_mean` and a `state_scale` of the order of the model's own states, so
-    that the same control is as strong in every family. At the LM head it has an advantage part and a static vector.
+    that the same control is as strong in every family. At the LM head it has an advantage part, a static vector and a
+    token bias.
     """
     states = states_at(model, hook_point, layer).double()
     width = states.shape[-1]
@@ -283,6 +284,7 @@ def tiny_head(
         layer=layer,
         advantage_sizes=[20] if advantage else None,
         static_vector=advantage,
+        token_bias_size=lm_head_of(model).weight.shape[0] if advantage else None,
         control=control,
     )
     head = ValueHead(config)
@@ -304,4 +306,5 @@ def tiny_head(
             head.advantage_mlp.layers[-1].weight.mul_(2 * spread)
             head.advantage_mlp.layers[-1].bias.mul_(spread)
             head.static_vector.copy_(spread * normal(width))
+            head.token_bias.copy_(normal(len(head.token_bias)))
     return head.to(states_at(model, hook_point, layer).dtype)

@@ -88,6 +88,11 @@ class _Reader:
         directions = {} if self.weight is None else {"directions": own}
         return {"hidden": own} | directions | ({} if context is None else {"context": context.width})
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """How many rows the LM head has, if directions are read."""
+        return {} if self.weight is None else {"vocabulary_size": len(self.weight)}
+
     def check(self, rollouts: Sequence[Rollout]) -> None:
         """Raise `ValueError` if rollouts are of another model."""
         vocabulary = self.model.get_input_embeddings().num_embeddings
@@ -186,6 +191,7 @@ def collect_states(
         **{name: torch.cat([found[i][name] for i in range(len(rollouts))]) for name in reader.widths},
         **episode_tensors(rollouts, 1, len(rollouts[0].reward), any(r.prefix_tokens is not None for r in rollouts)),
         **hook_point_settings(model, settings.hook_point, settings.layer),
+        **reader.vocabulary,
     )
 
 
@@ -249,7 +255,7 @@ def write_states(
             widths=reader.widths,
             dtype=getattr(torch, known["dtype"]),
             metadata=hook_point_settings(model, settings.hook_point, settings.layer)
-            | {"every": known["every"], "context_layer": settings.critic_layer},
+            | {"every": known["every"], "context_layer": settings.critic_layer, **reader.vocabulary},
         )
         _write_parts(stage, reader, parts, make_small, kept, make_writer, progress)
         return _finish(stage, manifest, rollouts)
@@ -301,7 +307,7 @@ def _stage_settings(reader: _Reader, manifest: dict, settings: StatesSettings) -
         "rollouts": hashlib.sha256(json.dumps(manifest["parts"], sort_keys=True).encode()).hexdigest(),
         "hook_point": settings.hook_point,
         "layer": settings.layer,
-        "tensors": list(reader.widths),
+        "tensors": [*reader.widths, "tokens"],
         **({} if settings.critic_layer is None else {"critic_layer": settings.critic_layer}),
         "dtype": str(stored).removeprefix("torch."),
         "every": every,

@@ -44,6 +44,10 @@ class ValueHeadConfig:
             `hook_point="lm_head"`, where the logits are linear in the state. An empty list is a linear g.
         static_vector (`bool`, *optional*, defaults to `False`):
             Whether the head holds a static vector b, one edit for all states. It needs `hook_point="lm_head"` too.
+        token_bias_size (`int`, *optional*):
+            Size of the vocabulary over which the head holds a token bias c, one number for each token, which goes with
+            the advantage part and the static vector: what they cannot say of a token, because they see it through
+            its row of the LM head alone. `None`: no token bias.
         reward_mean, reward_std (`float` or `list[float]`, *optional*, defaults to 0.0 and 1.0):
             The head's outputs are standardised; `V * reward_std + reward_mean` is in the reward's own units. A list
             holds one value for each objective.
@@ -74,6 +78,7 @@ class ValueHeadConfig:
     layer: int = -1
     advantage_sizes: list[int] | None = None
     static_vector: bool = False
+    token_bias_size: int | None = None
     reward_mean: float | list[float] = 0.0
     reward_std: float | list[float] = 1.0
     base_model_name_or_path: str | None = None
@@ -102,9 +107,12 @@ class ValueHeadConfig:
             self.advantage_sizes = check_widths("advantage_sizes", self.advantage_sizes)
         if not isinstance(self.static_vector, bool):
             raise ValueError(f"`static_vector` must be True or False, got {self.static_vector!r}.")
+        if self.token_bias_size is not None:
+            check_int("token_bias_size", self.token_bias_size, low=1)
         for name, present in (
             ("advantage_sizes", self.advantage_sizes is not None),
             ("static_vector", self.static_vector),
+            ("token_bias_size", self.token_bias_size is not None),
         ):
             if present and self.hook_point != "lm_head":
                 raise ValueError(

@@ -10,6 +10,7 @@ from torch import nn
 from ..heads.value_head import ValueHead
 from .method import ControlMethod
 from .plan import Plan
+from .token_bias import has_token_bias
 
 
 def advantage_edit(plan: Plan, hidden: torch.Tensor, weights: Sequence, alpha) -> torch.Tensor:
@@ -39,11 +40,12 @@ class Advantage(ControlMethod):
     """`α g(h)` in one step."""
 
     part = "the last layer of its advantage part"
+    shifts_tokens = True
 
     def is_idle(self, head: ValueHead) -> bool:
-        """Whether g is zero. The bias of its last layer is its constant part."""
+        """Whether g and c are zero. The bias of g's last layer is its constant part."""
         last = head.advantage_mlp.layers[-1]
-        return not last.weight.any() and not last.bias.any()
+        return not last.weight.any() and not last.bias.any() and not has_token_bias(head)
 
     def check_module(self, head: nn.Module) -> None:
         """Raise `TypeError` if it has no method `advantage`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from .ascent import Ascent
 from .method import ControlMethod
 from .plan import Plan, build_plan
 from .static import Static
+from .token_bias import token_bias_of, token_shift
 
 # Rows edited at once: bounds the memory of a long teacher-forced forward to a few arrays of this many rows.
 _MAX_ROWS = 4096
@@ -200,6 +201,83 @@ class Controller:
                 "control. Load it in another dtype (bfloat16 has a wider range than float16)."
             )
         return torch.where(usable, edited, hidden)
+
+    def shifts_tokens(self, control: ControlConfig, names: Iterable[str]) -> bool:
+        """Whether a control of these heads also adds their token bias to the logits."""
+        return METHODS[control.method].shifts_tokens and any(
+            token_bias_of(self.heads[name]) is not None for name in names
+        )
+
+    def shifted(
+        self,
+        logits: torch.Tensor,
+        control: ControlConfig,
+        step_size: float | torch.Tensor,
+        weights: Weights | None = None,
+        prepared: bool = False,
+        clamp: bool = False,
+    ) -> torch.Tensor:
+        """
+        Logits with the token bias of the heads that act, `logits + α Σ_k ω_k c_k`: what goes behind the LM head with
+        [`Controller.edit`] before it.
+
+        Args:
+            logits (`torch.Tensor` of shape `(..., vocabulary)`):
+                Of edited states, as the LM head makes them.
+            control, step_size, weights, prepared, clamp:
+                As for [`Controller.edit`], of these states.
+
+        Raises:
+            `FloatingPointError`: if what is added leaves the range of their dtype. `ValueError`: if they are of
+            another vocabulary.
+        """
+        weights = dict.fromkeys(self.heads, 1.0) if weights is None else weights
+        if not self.shifts_tokens(control, weights):
+            return logits
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        biases = self._token_biases(tuple(weights), logits.new_empty(0, dtype=dtype), control, prepared)
+        size = next(len(bias) for bias in biases if bias is not None)
+        if logits.shape[-1] != size:
+            raise ValueError(
+                f"The head's token bias is of {size} tokens, the model's LM head of {logits.shape[-1]}: it was made "
+                "for another vocabulary."
+            )
+        alpha, *omegas = (
+            # The dtype first: not every device knows float64.
+            value.to(dtype).to(logits.device) if isinstance(value, torch.Tensor) else value
+            for value in (step_size, *_of_one_kind(list(weights.values())))
+        )
+        shift = token_shift(biases, omegas, alpha)
+        limit = torch.finfo(logits.dtype).max
+        if clamp or torch.compiler.is_compiling():
+            shift = torch.nan_to_num(shift).clamp(-limit / 2, limit / 2)
+        elif not (shift.abs() < limit).all():
+            raise FloatingPointError(
+                f"The token bias left the range of {logits.dtype}: `step_size` {control.largest_step_size:g} is too "
+                "large for this head."
+            )
+        return (logits.to(dtype) + shift).to(logits.dtype)
+
+    def _token_biases(
+        self, names: tuple[str, ...], like: torch.Tensor, control: ControlConfig, prepared: bool
+    ) -> list[torch.Tensor | None]:
+        """c of each head, where there is one, in the dtype and on the device of `like`."""
+        if not self._are_plain(names):
+            found = [token_bias_of(self.heads[name]) for name in names]
+            return [None if bias is None else bias.detach().to(like) for bias in found]
+        with_gram, last = METHODS[control.method].needs_gram, self._last
+        if torch.compiler.is_compiling():
+            plan = self._traced_plan(like, names, with_gram, prepared)
+        elif (
+            last is not None
+            and last[:2] == (names, with_gram)
+            and last[2].heads[0].mean.to(like) is last[2].heads[0].mean
+        ):
+            # That which the state was edited by just now.
+            plan = last[2]
+        else:
+            plan = self._plan(names, like.device, like.dtype, with_gram)
+        return [head.token_bias for head in plan.heads]
 
     def _edit_rows(
         self,

@@ -23,10 +23,13 @@ class ControlMethod(ABC):
             What of a head must not be zero, in messages.
         needs_gram (`bool`):
             Whether its plans hold the Gram matrix of V's first layers.
+        shifts_tokens (`bool`):
+            Whether the heads' token bias goes with it.
     """
 
     part: str
     needs_gram = False
+    shifts_tokens = False
 
     @abstractmethod
     def is_idle(self, head: ValueHead) -> bool:

@@ -35,8 +35,9 @@ class HeadTensors:
     eigen: tuple[torch.Tensor, torch.Tensor] | None
     # (weight, bias) of each layer of g, where there is one.
     advantage: list[tuple[torch.Tensor, torch.Tensor]] | None
-    # b, where there is one.
+    # b and c, where there are any.
     static: torch.Tensor | None
+    token_bias: torch.Tensor | None
 
     @property
     def width(self) -> int:
@@ -82,7 +83,8 @@ class Plan:
         tensors = [] if self.gram is None else [self.gram]
         for head in self.heads:
             pairs = [*head.layers, head.out, *([head.eigen] if head.eigen else []), *(head.advantage or [])]
-            vectors = [head.mean, head.scale, head.out_sum, *([] if head.static is None else [head.static])]
+            vectors = [head.mean, head.scale, head.out_sum]
+            vectors += [vector for vector in (head.static, head.token_bias) if vector is not None]
             tensors += [*vectors, *(tensor for pair in pairs for tensor in pair)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -126,6 +128,7 @@ def build_plan(
                 eigen=eigen,
                 advantage=None if g is None else pairs(g.layers),
                 static=convert(head.static_vector) if head.config.static_vector else None,
+                token_bias=None if head.config.token_bias_size is None else convert(head.token_bias),
             )
         )
     plan = Plan(heads, None)

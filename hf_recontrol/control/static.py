@@ -9,6 +9,7 @@ from torch import nn
 
 from ..heads.value_head import ValueHead
 from .method import ControlMethod
+from .token_bias import has_token_bias
 
 
 def static_edit(vectors: Sequence[torch.Tensor], hidden: torch.Tensor, weights: Sequence, alpha) -> torch.Tensor:
@@ -33,10 +34,11 @@ class Static(ControlMethod):
     """`α b`."""
 
     part = "its static vector"
+    shifts_tokens = True
 
     def is_idle(self, head: ValueHead) -> bool:
-        """Whether b is zero."""
-        return not head.static_vector.any()
+        """Whether b and c are zero."""
+        return not head.static_vector.any() and not has_token_bias(head)
 
     def check_module(self, head: nn.Module) -> None:
         """Raise `TypeError` if it has no tensor `static_vector`, `ValueError` if that is of another shape."""

@@ -88,8 +88,10 @@ def check(config, tensors, settings):
         raise ValueError("This head has no advantage part: use method='ascent'.")
     if settings["method"] == "static" and "static_vector" not in tensors:
         raise ValueError("This head has no static vector: use method='ascent'.")
-    for name in ("state_mean", "state_scale", "static_vector"):
-        if name in tensors and tensors[name].shape != (config["hidden_size"],):
+    sizes = dict.fromkeys(("state_mean", "state_scale", "static_vector"), config["hidden_size"])
+    sizes["token_bias"] = config.get("token_bias_size")
+    for name, size in sizes.items():
+        if name in tensors and tensors[name].shape != (size,):
             raise ValueError(f"`{name}` has the shape {tuple(tensors[name].shape)}, config.json says otherwise.")
     if bad := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
         raise ValueError(f"The head's tensors {bad} hold NaN or infinite values.")
@@ -179,8 +181,16 @@ def add_hooks(model, config, tensors, settings):
         output.logits = logits.masked_fill(masked, -math.inf)
         return output
 
+    def shift_logits(module, args, output):
+        base, logits = output.chunk(2) if guarded else (output[:0], output)
+        shift = settings["step_size"] * tensors["token_bias"].to(logits.device, torch.float32)
+        return torch.cat([base, (logits + shift).to(logits.dtype)])
+
     if config["hook_point"] == "lm_head":
-        handles = [model.get_output_embeddings().register_forward_pre_hook(edit_head_input)]
+        lm_head = model.get_output_embeddings()
+        handles = [lm_head.register_forward_pre_hook(edit_head_input)]
+        if "token_bias" in tensors and settings["method"] != "ascent":
+            handles.append(lm_head.register_forward_hook(shift_logits))
     else:
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == count]

@@ -272,7 +272,7 @@ def rollout_parts(folder: str | os.PathLike) -> list[Path]:
 def episode_tensors(
     rollouts: Sequence[Rollout], every: int, num_objectives: int, prefixes: bool
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `States` with one row for each episode and, if asked for, the rewards of the text so far."""
+    """The tensors of `States` that need no model; the rewards of the response so far if asked for."""
     so_far = [torch.empty(0, num_objectives, dtype=torch.float64)]
     so_far += [_so_far(rollout, every, num_objectives) for rollout in rollouts if prefixes]
     return {
@@ -281,6 +281,7 @@ def episode_tensors(
         "rewards": torch.tensor([r.reward for r in rollouts], dtype=torch.float64).reshape(-1, num_objectives),
         "prompts": torch.tensor([prompt_hash(r.prompt) for r in rollouts], dtype=torch.int64),
         "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
+        "tokens": torch.tensor([y for r in rollouts for y in _kept(r.completion_ids, every)], dtype=torch.int64),
         **({"prefix_rewards": torch.cat(so_far)} if prefixes else {}),
     }
 
@@ -292,4 +293,9 @@ def _so_far(rollout: Rollout, every: int, num_objectives: int) -> torch.Tensor:
     rewards = torch.full((tokens, num_objectives), torch.nan, dtype=torch.float64)
     for start, values in zip(rollout.prefix_tokens or (), rollout.prefix_rewards or (), strict=True):
         rewards[start:] = torch.tensor(values, dtype=torch.float64)
-    return rewards[(tokens - 1) % every :: every]
+    return _kept(rewards, every)
+
+
+def _kept(values: Any, every: int) -> Any:
+    """Of one value for each token those of the states that are kept: one in so many, counted back from the last."""
+    return values[(len(values) - 1) % every :: every]

@@ -54,6 +54,8 @@ class States:
             part.
         context (`torch.Tensor` of shape `(states, context_size)`, *optional*):
             The states of another layer at the same tokens, for a critic.
+        tokens (`torch.Tensor` of shape `(states,)`, *optional*):
+            The drawn tokens y. Needed by the token bias.
         prefix_rewards (`torch.Tensor` of shape `(states, num_objectives)`, *optional*):
             The rewards of the response so far, as far as they are known: those of the latest part of it that was
             scored. NaN where none was.
@@ -63,6 +65,8 @@ class States:
             One state in how many is kept, counted back from the last one, which always is.
         context_layer (`int`, *optional*):
             Where the context was read.
+        vocabulary_size (`int`, *optional*):
+            How many rows the LM head has.
         hidden_row_scale, hidden_feature_scale, directions_row_scale, directions_feature_scale, context_row_scale,
         context_feature_scale (*optional*):
             Scales of int8 states, of shapes `(states, 1)` and `(hidden_size,)`.
@@ -77,6 +81,7 @@ class States:
     finished: torch.Tensor | None = None
     directions: torch.Tensor | None = None
     context: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
     prefix_rewards: torch.Tensor | None = None
     hook_point: str = "lm_head"
     layer: int = -1
@@ -84,6 +89,7 @@ class States:
     base_model_revision: str | None = None
     every: int = 1
     context_layer: int | None = None
+    vocabulary_size: int | None = None
     hidden_row_scale: torch.Tensor | None = None
     hidden_feature_scale: torch.Tensor | None = None
     directions_row_scale: torch.Tensor | None = None
@@ -97,9 +103,11 @@ class States:
             self.finished = torch.ones(len(self.lengths), dtype=torch.bool)
 
     def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of `"hidden"`, `"directions"` or `"context"` in float32; only these are read."""
-        values = getattr(self, name)[rows].float()
-        row_scale = getattr(self, f"{name}_row_scale")
+        """Rows of `"hidden"`, `"directions"` or `"context"` in float32, or of `"tokens"`; only these are read."""
+        values = getattr(self, name)[rows]
+        if name == "tokens":
+            return values
+        values, row_scale = values.float(), getattr(self, f"{name}_row_scale")
         if row_scale is None:
             return values
         return values * row_scale[rows] * getattr(self, f"{name}_feature_scale")
@@ -197,6 +205,14 @@ class StateStore:
     def has_prefix_rewards(self) -> bool:
         return all(part.prefix_rewards is not None for part in self.parts)
 
+    @property
+    def vocabulary_size(self) -> int | None:
+        return self.parts[0].vocabulary_size
+
+    @property
+    def has_tokens(self) -> bool:
+        return all(part.tokens is not None for part in self.parts) and self.vocabulary_size is not None
+
     @cached_property
     def _prefix_rewards(self) -> torch.Tensor:
         rewards = torch.cat([part.prefix_rewards for part in self.parts]).double()
@@ -233,8 +249,8 @@ class StateStore:
 
     def gather(self, name: str, episodes: torch.Tensor) -> torch.Tensor:
         """
-        `"hidden"`, `"directions"` or `"context"` of whole episodes, one after the other, in float32: shape `(states,
-        hidden_size)`.
+        `"hidden"`, `"directions"` or `"context"` of whole episodes, one after the other, in float32, `(states,
+        hidden_size)`; or their `"tokens"`, `(states,)`.
         """
         lengths = self.lengths[episodes]
         rows = torch.repeat_interleave(self._start[episodes], lengths) + places(lengths)
@@ -242,7 +258,8 @@ class StateStore:
         if len(self.parts) == 1 or bool((parts == parts[0]).all()):
             return self.parts[int(parts[0])].rows(name, rows)
         owner = torch.repeat_interleave(parts, lengths)
-        values = torch.empty(len(rows), getattr(self.parts[0], name).shape[1])
+        none = self.parts[0].rows(name, rows[:0])
+        values = none.new_empty(len(rows), *none.shape[1:])
         for part in parts.unique().tolist():
             chosen = (owner == part).nonzero()[:, 0]
             values[chosen] = self.parts[part].rows(name, rows[chosen])
@@ -259,7 +276,7 @@ class StateWriter:
             The file.
         small (`dict[str, torch.Tensor]`):
             The tensors that are known before: those with one row for each episode, of which `lengths` says how many
-            states each has, and `prefix_rewards`.
+            states each has, and `tokens` and `prefix_rewards`.
         widths (`dict[str, int]`):
             Of `"hidden"` and, if they are kept, `"directions"` and `"context"`.
         dtype (`torch.dtype`):

@@ -189,6 +189,10 @@ def _shape(config: ValueHeadConfig, base: str | None) -> list[str]:
         lines.append(f"Advantage part g: {widths}.")
     if config.static_vector:
         lines.append("A static vector b: one edit for all states.")
+    if config.token_bias_size is not None:
+        lines.append(
+            f"A token bias c, which goes with both: one number for each of {config.token_bias_size:,} tokens."
+        )
     if config.control is not None:
         lines.append(f"Recommended control: `ControlConfig({_settings(config.control)})`.")
     return lines

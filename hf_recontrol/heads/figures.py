@@ -36,9 +36,7 @@ FIGURES = {
     "advantage_correlation": Figure(
         "g's correlation with its targets", "how much each token changes the critic's value (or V)", "pearsonr"
     ),
-    "constant_correlation": Figure(
-        "the same, of the static vector", "what one vector for all states does", "pearsonr"
-    ),
+    "constant_correlation": Figure("the same, of the static vector", "what does not depend on the state", "pearsonr"),
     "reward": Figure("reward", "mean over the responses"),
     "diversity": Figure("diversity", "product of the shares of distinct 2-, 3- and 4-grams of words"),
     "kl": Figure("KL (nats/token)", "of the controlled policy to the base"),

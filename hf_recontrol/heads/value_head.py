@@ -55,7 +55,8 @@ class ValueHead(nn.Module):
             Which prompts it was trained, validated and tuned on, if that is known. [`compare`] and [`tune`] hold
             theirs against it.
 
-    With `config.static_vector` the buffer `static_vector` holds b, one edit for all states; zero until it is fitted.
+    With `config.static_vector` the buffer `static_vector` holds b, one edit for all states, and with
+    `config.token_bias_size` the buffer `token_bias` holds c, one number for each token; zero until they are fitted.
     The buffers `state_mean` and `state_scale`, one value for each feature, are 0 and 1 unless training sets them.
     """
 
@@ -69,6 +70,8 @@ class ValueHead(nn.Module):
         self.value_mlp = MLP([config.hidden_size, *config.head_sizes, config.num_objectives], config.activation)
         if config.static_vector:
             self.register_buffer("static_vector", torch.zeros(config.hidden_size))
+        if config.token_bias_size is not None:
+            self.register_buffer("token_bias", torch.zeros(config.token_bias_size))
         self.advantage_mlp = None
         if config.advantage_sizes is not None:
             self.advantage_mlp = MLP(
@@ -101,7 +104,7 @@ class ValueHead(nn.Module):
     def advantage(self, hidden: torch.Tensor) -> torch.Tensor:
         """
         g(h), `(..., hidden_size)` to `(..., hidden_size)`, in the state's own units: the advantage of token y is
-        `(w_y - E_π0[w])ᵀ g(h)`, in standardised values.
+        `(w_y - E_π0[w])ᵀ g(h)`, in standardised values; of a head with a token bias c, `c_y - E_π0[c]` more.
 
         Raises:
             `ValueError`: if the head has no advantage part.

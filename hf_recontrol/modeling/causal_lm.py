@@ -228,10 +228,17 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         weight instead of calling it.
 
         Raises:
-            `ValueError`: if the heads act elsewhere.
+            `ValueError`: if the heads act elsewhere, or add a token bias to the logits.
         """
+        settings = self._recontrol.settings
         if self.hook_point.layer is not None:
             raise ValueError(f"The heads of this model act at {self.hook_point}, not at the LM head.")
+        control = settings.active_control()
+        if control is not None and settings.controller.shifts_tokens(control, settings.active_weights()):
+            raise ValueError(
+                f"`method={control.method!r}` of a head with a token bias also acts behind the LM head, which is not "
+                "called here: use a head without one (`token_bias=False` in training), or `method='ascent'`."
+            )
         (edited,) = self._recontrol.edit_head_input(self.hook_point.module, (hidden,)) or (hidden,)
         return edited
 

@@ -81,6 +81,12 @@ def check_head(model: PreTrainedModel, head: nn.Module) -> HookPoint:
             f"{config.hook_point!r}: it was made for another base model"
             f"{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}."
         )
+    size, vocabulary = config.token_bias_size, getattr(find_lm_head(model), "out_features", None)
+    if size is not None and vocabulary is not None and size != vocabulary:
+        raise ValueError(
+            f"The head's token bias is of {size} tokens, the LM head of {type(model).__name__} of {vocabulary}: it "
+            "was made for another vocabulary."
+        )
     if isinstance(head, ValueHead):
         head.check_finite()
     _warn_of_other_base(model, config)

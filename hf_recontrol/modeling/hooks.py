@@ -82,7 +82,9 @@ class ControlHooks:
         self.num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
         self.knows_logits_to_keep = model._supports_logits_to_keep()
         self._thread = threading.local()
-        self._handles: list = []
+        # On the model, and on the module at the hook point.
+        self._handles: list[RemovableHandle] = []
+        self._handles_there: list[RemovableHandle] = []
         # Where the hooked layer is in the model.
         self._path = ""
         # A copy of a hooked module alone drags a copy of these hooks along, which no model takes into use.
@@ -109,28 +111,27 @@ class ControlHooks:
 
     def register(self, model: PreTrainedModel) -> None:
         """Add all hooks or, if one cannot be added, none."""
-        handles = []
         try:
-            handles.append(model.register_forward_pre_hook(self.begin_forward, with_kwargs=True))
-            handles.append(model.register_forward_hook(self.end_forward, always_call=True))
-            handles.append(self._register_at_hook_point(model))
+            self._handles.append(model.register_forward_pre_hook(self.begin_forward, with_kwargs=True))
+            self._handles.append(model.register_forward_hook(self.end_forward, always_call=True))
+            self._register_at_hook_point(model)
         except BaseException:
-            for handle in handles:
-                handle.remove()
+            self.remove()
             raise
-        self._handles = handles
 
-    def _register_at_hook_point(self, model: PreTrainedModel) -> RemovableHandle:
+    def _register_at_hook_point(self, model: PreTrainedModel) -> None:
         module = self.hook_point.module
-        hooks = self._hooks_of(module)
-        # What quantises a module may carry our hook over to the new one.
-        for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-            del hooks[number]
+        # What quantises a module may carry our hooks over to the new one.
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[number]
         # First, so that transformers' own recording of hidden states sees the edited one.
         if self.hook_point.layer is None:
-            return module.register_forward_pre_hook(self.edit_head_input, prepend=True)
+            self._handles_there.append(module.register_forward_pre_hook(self.edit_head_input, prepend=True))
+            self._handles_there.append(module.register_forward_hook(self.shift_logits, prepend=True))
+            return
         self._path = next(name for name, part in model.named_modules() if part is module)
-        return module.register_forward_hook(self.edit_layer_output, prepend=True)
+        self._handles_there.append(module.register_forward_hook(self.edit_layer_output, prepend=True))
 
     def _hooks_of(self, module: nn.Module) -> dict[int, Callable]:
         """The hooks of a module among which ours is, if it is at the hook point."""
@@ -138,9 +139,9 @@ class ControlHooks:
 
     def remove(self) -> None:
         """Remove all hooks."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._handles_there):
             handle.remove()
-        self._handles = []
+        self._handles, self._handles_there = [], []
 
     def _has_all_layers(self, model: PreTrainedModel) -> bool:
         """False while an early-exit draft runs the first layers only."""
@@ -155,7 +156,7 @@ class ControlHooks:
                 module = model.get_submodule(self._path)
             except AttributeError:
                 return False
-        hook = None if module is None else self._hooks_of(module).get(self._handles[-1].id)
+        hook = None if module is None else self._hooks_of(module).get(self._handles_there[0].id)
         # A copy of a module has hooks of the same number.
         return getattr(hook, "__self__", None) is self
 
@@ -164,8 +165,10 @@ class ControlHooks:
         if (self.hook_point.layer is not None and not self._has_all_layers(model)) or self._is_in_place(model):
             return
         self.settings.hook_point = HookPoint.find(model, next(iter(self.settings.controller.heads.values())).config)
-        self._handles.pop().remove()
-        self._handles.append(self._register_at_hook_point(model))
+        for handle in self._handles_there:
+            handle.remove()
+        self._handles_there = []
+        self._register_at_hook_point(model)
 
     @contextmanager
     def call(
@@ -194,6 +197,15 @@ class ControlHooks:
             raise ValueError(f"{name} holds {len(values)} values for {num_rows} rows.")
         return values[forward.logits_to_keep.nonzero()[:, 0].cpu()][:, None] if flat else values[:, None, None]
 
+    def _asked(
+        self, hidden: torch.Tensor, control: ControlConfig
+    ) -> tuple[float | torch.Tensor, dict[str, float | torch.Tensor]]:
+        """(step size, weight of each head that acts) for states, or for their logits."""
+        weights = self.settings.active_weights().items()
+        return self._of_states("`step_size`", control.step_size, hidden), {
+            name: self._of_states(f"the weight of {name!r}", weight, hidden) for name, weight in weights
+        }
+
     def _edit(self, hidden: torch.Tensor, control: ControlConfig) -> torch.Tensor:
         """Edit states of shape (rows, positions, width) or, flattened by a bool mask, (states, width)."""
         if hidden.shape[-1] != self.hook_point.width or hidden.ndim not in (2, 3):
@@ -201,11 +213,7 @@ class ControlHooks:
                 f"At {self.hook_point} this model's states have shape {tuple(hidden.shape)}, the head reads "
                 f"(batch, positions, {self.hook_point.width}): this architecture cannot be controlled there."
             )
-        step_size = self._of_states("`step_size`", control.step_size, hidden)
-        weights = {
-            name: self._of_states(f"the weight of {name!r}", weight, hidden)
-            for name, weight in self.settings.active_weights().items()
-        }
+        step_size, weights = self._asked(hidden, control)
         forward = self.forward
         if forward is not None:
             forward.edited = True
@@ -299,6 +307,18 @@ class ControlHooks:
         if control is None:
             return None
         return (self._with_base(args[0], self._edit(args[0], control), control), *args[1:])
+
+    def shift_logits(self, lm_head: nn.Module, args: tuple, output: torch.Tensor):
+        """Post-hook of the LM head: add the heads' token bias to the logits of all edited states."""
+        control = self.settings.active_control() if self.in_use else None
+        if control is None or not self.settings.controller.shifts_tokens(control, self.settings.active_weights()):
+            return None
+        doubled = self.forward is not None and self.forward.doubled
+        base, logits = output.chunk(2) if doubled else (None, output)
+        logits = self.settings.controller.shifted(
+            logits, control, *self._asked(logits, control), prepared=self.settings.current is not None
+        )
+        return torch.cat([base, logits]) if doubled else logits
 
     def end_forward(self, model: nn.Module, args: tuple, output: Any):
         """Post-hook of the model, called also when its forward fails: split a doubled batch and apply the guards."""

@@ -27,8 +27,9 @@ _PROBE = 200.0
 
 class ReControlLogitsProcessor(LogitsProcessor):
     """
-    Adds `W u` to the scores, where `u` is a head's edit of the state that the scores were computed from, so that
-    `model.generate(..., logits_processor=[processor])` draws what the controlled model would draw.
+    Adds `W u` to the scores, where `u` is a head's edit of the state that the scores were computed from, and the
+    head's token bias, so that `model.generate(..., logits_processor=[processor])` draws what the controlled model
+    would draw.
 
     A hook of its own on the LM head's input reads the state. It goes with the processor, or with `remove()`.
     transformers runs the processors that its own settings ask for (`repetition_penalty`, ...) before this one, and
@@ -115,6 +116,7 @@ class ReControlLogitsProcessor(LogitsProcessor):
         # `forward`, so that no hook on the module sees it. Of the last row, zeros, it makes its constant.
         change = self._lm_head.forward(torch.cat([edit, torch.zeros_like(edit[:1])]))
         change = change[:-1] - change[-1:]
+        change = self._controller.shifted(change, control, step_size)
         edited = scores + self._factor * change.to(scores.device, scores.dtype)
         acts = step_size > 0 if isinstance(step_size, torch.Tensor) else None
         edited = guarded_logits(scores, edited, control.plausibility, control.max_kl, acts)

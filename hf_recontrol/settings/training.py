@@ -23,6 +23,12 @@ class HeadSettings(Settings):
         "Widths of g's hidden layers (where there are directions); none: a static vector, but no g.",
         low=1,
     )
+    token_bias: bool = setting(
+        True,
+        "Let the static vector and g go with one number for each token of the vocabulary (where there are "
+        "directions), for what a token's row of the LM head does not say of it. It is left out where it does not help "
+        "on held-out prompts.",
+    )
 
 
 @settings_class("Training of both parts")

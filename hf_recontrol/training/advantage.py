@@ -21,12 +21,15 @@ from .critic import critic_values
 from .held_out import split_by_prompt
 from .ridge import Moments, ridge
 from .targets import episode_mask, pad_episodes, value_differences
+from .token_bias import TokenSums, token_means
 from .trainer import Episodes, EpisodeTrainer, check_training, own_randomness, training_options
 
 logger = logging.get_logger(__name__)
 
 # Below this correlation g has found next to nothing.
 _USELESS = 0.05
+# The token bias is cross-validated over so many parts of the training prompts.
+_FOLDS = 5
 
 
 class AdvantageModel(nn.Module):
@@ -39,53 +42,107 @@ class AdvantageModel(nn.Module):
         if head.advantage_mlp is not None:
             head.advantage_mlp.requires_grad_(True)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.head.advantage_mlp is None:
-            return self.head.static_vector.expand_as(hidden)
-        return self.head.advantage(hidden)
+    def forward(
+        self, hidden: torch.Tensor, directions: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        A of drawn tokens, `(states,)`, of `(states, hidden_size)` states and directions and, where the head has a
+        token bias, the tokens; its mean under the policy is taken for 0, as it is on average.
+        """
+        head = self.head
+        g = head.static_vector.expand_as(hidden) if head.advantage_mlp is None else head.advantage(hidden)
+        advantage = (directions * g).sum(-1).float()
+        return advantage if tokens is None else advantage + head.token_bias[tokens]
 
 
-def advantage_targets(
-    head: ValueHead, batch: dict[str, torch.Tensor], gae_lambda: float, discount: float
-) -> torch.Tensor:
+def _read(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an [`AdvantageModel`] reads of a batch."""
+    return {name: batch[name] for name in ("hidden", "directions", "tokens") if name in batch}
+
+
+class AdvantageTargets:
     """
-    The targets of a batch of episodes, one after the other: `(states,)`, summed over the objectives. They are of the
+    The targets of batches of episodes, one after the other: `(states,)`, summed over the objectives. They are of a
     batch's own `values` or, where it has none, of V's.
-    """
-    with torch.no_grad():
-        flat = batch["values"] if "values" in batch else head(batch["hidden"]).float()
-        values = pad_episodes(flat, batch["lengths"])
-        differences = value_differences(
-            values,
-            batch["rewards"],
-            batch["lengths"],
-            gae_lambda,
-            discount=discount,
-            open_ended=batch.get("open_ended"),
-        )
-        return differences.sum(-1)[episode_mask(batch["lengths"])]
-
-
-class AdvantageTrainer(EpisodeTrainer):
-    """
-    Fits g by least squares: `(w_y - w̄(h_t))ᵀ g(h_t) ≈ A_t`.
 
     Args:
         gae_lambda, discount (`float`):
             As for [`fit_advantage`].
+
+    Attributes:
+        baseline (`(torch.Tensor, torch.Tensor)`, *optional*):
+            Weights `(hidden_size,)` over the scaled state, and a constant: what is taken off.
+    """
+
+    def __init__(self, gae_lambda: float, discount: float):
+        self.gae_lambda, self.discount = gae_lambda, discount
+        self.baseline: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(self, head: ValueHead, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        flat = batch["values"] if "values" in batch else head(batch["hidden"]).float()
+        differences = value_differences(
+            pad_episodes(flat, batch["lengths"]),
+            batch["rewards"],
+            batch["lengths"],
+            self.gae_lambda,
+            discount=self.discount,
+            open_ended=batch.get("open_ended"),
+        )
+        targets = differences.sum(-1)[episode_mask(batch["lengths"])]
+        if self.baseline is None:
+            return targets
+        # The dtype first: not every device knows float64.
+        weight, constant = (x.to(targets.dtype).to(targets.device) for x in self.baseline)
+        return targets - head.scaled(batch["hidden"]).to(targets) @ weight - constant
+
+    def take_off_what_states_explain(
+        self, head: ValueHead, train: Episodes, held_out: Episodes, processes: Processes
+    ) -> None:
+        """
+        Set the baseline, by ridge regression. Under the policy an advantage has the mean 0 at each state, whatever the
+        errors of the values that it is made of: a mean that differs from state to state would be put down to the
+        tokens that are drawn there.
+        """
+        device = next(head.parameters()).device
+
+        def moments(episodes: Episodes) -> Moments:
+            rows = (
+                (head.scaled(batch["hidden"]).detach(), self(head, batch)[:, None])
+                for batch in _on(device, episodes, processes)
+            )
+            return Moments.of(rows, (episodes.store.hidden_size, 1), device, processes)
+
+        fitted, measured = moments(train), moments(held_out)
+        weight = ridge(fitted.around(fitted.x, fitted.y), measured.around(fitted.x, fitted.y))
+        self.baseline = weight[:, 0], fitted.y[0] - fitted.x @ weight[:, 0].double()
+
+
+def _on(device: torch.device, episodes: Episodes, processes: Processes) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of this process's share of some episodes, on a device."""
+    for _, batch in episodes.batches(64, processes):
+        yield {name: value.to(device) for name, value in batch.items()}
+
+
+class AdvantageTrainer(EpisodeTrainer):
+    """
+    Fits g by least squares: `(w_y - w̄(h_t))ᵀ g(h_t) + c_y ≈ A_t`.
+
+    Args:
+        targets ([`AdvantageTargets`]):
+            The A_t.
         args, kwargs:
             As for [`EpisodeTrainer`].
     """
 
-    def __init__(self, *args, gae_lambda: float, discount: float, **kwargs):
+    def __init__(self, *args, targets: AdvantageTargets, **kwargs):
         super().__init__(*args, metric="advantage_error", description="advantage", **kwargs)
-        self.gae_lambda, self.discount = gae_lambda, discount
+        self.targets = targets
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch of whole episodes."""
         head = self.accelerator.unwrap_model(model).head
-        targets = advantage_targets(head, inputs, self.gae_lambda, self.discount)
-        advantage = (inputs["directions"] * model(inputs["hidden"])).sum(-1).float()
+        targets, advantage = self.targets(head, inputs), model(**_read(inputs))
         loss = (advantage - targets).square().sum() / self.normaliser(inputs)
         return (loss, advantage) if return_outputs else loss
 
@@ -96,11 +153,10 @@ class AdvantageTrainer(EpisodeTrainer):
         head = model.head
         device = next(head.parameters()).device
         sums = torch.zeros(6, dtype=torch.float64)
-        for _, batch in self.held_out.batches(64, self.processes):
-            batch = {name: value.to(device) for name, value in batch.items()}
+        for batch in _on(device, self.held_out, self.processes):
             # The CPU first: not every device knows float64.
-            target = advantage_targets(head, batch, self.gae_lambda, self.discount).cpu().double()
-            advantage = (batch["directions"] * model(batch["hidden"])).sum(-1).cpu().double()
+            target = self.targets(head, batch).cpu().double()
+            advantage = model(**_read(batch)).cpu().double()
             products = (advantage, target, advantage.square(), target.square(), advantage * target)
             sums += torch.stack([torch.tensor(float(len(target))).double(), *(x.sum() for x in products)])
         count, a, t, aa, tt, at = torch.stack(self.processes.gather(sums)).sum(0).tolist()
@@ -109,18 +165,6 @@ class AdvantageTrainer(EpisodeTrainer):
             "advantage_error": (aa - 2 * at + tt) / max(tt, 1e-30),
             "advantage_correlation": (at - a * t / count) / norm if norm > 1e-12 * max(tt, 1e-30) else 0.0,
         }
-
-
-def _moments(head: ValueHead, episodes: Episodes, gae_lambda: float, discount: float, processes: Processes) -> Moments:
-    """Those of the directions and their targets."""
-    device = next(head.parameters()).device
-
-    def rows() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for _, batch in episodes.batches(64, processes):
-            batch = {name: value.to(device) for name, value in batch.items()}
-            yield batch["directions"], advantage_targets(head, batch, gae_lambda, discount)[:, None]
-
-    return Moments.of(rows(), (episodes.store.hidden_size, 1), device, processes)
 
 
 def fit_advantage(
@@ -134,17 +178,18 @@ def fit_advantage(
     **changes,
 ) -> dict[str, Any]:
     r"""
-    Fit the advantage part, in place, by least squares on differences of values: `(w_y - w̄(h_t))ᵀ g(h_t) ≈ A_t` (see
-    [`value_differences`]). First the static vector b, a g that is the same for all states, by ridge regression in
-    closed form (streamed normal equations; the penalty is the one with the smallest held-out error); then the MLP from
-    there on, by transformers' Trainer, with the epoch with the smallest held-out error kept, which may be the one
-    before the first.
+    Fit the advantage part, in place, by least squares on differences of values (see [`value_differences`]), less what
+    of them the state alone explains: `(w_y - w̄(h_t))ᵀ g(h_t) + c_y ≈ A_t`. First the static vector b, a g that is the
+    same for all states, by ridge regression in closed form (streamed normal equations; the penalty is the one with the
+    smallest held-out error); then, where the head has one, the token bias c, of what b leaves of the targets (see
+    [`token_means`]); then the MLP from there on, by transformers' Trainer, with the epoch with the smallest held-out
+    error kept, which may be the one before the first.
 
     Args:
         head ([`ValueHead`]):
             A head with a trained V, and with an advantage part, a static vector, or both.
         states:
-            The same episodes, with directions.
+            The same episodes, with directions; with the drawn tokens, for a head with a token bias.
         settings ([`AdvantageSettings`], *optional*), changes:
             How to train; single settings as keywords. Use the `validation_split` and `seed` of V, so that the same
             prompts are held out.
@@ -155,11 +200,12 @@ def fit_advantage(
 
     Returns:
         On the held-out prompts (which also chose the penalty and the epoch): `advantage_correlation` and
-        `constant_correlation`, with their targets, of g and of b; `advantage_error` and `constant_error`, mean
-        squared, relative to that of 0; `log`, the Trainer's log. Of g only where there is one.
+        `constant_correlation`, with their targets, of g and of b, each with c; `advantage_error` and
+        `constant_error`, mean squared, relative to that of 0; `log`, the Trainer's log. Of g only where there is one.
 
     Raises:
-        `ValueError`: if the head has neither part, or the states have no directions or are not finite.
+        `ValueError`: if the head has neither part, or the states have no directions, lack the tokens of a token bias
+        or are of another vocabulary, or are not finite.
     """
     settings = AdvantageSettings.of(settings, changes)
     check_training(settings, Processes())
@@ -171,6 +217,12 @@ def fit_advantage(
     store = StateStore.of(states)
     if not store.has_directions:
         raise ValueError("The states have no directions: collect them at `lm_head`, with `directions`.")
+    size = head.config.token_bias_size
+    if size is not None and (not store.has_tokens or store.vocabulary_size != size):
+        raise ValueError(
+            f"The head has a token bias of {size} tokens, the states are of {store.vocabulary_size or 'no'} tokens: "
+            "give `token_bias_size=states.vocabulary_size` in its ValueHeadConfig, or None, or collect them anew."
+        )
     values = None if critic is None else critic_values(critic, store, Processes())
     train, held_out = (
         Episodes(store, episodes, head, ["hidden", "directions"], settings.open_truncated, values)
@@ -191,12 +243,11 @@ def fit_advantage(
                 settings.advantage_num_epochs,
                 settings.advantage_weight_decay,
             ),
-            gae_lambda=settings.gae_lambda,
-            discount=settings.discount,
+            targets=AdvantageTargets(settings.gae_lambda, settings.discount),
             patience=settings.advantage_patience,
             progress=progress,
         )
-        constant = _fit_constant(trainer, head, train, held_out, settings)
+        constant = _fit_constant(trainer, head, train, held_out)
         figures = {}
         if head.advantage_mlp is not None:
             figures = _fit_rest(trainer, head, constant["advantage_error"], settings.advantage_num_epochs)
@@ -209,14 +260,16 @@ def fit_advantage(
     }
 
 
-def _fit_constant(
-    trainer: AdvantageTrainer, head: ValueHead, train: Episodes, held_out: Episodes, settings: AdvantageSettings
-) -> dict[str, Any]:
-    """Set b, and g to b, in closed form; returns its held-out figures."""
-    moments = [
-        _moments(head, part, settings.gae_lambda, settings.discount, trainer.processes) for part in (train, held_out)
-    ]
-    vector = ridge(*moments)[:, 0]
+def _fit_constant(trainer: AdvantageTrainer, head: ValueHead, train: Episodes, held_out: Episodes) -> dict[str, Any]:
+    """Set b, g to b, and c, in closed form; returns their held-out figures."""
+    targets, processes, device = trainer.targets, trainer.processes, next(head.parameters()).device
+    targets.take_off_what_states_explain(head, train, held_out, processes)
+
+    def moments(episodes: Episodes) -> Moments:
+        rows = ((batch["directions"], targets(head, batch)[:, None]) for batch in _on(device, episodes, processes))
+        return Moments.of(rows, (episodes.store.hidden_size, 1), device, processes)
+
+    vector = ridge(moments(train), moments(held_out))[:, 0]
     with torch.no_grad():
         if head.config.static_vector:
             head.static_vector.copy_(vector)
@@ -224,7 +277,26 @@ def _fit_constant(
             *_, last = head.advantage_mlp.layers
             last.weight.zero_()
             last.bias.copy_(vector)
+        if head.config.token_bias_size is not None:
+            head.token_bias.zero_()
+            head.token_bias.copy_(token_means(_left_to_tokens(trainer, train)))
     return trainer.figures()
+
+
+def _left_to_tokens(trainer: AdvantageTrainer, train: Episodes) -> list[TokenSums]:
+    """What the static vector leaves of the targets, summed over the states of each token, in folds of prompts."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    head = model.head
+    device = next(head.parameters()).device
+    folds = [TokenSums.zeros(head.config.token_bias_size) for _ in range(_FOLDS)]
+    fold_of = train.store.prompts[train.episodes].unique(return_inverse=True)[1] % _FOLDS
+    for numbers, batch in train.batches(64, trainer.processes):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        left = (trainer.targets(head, batch) - model(**_read(batch))).cpu()
+        own = torch.repeat_interleave(fold_of[numbers], batch["lengths"].cpu())
+        for number, fold in enumerate(folds):
+            fold.add(batch["tokens"][own == number].cpu(), left[own == number])
+    return [TokenSums(*(trainer.processes.sum(x) for x in (fold.count, fold.left))) for fold in folds]
 
 
 def _fit_rest(trainer: AdvantageTrainer, head: ValueHead, constant_error: float, num_epochs: int) -> dict[str, Any]:

@@ -115,7 +115,14 @@ def train_critic(
         raise ValueError("The states have no directions: collect them at `lm_head`, with `directions`.")
     check_states(store, config)
     wide = CriticStore(store)
-    config = replace(config, hidden_size=wide.hidden_size, head_sizes=[], advantage_sizes=None, static_vector=False)
+    config = replace(
+        config,
+        hidden_size=wide.hidden_size,
+        head_sizes=[],
+        advantage_sizes=None,
+        static_vector=False,
+        token_bias_size=None,
+    )
     train, rewarded, held_out = sides(store, settings)
     critic = new_head(wide, config, train, rewarded, "feature", settings.seed)
     critic.state_scale[wide.prefix_columns] *= _PREFIX_UNIT

@@ -131,6 +131,10 @@ class Batch:
         """The edited states of a kind's rows, `(rows, width)`."""
         return self.controller.edit(states, kind.control, kind.step_size, kind.weights, clamp=True)
 
+    def shift(self, kind: Kind, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of a kind's edited rows with the token bias of its heads, `(rows, vocabulary)`."""
+        return self.controller.shifted(logits, kind.control, kind.step_size, kind.weights, clamp=True)
+
     @staticmethod
     def guard(kind: Kind, base: torch.Tensor, controlled: torch.Tensor) -> torch.Tensor:
         """Controlled logits of a kind's rows under its guards, `(rows, vocabulary)`."""

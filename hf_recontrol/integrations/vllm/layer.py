@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from ...utils.extras import needs_extra
-from .batch import Batch
+from .batch import Batch, Kind
 
 with needs_extra("vllm", "Control in vLLM"):
     from vllm.distributed import get_pp_group
@@ -31,6 +32,17 @@ class ControlledLogits(LogitsProcessor):
     """
 
     batch: Batch
+    # Of the rows whose logits are being made.
+    _kinds: Sequence[Kind] = ()
+
+    def _get_logits(self, *args, **kwargs) -> torch.Tensor | None:
+        """As the LM head makes them, with the heads' token biases; before a soft cap and a scale."""
+        logits = super()._get_logits(*args, **kwargs)
+        if logits is None:
+            return None
+        for kind in self._kinds:
+            logits = kind.put(logits, self.batch.shift(kind, kind.of(logits)))
+        return logits
 
     def forward(
         self,
@@ -51,7 +63,11 @@ class ControlledLogits(LogitsProcessor):
         edited = hidden_states
         for kind in kinds:
             edited = kind.put(edited, self.batch.edit(kind, kind.of(hidden_states)))
-        logits = logits_of(edited)
+        self._kinds = kinds
+        try:
+            logits = logits_of(edited)
+        finally:
+            self._kinds = ()
         for kind in kinds:
             if kind.control.is_guarded:
                 # A forward of their own: more rows in the first one would move the others' logits by rounding.
@@ -97,6 +113,12 @@ def attach(model: nn.Module, batch: Batch, model_config: Any) -> None:
             raise ValueError(
                 f"The head {name!r} reads states of width {head.config.hidden_size}, {type(model).__name__} has "
                 f"{width}: it was made for another base model."
+            )
+        size = head.config.token_bias_size
+        if size not in (None, layers[0].org_vocab_size):
+            raise ValueError(
+                f"The token bias of the head {name!r} is of {size} tokens, {type(model).__name__} has "
+                f"{layers[0].org_vocab_size}: it was made for another vocabulary."
             )
     (layer,) = layers
     layer.__class__ = _controlled(type(layer))

@@ -1,0 +1,43 @@
+"""The token bias: what the advantage edit and the static one add to the logits behind the LM head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def token_bias_of(head: nn.Module) -> torch.Tensor | None:
+    """c of a head, `(vocabulary,)`, or `None`."""
+    bias = getattr(head, "token_bias", None)
+    return bias if isinstance(bias, torch.Tensor) else None
+
+
+def has_token_bias(head: nn.Module) -> bool:
+    """Whether a head has a token bias that is not all zeros."""
+    bias = token_bias_of(head)
+    return bias is not None and bool(bias.any())
+
+
+def token_shift(
+    biases: Sequence[torch.Tensor | None], weights: Sequence[float | torch.Tensor], alpha: float | torch.Tensor
+) -> torch.Tensor | None:
+    """
+    `α Σ_k ω_k c_k`, what is added to the logits, `(vocabulary,)` or, where α or a weight differs by state, with the
+    shape of these before it; `None` if no head has a token bias.
+
+    Beside the edit `u = α g(h)` of the state the policy is then `π ∝ π0 exp(α (w_yᵀ g(h) + c_y))`, the optimum of
+    `E[A] - τ KL(π ‖ π0)` for `A(h, y) = (w_y - E_π0[w])ᵀ g(h) + c_y - E_π0[c]` and `α = 1/τ`.
+
+    Args:
+        biases (sequence of `torch.Tensor` of shape `(vocabulary,)` or `None`):
+            The c_k.
+        weights (sequence of `float` or `torch.Tensor` of shape `(..., 1)`), alpha (the same):
+            The ω_k, and the step size.
+    """
+    shift = None
+    for bias, omega in zip(biases, weights, strict=True):
+        if bias is not None:
+            shift = omega * bias if shift is None else shift + omega * bias
+    return None if shift is None else alpha * shift
