@@ -5,8 +5,8 @@ Makes the heads of examples/heads (SmolLM2-135M-Instruct, one reward each, targe
 
 `--pairs` as for `reward_model.py`, which is run first: it holds 200 prompts out of everything, which the heads are
 measured on. The judge of one head is the other's reward. Some 50 minutes a head on 2 cores, 10 of them to measure it
-(`--measure`: the heads that are there, nothing else); it goes on where it was stopped. The matrices are kept in
-bfloat16, what states are scaled by in float32.
+(`--measure`: the heads that are there, nothing else); it goes on where it was stopped. The matrices and the token bias
+are kept in bfloat16, what states are scaled by in float32.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ SETTINGS = FitSettings(
     batch_size=32,
     part_size=128,
     dtype="float32",
-    prefix_every=4,
 )
+# VADER costs nothing, so each token's part in it is known.
+SCORING = {"vader": {"prefix_every": 1, "gae_lambda": 0.5}, "preference": {"prefix_every": 4}}
 COMPARED = CompareSettings(
     max_new_tokens=48,
     temperature=0.9,
@@ -53,6 +54,8 @@ def keep_small(trained: Path, kept: Path, reward: str) -> None:
     head = ValueHead.from_pretrained(trained)
     for mlp in (head.value_mlp, head.advantage_mlp):
         mlp.to(torch.bfloat16)
+    if head.config.token_bias_size is not None:
+        head.token_bias = head.token_bias.to(torch.bfloat16)
     training = replace(head.config.training, rewards=[reward])
     head.config = replace(head.config, base_model_name_or_path=HUB_NAME, training=training)
     head.save_pretrained(kept)
@@ -100,7 +103,7 @@ def main() -> None:
     for name in arguments.only:
         folder, head = arguments.output / name, HEADS / f"smollm2-{name}"
         if not arguments.measure:
-            fit(embedded_model(), prompts, functions[name], folder, SETTINGS)
+            fit(embedded_model(), prompts, functions[name], folder, replace(SETTINGS, **SCORING[name]))
             keep_small(folder / "head", head, NAMES[name])
         judge = next(function for other, function in functions.items() if other != name)
         measure(head, rewards, functions[name], judge, folder / "comparison")
