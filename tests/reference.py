@@ -105,11 +105,13 @@ def reference_shift(head: ValueHead | Mixture, logits: torch.Tensor, control: Co
     heads, weights = (head.heads, head.weights) if isinstance(head, Mixture) else ([head], [1.0])
     if control.method == "ascent":
         return logits
-    result = logits.double()
+    result = logits.double().clone()
     for one, weight in zip(heads, weights, strict=True):
         if getattr(one, "token_bias", None) is not None:
             factor = torch.as_tensor(control.step_size).double() * torch.as_tensor(weight).double()
-            result = result + (factor[:, None, None] if factor.ndim else factor) * one.token_bias.double()
+            factor = factor[:, None, None] if factor.ndim else factor
+            # Tokens that were added to the vocabulary have none.
+            result[..., : len(one.token_bias)] += factor * one.token_bias.double()
     return result.to(logits.dtype)
 
 

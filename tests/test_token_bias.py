@@ -260,18 +260,30 @@ def test_a_step_too_far_is_told():
         controlled(prompts())
 
 
-def test_another_vocabulary_is_refused_wherever_it_is_met():
-    model = tiny_model("llama")
+def test_tokens_that_were_added_have_none():
+    model, ids = tiny_model("llama"), prompts()
     head = tiny_head(model, "lm_head")
     model.resize_token_embeddings(VOCAB + 5)
-    with pytest.raises(ValueError, match=rf"{VOCAB} tokens.*{VOCAB + 5}"):
+    base = model(ids).logits
+    controlled = ReControlForCausalLM.from_model(model, head, STATIC)
+    expected = base + 0.7 * head.static_vector @ model.lm_head.weight.T
+    expected[..., :VOCAB] += 0.7 * head.token_bias
+    torch.testing.assert_close(controlled(ids).logits, expected)
+
+
+def test_a_smaller_vocabulary_is_refused_wherever_it_is_met():
+    model = tiny_model("llama")
+    head = tiny_head(model, "lm_head")
+    model.resize_token_embeddings(VOCAB - 5)
+    with pytest.raises(ValueError, match=rf"{VOCAB} tokens.*{VOCAB - 5}"):
         ReControlForCausalLM.from_model(model, head, STATIC)
     controlled = ReControlForCausalLM.from_model(tiny_model("llama"), head, STATIC)
-    controlled.resize_token_embeddings(VOCAB + 5)
-    with pytest.raises(ValueError, match=rf"{VOCAB} tokens.*{VOCAB + 5}"):
-        controlled(prompts())
+    controlled.resize_token_embeddings(VOCAB - 5)
+    ids = prompts() % (VOCAB - 5)
+    with pytest.raises(ValueError, match=rf"{VOCAB} tokens.*{VOCAB - 5}"):
+        controlled(ids)
     with controlled.disable_control():
-        controlled(prompts())
+        controlled(ids)
 
 
 def test_who_reads_the_lm_heads_weight_is_refused():

@@ -229,15 +229,15 @@ class Controller:
 
         Raises:
             `FloatingPointError`: if what is added leaves the range of their dtype. `ValueError`: if they are of
-            another vocabulary.
+            fewer tokens than a token bias.
         """
         weights = dict.fromkeys(self.heads, 1.0) if weights is None else weights
         if not self.shifts_tokens(control, weights):
             return logits
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         biases = self._token_biases(tuple(weights), logits.new_empty(0, dtype=dtype), control, prepared)
-        size = next(len(bias) for bias in biases if bias is not None)
-        if logits.shape[-1] != size:
+        size = max(len(bias) for bias in biases if bias is not None)
+        if logits.shape[-1] < size:
             raise ValueError(
                 f"The head's token bias is of {size} tokens, the model's LM head of {logits.shape[-1]}: it was made "
                 "for another vocabulary."
@@ -247,7 +247,7 @@ class Controller:
             value.to(dtype).to(logits.device) if isinstance(value, torch.Tensor) else value
             for value in (step_size, *_of_one_kind(list(weights.values())))
         )
-        shift = token_shift(biases, omegas, alpha)
+        shift = token_shift(biases, omegas, alpha, logits.shape[-1])
         limit = torch.finfo(logits.dtype).max
         if clamp or torch.compiler.is_compiling():
             shift = torch.nan_to_num(shift).clamp(-limit / 2, limit / 2)
@@ -267,16 +267,13 @@ class Controller:
             return [None if bias is None else bias.detach().to(like) for bias in found]
         with_gram, last = METHODS[control.method].needs_gram, self._last
         if torch.compiler.is_compiling():
-            plan = self._traced_plan(like, names, with_gram, prepared)
-        elif (
-            last is not None
-            and last[:2] == (names, with_gram)
-            and last[2].heads[0].mean.to(like) is last[2].heads[0].mean
-        ):
-            # That which the state was edited by just now.
-            plan = last[2]
-        else:
-            plan = self._plan(names, like.device, like.dtype, with_gram)
+            return [head.token_bias for head in self._traced_plan(like, names, with_gram, prepared).heads]
+        plan = None
+        if last is not None and last[:2] == (names, with_gram):
+            mean = last[2].heads[0].mean
+            # That which the states were edited by just now, so it need not be held against the heads again.
+            plan = last[2] if (mean.device, mean.dtype) == (like.device, like.dtype) else None
+        plan = plan or self._plan(names, like.device, like.dtype, with_gram)
         return [head.token_bias for head in plan.heads]
 
     def _edit_rows(

@@ -21,11 +21,14 @@ def has_token_bias(head: nn.Module) -> bool:
 
 
 def token_shift(
-    biases: Sequence[torch.Tensor | None], weights: Sequence[float | torch.Tensor], alpha: float | torch.Tensor
-) -> torch.Tensor | None:
+    biases: Sequence[torch.Tensor | None],
+    weights: Sequence[float | torch.Tensor],
+    alpha: float | torch.Tensor,
+    size: int,
+) -> torch.Tensor:
     """
-    `α Σ_k ω_k c_k`, what is added to the logits, `(vocabulary,)` or, where α or a weight differs by state, with the
-    shape of these before it; `None` if no head has a token bias.
+    `α Σ_k ω_k c_k`, what is added to the logits of `size` tokens: `(size,)` or, where α or a weight differs by state,
+    with the shape of these before it. Tokens that were added to the vocabulary behind those of c_k have 0.
 
     Beside the edit `u = α g(h)` of the state the policy is then `π ∝ π0 exp(α (w_yᵀ g(h) + c_y))`, the optimum of
     `E[A] - τ KL(π ‖ π0)` for `A(h, y) = (w_y - E_π0[w])ᵀ g(h) + c_y - E_π0[c]` and `α = 1/τ`.
@@ -36,8 +39,5 @@ def token_shift(
         weights (sequence of `float` or `torch.Tensor` of shape `(..., 1)`), alpha (the same):
             The ω_k, and the step size.
     """
-    shift = None
-    for bias, omega in zip(biases, weights, strict=True):
-        if bias is not None:
-            shift = omega * bias if shift is None else shift + omega * bias
-    return None if shift is None else alpha * shift
+    known = [(bias, omega) for bias, omega in zip(biases, weights, strict=True) if bias is not None]
+    return alpha * sum(omega * nn.functional.pad(bias, (0, size - len(bias))) for bias, omega in known)

@@ -184,7 +184,10 @@ def add_hooks(model, config, tensors, settings):
     def shift_logits(module, args, output):
         base, logits = output.chunk(2) if guarded else (output[:0], output)
         shift = settings["step_size"] * tensors["token_bias"].to(logits.device, torch.float32)
-        return torch.cat([base, (logits + shift).to(logits.dtype)])
+        added = logits.shape[-1] - len(shift)
+        if added < 0:
+            raise ValueError(f"The head's token bias is of {len(shift)} tokens, this model has {logits.shape[-1]}.")
+        return torch.cat([base, (logits + nn.functional.pad(shift, (0, added))).to(logits.dtype)])
 
     if config["hook_point"] == "lm_head":
         lm_head = model.get_output_embeddings()

@@ -82,7 +82,7 @@ def check_head(model: PreTrainedModel, head: nn.Module) -> HookPoint:
             f"{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}."
         )
     size, vocabulary = config.token_bias_size, getattr(find_lm_head(model), "out_features", None)
-    if size is not None and vocabulary is not None and size != vocabulary:
+    if size is not None and vocabulary is not None and size > vocabulary:
         raise ValueError(
             f"The head's token bias is of {size} tokens, the LM head of {type(model).__name__} of {vocabulary}: it "
             "was made for another vocabulary."

@@ -128,7 +128,8 @@ class ControlHooks:
         # First, so that transformers' own recording of hidden states sees the edited one.
         if self.hook_point.layer is None:
             self._handles_there.append(module.register_forward_pre_hook(self.edit_head_input, prepend=True))
-            self._handles_there.append(module.register_forward_hook(self.shift_logits, prepend=True))
+            # Behind others, which may put together the logits of several devices.
+            self._handles_there.append(module.register_forward_hook(self.shift_logits))
             return
         self._path = next(name for name, part in model.named_modules() if part is module)
         self._handles_there.append(module.register_forward_hook(self.edit_layer_output, prepend=True))

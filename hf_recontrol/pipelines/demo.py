@@ -135,7 +135,7 @@ def run_demo(
         training.rows,
         vader,
         output,
-        FitSettings(part_size=64, keep_states=True, prefix_every=4, **shared),
+        FitSettings(part_size=64, keep_states=True, prefix_every=1, gae_lambda=0.5, **shared),
         tokenizer=tokenizer,
         command=f"recontrol demo --seed {seed}",
     )

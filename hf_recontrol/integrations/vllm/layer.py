@@ -115,7 +115,7 @@ def attach(model: nn.Module, batch: Batch, model_config: Any) -> None:
                 f"{width}: it was made for another base model."
             )
         size = head.config.token_bias_size
-        if size not in (None, layers[0].org_vocab_size):
+        if size is not None and size > layers[0].org_vocab_size:
             raise ValueError(
                 f"The token bias of the head {name!r} is of {size} tokens, {type(model).__name__} has "
                 f"{layers[0].org_vocab_size}: it was made for another vocabulary."
