@@ -76,7 +76,9 @@ class Run:
             states = self.output / f"states-{layer}"
             write_states(states, self.model, self.fit / "rollouts", critic_layer=layer, states_dtype="float32")
             trained = self.output / (name if kind != "branches" else f"critic-{layer}") / "head"
-            train_head(trained, states, **({} if layer else {"critic": False, "gae_lambda": 0.0}))
+            # Branches say nothing of a token bias.
+            without = {"token_bias": False} | ({} if layer else {"critic": False, "gae_lambda": 0.0})
+            train_head(trained, states, **without)
             if kind == "branches" and not (folder / "head" / "config.json").is_file():
                 self.learn_from_branches(folder / "head", trained, states, layer)
             compare(

@@ -97,7 +97,7 @@ def test_the_closed_form_and_all_figures_on_a_device_without_float64():
     head, _ = train_value_head(states, replace(CONFIG, static_vector=True, token_bias_size=7), num_epochs=1)
     store = trainer.StateStore.of(states)
     parts = [
-        trainer.Episodes(store, part, head, ["hidden", "directions"], False)
+        trainer.Episodes(store, part, head, ["hidden", "directions", "tokens"], False)
         for part in split_by_prompt(store.prompts, 0.2, 0)
     ]
 

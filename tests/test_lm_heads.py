@@ -277,7 +277,7 @@ def test_trl_s_fused_forward_refuses_an_adapter_on_the_lm_head():
     utils = pytest.importorskip("trl.trainer.utils")
     ids = prompts()
     for adapted in (False, True):
-        model = ReControlForCausalLM.from_model(llama(), tiny_head(llama(), "lm_head"), replace(ADVANTAGE, method="ascent", step_size=0.1))
+        model = ReControlForCausalLM.from_model(llama(), tiny_head(llama(), "lm_head").without_token_bias(), ADVANTAGE)
         if adapted:
             model = _lora(model).get_base_model()
         utils.add_fused_lm_head(model)

@@ -18,8 +18,10 @@ from hf_recontrol import (
     fit_advantage,
     load_prompts,
     load_rollouts,
+    measure_value_head,
     score_rollouts,
     train_head,
+    train_value_head,
     write_rollouts,
     write_states,
 )
@@ -119,6 +121,22 @@ def test_states_without_the_tokens_or_of_another_vocabulary_are_refused():
     for changes in ({"tokens": None}, {"vocabulary_size": None}, {"vocabulary_size": TOKENS + 1}):
         with pytest.raises(ValueError, match="token bias"):
             fit_advantage(ValueHead(CONFIG), replace(states, **changes))
+    more = torch.cat([states.tokens, states.tokens[:1]])
+    for tokens in (states.tokens[1:], more, states.tokens[:, None], states.tokens - 1, states.tokens + 1):
+        with pytest.raises(ValueError, match="`tokens` must be one id from 0 to 11 for each state"):
+            fit_advantage(ValueHead(CONFIG), replace(states, tokens=tokens))
+    # V needs none.
+    head, _ = train_value_head(replace(states, tokens=None), CONFIG, num_epochs=1)
+    assert measure_value_head(head, replace(states, tokens=None))["held_out_episodes"] > 0
+
+
+def test_a_bias_that_held_out_prompts_speak_against_is_all_zeros(monkeypatch):
+    states, _, worth = planted()
+    for sign, kept in ((1, True), (-1, False)):
+        monkeypatch.setattr("hf_recontrol.training.advantage.token_means", lambda folds, sign=sign: sign * worth)
+        head, figures = fitted(states, CONFIG)
+        assert head.token_bias.any() == kept
+        assert figures["constant_correlation"] > 0.2
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -173,6 +191,14 @@ def test_training_in_a_folder_keeps_it_with_the_head(scored, tmp_path):
     ReControlForCausalLM.from_model(model, head, ControlConfig("static"))
 
 
+def test_a_folder_without_the_tokens_is_refused(scored, tmp_path, monkeypatch):
+    _, states = scored
+    monkeypatch.setattr(StateStore, "has_tokens", False)
+    with pytest.raises(ValueError, match="--no-token-bias"):
+        train_head(tmp_path / "head", states, **FAST)
+    train_head(tmp_path / "head", states, **FAST, token_bias=False)
+
+
 @pytest.mark.parametrize("why", ["it is not asked for", "it does not help"])
 def test_training_in_a_folder_leaves_it_out(scored, tmp_path, monkeypatch, why):
     model, states = scored
@@ -210,11 +236,48 @@ def test_it_alone_is_enough_to_act():
         ReControlForCausalLM.from_model(copy.deepcopy(model), head, STATIC)
 
 
+class Module(torch.nn.Module):
+    """No [`ValueHead`], with a static vector and what is called a token bias."""
+
+    def __init__(self, model, size, **tensors):
+        super().__init__()
+        width = model.config.hidden_size
+        self.config = ValueHeadConfig(width, hook_point="lm_head", static_vector=True, token_bias_size=size)
+        for name, tensor in ({"static_vector": torch.ones(width).double()} | tensors).items():
+            self.register_buffer(name, tensor)
+
+
+def test_of_any_module_the_configuration_says_whether_there_is_one():
+    model, ids, bias = tiny_model("llama"), prompts(), torch.randn(VOCAB, dtype=torch.float64)
+
+    def logits(*args, **tensors):
+        head = Module(model, *args, **tensors)
+        return ReControlForCausalLM.from_model(copy.deepcopy(model), head, STATIC)(ids).logits
+
+    torch.testing.assert_close(logits(VOCAB, token_bias=bias), logits(None) + 0.7 * bias)
+    torch.testing.assert_close(logits(None, token_bias=bias), logits(None))
+    with pytest.raises(TypeError, match="token_bias"):
+        logits(VOCAB)
+    for odd in (bias[:5], bias[:, None], bias[0]):
+        with pytest.raises(ValueError, match="`token_bias` of Module has the shape"):
+            logits(VOCAB, token_bias=odd)
+
+
+def test_a_head_without_it_is_the_same_head_otherwise():
+    model, ids = tiny_model("llama"), prompts()
+    head = tiny_head(model, "lm_head")
+    plain = head.without_token_bias()
+    assert not hasattr(plain, "token_bias") and plain.state_mean.dtype == head.state_mean.dtype
+    logits = [ReControlForCausalLM.from_model(copy.deepcopy(model), x, ADVANTAGE)(ids).logits for x in (head, plain)]
+    torch.testing.assert_close(logits[0], logits[1] + 0.7 * head.token_bias)
+    with torch.no_grad():
+        plain.static_vector.zero_()
+    assert head.static_vector.any()
+
+
 def test_heads_with_and_without_one_mix():
     model = tiny_model("llama")
-    one, other = tiny_head(model, "lm_head"), tiny_head(model, "lm_head", seed=3)
-    plain = ValueHead(replace(other.config, token_bias_size=None)).to(torch.float64)
-    plain.load_state_dict({name: x for name, x in other.state_dict().items() if name != "token_bias"})
+    one, plain = tiny_head(model, "lm_head"), tiny_head(model, "lm_head", seed=3).without_token_bias()
     controlled = ReControlForCausalLM.from_model(copy.deepcopy(model), plain, STATIC)
     controlled.add_value_head("with", one)
     ids = prompts()

@@ -29,7 +29,7 @@ class ControlConfig:
     - `method="static"`: the same with one vector b for all states, `u = α b`. It shifts the logits by `α W b`, the
       same shift at every token.
 
-    Both of these also shift the logits by `α c`, where the head has a token bias c.
+    Both of these also shift what the LM head makes of the edited state by `α c`, where the head has a token bias c.
 
     Args:
         method (`str`, *optional*, defaults to `"ascent"`):

@@ -10,7 +10,7 @@ from torch import nn
 from ..heads.value_head import ValueHead
 from .method import ControlMethod
 from .plan import Plan
-from .token_bias import has_token_bias
+from .token_bias import check_token_bias, has_token_bias
 
 
 def advantage_edit(plan: Plan, hidden: torch.Tensor, weights: Sequence, alpha) -> torch.Tensor:
@@ -48,9 +48,10 @@ class Advantage(ControlMethod):
         return not last.weight.any() and not last.bias.any() and not has_token_bias(head)
 
     def check_module(self, head: nn.Module) -> None:
-        """Raise `TypeError` if it has no method `advantage`."""
+        """Raise `TypeError` if it has no method `advantage`; also as [`check_token_bias`]."""
         if not callable(getattr(head, "advantage", None)):
             raise TypeError(f"{type(head).__name__} has no method `advantage`, which `method='advantage'` calls.")
+        check_token_bias(head)
 
     def edit(self, heads, rows, weights, alpha, control, plan, eager) -> torch.Tensor:
         """By [`advantage_edit`]; of any modules by their method `advantage`."""

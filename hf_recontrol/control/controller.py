@@ -250,8 +250,11 @@ class Controller:
         shift = token_shift(biases, omegas, alpha, logits.shape[-1])
         limit = torch.finfo(logits.dtype).max
         if clamp or torch.compiler.is_compiling():
-            shift = torch.nan_to_num(shift).clamp(-limit / 2, limit / 2)
-        elif not (shift.abs() < limit).all():
+            moved = (logits.to(dtype) + torch.nan_to_num(shift)).clamp(-limit, limit).to(logits.dtype)
+            # A base may itself mask tokens with -inf.
+            return torch.where(torch.isfinite(logits), moved, logits)
+        # Half of it is left to the logits.
+        if not (shift.abs() < limit / 2).all():
             raise FloatingPointError(
                 f"The token bias left the range of {logits.dtype}: `step_size` {control.largest_step_size:g} is too "
                 "large for this head."

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..heads.value_head import ValueHead
 from .method import ControlMethod
-from .token_bias import has_token_bias
+from .token_bias import check_token_bias, has_token_bias
 
 
 def static_edit(vectors: Sequence[torch.Tensor], hidden: torch.Tensor, weights: Sequence, alpha) -> torch.Tensor:
@@ -41,7 +41,7 @@ class Static(ControlMethod):
         return not head.static_vector.any() and not has_token_bias(head)
 
     def check_module(self, head: nn.Module) -> None:
-        """Raise `TypeError` if it has no tensor `static_vector`, `ValueError` if that is of another shape."""
+        """Raise `TypeError` if it has no tensor `static_vector`, `ValueError` if its shape is another; so with c."""
         vector, expected = getattr(head, "static_vector", None), (head.config.hidden_size,)
         if not isinstance(vector, torch.Tensor):
             raise TypeError(f"{type(head).__name__} has no tensor `static_vector`, which `method='static'` adds.")
@@ -49,6 +49,7 @@ class Static(ControlMethod):
             raise ValueError(
                 f"`static_vector` of {type(head).__name__} has the shape {tuple(vector.shape)}, expected {expected}."
             )
+        check_token_bias(head)
 
     def edit(self, heads, rows, weights, alpha, control, plan, eager) -> torch.Tensor:
         """By [`static_edit`]."""

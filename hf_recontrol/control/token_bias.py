@@ -9,9 +9,25 @@ from torch import nn
 
 
 def token_bias_of(head: nn.Module) -> torch.Tensor | None:
-    """c of a head, `(vocabulary,)`, or `None`."""
+    """c of a head, `(vocabulary,)`, or `None`: its configuration says whether there is one."""
+    return None if head.config.token_bias_size is None else head.token_bias
+
+
+def check_token_bias(head: nn.Module) -> None:
+    """
+    Of a module that is no [`ValueHead`] and whose configuration has a token bias: raise `TypeError` if it has no
+    tensor `token_bias`, `ValueError` if that is of another shape.
+    """
+    expected = head.config.token_bias_size
+    if expected is None:
+        return
     bias = getattr(head, "token_bias", None)
-    return bias if isinstance(bias, torch.Tensor) else None
+    if not isinstance(bias, torch.Tensor):
+        raise TypeError(f"{type(head).__name__} has no tensor `token_bias`, which its `config.token_bias_size` names.")
+    if bias.shape != (expected,):
+        raise ValueError(
+            f"`token_bias` of {type(head).__name__} has the shape {tuple(bias.shape)}, expected ({expected},)."
+        )
 
 
 def has_token_bias(head: nn.Module) -> bool:

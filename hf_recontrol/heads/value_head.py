@@ -113,6 +113,13 @@ class ValueHead(nn.Module):
             raise ValueError("This head has no advantage part (`config.advantage_sizes` is None).")
         return self.advantage_mlp(self.scaled(hidden))
 
+    def without_token_bias(self) -> ValueHead:
+        """The same head without its token bias, in tensors of its own."""
+        head = ValueHead(replace(self.config, token_bias_size=None)).to(self.state_mean.dtype)
+        head.load_state_dict({name: x for name, x in self.state_dict().items() if name != "token_bias"})
+        head.source, head.seen_prompts = self.source, self.seen_prompts
+        return head
+
     def check_finite(self, source: str = "this head") -> None:
         """Raise `ValueError` if a tensor holds NaN or infinity, or a scale is not above 0; names `source`."""
         for name, tensor in self.state_dict().items():

@@ -237,7 +237,7 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         if control is not None and settings.controller.shifts_tokens(control, settings.active_weights()):
             raise ValueError(
                 f"`method={control.method!r}` of a head with a token bias also acts behind the LM head, which is not "
-                "called here: use a head without one (`token_bias=False` in training), or `method='ascent'`."
+                "called here: use the head without it (`head.without_token_bias()`), or `method='ascent'`."
             )
         (edited,) = self._recontrol.edit_head_input(self.hook_point.module, (hidden,)) or (hidden,)
         return edited

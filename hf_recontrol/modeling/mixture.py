@@ -24,8 +24,9 @@ class ValueHeadMixtureMixin:
 
     The heads with a weight act together, on the state h of one hook point: the ascent climbs `Σ_k ω_k V_k(h)`, each
     V_k in the scaled coordinates of its head, that is `u ← u + α Σ_k ω_k scale_k² ⊙ ∇V_k(h + u)`; the advantage edit
-    is `u = α Σ_k ω_k g_k(h)`, exact for the advantages' weighted sum. V and g are standardised, so weights compare
-    heads whatever the units of their rewards; a negative weight steers away.
+    is `u = α Σ_k ω_k g_k(h)`, with `α Σ_k ω_k c_k` at the logits, exact for the advantages' weighted sum. V, g and the
+    token bias c are standardised, so weights compare heads whatever the units of their rewards; a negative weight
+    steers away.
     """
 
     _recontrol: ControlHooks

@@ -21,7 +21,7 @@ from .critic import critic_values
 from .held_out import split_by_prompt
 from .ridge import Moments, ridge
 from .targets import episode_mask, pad_episodes, value_differences
-from .token_bias import TokenSums, token_means
+from .token_bias import TokenSums, check_tokens, token_means
 from .trainer import Episodes, EpisodeTrainer, check_training, own_randomness, training_options
 
 logger = logging.get_logger(__name__)
@@ -179,11 +179,11 @@ def fit_advantage(
 ) -> dict[str, Any]:
     r"""
     Fit the advantage part, in place, by least squares on differences of values (see [`value_differences`]), less what
-    of them the state alone explains: `(w_y - w̄(h_t))ᵀ g(h_t) + c_y ≈ A_t`. First the static vector b, a g that is the
+    of them is linear in the state: `(w_y - w̄(h_t))ᵀ g(h_t) + c_y ≈ A_t`. First the static vector b, a g that is the
     same for all states, by ridge regression in closed form (streamed normal equations; the penalty is the one with the
     smallest held-out error); then, where the head has one, the token bias c, of what b leaves of the targets (see
-    [`token_means`]); then the MLP from there on, by transformers' Trainer, with the epoch with the smallest held-out
-    error kept, which may be the one before the first.
+    [`token_means`]), all zeros if that makes the held-out error no smaller; then the MLP from there on, by
+    transformers' Trainer, with the epoch with the smallest held-out error kept, which may be the one before the first.
 
     Args:
         head ([`ValueHead`]):
@@ -217,15 +217,13 @@ def fit_advantage(
     store = StateStore.of(states)
     if not store.has_directions:
         raise ValueError("The states have no directions: collect them at `lm_head`, with `directions`.")
-    size = head.config.token_bias_size
-    if size is not None and (not store.has_tokens or store.vocabulary_size != size):
-        raise ValueError(
-            f"The head has a token bias of {size} tokens, the states are of {store.vocabulary_size or 'no'} tokens: "
-            "give `token_bias_size=states.vocabulary_size` in its ValueHeadConfig, or None, or collect them anew."
-        )
+    names = ["hidden", "directions"]
+    if head.config.token_bias_size is not None:
+        check_tokens(store, head.config.token_bias_size)
+        names.append("tokens")
     values = None if critic is None else critic_values(critic, store, Processes())
     train, held_out = (
-        Episodes(store, episodes, head, ["hidden", "directions"], settings.open_truncated, values)
+        Episodes(store, episodes, head, names, settings.open_truncated, values)
         for episodes in split_by_prompt(store.prompts, settings.validation_split, settings.seed)
     )
     with ExitStack() as stack:
@@ -277,10 +275,16 @@ def _fit_constant(trainer: AdvantageTrainer, head: ValueHead, train: Episodes, h
             *_, last = head.advantage_mlp.layers
             last.weight.zero_()
             last.bias.copy_(vector)
-        if head.config.token_bias_size is not None:
-            head.token_bias.zero_()
-            head.token_bias.copy_(token_means(_left_to_tokens(trainer, train)))
-    return trainer.figures()
+        if head.config.token_bias_size is None:
+            return trainer.figures()
+        head.token_bias.zero_()
+        without = trainer.figures()
+        head.token_bias.copy_(token_means(_left_to_tokens(trainer, train)))
+        figures = trainer.figures()
+        if figures["advantage_error"] < without["advantage_error"]:
+            return figures
+        head.token_bias.zero_()
+        return without
 
 
 def _left_to_tokens(trainer: AdvantageTrainer, train: Episodes) -> list[TokenSums]:

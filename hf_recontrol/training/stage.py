@@ -128,28 +128,23 @@ def train_head(
 def _head_config(store: StateStore, settings: HeadSettings) -> ValueHeadConfig:
     """The configuration of a head of these settings for these states."""
     with_advantage = store.has_directions and settings.advantage_sizes is not None
+    with_tokens = store.has_directions and settings.token_bias
+    if with_tokens and not store.has_tokens:
+        raise ValueError(
+            "These states do not hold the drawn tokens, which a token bias needs: collect them anew (`recontrol "
+            "states`), or leave it out (`--no-token-bias`, `token_bias=False`)."
+        )
     return ValueHeadConfig(
         store.hidden_size,
         head_sizes=list(settings.head_sizes),
         advantage_sizes=list(settings.advantage_sizes) if with_advantage else None,
         static_vector=store.has_directions,
-        token_bias_size=store.vocabulary_size if settings.token_bias and store.has_tokens else None,
+        token_bias_size=store.vocabulary_size if with_tokens else None,
         activation=settings.activation,
         num_objectives=store.rewards.shape[1],
         hook_point=store.read_at["hook_point"],
         layer=store.read_at["layer"],
     )
-
-
-def _without_idle_token_bias(head: ValueHead) -> ValueHead:
-    """The head, without its token bias if that is all zeros."""
-    if head.config.token_bias_size is None or head.token_bias.any():
-        return head
-    plain = ValueHead(replace(head.config, token_bias_size=None))
-    tensors = head.state_dict()
-    del tensors["token_bias"]
-    plain.load_state_dict(tensors)
-    return plain
 
 
 def _record(states: str | os.PathLike, store: StateStore, command: str | None) -> TrainingRecord:
@@ -218,7 +213,8 @@ def _train_both(
         )
         curves["advantage"] = found.pop("log")
         figures |= found
-        head = _without_idle_token_bias(head)
+        if head.config.token_bias_size is not None and not head.token_bias.any():
+            head = head.without_token_bias()
     if processes.index == 0:
         measured = {
             name: value

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..data.states import StateStore
+
 # So many states of a token, at which the targets are 0, are added to those that there are.
 _PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
@@ -40,6 +42,24 @@ class TokenSums:
         """Each token's shrunken mean, less their mean over the states, `(vocabulary,)`."""
         means = self.left / (self.count + penalty)
         return means - (self.count * means).sum() / self.count.sum().clamp(min=1)
+
+
+def check_tokens(store: StateStore, size: int) -> None:
+    """Raise `ValueError` if states do not hold the drawn tokens of a vocabulary of this size."""
+    sizes = {part.vocabulary_size for part in store.parts}
+    if not store.has_tokens or sizes != {size}:
+        found = ", ".join(map(str, sorted(sizes - {None}))) or "no"
+        raise ValueError(
+            f"The head has a token bias of {size} tokens, the states are of {found} tokens: give "
+            "`token_bias_size=states.vocabulary_size` in its ValueHeadConfig, or None, or collect them anew."
+        )
+    for part in store.parts:
+        tokens, expected = part.tokens, (len(part.hidden),)
+        if tokens.shape != expected or (len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < size):
+            raise ValueError(
+                f"`tokens` must be one id from 0 to {size - 1} for each state, of shape {expected}, got shape "
+                f"{tuple(tokens.shape)}, or other ids: collect the states anew."
+            )
 
 
 def token_means(folds: Sequence[TokenSums]) -> torch.Tensor:

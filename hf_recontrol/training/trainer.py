@@ -40,8 +40,8 @@ logging.get_logger("transformers.trainer_utils").addFilter(lambda record: "mtime
 class Episodes(Dataset):
     """
     Whole episodes of a store, fetched a batch at a time: `hidden` (and `directions`) of shape `(states, hidden_size)`,
-    one episode after the other, with `lengths`, standardised `rewards`, `open_ended`, the drawn `tokens` of a head
-    with a token bias and, where they are given, the `values` of each state.
+    and `tokens` of shape `(states,)`, one episode after the other, as far as they are named, with `lengths`,
+    standardised `rewards`, `open_ended` and, where they are given, the `values` of each state.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Episodes(Dataset):
         values: Sequence[torch.Tensor] | None = None,
     ):
         self.store, self.episodes, self.names, self.open_ended = store, episodes, names, open_ended
-        self.values, self.with_tokens = values, head.config.token_bias_size is not None
+        self.values = values
         self.mean, self.std = (
             torch.tensor(x, dtype=torch.float64) for x in (head.config.reward_mean, head.config.reward_std)
         )
@@ -73,8 +73,6 @@ class Episodes(Dataset):
         chosen = self.episodes[torch.as_tensor(indices)]
         batch = {name: self.store.gather(name, chosen) for name in self.names}
         batch |= {"lengths": self.store.lengths[chosen], "rewards": self.rewards(chosen)}
-        if self.with_tokens:
-            batch["tokens"] = self.store.gather("tokens", chosen)
         if self.values is not None:
             batch["values"] = torch.cat([self.values[i] for i in chosen.tolist()])
         return batch | ({"open_ended": ~self.store.finished[chosen]} if self.open_ended else {})
