@@ -284,7 +284,7 @@ def tiny_head(
         layer=layer,
         advantage_sizes=[20] if advantage else None,
         static_vector=advantage,
-        token_bias_size=lm_head_of(model).weight.shape[0] if advantage else None,
+        token_bias_size=model.config.get_text_config(decoder=True).vocab_size if advantage else None,
         control=control,
     )
     head = ValueHead(config)
