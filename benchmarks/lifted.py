@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 from variants import Pool
 
-from hf_recontrol import StateStore, ValueHead, ValueHeadConfig, ValueSettings, fit_advantage, train_critic
+from hf_recontrol import ValueHead, ValueHeadConfig, ValueSettings, fit_advantage, train_critic
 
 COUNTS = (5, 10, 20, 50, 100, 200, 500)
 SHOWN = 20
@@ -45,21 +44,21 @@ def parts_of(pool: Pool, fold: int, config: ValueHeadConfig, gae_lambda: float) 
     return found[0] / scale, found[1] / scale, mean / scale
 
 
-@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", type=Path, required=True)
     parser.add_argument("--gae-lambda", type=float, default=0.8)
     parser.add_argument("--folds", type=int, default=4)
     arguments = parser.parse_args()
-    trained = ValueHeadConfig.from_json_file(arguments.fit / "head" / "config.json")
-    pool = Pool(StateStore.open(arguments.fit / "states"), arguments.folds, trained.training.sampling["temperature"])
-    config = replace(
-        ValueHeadConfig(trained.hidden_size, head_sizes=[8], hook_point="lm_head", static_vector=True),
+    pool = Pool.of(arguments.fit, arguments.folds)
+    config = ValueHeadConfig(
+        pool.store.hidden_size,
+        head_sizes=[8],
+        hook_point="lm_head",
+        static_vector=True,
         token_bias_size=len(pool.rows),
     )
-    with torch.enable_grad():
-        found = [parts_of(pool, fold, config, arguments.gae_lambda) for fold in range(arguments.folds)]
+    found = [parts_of(pool, fold, config, arguments.gae_lambda) for fold in range(arguments.folds)]
     total = sum(float(own.sum()) for own, _, _ in found)
     print("| tokens | share of the gain |\n|---:|---:|")
     for count in COUNTS:

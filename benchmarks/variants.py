@@ -68,6 +68,12 @@ class Pool:
     folds: int
     temperature: float
 
+    @classmethod
+    def of(cls, fit: Path, folds: int) -> Pool:
+        """The states of a folder of `recontrol fit`."""
+        trained = ValueHeadConfig.from_json_file(fit / "head" / "config.json")
+        return cls(StateStore.open(fit / "states"), folds, trained.training.sampling["temperature"])
+
     def __post_init__(self):
         store, everything = self.store, torch.arange(len(self.store))
         self.tokens = store.gather("tokens", everything)
@@ -184,8 +190,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     trained = ValueHeadConfig.from_json_file(arguments.fit / "head" / "config.json")
-    temperature = trained.training.sampling["temperature"]
-    pool = Pool(StateStore.open(arguments.fit / "states"), arguments.folds, temperature)
+    pool = Pool.of(arguments.fit, arguments.folds)
     scored_every = json.loads((arguments.fit / "rollouts" / "manifest.json").read_text(encoding="utf-8"))[
         "prefix_every"
     ]

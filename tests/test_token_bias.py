@@ -16,6 +16,7 @@ from hf_recontrol import (
     ValueHeadConfig,
     collect_states,
     fit_advantage,
+    generate_rollouts,
     load_prompts,
     load_rollouts,
     measure_value_head,
@@ -369,8 +370,6 @@ def test_odd_sizes_are_refused(changes):
 
 def test_scored_rollouts_without_a_token_have_none():
     model = tiny_model("llama", torch.float32)
-    from hf_recontrol import generate_rollouts
-
     rollouts = generate_rollouts(model, TOKENIZER, ["w5 w6", "w7"], max_new_tokens=3)
     empty = replace(rollouts[0], completion_ids=[], completion="")
     scored = score_rollouts([*rollouts, empty], lambda completions, **columns: [float(len(x)) for x in completions])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -96,6 +97,18 @@ class AdvantageTargets:
         weight, constant = (x.to(targets.dtype).to(targets.device) for x in self.baseline)
         return targets - head.scaled(batch["hidden"]).to(targets) @ weight - constant
 
+    def moments(
+        self,
+        head: ValueHead,
+        episodes: Episodes,
+        inputs: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        processes: Processes,
+    ) -> Moments:
+        """Those of what is taken of each batch, `(states, hidden_size)`, and its targets."""
+        device = next(head.parameters()).device
+        rows = ((inputs(batch), self(head, batch)[:, None]) for _, batch in _on(device, episodes, processes))
+        return Moments.of(rows, (episodes.store.hidden_size, 1), device, processes)
+
     def take_off_what_states_explain(
         self, head: ValueHead, train: Episodes, held_out: Episodes, processes: Processes
     ) -> None:
@@ -104,24 +117,21 @@ class AdvantageTargets:
         errors of the values that it is made of: a mean that differs from state to state would be put down to the
         tokens that are drawn there.
         """
-        device = next(head.parameters()).device
 
-        def moments(episodes: Episodes) -> Moments:
-            rows = (
-                (head.scaled(batch["hidden"]).detach(), self(head, batch)[:, None])
-                for batch in _on(device, episodes, processes)
-            )
-            return Moments.of(rows, (episodes.store.hidden_size, 1), device, processes)
+        def scaled(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            return head.scaled(batch["hidden"]).detach()
 
-        fitted, measured = moments(train), moments(held_out)
+        fitted, measured = (self.moments(head, part, scaled, processes) for part in (train, held_out))
         weight = ridge(fitted.around(fitted.x, fitted.y), measured.around(fitted.x, fitted.y))
         self.baseline = weight[:, 0], fitted.y[0] - fitted.x @ weight[:, 0].double()
 
 
-def _on(device: torch.device, episodes: Episodes, processes: Processes) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of this process's share of some episodes, on a device."""
-    for _, batch in episodes.batches(64, processes):
-        yield {name: value.to(device) for name, value in batch.items()}
+def _on(
+    device: torch.device, episodes: Episodes, processes: Processes
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """As [`Episodes.batches`], of this process's share, on a device."""
+    for numbers, batch in episodes.batches(64, processes):
+        yield numbers, {name: value.to(device) for name, value in batch.items()}
 
 
 class AdvantageTrainer(EpisodeTrainer):
@@ -153,7 +163,7 @@ class AdvantageTrainer(EpisodeTrainer):
         head = model.head
         device = next(head.parameters()).device
         sums = torch.zeros(6, dtype=torch.float64)
-        for batch in _on(device, self.held_out, self.processes):
+        for _, batch in _on(device, self.held_out, self.processes):
             # The CPU first: not every device knows float64.
             target = self.targets(head, batch).cpu().double()
             advantage = model(**_read(batch)).cpu().double()
@@ -260,14 +270,10 @@ def fit_advantage(
 
 def _fit_constant(trainer: AdvantageTrainer, head: ValueHead, train: Episodes, held_out: Episodes) -> dict[str, Any]:
     """Set b, g to b, and c, in closed form; returns their held-out figures."""
-    targets, processes, device = trainer.targets, trainer.processes, next(head.parameters()).device
+    targets, processes = trainer.targets, trainer.processes
     targets.take_off_what_states_explain(head, train, held_out, processes)
-
-    def moments(episodes: Episodes) -> Moments:
-        rows = ((batch["directions"], targets(head, batch)[:, None]) for batch in _on(device, episodes, processes))
-        return Moments.of(rows, (episodes.store.hidden_size, 1), device, processes)
-
-    vector = ridge(moments(train), moments(held_out))[:, 0]
+    moments = [targets.moments(head, part, itemgetter("directions"), processes) for part in (train, held_out)]
+    vector = ridge(*moments)[:, 0]
     with torch.no_grad():
         if head.config.static_vector:
             head.static_vector.copy_(vector)
@@ -294,8 +300,7 @@ def _left_to_tokens(trainer: AdvantageTrainer, train: Episodes) -> list[TokenSum
     device = next(head.parameters()).device
     folds = [TokenSums.zeros(head.config.token_bias_size) for _ in range(_FOLDS)]
     fold_of = train.store.prompts[train.episodes].unique(return_inverse=True)[1] % _FOLDS
-    for numbers, batch in train.batches(64, trainer.processes):
-        batch = {name: value.to(device) for name, value in batch.items()}
+    for numbers, batch in _on(device, train, trainer.processes):
         left = (trainer.targets(head, batch) - model(**_read(batch))).cpu()
         own = torch.repeat_interleave(fold_of[numbers], batch["lengths"].cpu())
         for number, fold in enumerate(folds):
