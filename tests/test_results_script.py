@@ -77,9 +77,9 @@ def test_everything_is_made_and_made_once(material, parts, titles, controls):
         assert f"## smollm2, vader: {title}" in page
     for control in controls:
         assert f"| {control} |" in page
-    alone = ["--figures", "results/figures", "--page", "again.md"]
+    alone = ["--figures", "results/figures", "--page", "results/again.md"]
     run(*alone, folder=material)
-    assert (material / "again.md").read_text() == page
+    assert (material / "results" / "again.md").read_text() == page
     made = {path: path.stat().st_mtime_ns for path in material.rglob("part-*")}
     run(*words, folder=material)
     assert {path: path.stat().st_mtime_ns for path in material.rglob("part-*")} == made
