@@ -211,6 +211,45 @@ def test_chats_and_short_dtypes_and_stop_strings():
     assert stopped.controlled.finished and len(stopped.controlled.tokens) == 2
 
 
+def count_sixes(completions: list[str], **columns) -> list[float]:
+    """How often w6 stands in it."""
+    return [float(text.split().count("w6")) for text in completions]
+
+
+def unless_short(completions: list[str], **columns) -> list[float | None]:
+    """Nothing of one or two words."""
+    return [float(len(text.split())) if len(text.split()) > 2 else None for text in completions]
+
+
+def test_rewards_of_the_response_so_far():
+    model, tokenizer = controlled(), tiny_tokenizer()
+    found = traced(model, temperature=1.5, seed=3, reward=[count_sixes, len_of_prompt])
+    assert found.rewards == ["count_sixes", "len_of_prompt"]
+    for response in (found.base, found.controlled):
+        ids = ids_of(response)
+        for place, token in enumerate(response.tokens, 1):
+            so_far = tokenizer.decode(ids[:place], skip_special_tokens=True)
+            assert token.reward_so_far == [*count_sixes([so_far]), float(len(PROMPT))]
+    partly = traced(model, temperature=1.5, seed=3, reward=unless_short).controlled.tokens
+    assert [token.reward_so_far for token in partly] == [None, None, [3.0], [4.0], [5.0], [6.0]]
+    plain = traced(model, temperature=1.5, seed=3)
+    assert plain.rewards == [] and all(token.reward_so_far is None for token in plain.controlled.tokens)
+    with pytest.raises(ValueError, match="absent"):
+        traced(model, reward="absent:function")
+    with pytest.raises(ValueError, match="answer"):
+        traced(model, reward=needs_a_column)
+
+
+def len_of_prompt(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    """The length of what was asked."""
+    return [float(len(prompt)) for prompt in prompts]
+
+
+def needs_a_column(completions: list[str], answer: list[str], **columns) -> list[float]:
+    """What a prompt alone has not."""
+    return [0.0 for _ in completions]
+
+
 def test_what_cannot_be_traced_is_refused():
     model = controlled()
     with pytest.raises(TypeError, match="controlled model, got LlamaForCausalLM"):
@@ -350,11 +389,12 @@ def browse(page: Path, folder: Path) -> str:
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed, which would run the page")
 def test_the_page_in_a_browser(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "SCRIPT", pages.SCRIPT + '\ntell("controlled", 1);\n')
-    page, _ = write_trace(traced(controlled()), tmp_path)
+    page, _ = write_trace(traced(controlled(), reward=unless_short), tmp_path)
     found = browse(page, tmp_path)
     assert len(re.findall('<span class="token', found)) == 2 * NEW
     assert len(re.findall(r"background-color: rgba\(", found)) == 2 * NEW
-    assert found.count("<svg") == 4 and 'id="tool"' in found and 'id="tool" hidden' not in found
+    assert found.count("<svg") == 6 and found.count("Reward so far, unless_short") == 1
+    assert 'id="tool"' in found and 'id="tool" hidden' not in found
     tip = found[found.index('id="tip"') :]
     assert "token 2, id" in tip and "spent so far" in tip and tip.count("<tr") > 5
     page, _ = write_trace(evil(), tmp_path / "evil")
@@ -372,18 +412,24 @@ def test_the_command(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     drawn = ["-m", "base", "--max-new-tokens", "5", "--temperature", "0.7", "--seed", "2"]
-    words = ["trace", "head", PROMPT, "-o", "out", "--step-size", "2", *drawn]
+    words = ["trace", "head", PROMPT, "-o", "out", "--step-size", "2", "--reward", "hf_recontrol:vader", *drawn]
     code, out, err = run_fresh(RECONTROL, words, os.environ, timeout=120)
     assert (code, "Traceback" in err) == (0, False), err
     record = json.loads(Path("out/trace.json").read_text())
     assert (record["control"]["step_size"], record["seed"], record["temperature"]) == (2.0, 2, 0.7)
+    assert record["rewards"] == ["vader"] and all(len(each["reward_so_far"]) == 1 for each in record["base"]["tokens"])
     assert f"# controlled\n{record['controlled']['text']}\n" in out and "out/trace.html" in out
     # The same as `generate` says.
     said = CliRunner().invoke(app, ["generate", "head", PROMPT, "--step-size", "2", *drawn]).stdout
     assert said.strip() == record["controlled"]["text"]
     Path("mine.json").write_text("{}")
     # Before the base is loaded.
-    for prompt, output, error in (("  ", "other", "empty"), (PROMPT, "mine.html", "mine.json is no trace")):
-        found = CliRunner().invoke(app, ["trace", "head", prompt, "-o", output, "-m", "absent"])
+    for prompt, output, reward, error in (
+        ("  ", "other", "hf_recontrol:vader", "empty"),
+        (PROMPT, "mine.html", "hf_recontrol:vader", "mine.json is no trace"),
+        (PROMPT, "other", "hf_recontrol:absent", "absent"),
+    ):
+        words = ["trace", "head", prompt, "-o", output, "-m", "absent", "--reward", reward]
+        found = CliRunner().invoke(app, words)
         assert found.exit_code == 1 and error in str(found.exception)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "head", "mine.json", "out"]

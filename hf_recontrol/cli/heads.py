@@ -89,6 +89,10 @@ def trace(
     plausibility: PlausibilityOption = None,
     max_kl: MaxKLOption = None,
     target: TargetOption = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(help="Score the response after each token too, with a reward named as `fit` names it."),
+    ] = None,
     output: Annotated[
         Path,
         typer.Option(
@@ -101,16 +105,19 @@ def trace(
 
     Example: `recontrol trace my-head "How do I boil an egg?" -o egg.html`
     """
+    from ..collection.scoring.rewards import named_rewards
     from ..data.prompts import load_prompts
     from ..evaluation.trace.drawing import trace as run_trace
     from ..evaluation.trace.page import check_trace_output, write_trace
 
     check_trace_output(output)
-    load_prompts([prompt], on_answers="keep")  # raises before the base is loaded
+    # These two raise before the base is loaded.
+    prompts = load_prompts([prompt], on_answers="keep")
+    rewards = list(named_rewards(reward, prompts.columns).values()) if reward else []
     changes = {"method": method, "step_size": step_size, "num_steps": num_steps, "target": target}
     changes |= {"plausibility": plausibility, "max_kl": max_kl}
     controlled, tokenizer = load_controlled(head, base, changes, settings)
-    found = run_trace(controlled, tokenizer, prompt, settings)
+    found = run_trace(controlled, tokenizer, prompt, settings, reward=rewards)
     page, record = write_trace(found, output)
     count = len(found.controlled.tokens)
     where = "They are the same" if found.parts_at is None else f"They part at token {found.parts_at + 1}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ...collection.rollouts import draw_rollouts
 from ...collection.sampling import Reweighing
+from ...collection.scoring.responses import score_rollouts
+from ...collection.scoring.rewards import RewardFunction, named_rewards
 from ...configuration import ControlConfig
 from ...data.processes import no_progress
 from ...data.prompts import Prompt, Prompts, load_prompts
@@ -19,7 +22,7 @@ from ...heads.hub import portable_name
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...settings import SamplingSettings, TraceSettings
 from .reading import check_readable, read_response, traced_heads
-from .record import Trace
+from .record import Trace, TracedResponse
 
 
 class _Clock(Reweighing):
@@ -49,6 +52,7 @@ def trace(
     prompt: Prompt | dict[str, Any],
     settings: TraceSettings | None = None,
     *,
+    reward: str | RewardFunction | Sequence[str | RewardFunction] = (),
     control: ControlConfig | bool | None = None,
     value_heads: Mapping[str, float] | None = None,
     **changes,
@@ -67,6 +71,8 @@ def trace(
             A text, chat messages, or a row with a `prompt`.
         settings ([`TraceSettings`], *optional*), changes:
             How the responses are drawn and how much is told; single settings as keywords.
+        reward (`str`, function, or sequence of these, *optional*):
+            What scores the response after each token, as for [`fit`].
         control ([`ControlConfig`] or `False`, *optional*), value_heads (mapping of `str` to `float`, *optional*):
             As for [`ReControlForCausalLM.generate`]; by default those in force.
 
@@ -75,7 +81,8 @@ def trace(
 
     Raises:
         `TypeError`: if the model has no head. `ValueError`: if the prompt is empty or too long for the model; for step
-        sizes or weights of several prompts; for a head on a middle layer of a model that takes no `logits_to_keep`.
+        sizes or weights of several prompts; for a head on a middle layer of a model that takes no `logits_to_keep`; if
+        a reward cannot be used.
         `FloatingPointError`: if states or logits are not finite.
     """
     settings = TraceSettings.of(settings, changes)
@@ -86,6 +93,7 @@ def trace(
         )
     # A dialogue that was given up to the middle of an answer is to be gone on with.
     prompts = load_prompts([prompt], on_answers="keep")
+    rewards = named_rewards(reward, prompts.columns) if reward or isinstance(reward, str) else {}
     sampling = SamplingSettings(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -102,13 +110,18 @@ def trace(
         _draw(model, tokenizer, prompts, SamplingSettings.of(sampling, {"max_new_tokens": 1}), active)
         drawn = [_draw(model, tokenizer, prompts, sampling, under) for under in (False, active)]
         base, controlled = (
-            read_response(
-                model,
-                tokenizer,
+            _with_rewards(
+                read_response(
+                    model,
+                    tokenizer,
+                    rollout,
+                    seconds,
+                    seed=settings.seed,
+                    num_alternatives=settings.num_alternatives,
+                ),
                 rollout,
-                seconds,
-                seed=settings.seed,
-                num_alternatives=settings.num_alternatives,
+                rewards,
+                tokenizer,
             )
             for rollout, seconds in drawn
         )
@@ -125,7 +138,24 @@ def trace(
             objectives=_objectives(model),
             temperature=rollout.temperature,
             seed=settings.seed,
+            rewards=list(rewards),
         )
+
+
+def _with_rewards(
+    response: TracedResponse,
+    rollout: Rollout,
+    rewards: Mapping[str, RewardFunction],
+    tokenizer: PreTrainedTokenizerBase,
+) -> TracedResponse:
+    """A response with what the rewards say of it after each token."""
+    if not rewards:
+        return response
+    (scored,) = score_rollouts([rollout], *rewards.values(), on_bad_rows="skip", prefix_every=1, tokenizer=tokenizer)
+    known = dict(zip(scored.prefix_tokens or (), scored.prefix_rewards or (), strict=True))
+    known[len(response.tokens)] = scored.reward
+    tokens = [replace(token, reward_so_far=known.get(place)) for place, token in enumerate(response.tokens, 1)]
+    return replace(response, tokens=tokens)
 
 
 def _draw(

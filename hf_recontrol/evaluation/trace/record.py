@@ -55,6 +55,9 @@ class TracedToken:
             The likeliest tokens of each policy and those drawn, the likeliest under control first.
         seconds (`float`):
             What drawing it took; the first one's time holds that of reading the prompt.
+        reward_so_far (`list[float]`, *optional*):
+            What each reward that was asked says of the response up to this token, this one included; `None` if none
+            was, or one gives no number for it.
     """
 
     drawn: TokenChance
@@ -68,6 +71,7 @@ class TracedToken:
     nats: float
     alternatives: list[TokenChance]
     seconds: float
+    reward_so_far: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ class Trace:
             What the numbers of V are of.
         temperature (`float`), seed (`int`):
             Of the sampling; temperature 0 is greedy.
+        rewards (`list[str]`):
+            What the numbers of `reward_so_far` are of; empty if no reward was asked.
     """
 
     prompt: Prompt
@@ -135,6 +141,7 @@ class Trace:
     objectives: list[str]
     temperature: float
     seed: int
+    rewards: list[str] = field(default_factory=list)
     kind: str = field(default=KIND, init=False)
     format_version: int = field(default=FORMAT_VERSION, init=False)
 

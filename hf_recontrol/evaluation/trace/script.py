@@ -7,6 +7,8 @@ const sides = {base: trace.base, controlled: trace.controlled};
 const names = Object.keys(sides);
 const tip = document.getElementById("tip");
 let objective = 0;
+// NaN where nothing is known.
+function rewardOf(token, k) { return token.reward_so_far ? token.reward_so_far[k] : NaN; }
 const measures = {
   kl: {label: "KL", of: (t) => t.kl, diverging: false},
   before: {label: "V before", of: (t) => t.value_before[objective], diverging: true, among: valuesOf},
@@ -15,6 +17,10 @@ const measures = {
     middle: 0},
   edit: {label: "Length of the edit", of: (t) => t.edit, diverging: false},
 };
+trace.rewards.forEach((name, k) => {
+  const label = trace.rewards.length > 1 ? `Reward so far, ${name}` : "Reward so far";
+  measures[`reward${k}`] = {label: label, of: (t) => rewardOf(t, k), diverging: true};
+});
 let measure = "kl";
 
 function number(value) {
@@ -48,6 +54,7 @@ function scale() {
   return {least: center - reach, most: center + reach, middle: center, reach: reach};
 }
 function colour(value, {middle, reach}) {
+  if (!Number.isFinite(value)) return "";
   const share = reach ? (value - middle) / reach : 0;
   return `rgba(var(--${share < 0 ? "low" : "high"}),calc(${Math.abs(share).toFixed(3)} * var(--opacity)))`;
 }
@@ -112,6 +119,9 @@ function tell(name, i) {
   fact(list, "Edit", `${number(token.edit)}, ${number(100 * token.edit_relative)} % of the state`);
   const spent = name === "base" ? "it would be so far" : "spent so far";
   fact(list, "KL", `${number(token.kl)} nats, ${number(token.nats)} ${spent}`);
+  trace.rewards.forEach((label, k) => {
+    fact(list, `Reward so far, ${label}`, number(rewardOf(token, k)));
+  });
   const other = otherDraw(name, token);
   fact(list, name === "base" ? "Control draws" : "The base draws",
     other.id === token.drawn.id ? "the same" : shown(other.text));
@@ -214,7 +224,13 @@ function plots() {
       plot(name, "V before the edit (dashed) and after it",
         [{values: tokens.map((t) => t.value_before[objective]), stroke: "var(--dim)", dashes: "4 3"},
           {values: tokens.map((t) => t.value_after[objective]), stroke: "rgb(var(--high))"}],
-        Math.min(...values), Math.max(...values)));
+        Math.min(...values), Math.max(...values)),
+      ...trace.rewards.map((label, k) => {
+        const rewards = all((t) => rewardOf(t, k));
+        const ends = rewards.length ? [Math.min(...rewards), Math.max(...rewards)] : [0, 0];
+        return plot(name, `Reward of the response so far, ${label}`,
+          [{values: tokens.map((t) => rewardOf(t, k)), stroke: "rgb(var(--high))"}], ...ends);
+      }));
   }
 }
 
