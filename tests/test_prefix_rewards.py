@@ -61,6 +61,23 @@ def test_the_response_so_far_is_scored_after_every_kth_token_but_the_last():
     assert completions == [TOKENIZER.decode(part) for part in ids]
 
 
+def test_no_call_is_larger_than_that_of_the_whole_responses():
+    sizes = []
+
+    def reward(completions, completion_ids):
+        sizes.append(len(completions))
+        return [float(sum(ids)) for ids in completion_ids]
+
+    given = [rollout(1), rollout(9), rollout(4), rollout(1)]
+    scored = score_rollouts(given, reward, prefix_every=1, tokenizer=TOKENIZER)
+    assert sizes == [4, 4, 4, 3]
+    assert [r.prefix_rewards for r in scored] == [
+        [[float(sum(r.completion_ids[:count]))] for count in range(1, len(r.completion_ids))] for r in given
+    ]
+    with pytest.raises(ValueError, match="one argument for each"):
+        score_rollouts(given, [reward])
+
+
 def test_a_part_never_says_more_than_the_response_which_a_stop_string_ended():
     texts = []
 

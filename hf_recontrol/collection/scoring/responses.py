@@ -170,6 +170,8 @@ def score_rollouts(
     check_prefixes(prefix_every, tokenizer)
     if not rollouts or not rewards:
         raise ValueError(f"Nothing to score: {len(rollouts)} rollouts, {len(rewards)} reward functions.")
+    if not all(map(callable, rewards)):
+        raise ValueError(f"Each reward must be a function, one argument for each, got {rewards!r}.")
     scored, counts = scored_rollouts(rollouts, rewards, on_bad_rows, combine_rewards, source, prefix_every, tokenizer)
     names = [reward_name(function) for function in rewards]
     unscored = sum(rollout.reward is None for rollout in scored)
@@ -235,7 +237,10 @@ def _with_prefixes(
             "is not known: give that of the base which drew them."
         )
     parts = [[] if r.reward is None else responses_so_far(r, tokenizer, every) for r in rollouts]
-    scores = iter(_called_so_far([part for own in parts for part in own], rewards, source))
+    together = [part for own in parts for part in own]
+    # A function that copes with a call for all responses copes with so many parts of them.
+    calls = [together[start : start + len(rollouts)] for start in range(0, len(together), len(rollouts))]
+    scores = (values for call in calls for values in _called_so_far(call, rewards, source))
     result = []
     for rollout, own, functions in zip(rollouts, parts, scored_by, strict=True):
         known = {}
@@ -250,8 +255,6 @@ def _called_so_far(
     parts: Sequence[Rollout], rewards: Sequence[RewardFunction], source: str
 ) -> list[tuple[float | None, ...] | None]:
     """What the functions say of each part of a response, `None` where one says what is no finite number."""
-    if not parts:
-        return []
     try:
         scores, bad = _called(parts, rewards, source)
         return [None if row in bad else values for row, values in enumerate(zip(*scores, strict=True))]
