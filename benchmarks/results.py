@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,11 +198,8 @@ class Runner:
     def compared(self, study: Study, name: str, prompts: list, controls: list[dict[str, Any]], **changes) -> None:
         """One comparison of a study. It takes the answers of other studies of the same base that are the same."""
         folder = self.output / study.name / name
-        if not (folder / "table.md").is_file() and "part_size" not in changes:
-            for answers in self.output.glob(f"{study.base}-*/*/answers/*"):
-                # The folder's name holds all that the answers depend on.
-                if not (folder / "answers" / answers.name).exists():
-                    shutil.copytree(answers, folder / "answers" / answers.name)
+        if "part_size" not in changes:
+            share_answers(self.output.glob(f"{study.base}-*/*"), folder)
         reward: Any = vader if study.reward == "vader" else str(self.rewards)
         judge: str | Callable = str(self.rewards) if study.reward == "vader" else inoffensive
         # Larger parts make larger batches, which a CPU is faster at.
@@ -326,6 +323,15 @@ PARTS = {
     "grid": (Runner.grid, SMOLLM2[:1]),
     "times": (Runner.times, SMOLLM2[:1]),
 }
+
+
+def share_answers(comparisons: Iterable[Path], folder: Path) -> None:
+    """Copy the answers of other comparisons of the same base and prompts to one that is not finished."""
+    for other in () if (folder / "table.md").is_file() else comparisons:
+        for answers in (other / "answers").glob("*"):
+            # The folder's name holds all that the answers depend on.
+            if not (folder / "answers" / answers.name).exists():
+                shutil.copytree(answers, folder / "answers" / answers.name)
 
 
 def peak_of(command: list[Any]) -> int:

@@ -1,0 +1,95 @@
+"""
+Where to write: V at the LM head's input and at middle layers, in many small steps and in one, at equal KL.
+
+    python benchmarks/layers.py --fit FOLDER --rewards reward-model --output layers [--layers 7 15 23] [--prompts 200]
+
+`--fit` is a folder of `recontrol fit` on VADER, `--rewards` one of `reward_model.py`, whose unseen prompts are
+answered and whose reward is the judge. At each layer a V is trained on the states of the same responses; beside its
+ascent stands the steering vector of that layer, the difference of the mean states of good and bad responses. The LM
+head's own rows add its static edit. It goes on where it was stopped, and prints a row for each control at each KL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+from example_heads import COMPARED, NUM_HELD_OUT, NUM_PROMPTS
+from results import share_answers
+from transformers import AutoModelForCausalLM
+
+from hf_recontrol import compare, embedded_model, load_prompts, train_head, write_states
+
+STRENGTHS = {"kl": [0.05, 0.1]}
+ASCENTS: list[dict[str, Any]] = [
+    {"kind": "ascent", "name": "ascent, 30 steps", **STRENGTHS},
+    {"kind": "ascent", "name": "ascent, 1 step", "num_steps": 1, **STRENGTHS},
+]
+HEADING = "| head | control | KL an answer | reward | judge | diversity | Δ to base |\n|---|---|" + "---:|" * 5
+SHOWN = ("kl_per_response", "reward", "judge", "diversity")
+
+
+def head_of(layer: int, fit: Path, folder: Path) -> Path:
+    """The folder of a head whose V reads and writes a layer's output, trained on the responses of a fit."""
+    if not (folder / "head" / "config.json").is_file():
+        base = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype="float32")
+        write_states(folder / "states", base, fit / "rollouts", hook_point="decoder_layer", layer=layer)
+        train_head(folder / "head", folder / "states")
+    return folder / "head"
+
+
+def shown(folder: Path, where: str) -> list[str]:
+    """The lines of one comparison in the table."""
+    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    with (folder / "figures.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault((row["control"], row["strength"]), {})[row["metric"]] = row
+    lines = []
+    for (name, _), metrics in found.items():
+        if name != "base":
+            gain = metrics["reward"]
+            ends = (float(gain[key]) for key in ("difference", "difference_low", "difference_high"))
+            cells = [f"{float(metrics[metric]['value']):.3f}" for metric in SHOWN]
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*ends))
+            lines.append(f"| {where} | {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fit", type=Path, required=True)
+    parser.add_argument("--rewards", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--layers", type=int, nargs="*", default=[7, 15, 23])
+    parser.add_argument("--prompts", type=int, default=200)
+    arguments = parser.parse_args()
+    held_out = load_prompts(arguments.rewards / "prompts-train.jsonl", limit=NUM_PROMPTS + NUM_HELD_OUT).rows
+    places: list[tuple[str, Path, list[dict[str, Any]]]] = [
+        ("LM head", arguments.fit / "head", [{"kind": "static_vector", **STRENGTHS}, *ASCENTS])
+    ]
+    for layer in arguments.layers:
+        head = head_of(layer, arguments.fit, arguments.output / f"layer-{layer}")
+        places.append((f"layer {layer}", head, [{"kind": "steering_vector", "layer": layer, **STRENGTHS}, *ASCENTS]))
+    print(HEADING)
+    for where, head, controls in places:
+        folder = arguments.output / "comparisons" / where.replace(" ", "-")
+        share_answers((arguments.output / "comparisons").glob("*"), folder)
+        compare(
+            embedded_model(),
+            load_prompts(arguments.rewards / "prompts-test.jsonl", limit=arguments.prompts),
+            "hf_recontrol:vader",
+            folder,
+            COMPARED,
+            head=head,
+            judge=str(arguments.rewards),
+            controls=["base", *controls],
+            held_out=held_out[NUM_PROMPTS:],
+            rollouts=arguments.fit / "rollouts",
+        )
+        print("\n".join(shown(folder, where)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
