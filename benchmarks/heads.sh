@@ -17,7 +17,8 @@ for reward in vader preference; do
     [ "$reward" = vader ] || spec=heads/reward-model
     "$BIN/recontrol" label "heads/$reward/rollouts" --reward "$spec"
     "$BIN/recontrol" states "heads/$reward/rollouts" -m "$base" -o "heads/$reward/states/lm_head" --dtype float32
-    "$BIN/recontrol" train "heads/$reward/states/lm_head" -o "heads/$reward/head" --head-sizes 512 --advantage-sizes 256 --advantage-patience 5
+    "$BIN/recontrol" train "heads/$reward/states/lm_head" -o "heads/$reward/head" --head-sizes 512 --advantage-sizes 256 \
+        --advantage-patience 5 --no-critic --gae-lambda 0 --no-token-bias
     "$BIN/python" benchmarks/ablations.py --rollouts "heads/$reward/rollouts" --states "heads/$reward/states" \
         --output "benchmarks/results/ablations-$reward.json"
 done

@@ -24,8 +24,9 @@ REWARDS = {
 }
 INTRODUCTION = """# Results
 
-Made by `make results` (`benchmarks/results.py`): small models, short answers, small rewards, one seed. Every table is
-the `table.md` of one comparison; [comparing.md](comparing.md) says what its columns mean, and what KL is worth.
+Made by `make results PAIRS=... HARMFULQA=...` (`benchmarks/results.py`): small models, short answers, small rewards,
+one seed. Every table is the `table.md` of one comparison; [comparing.md](comparing.md) says what its columns mean, and
+what KL is worth.
 Strengths were found on 64 held-out prompts, never by the reward. Differences are paired over prompts. Times in these
 tables are of a machine that did other work too.{times}
 
@@ -34,7 +35,8 @@ Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pair
 {scored}
 The preference reward model is a MiniLM of 6 layers, trained on the same pairs by `benchmarks/reward_model.py`: it
 ranks {accuracy:.0%} of {held_out_pairs} unseen pairs right, and its reward correlates with an answer's length by
-{correlation_with_length:.2f}. No judge here reads and understands: win rates are by these reward models.
+{correlation_with_length:.2f}. No judge here reads and understands: win rates are by the judge that is named above each
+table, this reward model, or a classifier of offensive language (the package `alt-profanity-check`).
 """
 
 GEMMA = "; gemma is Gemma-3-270M, a base model, asked in HH-RLHF's form of a dialogue"

@@ -59,6 +59,7 @@ SECTIONS = {
         "SamplingSettings",
         "HookPointSettings",
         "RolloutSettings",
+        "ScoringSettings",
         "LabelSettings",
         "StatesSettings",
         "TemplateSettings",

@@ -12,7 +12,7 @@ minutes on 2 cores.
 import sys
 from importlib.resources import files
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 
 from hf_recontrol import ReControlForCausalLM, fit, load_prompts, vader
 
@@ -25,9 +25,13 @@ figures = fit(
     prompts=load_prompts(str(prompts), limit=int(limit[0]) if limit else None),
     reward=vader,
     output=output,
+    num_samples=2,
     max_new_tokens=48,
     temperature=0.9,
     batch_size=32,
+    # VADER costs nothing, so it scores each response after every token too. 8 is a good first try with a reward model.
+    prefix_every=1,
+    gae_lambda=0.5,
 )
 print({name: value for name, value in figures.items() if isinstance(value, float)})
 
@@ -35,5 +39,6 @@ model = ReControlForCausalLM.from_pretrained(f"{output}/head")
 tokenizer = AutoTokenizer.from_pretrained(base)
 chat = [{"role": "user", "content": "My flight was cancelled and I am stuck at the airport."}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+set_seed(0)
+answer = model.generate(**inputs, max_new_tokens=48, do_sample=True, temperature=0.9, top_k=0)  # as it was trained
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

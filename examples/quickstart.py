@@ -9,7 +9,7 @@ Everything here works the same with a head and a base from the Hub.
 import sys
 from dataclasses import replace
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 
 from hf_recontrol import ReControlForCausalLM
 
@@ -29,7 +29,10 @@ for name, control in {
     "three times as strong": strong,
     "the same, guarded": replace(strong, plausibility=0.1),
 }.items():
-    output = model.generate(**inputs, control=control, max_new_tokens=48, do_sample=False)
+    set_seed(0)
+    # The strength that a head recommends is measured at the temperature that it was trained at.
+    sampled = {"max_new_tokens": 48, "do_sample": True, "temperature": 0.9, "top_k": 0}
+    output = model.generate(**inputs, **sampled, control=control)
     print(f"--- {name}\n{tokenizer.decode(output[0, length:], skip_special_tokens=True)}")
 
 values = model.values(**inputs)

@@ -275,6 +275,21 @@ def test_the_code_on_the_card_of_a_local_folder_runs_in_that_folder(run, tmp_pat
     assert run(code, endpoint="http://127.0.0.1:9", HF_HUB_OFFLINE="1").strip() == expected
 
 
+@pytest.mark.parametrize(
+    ("sampling", "drawn"),
+    [
+        ({}, "max_new_tokens=48)"),
+        ({"do_sample": False, "temperature": 0.9}, "max_new_tokens=48)"),
+        ({"do_sample": True, "temperature": 0.9}, "max_new_tokens=48, do_sample=True, temperature=0.9, top_k=0)"),
+        ({"do_sample": True, "temperature": 1, "top_k": 5}, "do_sample=True, temperature=1, top_k=5)"),
+        ({"do_sample": True, "temperature": "os.abort()"}, "max_new_tokens=48)"),
+    ],
+)
+def test_the_code_on_a_card_draws_as_the_head_was_trained(sampling, drawn):
+    (code, *_) = snippets(model_card(make_head(training=TrainingRecord(sampling=sampling)).config))
+    assert drawn in code
+
+
 def test_a_second_push_renews_a_card_that_nobody_edited(hub, run, tmp_path):
     for name, sizes in (("one", [12]), ("two", [5])):
         make_head(head_sizes=sizes).save_pretrained(tmp_path / name)

@@ -52,7 +52,7 @@ def generate(
 ) -> None:
     """Answer prompts under the control of a head.
 
-    Example: `recontrol generate my-head "How do I boil an egg?" --compare`
+    Example: `recontrol generate my-head "How do I boil an egg?" --compare --temperature 1`
     """
     from ..collection.rollouts import generate_rollouts
     from ..data.prompts import load_prompts
@@ -103,7 +103,7 @@ def trace(
     """See what control does to an answer, token by token: V before and after the edit, its length, the KL, what the
     base would have drawn, the time. One HTML page to look at, and JSON.
 
-    Example: `recontrol trace my-head "How do I boil an egg?" -o egg.html`
+    Example: `recontrol trace my-head "How do I boil an egg?" -o egg.html --temperature 1`
     """
     from ..collection.scoring.rewards import named_rewards
     from ..data.prompts import load_prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ was trained on.
 
 What steers towards a reward would, trained on its negative, steer away from it. Do not use this to make a model
 deceive or harass people, or in place of the safeguards that its base needs."""
+
+_PROMPTS = """Give prompts and draw answers as in training: through the base's chat template, if it has one, and
+at the same temperature."""
 
 
 def model_card(
@@ -70,7 +74,7 @@ def model_card(
     sections = [
         f"# {title}",
         _introduction(training),
-        _usage(base if repo_id is None else base_on_hub, repo_id or ".", subfolder, revision),
+        _usage(base if repo_id is None else base_on_hub, repo_id or ".", subfolder, revision, _drawn(training)),
         _bullets("## The head", _shape(config, base_on_hub)),
         _bullets("## Training data", _data(config, training)),
         _measured(training),
@@ -130,7 +134,16 @@ def _introduction(training: TrainingRecord) -> str:
     )
 
 
-def _usage(base: str | None, name: str, subfolder: str, revision: str | None) -> str:
+def _drawn(training: TrainingRecord) -> str:
+    """How responses are drawn as those that a head was trained on were, as arguments of `generate`."""
+    temperature, top_k = (training.sampling.get(name) or 0 for name in ("temperature", "top_k"))
+    known = all(isinstance(number, (int, float)) and math.isfinite(number) for number in (temperature, top_k))
+    if not training.sampling.get("do_sample") or not known:
+        return "max_new_tokens=48"
+    return f"max_new_tokens=48, do_sample=True, temperature={temperature:g}, top_k={top_k:g}"
+
+
+def _usage(base: str | None, name: str, subfolder: str, revision: str | None, drawn: str) -> str:
     # As JSON, so that no name ends its string and goes on as code.
     where = {"subfolder": subfolder, "revision": revision}
     options = "".join(f", {key}={json.dumps(value)}" for key, value in where.items() if value)
@@ -144,8 +157,11 @@ The head does not name a base model on the Hub. With the base as `model` and its
 from hf_recontrol import ReControlForCausalLM, ValueHead
 
 model = ReControlForCausalLM.from_model(model, ValueHead.from_pretrained({source}))
-print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=48)[0]))
-```"""
+inputs = tokenizer("Hello", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, {drawn})[0]))
+```
+
+{_PROMPTS}"""
     text = f"""## Use
 
 `pip install hf_recontrol`, then{" in this folder" if name == "." else ""}:
@@ -156,10 +172,13 @@ from hf_recontrol import ReControlForCausalLM
 
 model = ReControlForCausalLM.from_pretrained({source})
 tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=48)[0]))
+inputs = tokenizer("Hello", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, {drawn})[0]))
 ```
 
-`control=False` gives the base, bit for bit; `control=ControlConfig(...)` other settings for one call."""
+`control=False` gives the base, bit for bit; `control=ControlConfig(...)` other settings for one call.
+
+{_PROMPTS}"""
     if name == "." or subfolder:
         return text
     return (

@@ -22,6 +22,7 @@ from .stages import (
     PromptSettings,
     RolloutSettings,
     SamplingSettings,
+    ScoringSettings,
     SeedSettings,
     SourceSettings,
     StatesSettings,

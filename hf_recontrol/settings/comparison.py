@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..utils.checks import check_choice, check_number
 from ..utils.choices import CONTROL_METHODS
 from ..utils.setting_fields import number_of_text, setting, settings_class
-from .stages import LabelSettings, LoadingSettings, PromptSettings, SamplingSettings, SeedSettings, TemplateSettings
+from .stages import LoadingSettings, PromptSettings, SamplingSettings, ScoringSettings, SeedSettings, TemplateSettings
 
 # What a comparison works on, beside its settings.
 COMPARE_INPUTS = {
@@ -35,7 +35,7 @@ HELD_OUT_PROMPTS = 64
 
 
 @settings_class("Answers")
-class AnswerSettings(SamplingSettings, LabelSettings, PromptSettings, LoadingSettings):
+class AnswerSettings(SamplingSettings, ScoringSettings, PromptSettings, LoadingSettings):
     """How answers of controls are drawn and measured."""
 
     embeddings: str | None = setting(

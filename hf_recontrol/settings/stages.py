@@ -148,7 +148,7 @@ class SeedSettings(Settings):
 
     seed: int = setting(
         0,
-        "Seed of everything random: a run with the same settings and seed gives the same head.",
+        "Seed of everything random: the same settings and seed give the same responses and the same head.",
         low=0,
         high=2**32 - 1,
     )
@@ -247,8 +247,8 @@ class RolloutSettings(HookPointSettings, SamplingSettings, EngineSettings, BadRo
 
 
 @settings_class("Rewards")
-class LabelSettings(BadRowSettings):
-    """How responses are scored."""
+class ScoringSettings(BadRowSettings):
+    """How rewards are put together."""
 
     combine_rewards: Literal["none", "mean", "sum"] = setting(
         "none",
@@ -256,6 +256,12 @@ class LabelSettings(BadRowSettings):
         "None) is left out. `mean`, `sum`: the rewards that score a response make one reward: for functions that each "
         "score only their own kind of prompt.",
     )
+
+
+@settings_class("Rewards")
+class LabelSettings(ScoringSettings):
+    """How responses are scored."""
+
     prefix_every: int | None = setting(
         None,
         "Also score the response so far after every k-th token, for the critic: a static vector and g learn far more "

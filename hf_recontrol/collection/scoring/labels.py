@@ -23,7 +23,7 @@ from ...data.rollouts import (
     scoring_of,
 )
 from ...data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
-from ...settings import LabelSettings
+from ...settings import ScoringSettings
 from ...utils.checks import check_choice
 from .responses import NO_PREFIX, check_prefixes, fingerprints_of, noting_calls, scored_rollouts, what_is_left_out
 from .rewards import RewardFunction, by_name, check_reward
@@ -69,7 +69,7 @@ def label_rollouts(
     """
     if not isinstance(rewards, dict):
         rewards = by_name(rewards)
-    check_choice("combine_rewards", combine_rewards, LabelSettings.choices("combine_rewards"))
+    check_choice("combine_rewards", combine_rewards, ScoringSettings.choices("combine_rewards"))
     check_prefixes(prefix_every, tokenizer)
     if not rewards:
         raise ValueError("No reward is given, so there is nothing to score with.")

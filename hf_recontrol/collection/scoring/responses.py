@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ...data.prompts import BadRow, Prompts, report_bad_rows
 from ...data.rollouts import Rollout, is_decoded_by, responses_so_far
-from ...settings import LabelSettings
+from ...settings import ScoringSettings
 from ...utils.checks import check_choice, check_int
 from ...utils.code_fingerprints import UnknownStateError
 from .classifiers import ClassifierReward
@@ -166,7 +166,7 @@ def score_rollouts(
         a wrong number of rewards, or one that is no finite number (names the function and the row); if no rollout gets
         a reward. `RuntimeError`: if a function itself fails.
     """
-    check_choice("combine_rewards", combine_rewards, LabelSettings.choices("combine_rewards"))
+    check_choice("combine_rewards", combine_rewards, ScoringSettings.choices("combine_rewards"))
     check_prefixes(prefix_every, tokenizer)
     if not rollouts or not rewards:
         raise ValueError(f"Nothing to score: {len(rollouts)} rollouts, {len(rewards)} reward functions.")

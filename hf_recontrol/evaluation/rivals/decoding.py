@@ -29,7 +29,7 @@ from ...data.rollouts import Rollout
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...modeling.generation import with_positions
 from ...modeling.hooks import read_states
-from ...settings import LabelSettings
+from ...settings import ScoringSettings
 from ...utils.checks import check_choice, check_int
 from ...utils.code_fingerprints import UnknownStateError
 from .rival import Answer, Bench, Rival, standardised
@@ -277,7 +277,7 @@ class RewardDecoding(ControlledDecoding):
         values = torch.full(candidates.shape, torch.nan)
         if rollouts:
             sampling, functions = self.bench.sampling, list(self.bench.rewards.values())
-            on_bad_rows = sampling.on_bad_rows if isinstance(sampling, LabelSettings) else "error"
+            on_bad_rows = sampling.on_bad_rows if isinstance(sampling, ScoringSettings) else "error"
             scored, _ = scored_rollouts(
                 rollouts, functions, on_bad_rows, self.bench.combine_rewards, "texts that controlled decoding tries"
             )
