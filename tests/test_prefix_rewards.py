@@ -61,13 +61,14 @@ def test_the_response_so_far_is_scored_after_every_kth_token_but_the_last():
     assert completions == [TOKENIZER.decode(part) for part in ids]
 
 
-def test_no_call_is_larger_than_that_of_the_whole_responses():
+def test_no_call_is_larger_than_that_of_the_whole_responses(monkeypatch):
     sizes = []
 
     def reward(completions, completion_ids):
         sizes.append(len(completions))
         return [float(sum(ids)) for ids in completion_ids]
 
+    monkeypatch.setattr("hf_recontrol.collection.scoring.responses._PARTS_AT_ONCE", 3)
     given = [rollout(1), rollout(9), rollout(4), rollout(1)]
     scored = score_rollouts(given, reward, prefix_every=1, tokenizer=TOKENIZER)
     assert sizes == [4, 4, 4, 3]
@@ -76,6 +77,22 @@ def test_no_call_is_larger_than_that_of_the_whole_responses():
     ]
     with pytest.raises(ValueError, match="one argument for each"):
         score_rollouts(given, [reward])
+
+
+def test_parts_have_the_columns_that_whole_responses_have(monkeypatch):
+    monkeypatch.setattr("hf_recontrol.collection.scoring.responses._PARTS_AT_ONCE", 1)
+
+    def reward(completions, mark="absent"):
+        assert mark != "absent"
+        return [float(len(text)) + (each is None) for text, each in zip(completions, mark, strict=True)]
+
+    def needs(completions, mark):
+        return reward(completions, mark)
+
+    given = [rollout(3, columns={"mark": 1.0}), rollout(9)]
+    for function in (reward, needs):
+        scored = score_rollouts(given, function, prefix_every=1, tokenizer=TOKENIZER)
+        assert [len(each.prefix_rewards) for each in scored] == [2, 8]
 
 
 def test_a_part_never_says_more_than_the_response_which_a_stop_string_ended():

@@ -109,6 +109,24 @@ def test_it_is_what_the_static_vector_leaves(sizes):
         assert figures["advantage_error"] <= figures["constant_error"] + 1e-6
 
 
+@pytest.mark.parametrize("constant", [0.0, 3.0, 1234.567])
+def test_states_that_are_all_the_same_explain_nothing(constant):
+    states, slope, _ = planted(400)
+    same = replace(states, hidden=torch.full_like(states.hidden, constant))
+    head, _ = train_value_head(same, CONFIG, num_epochs=1, scaling="none")
+    figures = fit_advantage(head, same, gae_lambda=1.0)
+    assert torch.cosine_similarity(head.static_vector, slope, dim=0) > 0.95
+    assert figures["constant_error"] < 0.8
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_finite_number_is_refused(bad):
+    states, _, _ = planted(60)
+    states.rewards[3] = bad
+    with pytest.raises(ValueError, match="rewards or values hold NaN"):
+        fit_advantage(ValueHead(CONFIG), states)
+
+
 def test_g_is_trained_on_what_the_token_bias_leaves():
     # g sees the token's row alone, and could learn nothing of what the bias holds: with it, its error is smaller.
     states, _, _ = planted()

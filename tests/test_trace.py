@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import re
 import shutil
@@ -230,14 +231,58 @@ def test_rewards_of_the_response_so_far():
         for place, token in enumerate(response.tokens, 1):
             so_far = tokenizer.decode(ids[:place], skip_special_tokens=True)
             assert token.reward_so_far == [*count_sixes([so_far]), float(len(PROMPT))]
-    partly = traced(model, temperature=1.5, seed=3, reward=unless_short).controlled.tokens
-    assert [token.reward_so_far for token in partly] == [None, None, [3.0], [4.0], [5.0], [6.0]]
+    partly = traced(model, temperature=1.5, seed=3, reward=[unless_short, count_sixes]).controlled.tokens
+    assert [token.reward_so_far[0] for token in partly] == [None, None, 3.0, 4.0, 5.0, 6.0]
+    assert all(token.reward_so_far[1] is not None for token in partly)
     plain = traced(model, temperature=1.5, seed=3)
-    assert plain.rewards == [] and all(token.reward_so_far is None for token in plain.controlled.tokens)
+    assert plain.rewards == [] and all(token.reward_so_far == [] for token in plain.controlled.tokens)
     with pytest.raises(ValueError, match="absent"):
         traced(model, reward="absent:function")
     with pytest.raises(ValueError, match="answer"):
         traced(model, reward=needs_a_column)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        lambda completions: [None for _ in completions],
+        lambda completions: [float("nan") for _ in completions],
+        lambda completions: [0.5],
+        lambda completions: [1 / (len(text.split()) - 2) for text in completions],
+    ],
+    ids=["nothing", "NaN", "too few", "fails"],
+)
+def test_a_reward_that_says_nothing_costs_no_trace(says, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_recontrol"), "propagate", True)
+
+    def broken(completions, **columns):
+        return says(completions)
+
+    found = traced(controlled(), reward=[count_sixes, broken])
+    assert found.rewards == ["count_sixes", "broken"]
+    for token in [*found.base.tokens, *found.controlled.tokens]:
+        assert isinstance(token.reward_so_far[0], float) and token.reward_so_far[1] is None
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_rewards_are_asked_once_for_each_response_and_outside_of_the_trace_s_control():
+    model, seen = controlled(control=ADVANTAGE), []
+
+    def reward(completions, **columns):
+        seen.append((len(completions), model.active_control))
+        return [0.0 for _ in completions]
+
+    traced(model, control=False, reward=reward)
+    assert seen == [(NEW, ADVANTAGE), (NEW, ADVANTAGE)]
+
+
+def test_a_v_that_overflows_is_an_error():
+    model = controlled(dtype=torch.float32)
+    model.value_head.config = replace(model.value_head.config, reward_std=3e38)
+    with torch.no_grad():
+        model.value_head.value_mlp.layers[-1].bias.fill_(1e3)
+    with pytest.raises(FloatingPointError, match="V is no finite number"):
+        traced(model)
 
 
 def len_of_prompt(prompts: list[str], completions: list[str], **columns) -> list[float]:

@@ -113,7 +113,7 @@ def trace(
     check_trace_output(output)
     # These two raise before the base is loaded.
     prompts = load_prompts([prompt], on_answers="keep")
-    rewards = list(named_rewards(reward, prompts.columns).values()) if reward else []
+    rewards = list(named_rewards(reward, prompts.columns).values()) if reward else None
     changes = {"method": method, "step_size": step_size, "num_steps": num_steps, "target": target}
     changes |= {"plausibility": plausibility, "max_kl": max_kl}
     controlled, tokenizer = load_controlled(head, base, changes, settings)

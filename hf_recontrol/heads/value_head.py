@@ -115,7 +115,7 @@ class ValueHead(nn.Module):
 
     def without_token_bias(self) -> ValueHead:
         """The same head without its token bias, in tensors of its own."""
-        head = ValueHead(replace(self.config, token_bias_size=None)).to(self.state_mean.dtype)
+        head = ValueHead(replace(self.config, token_bias_size=None)).to(self.state_mean)
         head.load_state_dict({name: x for name, x in self.state_dict().items() if name != "token_bias"})
         head.source, head.seen_prompts = self.source, self.seen_prompts
         return head

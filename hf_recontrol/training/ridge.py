@@ -11,6 +11,8 @@ from ..data.processes import Processes, float64_device
 
 # Penalties tried, relative to the largest eigenvalue of the inputs' second moment.
 _PENALTIES = torch.logspace(-6, 2, 17, dtype=torch.float64)
+# Share of a second moment below which a difference from it is rounding.
+_ROUNDING = 1e-13
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,15 @@ class Moments:
             `E[x xᵀ]` and `E[x yᵀ]`.
         x (`torch.Tensor` of shape `(inputs,)`), y (`torch.Tensor` of shape `(targets,)`):
             `E[x]` and `E[y]`.
+        rounding (`float`, *optional*, defaults to 0.0):
+            What of `square` may be rounding alone.
     """
 
     square: torch.Tensor
     product: torch.Tensor
     x: torch.Tensor
     y: torch.Tensor
+    rounding: float = 0.0
 
     @classmethod
     def of(
@@ -68,7 +73,7 @@ class Moments:
         """Those of inputs and targets less these constants."""
         square = self.square - torch.outer(self.x, x) - torch.outer(x, self.x) + torch.outer(x, x)
         product = self.product - torch.outer(self.x, y) - torch.outer(x, self.y) + torch.outer(x, y)
-        return Moments(square, product, self.x - x, self.y - y)
+        return Moments(square, product, self.x - x, self.y - y, _ROUNDING * float(self.square.diagonal().max()))
 
 
 def ridge(train: Moments, held_out: Moments) -> torch.Tensor:
@@ -77,14 +82,18 @@ def ridge(train: Moments, held_out: Moments) -> torch.Tensor:
     ones: `(inputs, targets)`, in float32.
 
     Raises:
-        `ValueError`: if the inputs hold values that are not finite.
+        `ValueError`: if the inputs or targets hold values that are not finite.
     """
-    if not (torch.isfinite(train.square).all() and torch.isfinite(held_out.square).all()):
-        raise ValueError("The states or directions hold NaN or infinite values.")
+    for name, what in (("square", "states or directions"), ("product", "rewards or values")):
+        if not all(torch.isfinite(getattr(moments, name)).all() for moments in (train, held_out)):
+            raise ValueError(f"The {what} hold NaN or infinite values.")
     eigenvalues, basis = torch.linalg.eigh(train.square)
+    largest = eigenvalues.max()
+    if largest <= train.rounding:
+        # Of inputs that are all the same, which explain nothing, rounding is left around their mean.
+        return torch.zeros_like(train.product).float()
     projected = basis.T @ train.product
-    # Inputs that are all 0 have a largest eigenvalue of 0, and any penalty will do.
-    penalties = eigenvalues.max().clamp(min=1e-30) * _PENALTIES
+    penalties = largest * _PENALTIES
     solutions = [basis @ (projected / (eigenvalues.clamp(min=0) + penalty)[:, None]) for penalty in penalties]
     # The errors but for a constant.
     errors = [((held_out.square @ b - 2 * held_out.product) * b).sum(0) for b in solutions]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
@@ -37,6 +37,8 @@ NO_PREFIX = (
     "No response so far has a reward (`prefix_every`): the rewards give none for part of a text, or no response is so "
     "long. What is trained is the same as without."
 )
+# Parts of responses in one call, at least.
+_PARTS_AT_ONCE = 32
 # The answer that rewards are tried on before any is sampled.
 _TRIED = "I do not know."
 
@@ -113,7 +115,7 @@ def try_rewards(
         logger.warning(unknown)
     try:
         with noting_calls(rewards, fingerprints):
-            _, bad = _called(tried, list(rewards.values()), "the first prompts")
+            _, bad = called_rewards(tried, list(rewards.values()), "the first prompts")
             if prefix_every is not None:
                 half = [replace(rollout, completion=_TRIED[: len(_TRIED) // 2]) for rollout in tried]
                 _called_so_far(half, list(rewards.values()), "the first prompts")
@@ -193,7 +195,7 @@ def scored_rollouts(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[list[Rollout], list[int]]:
     """(rollouts with their rewards, how many of them each function scored); arguments as for [`score_rollouts`]."""
-    scores, bad = _called(rollouts, rewards, source)
+    scores, bad = called_rewards(rollouts, rewards, source)
     report_bad_rows(list(bad.values()), on_bad_rows)
     found = [
         replace(
@@ -239,8 +241,10 @@ def _with_prefixes(
     parts = [[] if r.reward is None else responses_so_far(r, tokenizer, every) for r in rollouts]
     together = [part for own in parts for part in own]
     # A function that copes with a call for all responses copes with so many parts of them.
-    calls = [together[start : start + len(rollouts)] for start in range(0, len(together), len(rollouts))]
-    scores = (values for call in calls for values in _called_so_far(call, rewards, source))
+    at_once = max(len(rollouts), _PARTS_AT_ONCE)
+    calls = [together[start : start + at_once] for start in range(0, len(together), at_once)]
+    names = _columns_of(rollouts)
+    scores = (values for call in calls for values in _called_so_far(call, rewards, source, names))
     result = []
     for rollout, own, functions in zip(rollouts, parts, scored_by, strict=True):
         known = {}
@@ -252,22 +256,32 @@ def _with_prefixes(
 
 
 def _called_so_far(
-    parts: Sequence[Rollout], rewards: Sequence[RewardFunction], source: str
+    parts: Sequence[Rollout], rewards: Sequence[RewardFunction], source: str, names: Collection[str] | None = None
 ) -> list[tuple[float | None, ...] | None]:
     """What the functions say of each part of a response, `None` where one says what is no finite number."""
     try:
-        scores, bad = _called(parts, rewards, source)
+        scores, bad = called_rewards(parts, rewards, source, names)
         return [None if row in bad else values for row, values in enumerate(zip(*scores, strict=True))]
     except (RuntimeError, ValueError) as error:
         said = f"{error} (It was given the response so far, part of a text: leave `prefix_every` out if it needs all.)"
         raise type(error)(said) from error.__cause__ or error
 
 
-def _called(
-    rollouts: Sequence[Rollout], rewards: Sequence[RewardFunction], source: str
+def _columns_of(rollouts: Sequence[Rollout]) -> set[str]:
+    return {name for rollout in rollouts for name in rollout.columns}
+
+
+def called_rewards(
+    rollouts: Sequence[Rollout],
+    rewards: Sequence[RewardFunction],
+    source: str,
+    names: Collection[str] | None = None,
 ) -> tuple[list[list[float | None]], dict[int, BadRow]]:
-    """(what each function says of each rollout, which rollouts got something that is no finite number)."""
-    names = {name for rollout in rollouts for name in rollout.columns}
+    """
+    (what each function says of each rollout, `None` where that is no finite number; the rollouts of which one says
+    what is neither `None` nor a finite number). `names` are the columns, by default those of the rollouts.
+    """
+    names = _columns_of(rollouts) if names is None else names
     columns = {name: [rollout.columns.get(name) for rollout in rollouts] for name in sorted(names)}
     for function in rewards:
         check_reward(function, names)

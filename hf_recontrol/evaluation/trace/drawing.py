@@ -9,20 +9,23 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ...collection.rollouts import draw_rollouts
 from ...collection.sampling import Reweighing
-from ...collection.scoring.responses import score_rollouts
+from ...collection.scoring.responses import called_rewards
 from ...collection.scoring.rewards import RewardFunction, named_rewards
 from ...configuration import ControlConfig
 from ...data.processes import no_progress
 from ...data.prompts import Prompt, Prompts, load_prompts
-from ...data.rollouts import Rollout
+from ...data.rollouts import Rollout, responses_so_far
 from ...heads.hub import portable_name
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...settings import SamplingSettings, TraceSettings
 from .reading import check_readable, read_response, traced_heads
 from .record import Trace, TracedResponse
+
+logger = logging.get_logger(__name__)
 
 
 class _Clock(Reweighing):
@@ -52,7 +55,7 @@ def trace(
     prompt: Prompt | dict[str, Any],
     settings: TraceSettings | None = None,
     *,
-    reward: str | RewardFunction | Sequence[str | RewardFunction] = (),
+    reward: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
     control: ControlConfig | bool | None = None,
     value_heads: Mapping[str, float] | None = None,
     **changes,
@@ -72,7 +75,8 @@ def trace(
         settings ([`TraceSettings`], *optional*), changes:
             How the responses are drawn and how much is told; single settings as keywords.
         reward (`str`, function, or sequence of these, *optional*):
-            What scores the response after each token, as for [`fit`].
+            What scores the response after each token, as for [`fit`]. One that fails there is warned of, and says
+            nothing.
         control ([`ControlConfig`] or `False`, *optional*), value_heads (mapping of `str` to `float`, *optional*):
             As for [`ReControlForCausalLM.generate`]; by default those in force.
 
@@ -93,7 +97,7 @@ def trace(
         )
     # A dialogue that was given up to the middle of an answer is to be gone on with.
     prompts = load_prompts([prompt], on_answers="keep")
-    rewards = named_rewards(reward, prompts.columns) if reward or isinstance(reward, str) else {}
+    rewards = {} if reward is None else named_rewards(reward, prompts.columns)
     sampling = SamplingSettings(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -110,23 +114,18 @@ def trace(
         _draw(model, tokenizer, prompts, SamplingSettings.of(sampling, {"max_new_tokens": 1}), active)
         drawn = [_draw(model, tokenizer, prompts, sampling, under) for under in (False, active)]
         base, controlled = (
-            _with_rewards(
-                read_response(
-                    model,
-                    tokenizer,
-                    rollout,
-                    seconds,
-                    seed=settings.seed,
-                    num_alternatives=settings.num_alternatives,
-                ),
-                rollout,
-                rewards,
+            read_response(
+                model,
                 tokenizer,
+                rollout,
+                seconds,
+                seed=settings.seed,
+                num_alternatives=settings.num_alternatives,
             )
             for rollout, seconds in drawn
         )
         rollout = drawn[1][0]
-        return Trace(
+        found = Trace(
             prompt=rollout.prompt,
             prompt_ids=rollout.prompt_ids,
             base=base,
@@ -140,6 +139,12 @@ def trace(
             seed=settings.seed,
             rewards=list(rewards),
         )
+    # A reward may use the same model: that is none of this trace's business.
+    base, controlled = (
+        _with_rewards(response, rollout, rewards, tokenizer)
+        for response, (rollout, _) in zip((base, controlled), drawn, strict=True)
+    )
+    return replace(found, base=base, controlled=controlled)
 
 
 def _with_rewards(
@@ -149,13 +154,24 @@ def _with_rewards(
     tokenizer: PreTrainedTokenizerBase,
 ) -> TracedResponse:
     """A response with what the rewards say of it after each token."""
-    if not rewards:
+    if not rewards or not response.tokens:
         return response
-    (scored,) = score_rollouts([rollout], *rewards.values(), on_bad_rows="skip", prefix_every=1, tokenizer=tokenizer)
-    known = dict(zip(scored.prefix_tokens or (), scored.prefix_rewards or (), strict=True))
-    known[len(response.tokens)] = scored.reward
-    tokens = [replace(token, reward_so_far=known.get(place)) for place, token in enumerate(response.tokens, 1)]
+    so_far = [*responses_so_far(rollout, tokenizer, 1), rollout]
+    scores = [_said(name, function, so_far) for name, function in rewards.items()]
+    tokens = [
+        replace(token, reward_so_far=[said[place] for said in scores]) for place, token in enumerate(response.tokens)
+    ]
     return replace(response, tokens=tokens)
+
+
+def _said(name: str, function: RewardFunction, so_far: Sequence[Rollout]) -> list[float | None]:
+    """What a reward says of each part of a response; nothing, with a warning, if it fails."""
+    try:
+        ([said], _) = called_rewards(so_far, [function], "the response so far")
+    except (RuntimeError, ValueError) as error:
+        logger.warning(f"The trace has no reward {name}: {error}")
+        return [None] * len(so_far)
+    return said
 
 
 def _draw(

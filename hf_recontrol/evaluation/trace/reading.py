@@ -71,7 +71,7 @@ def read_response(
             How many of the likeliest tokens of each policy are kept.
 
     Raises:
-        `FloatingPointError`: if logits are not finite. `RuntimeError`: if the edits cannot be read.
+        `FloatingPointError`: if logits or V are not finite. `RuntimeError`: if the edits cannot be read.
     """
     if not rollout.completion_ids:
         return TracedResponse(rollout.completion, rollout.finished, [])
@@ -81,6 +81,8 @@ def read_response(
     draws = [_draws(rollout, logits, seed) for logits in (read.base_logits, read.own_logits)]
     _check_draws(rollout, draws[0 if rollout.control is None else 1])
     values = [_values(model, states) for states in (read.before, read.after)]
+    if not all(torch.isfinite(value).all() for value in values):
+        raise FloatingPointError("V is no finite number at some tokens: its head cannot be traced in this dtype.")
     before = read.before.double()
     lengths = torch.linalg.vector_norm(read.after.double() - before, dim=-1)
     relative = lengths / torch.linalg.vector_norm(before, dim=-1).clamp(min=torch.finfo(torch.float64).tiny)

@@ -55,9 +55,9 @@ class TracedToken:
             The likeliest tokens of each policy and those drawn, the likeliest under control first.
         seconds (`float`):
             What drawing it took; the first one's time holds that of reading the prompt.
-        reward_so_far (`list[float]`, *optional*):
-            What each reward that was asked says of the response up to this token, this one included; `None` if none
-            was, or one gives no number for it.
+        reward_so_far (`list[float | None]`):
+            What each reward that was asked says of the response up to this token, this one included; `None` where
+            that is no number.
     """
 
     drawn: TokenChance
@@ -71,7 +71,7 @@ class TracedToken:
     nats: float
     alternatives: list[TokenChance]
     seconds: float
-    reward_so_far: list[float] | None = None
+    reward_so_far: list[float | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

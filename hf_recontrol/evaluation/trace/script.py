@@ -8,7 +8,7 @@ const names = Object.keys(sides);
 const tip = document.getElementById("tip");
 let objective = 0;
 // NaN where nothing is known.
-function rewardOf(token, k) { return token.reward_so_far ? token.reward_so_far[k] : NaN; }
+function rewardOf(token, k) { return token.reward_so_far[k] ?? NaN; }
 const measures = {
   kl: {label: "KL", of: (t) => t.kl, diverging: false},
   before: {label: "V before", of: (t) => t.value_before[objective], diverging: true, among: valuesOf},
