@@ -72,26 +72,36 @@ def in_words(folder: Path, against: str) -> list[str]:
 
 
 def by_batch(study: Path) -> list[str]:
-    """Seconds an answer by batch size, and their ratio to the base's."""
+    """Seconds an answer by batch size, their ratio to the base's, and the win rate."""
     found: dict[tuple[str, str], dict[int, float]] = {}
+    won: dict[tuple[str, str], str] = {}
     for size in BATCH_SIZES:
         path = study / f"batch-{size}" / "figures.csv"
         for row in rows(path) if path.is_file() else ():
             if row["metric"] == "seconds":
                 found.setdefault((row["control"], row["strength"]), {})[size] = float(row["value"])
+            elif row["metric"] == "win_rate":
+                ends = (float(row[name]) for name in ("value", "low", "high"))
+                won[row["control"], row["strength"]] = "{:.2f} [{:.2f}, {:.2f}]".format(*ends)
     if not found:
         return []
     sizes = [size for size in BATCH_SIZES if size in next(iter(found.values()))]
     [base] = [seconds for (control, _), seconds in found.items() if control == "base"]
     lines = [
-        f"| control | {' | '.join(f'batch {size}' for size in sizes)} |",
-        f"|---|{'---:|' * len(sizes)}",
+        f"| control | strength | {' | '.join(f'batch {size}' for size in sizes)} | win rate |",
+        f"|---|---|{'---:|' * (len(sizes) + 1)}",
         *(
-            f"| {name} | {' | '.join(f'{each[size]:.3f} s ({each[size] / base[size]:.2f}×)' for size in sizes)} |"
-            for (name, _), each in found.items()
+            f"| {name} | {f'{float(strength):.3g}' if strength else ''} "
+            f"| {' | '.join(f'{each[size]:.3f} s ({each[size] / base[size]:.2f}×)' for size in sizes)} "
+            f"| {won.get((name, strength), '')} |"
+            for (name, strength), each in found.items()
         ),
     ]
-    return ["", "Seconds an answer, and as a ratio to the base's (the paper's Fig. 6):", "", *lines]
+    said = (
+        "Seconds an answer, and as a ratio to the base's (the paper's Fig. 6), beside the judge's win rate against "
+        "the base (its Fig. 7), of 32 prompts and short answers:"
+    )
+    return ["", said, "", *lines]
 
 
 def costs(study: Path) -> list[str]:
