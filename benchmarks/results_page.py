@@ -10,6 +10,7 @@ from pathlib import Path
 
 PUBLISHED = Path(__file__).with_name("published.md")
 BATCH_SIZES = (1, 8, 32)
+HEADS_OWN = ("static_vector", "advantage", "ascent")
 TITLES = {
     "comparison": "unseen prompts of HH-RLHF",
     "rivals": "what else learns from the same responses, or asks about each token",
@@ -69,6 +70,41 @@ def in_words(folder: Path, against: str) -> list[str]:
         if found := said(folder / "figures.csv", metric):
             lines += [f"- In {metric}, held against {against}:", *found]
     return lines
+
+
+def in_short(kept: Path, names: Sequence[str]) -> list[str]:
+    """What each study's control of a head gains, and the best of how many answers gains as much, at what KL."""
+    lines = []
+    for name in names:
+        path, found = kept / name / "comparison" / "figures.csv", {}
+        for row in rows(path) if path.is_file() else ():
+            found.setdefault((row["control"], row["strength"]), {})[row["metric"]] = row
+        best = [(float(n), each) for (control, n), each in found.items() if control == "best_of_n"]
+        for (control, _), each in found.items():
+            if control not in HEADS_OWN:
+                continue
+            gain, low, high = (float(each["reward"][f"difference{end}"]) for end in ("", "_low", "_high"))
+            as_good = [(n, one) for n, one in best if float(one["reward"]["difference"]) >= gain]
+            n, nats = "more than " + f"{max(n for n, _ in best):.0f}" if best else "", ""
+            if as_good:
+                least, one = min(as_good, key=lambda pair: pair[0])
+                n, nats = f"{least:.0f}", f"{float(one['kl_per_response']['value']):.2f}"
+            spent, judged = (float(each[metric]["value"]) for metric in ("kl_per_response", "win_rate"))
+            shown = f"{gain:+.2f} [{low:+.2f}, {high:+.2f}] | {spent:.2f} | {n} | {nats} | {judged:.2f}"
+            lines.append(f"| {name} | {control} | {shown} |")
+    return [
+        "## In short",
+        "",
+        "What one answer under control gains over one of the base on unseen prompts, at strengths found for some nats a",
+        "token; and how many answers of the base must be drawn for the best of them, by the reward itself, to gain as",
+        "much, at what KL. Where samples can be afforded the best of n is the better buy: in every row its KL is smaller.",
+        "The win rate is the judge's, against the base.",
+        "",
+        "| study | control | Δ reward | KL an answer | best of n | its KL | win rate |",
+        "|---|---|---:|---:|---:|---:|---:|",
+        *lines,
+        "",
+    ]
 
 
 def by_batch(study: Path) -> list[str]:
@@ -174,6 +210,7 @@ def page(kept: Path, names: Sequence[str], folder: Path) -> str:
     missing = [name for name in names if not (kept / name / "comparison" / "table.md").is_file()]
     if missing:
         text += [f"**Not run yet**: {', '.join(missing)} (base and reward).", ""]
+    text += in_short(kept, names)
     for name in names:
         base, reward = name.split("-")
         study = kept / name
