@@ -74,7 +74,7 @@ def in_words(folder: Path, against: str) -> list[str]:
 
 def in_short(kept: Path, names: Sequence[str]) -> list[str]:
     """What each study's control of a head gains, and the best of how many answers gains as much, at what KL."""
-    lines = []
+    lines, cheap = [], []
     for name in names:
         path, found = kept / name / "comparison" / "figures.csv", {}
         for row in rows(path) if path.is_file() else ():
@@ -90,15 +90,17 @@ def in_short(kept: Path, names: Sequence[str]) -> list[str]:
                 least, one = min(as_good, key=lambda pair: pair[0])
                 n, nats = f"{least:.0f}", f"{float(one['kl_per_response']['value']):.2f}"
             spent, judged = (float(each[metric]["value"]) for metric in ("kl_per_response", "win_rate"))
+            cheap.append(bool(as_good) and float(nats) < spent)
             shown = f"{gain:+.2f} [{low:+.2f}, {high:+.2f}] | {spent:.2f} | {n} | {nats} | {judged:.2f}"
             lines.append(f"| {name} | {control} | {shown} |")
+    every = "In every row its KL is smaller: where several answers can be afforded, it is the better buy. "
+    cheaper = every if all(cheap) else ""
     return [
         "## In short",
         "",
-        "What one answer under control gains over one of the base on unseen prompts, at strengths found for some nats a",
-        "token; and how many answers of the base must be drawn for the best of them, by the reward itself, to gain as",
-        "much, at what KL. Where samples can be afforded the best of n is the better buy: in every row its KL is smaller.",
-        "The win rate is the judge's, against the base.",
+        "What one answer under control gains over one of the base on unseen prompts, at strengths found for some nats",
+        "a token; and how many answers of the base must be drawn for the best of them, by the reward itself, to gain as",
+        f"much, at what KL. {cheaper}The win rate is the judge's, against the base.",
         "",
         "| study | control | Δ reward | KL an answer | best of n | its KL | win rate |",
         "|---|---|---:|---:|---:|---:|---:|",
