@@ -98,9 +98,9 @@ def in_short(kept: Path, names: Sequence[str]) -> list[str]:
     return [
         "## In short",
         "",
-        "What one answer under control gains over one of the base on unseen prompts, at strengths found for some nats",
-        "a token; and how many answers of the base must be drawn for the best of them, by the reward itself, to gain as",
-        f"much, at what KL. {cheaper}The win rate is the judge's, against the base.",
+        "What one answer under control gains over one of the base on unseen prompts, at strengths found for some",
+        "nats a token; and how many answers of the base must be drawn for the best of them, by the reward itself, to",
+        f"gain as much, at what KL. {cheaper}The win rate is the judge's, against the base.",
         "",
         "| study | control | Δ reward | KL an answer | best of n | its KL | win rate |",
         "|---|---|---:|---:|---:|---:|---:|",
