@@ -10,6 +10,19 @@ from pathlib import Path
 
 PUBLISHED = Path(__file__).with_name("published.md")
 BATCH_SIZES = (1, 8, 32)
+# Controls, in the paper's order and by its names, and its columns.
+TABLE_1 = {
+    "base": "base",
+    "prompting": "prompting",
+    "steering_vector": "static representation editing (steering vector)",
+    "cd": "controlled decoding",
+    "cd_prefix": "controlled decoding, prefix scorer",
+    "ascent": "RE-Control (ascent)",
+    "ascent + prompting": "RE-Control + prompting",
+    "advantage": "advantage edit (ours)",
+    "advantage + prompting": "advantage edit + prompting (ours)",
+}
+COLUMNS_1 = ("diversity", "coherence", "reward", "win_rate", "seconds")
 HEADS_OWN = ("static_vector", "advantage", "ascent")
 TITLES = {
     "comparison": "unseen prompts of HH-RLHF",
@@ -105,6 +118,32 @@ def in_short(kept: Path, names: Sequence[str]) -> list[str]:
         "",
         "| study | control | Δ reward | KL an answer | best of n | its KL | win rate |",
         "|---|---|---:|---:|---:|---:|---:|",
+        *lines,
+        "",
+    ]
+
+
+def as_table_1(study: Path) -> list[str]:
+    """The rows and columns of the paper's Table 1, of what was compared on unseen prompts."""
+    found: dict[str, dict[str, float]] = {}
+    for part in ("comparison", "rivals"):
+        path = study / part / "figures.csv"
+        for row in rows(path) if path.is_file() else ():
+            # The last strength is that of 0.1 nats a token.
+            found.setdefault(row["control"], {})[row["metric"]] = float(row["value"])
+    if not all(name in found for name in TABLE_1):
+        return []
+    lines = [
+        f"| {title} | {' | '.join(f'{found[name][metric]:.3f}' for metric in COLUMNS_1)} |"
+        for name, title in TABLE_1.items()
+    ]
+    return [
+        "",
+        "The rows and columns of the paper's Table 1 at this scale. Strengths are those of about 0.1 nats a token without",
+        "an instruction:",
+        "",
+        "| control | diversity | coherence | reward | win rate | s an answer |",
+        "|---|---:|---:|---:|---:|---:|",
         *lines,
         "",
     ]
@@ -227,6 +266,7 @@ def page(kept: Path, names: Sequence[str], folder: Path) -> str:
                 if part != "against-static" and (made / "frontier.svg").is_file():
                     plot = os.path.relpath(made / "frontier.svg", folder)
                     text += [f"![Reward against nats an answer]({plot})", ""]
+        text += as_table_1(study)
         if curve := by_responses(study):
             text += [f"## {base}, {reward}: the data", *curve, ""]
         if timed := [*by_batch(study), *costs(study)]:
