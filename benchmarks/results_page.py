@@ -139,8 +139,8 @@ def as_table_1(study: Path) -> list[str]:
     ]
     return [
         "",
-        "The rows and columns of the paper's Table 1 at this scale. Strengths are those of about 0.1 nats a token without",
-        "an instruction:",
+        "The rows and columns of the paper's Table 1 at this scale. Strengths are those of about 0.1 nats a token",
+        "without an instruction:",
         "",
         "| control | diversity | coherence | reward | win rate | s an answer |",
         "|---|---:|---:|---:|---:|---:|",
