@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from variants import Pool
+from variants import Pool, shape_of
 
 from hf_recontrol import (
     ValueHeadConfig,
@@ -90,15 +90,7 @@ def main() -> None:
     trained = ValueHeadConfig.from_json_file(arguments.fit / "head" / "config.json")
     pool = Pool.of(arguments.fit, arguments.folds)
     every = json.loads((arguments.fit / "rollouts" / "manifest.json").read_text(encoding="utf-8"))["prefix_every"]
-    config = ValueHeadConfig(
-        trained.hidden_size,
-        head_sizes=trained.head_sizes,
-        num_objectives=trained.num_objectives,
-        hook_point=trained.hook_point,
-        advantage_sizes=trained.advantage_sizes,
-        static_vector=True,
-        token_bias_size=len(pool.rows),
-    )
+    config = replace(shape_of(trained), token_bias_size=len(pool.rows))
     sample, prompts = samples_of(arguments.fit, pool), int(pool.prompt.max()) + 1
     print("| prompts | samples of each | responses | part | gain |\n|---:|---:|---:|---|---:|")
     for count, samples in sizes(prompts, int(sample.max()) + 1):
@@ -112,11 +104,7 @@ def main() -> None:
             found.append(json.loads(kept.read_text(encoding="utf-8")))
         responses = sum(each["responses"] for each in found) / len(found)
         for part in PARTS:
-            earned = torch.zeros_like(pool.left)
-            for fold, scores in enumerate(found):
-                own, shift = pool.fold == fold, torch.tensor(scores[part], dtype=torch.float64)
-                earned[own] = math.sqrt(2) * shift / shift.std() * pool.left[own]
-            gain, half = pool.interval(earned)
+            gain, half = pool.interval(pool.earned([scores[part] for scores in found]))
             shown = f"{gain:.3f} [{gain - half:.3f}, {gain + half:.3f}]"
             print(f"| {round(count * (1 - 1 / arguments.folds))} | {samples} | {responses:.0f} | {part} | {shown} |")
 

@@ -12,12 +12,12 @@ head's own rows add its static edit. It goes on where it was stopped, and prints
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
 from example_heads import COMPARED, NUM_HELD_OUT, NUM_PROMPTS
 from results import share_answers
+from results_page import by_row
 from transformers import AutoModelForCausalLM
 
 from hf_recontrol import compare, embedded_model, load_prompts, train_head, write_states
@@ -42,12 +42,8 @@ def head_of(layer: int, fit: Path, folder: Path) -> Path:
 
 def shown(folder: Path, where: str) -> list[str]:
     """The lines of one comparison in the table."""
-    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
-    with (folder / "figures.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            found.setdefault((row["control"], row["strength"]), {})[row["metric"]] = row
     lines = []
-    for (name, _), metrics in found.items():
+    for (name, _), metrics in by_row(folder / "figures.csv").items():
         if name != "base":
             gain = metrics["reward"]
             ends = (float(gain[key]) for key in ("difference", "difference_low", "difference_high"))

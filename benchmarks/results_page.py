@@ -85,13 +85,20 @@ def in_words(folder: Path, against: str) -> list[str]:
     return lines
 
 
+def by_row(path: Path) -> dict[tuple[str, str], dict[str, dict[str, str]]]:
+    """The lines of a figures.csv by control and strength, and then by metric."""
+    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for row in rows(path):
+        found.setdefault((row["control"], row["strength"]), {})[row["metric"]] = row
+    return found
+
+
 def in_short(kept: Path, names: Sequence[str]) -> list[str]:
     """What each study's control of a head gains, and the best of how many answers gains as much, at what KL."""
     lines, cheap = [], []
     for name in names:
-        path, found = kept / name / "comparison" / "figures.csv", {}
-        for row in rows(path) if path.is_file() else ():
-            found.setdefault((row["control"], row["strength"]), {})[row["metric"]] = row
+        path = kept / name / "comparison" / "figures.csv"
+        found = by_row(path) if path.is_file() else {}
         best = [(float(n), each) for (control, n), each in found.items() if control == "best_of_n"]
         for (control, _), each in found.items():
             if control not in HEADS_OWN:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,27 @@ class Pool:
         spread = (len(counts) - 1) / len(counts) * (without - without.mean()).square().sum()
         return float(earned.mean()), 1.96 * float(spread.sqrt())
 
+    def earned(self, scores: Sequence[Sequence[float]]) -> torch.Tensor:
+        """What each response earns, of the scores ℓ of each fold's responses, in the folds' order."""
+        found = torch.zeros_like(self.left)
+        for fold, each in enumerate(scores):
+            own, shift = self.fold == fold, torch.tensor(each, dtype=torch.float64)
+            found[own] = math.sqrt(2) * shift / shift.std() * self.left[own]
+        return found
+
+
+def shape_of(trained: ValueHeadConfig) -> ValueHeadConfig:
+    """The configuration of a head of a trained one's shape, with a static vector and without a token bias."""
+    return ValueHeadConfig(
+        trained.hidden_size,
+        head_sizes=trained.head_sizes,
+        activation=trained.activation,
+        num_objectives=trained.num_objectives,
+        hook_point=trained.hook_point,
+        advantage_sizes=trained.advantage_sizes,
+        static_vector=True,
+    )
+
 
 def scores_of(way: str, pool: Pool, fold: int, config: ValueHeadConfig, output: Path) -> dict[str, list[float]]:
     """ℓ of the responses of a fold under the two parts that were trained on the others in one way."""
@@ -195,24 +216,13 @@ def main() -> None:
         "prefix_every"
     ]
     ways = [way for way in arguments.ways if WAYS[way][2] is None or WAYS[way][2] % scored_every == 0]
-    config = ValueHeadConfig(
-        trained.hidden_size,
-        head_sizes=trained.head_sizes,
-        activation=trained.activation,
-        num_objectives=trained.num_objectives,
-        hook_point=trained.hook_point,
-        advantage_sizes=trained.advantage_sizes,
-        static_vector=True,
-    )
+    config = shape_of(trained)
     reference = None
     print(f"{len(pool.rewards)} responses\n\n| way | part | gain | difference |\n|---|---|---:|---:|")
     for way in ways:
         found = [scores_of(way, pool, fold, config, arguments.output) for fold in range(arguments.folds)]
         for part in ("static vector", "g"):
-            earned = torch.zeros_like(pool.left)
-            for fold, scores in enumerate(found):
-                own, shift = pool.fold == fold, torch.tensor(scores[part], dtype=torch.float64)
-                earned[own] = math.sqrt(2) * shift / shift.std() * pool.left[own]
+            earned = pool.earned([scores[part] for scores in found])
             reference = earned if reference is None else reference
             (gain, half), (more, width) = pool.interval(earned), pool.interval(earned - reference)
             print(
