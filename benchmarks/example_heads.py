@@ -69,19 +69,25 @@ def without_seconds(table: str) -> str:
     return "\n".join(rows)
 
 
+def prompts_of(rewards: Path, unseen: int | None = None) -> tuple[list[dict], list[dict], list[dict]]:
+    """(prompts that heads are trained on, those that strengths are found on, all unseen ones or so many)."""
+    rows = load_prompts(rewards / "prompts-train.jsonl", limit=NUM_PROMPTS + NUM_HELD_OUT).rows
+    return rows[:NUM_PROMPTS], rows[NUM_PROMPTS:], load_prompts(rewards / "prompts-test.jsonl", limit=unseen).rows
+
+
 def measure(head: Path, rewards: Path, reward: str, judge: str, output: Path) -> None:
     """Compare a head's methods at equal KL on unseen prompts, and keep the table beside the heads."""
-    rows = load_prompts(rewards / "prompts-train.jsonl", limit=NUM_PROMPTS + NUM_HELD_OUT).rows
+    _, held_out, unseen = prompts_of(rewards)
     compare(
         embedded_model(),
-        load_prompts(rewards / "prompts-test.jsonl"),
+        unseen,
         reward,
         output,
         COMPARED,
         head=head,
         judge=judge,
         controls=CONTROLS,
-        held_out=rows[NUM_PROMPTS:],
+        held_out=held_out,
     )
     table = (output / "table.md").read_text(encoding="utf-8")
     (HEADS / f"{head.name}.md").write_text(without_seconds(table), encoding="utf-8")
@@ -98,7 +104,7 @@ def main() -> None:
     if not (rewards / "figures.json").is_file():
         script = Path(__file__).with_name("reward_model.py")
         subprocess.run([sys.executable, script, "--pairs", arguments.pairs, "--output", rewards], check=True)
-    prompts = load_prompts(rewards / "prompts-train.jsonl", limit=NUM_PROMPTS)
+    prompts, _, _ = prompts_of(rewards)
     functions = {"vader": "hf_recontrol:vader", "preference": str(rewards)}
     for name in arguments.only:
         folder, head = arguments.output / name, HEADS / f"smollm2-{name}"

@@ -15,17 +15,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from example_heads import COMPARED, NUM_HELD_OUT, NUM_PROMPTS
+from example_heads import COMPARED, prompts_of
 from results import share_answers
 from results_page import by_row
 from transformers import AutoModelForCausalLM
 
-from hf_recontrol import compare, embedded_model, load_prompts, train_head, write_states
+from hf_recontrol import compare, embedded_model, train_head, write_states
 
+REWARD = "hf_recontrol:vader"
 STRENGTHS = {"kl": [0.05, 0.1]}
 ASCENTS: list[dict[str, Any]] = [
-    {"kind": "ascent", "name": "ascent, 30 steps", **STRENGTHS},
-    {"kind": "ascent", "name": "ascent, 1 step", "num_steps": 1, **STRENGTHS},
+    {"kind": "ascent", "name": "ascent, 30 steps"},
+    {"kind": "ascent", "name": "ascent, 1 step", "num_steps": 1},
 ]
 HEADING = "| head | control | KL an answer | reward | judge | diversity | Δ to base |\n|---|---|" + "---:|" * 5
 SHOWN = ("kl_per_response", "reward", "judge", "diversity")
@@ -53,6 +54,35 @@ def shown(folder: Path, where: str) -> list[str]:
     return lines
 
 
+def print_rows(where: str, head: Path, controls: list[dict[str, Any]], output: Path, **compared: Any) -> None:
+    """
+    Compare controls of a head with the base at the KL of `STRENGTHS`, and print their lines.
+
+    Args:
+        where (`str`):
+            What stands before them.
+        head (`Path`):
+            The head.
+        controls (`list[dict]`):
+            The controls, without strengths.
+        output (`Path`):
+            Where comparisons are. They share the answers that are the same.
+        compared (`dict`):
+            What else `hf_recontrol.compare` is given.
+    """
+    folder = output / where.replace(" ", "-")
+    share_answers(output.glob("*"), folder)
+    compare(
+        embedded_model(),
+        output=folder,
+        settings=COMPARED,
+        head=head,
+        controls=["base", *(control | STRENGTHS for control in controls)],
+        **compared,
+    )
+    print("\n".join(shown(folder, where)), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", type=Path, required=True)
@@ -61,30 +91,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=[7, 15, 23])
     parser.add_argument("--prompts", type=int, default=200)
     arguments = parser.parse_args()
-    held_out = load_prompts(arguments.rewards / "prompts-train.jsonl", limit=NUM_PROMPTS + NUM_HELD_OUT).rows
     places: list[tuple[str, Path, list[dict[str, Any]]]] = [
-        ("LM head", arguments.fit / "head", [{"kind": "static_vector", **STRENGTHS}, *ASCENTS])
+        ("LM head", arguments.fit / "head", [{"kind": "static_vector"}, *ASCENTS])
     ]
     for layer in arguments.layers:
         head = head_of(layer, arguments.fit, arguments.output / f"layer-{layer}")
-        places.append((f"layer {layer}", head, [{"kind": "steering_vector", "layer": layer, **STRENGTHS}, *ASCENTS]))
+        places.append((f"layer {layer}", head, [{"kind": "steering_vector", "layer": layer}, *ASCENTS]))
     print(HEADING)
+    _, held_out, unseen = prompts_of(arguments.rewards, arguments.prompts)
+    compared = {"prompts": unseen, "held_out": held_out, "rewards": REWARD, "judge": str(arguments.rewards)}
+    compared["rollouts"] = arguments.fit / "rollouts"
     for where, head, controls in places:
-        folder = arguments.output / "comparisons" / where.replace(" ", "-")
-        share_answers((arguments.output / "comparisons").glob("*"), folder)
-        compare(
-            embedded_model(),
-            load_prompts(arguments.rewards / "prompts-test.jsonl", limit=arguments.prompts),
-            "hf_recontrol:vader",
-            folder,
-            COMPARED,
-            head=head,
-            judge=str(arguments.rewards),
-            controls=["base", *controls],
-            held_out=held_out[NUM_PROMPTS:],
-            rollouts=arguments.fit / "rollouts",
-        )
-        print("\n".join(shown(folder, where)), flush=True)
+        print_rows(where, head, controls, arguments.output / "comparisons", **compared)
 
 
 if __name__ == "__main__":

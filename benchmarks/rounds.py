@@ -19,14 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from example_heads import COMPARED, NUM_HELD_OUT, NUM_PROMPTS, SCORING, SETTINGS
-from layers import HEADING, STRENGTHS, shown
-from results import share_answers
+from example_heads import SCORING, SETTINGS, prompts_of
+from layers import HEADING, REWARD, print_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_recontrol import ReControlForCausalLM, ValueHead, compare, embedded_model, fit, load_prompts
-
-REWARD = "hf_recontrol:vader"
+from hf_recontrol import ReControlForCausalLM, ValueHead, embedded_model, fit
 
 
 def next_round(head: Path, prompts: list[dict], folder: Path) -> Path:
@@ -58,30 +55,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=200)
     arguments = parser.parse_args()
-    rows = load_prompts(arguments.rewards / "prompts-train.jsonl", limit=NUM_PROMPTS + NUM_HELD_OUT).rows
+    training, held_out, unseen = prompts_of(arguments.rewards, arguments.prompts)
     heads = [arguments.fit / "head"]
     for number in range(2, arguments.rounds + 1):
-        heads.append(next_round(heads[-1], rows[:NUM_PROMPTS], arguments.output / f"round-{number}"))
+        heads.append(next_round(heads[-1], training, arguments.output / f"round-{number}"))
     compared = {f"round {number}": (head, ["static_vector", "advantage"]) for number, head in enumerate(heads, 1)}
     for number in range(2, arguments.rounds + 1):
         folder = mean_of(heads[:number], arguments.output / f"mean-{number}")
         compared[f"mean of {number} rounds"] = (folder, ["static_vector"])
     print(HEADING)
+    asked = {"prompts": unseen, "held_out": held_out, "rewards": REWARD, "judge": str(arguments.rewards)}
     for name, (head, kinds) in compared.items():
-        folder = arguments.output / "comparisons" / name.replace(" ", "-")
-        share_answers((arguments.output / "comparisons").glob("*"), folder)
-        compare(
-            embedded_model(),
-            load_prompts(arguments.rewards / "prompts-test.jsonl", limit=arguments.prompts),
-            REWARD,
-            folder,
-            COMPARED,
-            head=head,
-            judge=str(arguments.rewards),
-            controls=["base", *({"kind": kind, **STRENGTHS} for kind in kinds)],
-            held_out=rows[NUM_PROMPTS:],
-        )
-        print("\n".join(shown(folder, name)), flush=True)
+        print_rows(name, head, [{"kind": kind} for kind in kinds], arguments.output / "comparisons", **asked)
     for number, head in enumerate(heads, 1):
         control = json.loads((head / "config.json").read_text(encoding="utf-8"))["control"]
         print(f"\nRound {number} recommends {control['method']} at step size {control['step_size']:g}.")
