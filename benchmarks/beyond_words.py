@@ -3,13 +3,14 @@ What is left of control where no bag of words predicts the reward.
 
     python benchmarks/beyond_words.py --rewards reward-model --output beyond [--only order tone] [--prompts 200]
 
-Two rewards. `order` is the share of words that begin with a later letter of the alphabet than the word before: any
-word is as good as another, it depends on the one that it follows. `tone` is VADER's sentiment where the prompt asks
-for a cheerful answer, and its opposite where it asks for a gloomy one: any word is good for one half of the prompts
-and bad for the other. For each a head is trained (SmolLM2-135M-Instruct, the prompts of `reward_model.py`'s folder)
-and its controls are compared at equal KL on unseen prompts; the judge is VADER for the first, that folder's reward
-for the second. Then comes how a ridge regression on the counts of words goes together with the reward on prompts that
-it was not fitted on (the correlation), beside VADER. It goes on where it was stopped.
+Two rewards. `order` is the share of words that begin with a later letter of the alphabet than the word before (equal
+letters count half): any word is as good as another, it depends on the one that it follows. `tone` is VADER's sentiment
+where the prompt asks for a cheerful answer, and its opposite where it asks for a gloomy one: any word is good for one
+half of the prompts and bad for the other. For each a head is trained (SmolLM2-135M-Instruct, the prompts of
+`reward_model.py`'s folder) and its controls are compared at equal KL on unseen prompts; the judge is VADER for the
+first, that folder's reward for the second. Then comes how a ridge regression on the counts of words goes together with
+the reward on prompts that it was not fitted on (the correlation), beside VADER. Needs scikit-learn. It goes on where
+it was stopped.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def order(completions: list[str], **columns) -> list[float]:
     found = []
     for text in completions:
         first = [word[0] for word in re.findall(r"[a-z]+", text.lower())]
-        found.append(sum(a < b for a, b in pairwise(first)) / max(1, len(first) - 1))
+        # Equal letters count half: so no letter is better than another in the mean of its two neighbours.
+        later = sum((a < b) + (a == b) / 2 for a, b in pairwise(first))
+        found.append(later / max(1, len(first) - 1))
     return found
 
 
@@ -82,9 +85,9 @@ def main() -> None:
         asked = {"prompts": unseen, "held_out": held_out, "rewards": rewards[name], "judge": judges[name]}
         print(HEADING)
         print_rows(name, folder / "head", CONTROLS, folder / "comparisons", **asked)
-        rollouts = [each for path in sorted((folder / "rollouts").glob("*.parquet")) for each in load_rollouts(path)]
+        rollouts = load_rollouts(folder / "rollouts")
         texts = [each.completion for each in rollouts]
-        found = by_words(rollouts, np.array([each.reward for each in rollouts]))
+        found = by_words(rollouts, np.array([each.reward[0] for each in rollouts]))
         beside = by_words(rollouts, np.array(vader([], texts)))
         print(f"\n{name} by counts of words: {found:.2f}; VADER of the same responses: {beside:.2f}.\n", flush=True)
 

@@ -71,8 +71,7 @@ def scores_of(
 
 def samples_of(fit: Path, pool: Pool) -> torch.Tensor:
     """Which sample of its prompt each episode is."""
-    rollouts = [each for path in sorted((fit / "rollouts").glob("*.parquet")) for each in load_rollouts(path)]
-    used = [each for each in rollouts if each.completion_ids and each.reward is not None]
+    used = [each for each in load_rollouts(fit / "rollouts") if each.completion_ids and each.reward is not None]
     found = torch.tensor([each.sample for each in used])
     if len(found) != len(pool.rewards):
         raise ValueError(f"{fit} holds {len(found)} scored rollouts and states of {len(pool.rewards)}.")
@@ -83,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--gae-lambda", type=float, default=0.8)
+    parser.add_argument("--gae-lambda", type=float, required=True)
     parser.add_argument("--folds", type=int, default=4)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -96,11 +95,14 @@ def main() -> None:
     for count, samples in sizes(prompts, int(sample.max()) + 1):
         found = []
         for fold in range(arguments.folds):
-            kept = arguments.output / f"{count} prompts, {samples} samples, fold {fold}.json"
+            of = f"{arguments.gae_lambda:g}, {count} prompts, {samples} samples, fold {fold} of {arguments.folds}"
+            kept = arguments.output / f"λ {of}.json"
             if not kept.is_file():
                 episodes = chosen(pool, sample, fold, count / prompts, samples)
                 scores = scores_of(pool, episodes, fold, config, arguments.gae_lambda, every)
-                kept.write_text(json.dumps(scores), encoding="utf-8")
+                unfinished = kept.with_suffix(".unfinished")
+                unfinished.write_text(json.dumps(scores), encoding="utf-8")
+                unfinished.replace(kept)
             found.append(json.loads(kept.read_text(encoding="utf-8")))
         responses = sum(each["responses"] for each in found) / len(found)
         for part in PARTS:

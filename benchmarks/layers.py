@@ -6,7 +6,9 @@ Where to write: V at the LM head's input and at middle layers, in many small ste
 `--fit` is a folder of `recontrol fit` on VADER, `--rewards` one of `reward_model.py`, whose unseen prompts are
 answered and whose reward is the judge. At each layer a V is trained on the states of the same responses; beside its
 ascent stands the steering vector of that layer, the difference of the mean states of good and bad responses. The LM
-head's own rows add its static edit. It goes on where it was stopped, and prints a row for each control at each KL.
+head's own rows add its static edit, which a critic and the rewards of the responses so far taught; the steering vector
+knows whole rewards alone, and edits the prompt's states too. It goes on where it was stopped, and prints a row for
+each control at each KL.
 """
 
 from __future__ import annotations

@@ -330,8 +330,12 @@ def share_answers(comparisons: Iterable[Path], folder: Path) -> None:
     for other in () if (folder / "table.md").is_file() else comparisons:
         for answers in (other / "answers").glob("*"):
             # The folder's name holds all that the answers depend on.
-            if not (folder / "answers" / answers.name).exists():
-                shutil.copytree(answers, folder / "answers" / answers.name)
+            if not (own := folder / "answers" / answers.name).exists():
+                copied = folder / ".copied-answers"
+                shutil.rmtree(copied, ignore_errors=True)
+                shutil.copytree(answers, copied)
+                own.parent.mkdir(parents=True, exist_ok=True)
+                copied.rename(own)
 
 
 def peak_of(command: list[Any]) -> int:

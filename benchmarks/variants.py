@@ -178,13 +178,13 @@ def shape_of(trained: ValueHeadConfig) -> ValueHeadConfig:
 
 def scores_of(way: str, pool: Pool, fold: int, config: ValueHeadConfig, output: Path) -> dict[str, list[float]]:
     """ℓ of the responses of a fold under the two parts that were trained on the others in one way."""
-    kept = output / f"{way}, fold {fold}.json"
+    kept = output / f"{way}, fold {fold} of {pool.folds}.json"
     if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
     gae_lambda, with_critic, every, with_tokens = WAYS[way]
     train, own = (pool.fold != fold).nonzero()[:, 0], (pool.fold == fold).nonzero()[:, 0]
     states = pool.part(train, every)
-    value = output / f"V of fold {fold}"
+    value = output / f"V of fold {fold} of {pool.folds}"
     if not (value / "config.json").is_file():
         head, _ = train_value_head(states, config)
         head.save_pretrained(value)
@@ -198,7 +198,9 @@ def scores_of(way: str, pool: Pool, fold: int, config: ValueHeadConfig, output: 
     found: dict[str, Any] = {
         part: (pool.scores(own, pool.by_edit(edit)) + by_bias).tolist() for part, edit in edits.items()
     }
-    kept.write_text(json.dumps(found), encoding="utf-8")
+    unfinished = kept.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(found), encoding="utf-8")
+    unfinished.replace(kept)
     return found
 
 

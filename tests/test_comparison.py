@@ -16,10 +16,21 @@ import pytest
 import torch
 import yaml
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, compare, generate_rollouts
+from hf_recontrol import (
+    ControlConfig,
+    ReControlForCausalLM,
+    ValueHead,
+    compare,
+    generate_rollouts,
+    label_rollouts,
+    load_prompts,
+    write_rollouts,
+)
+from hf_recontrol.collection.scoring.rewards import load_reward
 from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.heads.seen_prompts import SeenPrompts
 from hf_recontrol.pipelines.compare_bases import _names as folder_names
+from hf_recontrol.pipelines.compare_bases import compare_bases
 from hf_recontrol.pipelines.loading import load_base
 from hf_recontrol.settings import CompareSettings
 
@@ -328,8 +339,9 @@ def test_a_control_can_have_a_kl_of_its_own(place, recontrol_warnings, others):
 
 
 def test_held_out_prompts_are_never_compared_on(place, recontrol_warnings):
+    shared = [[{"role": "user", "content": text}] for text in ("w10 w11 ", "w80")]
     with pytest.raises(ValueError, match="1 held-out prompts are also compared on"):
-        run(kl=[0.05], held_out=[[{"role": "user", "content": text}] for text in ("w10 w11 ", "w80")])
+        run(kl=[0.05], controls=["base", "advantage"], held_out=shared)
     # A prompt that stands twice is not on both sides.
     rows = [json.dumps({"prompt": f"w{10 + i % 6} w9"}) + "\n" for i in range(24)]
     (place / "prompts.jsonl").write_text("".join(rows))
@@ -337,6 +349,56 @@ def test_held_out_prompts_are_never_compared_on(place, recontrol_warnings):
     compared = {line["prompt"] for line in lines_of()}
     assert 0 < len(compared) < 6
     assert "prompts stand among those set aside too" in recontrol_warnings[-2]
+
+
+def test_prompts_are_set_aside_only_where_a_strength_is_searched_for(place):
+    run(kl=[0.05], controls=["base", {"kind": "advantage", "strengths": [0.3]}, {"kind": "ascent", "step_size": 0.2}])
+    assert {(line["control"], line["strength"]) for line in lines_of()} == {
+        ("base", None),
+        ("advantage", 0.3),
+        ("ascent", 0.2),
+    }
+    assert len({line["prompt"] for line in lines_of()}) == 12
+    run(head=None, controls=None, output="plain")
+    assert len({line["prompt"] for line in lines_of("plain")}) == 12
+
+
+def test_equal_prompts_tell_no_more_than_one(place):
+    (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"w{10 + i % 4}"}) + "\n" for i in range(12)))
+    run(controls=["base", {"kind": "advantage", "strengths": [0.5]}])
+    assert all(f["count"] == "4" for f in figures_in())
+    assert "4 of these prompts are different" in (place / "out" / "table.md").read_text()
+
+
+def test_times_of_other_batch_sizes_are_said_not_to_be_comparable(place):
+    said = "Times are not to be compared"
+    run(controls=["base"], batch_size=2)
+    assert said not in (place / "out" / "table.md").read_text()
+    run(controls=["base", {"kind": "advantage", "strengths": [0.5]}], batch_size=4)
+    assert said in (place / "out" / "table.md").read_text()
+
+
+def test_a_recommendation_that_a_row_takes_over_stands_in_the_figures(place):
+    head = ValueHead.from_pretrained("head")
+    head.config.control = ControlConfig("advantage", step_size=0.5, plausibility=0.1)
+    head.save_pretrained("head")
+    run(controls=["base", "advantage"])
+    about = json.loads((place / "out" / "figures.json").read_text())
+    assert about["controls"][1]["depends_on"]["control"]["plausibility"] == 0.1
+
+
+def test_what_learns_from_responses_is_not_compared_on_their_prompts(place, recontrol_warnings):
+    model, tokenizer = load_base("base", CompareSettings())
+    asked = load_prompts([f"w{i} w{i + 1}" for i in (10, 11, 40, 41)])
+    write_rollouts(place / "r", model, tokenizer, asked, num_samples=4, max_new_tokens=6)
+    label_rollouts(place / "r", [load_reward("mine:variety")])
+    vector = {"kind": "steering_vector", "strengths": [0.5]}
+    with pytest.raises(ValueError, match="2 of 12 prompts to compare on are among those that what 'steering_vector'"):
+        run(controls=["base", vector], rollouts="r")
+    assert not (place / "out" / "answers").exists()
+    run(controls=["base", vector], rollouts="r", on_seen_prompts="skip")
+    assert len({line["prompt"] for line in lines_of()}) == 10
+    assert "these are left out" in recontrol_warnings[-1]
 
 
 def remember(texts, kind):
@@ -526,6 +588,18 @@ def test_several_bases_that_do_not_fit_are_refused_before_any_is_compared(place,
     assert not (place / "out").exists()
 
 
+def test_several_heads_are_compared_on_prompts_that_none_has_seen(place, recontrol_warnings):
+    shutil.copytree("head", "second")
+    remember(["w12 w13"], "trained_on")
+    found = settings(controls=["base", "advantage"])
+    inputs = {name: found[name] for name in ("prompts", "rewards", "controls", "output")}
+    both = CompareSettings(strengths=(0.5,), on_seen_prompts="skip", max_new_tokens=6)
+    compare_bases([], ["head", "second"], [], settings=both, **inputs)
+    for name in ("head", "second"):
+        assert {line["count"] for line in figures_in(f"out/{name}")} == {"11"}
+    assert "not on the same prompts" not in (place / "out" / "table.md").read_text()
+
+
 def test_folders_of_several_bases_never_share_a_name():
     assert folder_names(["x/a", "y/b"]) == ["a", "b"]
     assert folder_names(["x/a", "y/a", "z/a-1"]) == ["a-1", "a-2", "a-1-3"]
@@ -553,13 +627,19 @@ REFUSED = {
     "against": ({"against": "nobody"}, "`against` names the control 'nobody', which is not among"),
     "against several": ({"against": "advantage"}, "`against` names 'advantage', which has 2 strengths"),
     "both": ({"kl": [0.1], "strengths": [1.0]}, "`strengths` and `kl`"),
-    "few": ({"kl": [0.1]}, "There are 12 prompts, and 64 are to be set aside"),
+    "few": ({"kl": [0.1], "controls": ["base", "advantage"]}, "There are 12 prompts, and 64 are to be set aside"),
     "role": ({"controls": ["base", {"kind": "prompting", "instruction_role": "boss"}]}, r"\[1\].instruction_role"),
     "no reward": ({"rewards": []}, "No reward is given"),
     "odd reward": ({"rewards": None}, "Rewards must be functions or their names, got None"),
     "odd judge": ({"judge": 3}, "`judge` must be a function, its name"),
     "no module's name": ({"controls": ["base", ":Thing"]}, "':Thing' cannot be imported"),
     "judge": ({"judge": "mine:variety"}, "The judge is also one of the rewards"),
+    "judge by another name": ({"rewards": "column:kl", "judge": "kl"}, "The judge is also one of the rewards"),
+    "failing judge": ({"judge": "mine:fails"}, "The reward fails failed: KeyError"),
+    "two strengths": (
+        {"controls": ["base", {"kind": "advantage", "step_size": 1, "kl": 0.1}]},
+        "`step_size` is its strength, so leave out `strengths` and `kl`",
+    ),
     "failing reward": ({"rewards": "mine:fails"}, "The reward fails failed: KeyError"),
     "no part": ({"controls": ["base", "ascent"], "strengths": []}, "How strong is the control 'ascent'"),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from hf_recontrol.evaluation.comparison.scores import best_places, coherence_sco
 from hf_recontrol.evaluation.comparison.table import table
 from hf_recontrol.evaluation.intervals import NUM_RESAMPLES, paired_interval, ratio_interval, resamples
 from hf_recontrol.evaluation.likelihoods import likelihoods
-from hf_recontrol.evaluation.metrics import repetition
+from hf_recontrol.evaluation.metrics import knows_units, repetition
 from hf_recontrol.evaluation.rivals.plain import best_of_n_kl, best_of_n_weights
 from hf_recontrol.evaluation.rivals.rival import standardised
 
@@ -286,12 +286,36 @@ def test_several_rewards_are_summed_in_the_deviations_of_the_head_that_knows_the
     head = tiny_head(model, num_objectives=2)
     head.config.reward_mean, head.config.reward_std = [1.0, 10.0], [2.0, 5.0]
     controlled = ReControlForCausalLM.from_model(model, head)
-    bench = SimpleNamespace(model=controlled, rewards={"kind": None, "brief": None})
+    bench = SimpleNamespace(model=controlled, rewards={"kind": None, "brief": None}, combine_rewards="none")
     assert standardised(bench, [3.0, 20.0]) == 23
     head.config.training = SimpleNamespace(rewards=["brief", "kind"])
     assert standardised(bench, [20.0, 3.0]) == pytest.approx((20 - 10) / 5 + (3 - 1) / 2)
     assert standardised(bench, None) is None
-    assert standardised(SimpleNamespace(model=model, rewards={"a": None, "b": None}), [1.0, 2.0]) == 3
+    assert (
+        standardised(SimpleNamespace(model=model, rewards={"a": None, "b": None}, combine_rewards="none"), [1.0, 2.0])
+        == 3
+    )
+
+
+def test_a_classifier_in_a_folder_is_known_by_the_name_that_the_head_has_for_it(tmp_path):
+    head = tiny_head(tiny_model("llama"), num_objectives=2)
+    head.config.training = SimpleNamespace(rewards=["rm", "vader"])
+    (tmp_path / "here" / "rm").mkdir(parents=True)
+    (tmp_path / "there" / "rm").mkdir(parents=True)
+    assert knows_units(head.config, ["vader", str(tmp_path / "here" / "rm")])
+    assert not knows_units(head.config, ["vader", "other"])
+    # Which of the two it was nobody knows.
+    assert not knows_units(head.config, [str(tmp_path / "here" / "rm"), str(tmp_path / "there" / "rm")])
+
+
+def test_equal_prompts_are_in_a_resample_together():
+    rewards = [1.0, 5.0, 3.0]
+    single, doubled = sample(rewards=rewards), sample(rewards=rewards * 2)
+    once = figure("reward", [single], single, 3)
+    [twice] = [f for f in figures_of([doubled], doubled, 6, np.array([7, 8, 9] * 2)) if f.metric == "reward"]
+    assert (twice.value, twice.low, twice.high, twice.count) == (once.value, once.low, once.high, 3)
+    apart = figure("reward", [doubled], doubled, 6)
+    assert apart.high - apart.low < twice.high - twice.low and apart.count == 6
 
 
 # Likelihoods of a real (tiny) model.

@@ -1,9 +1,11 @@
 """Responses to rewards."""
 
 import importlib
+import json
 import linecache
 import math
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -179,6 +181,38 @@ def test_a_stopped_scoring_again_goes_on_and_mixes_nothing(folder):
     assert calls == [4, 4, 4, 2] and all(r.reward == [-1.0] for r in load_rollouts(folder))
     label_rollouts(folder, [failing], again=True)
     assert calls[4:] == [4, 4, 2], "what is finished is scored again when asked for"
+
+
+def test_scoring_again_never_mixes_what_cannot_be_compared(folder, recontrol_warnings):
+    class Client:
+        __name__ = "client"
+
+        def __init__(self, fails):
+            self.lock, self.fails, self.calls = threading.Lock(), fails, 0
+
+        def __call__(self, completions, **columns):
+            self.calls += 1
+            if self.fails and self.calls == 2:
+                raise ZeroDivisionError("once")
+            return [float(self.fails)] * len(completions)
+
+    with pytest.raises(RuntimeError, match="once"):
+        label_rollouts(folder, [Client(True)])
+    with pytest.raises(ValueError, match="--again"):
+        label_rollouts(folder, [Client(False)])
+    label_rollouts(folder, [Client(False)], again=True)
+    assert {r.reward[0] for r in load_rollouts(folder)} == {0.0}
+    assert all("cannot be known later" in said for said in recontrol_warnings)
+
+
+def test_rollouts_whose_manifest_was_never_finished_are_named(folder):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["parts"]
+    path.write_text(json.dumps(manifest | {"complete": False}))
+    with pytest.raises(ValueError, match="not finished: run the same `recontrol rollout` again"):
+        label_rollouts(folder, [length])
+    assert "rewards" not in json.loads(path.read_text()) or json.loads(path.read_text())["rewards"] is None
 
 
 def test_a_classifier_with_other_weights_is_noticed(folder):

@@ -41,7 +41,7 @@ def bench_of(model, folder, num_samples=3, reward=mean_token, chat=False):
         rollouts, model, tokenizer, load_prompts(PROMPTS), max_new_tokens=5, num_samples=num_samples, batch_size=8
     )
     label_rollouts(rollouts, [reward])
-    return Bench(model, tokenizer, GREEDY, {"reward": reward}, folder / "made", rollouts)
+    return Bench(model, tokenizer, GREEDY, {reward.__name__: reward}, folder / "made", rollouts)
 
 
 @pytest.fixture(scope="module")

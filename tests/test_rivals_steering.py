@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_recontrol import ReControlForCausalLM, load_prompts
+from hf_recontrol import ReControlForCausalLM, TrainingRecord, load_prompts
 from hf_recontrol.collection.rollouts import write_rollouts
 from hf_recontrol.collection.scoring.labels import label_rollouts
 from hf_recontrol.data.rollouts import Rollout, load_rollouts
 from hf_recontrol.evaluation.likelihoods import likelihoods
 from hf_recontrol.evaluation.rivals.kinds import make_rival
-from hf_recontrol.evaluation.rivals.rival import Bench
+from hf_recontrol.evaluation.rivals.rival import Bench, scored_by_prompt
 from hf_recontrol.evaluation.strength import find_strength
 from hf_recontrol.settings import SamplingSettings
 
@@ -40,7 +40,7 @@ def bench_of(model, folder, sampling=GREEDY, num_samples=3, reward=mean_token):
         batch_size=8,
     )
     label_rollouts(rollouts, [reward])
-    return Bench(model, tiny_tokenizer(), sampling, {"reward": reward}, folder / "made", rollouts)
+    return Bench(model, tiny_tokenizer(), sampling, {reward.__name__: reward}, folder / "made", rollouts)
 
 
 def nats(model, rival, strength, answers):
@@ -163,6 +163,37 @@ def test_the_vector_is_made_once_for_what_it_depends_on(tmp_path, monkeypatch):
     assert [path] == list(bench.folder.iterdir()) and path.read_bytes() == content
     other = make_rival("steering_vector", bench, {"layer": 0})
     assert other.depends_on() != again.depends_on()
+
+
+def minus_first(completion_ids):
+    return [-100.0 * ids[0] for ids in completion_ids]
+
+
+def test_responses_are_ranked_by_the_comparison_s_own_rewards(tmp_path, recontrol_warnings):
+    model = tiny_model("llama")
+    bench = bench_of(model, tmp_path)
+    alone = make_rival("steering_vector", bench, {}).depends_on()
+    label_rollouts(bench.rollouts, [minus_first, mean_token], again=True)
+    scored = scored_by_prompt(bench, bench.rollouts, ["minus_first", "mean_token"])
+    for reward, rollout in (each for responses in scored.values() for each in responses):
+        assert reward == pytest.approx(mean_token([rollout.completion_ids])[0])
+    # In the units of a head each reward has its own.
+    head = tiny_head(model, num_objectives=2)
+    head.config.reward_mean, head.config.reward_std = [1.0, 0.0], [2.0, 50.0]
+    head.config.training = TrainingRecord(rewards=["mean_token", "minus_first"])
+    both = replace(
+        bench,
+        model=ReControlForCausalLM.from_model(model, head),
+        rewards={"mean_token": mean_token, "minus_first": minus_first},
+    )
+    for reward, rollout in scored_by_prompt(both, bench.rollouts, ["minus_first", "mean_token"])[0]:
+        [mean], [first] = mean_token([rollout.completion_ids]), minus_first([rollout.completion_ids])
+        assert reward == pytest.approx((mean - 1) / 2 + first / 50)
+    assert make_rival("steering_vector", both, {}).depends_on() != alone
+    assert not recontrol_warnings
+    other = replace(bench, rewards={"another": mean_token})
+    make_rival("steering_vector", other, {})
+    assert "the comparison's rewards are another: the steering vector follows the former" in recontrol_warnings[-1]
 
 
 def test_what_cannot_work_is_said_before_any_work(tmp_path):

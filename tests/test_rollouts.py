@@ -3,6 +3,7 @@
 import datasets
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
@@ -473,6 +474,11 @@ def test_a_finished_folder_is_not_sampled_again_and_other_settings_are_refused(
         changed = {"model": model, "prompts": load(PROMPTS), **options} | change
         with pytest.raises(ValueError, match=rf"other settings: .*\b{name}"):
             write_rollouts(tmp_path, changed.pop("model"), tokenizer, changed.pop("prompts"), **changed)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <end>", special_tokens=[("<end>", tokenizer.eos_token_id)]
+    )
+    with pytest.raises(ValueError, match=r"other settings: tokenizer"):
+        write_rollouts(tmp_path, model, tokenizer, load(PROMPTS), **options)
     assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == before
 
 

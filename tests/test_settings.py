@@ -242,6 +242,8 @@ def test_what_python_gave_without_a_name_is_left_out_and_said(tmp_path, recontro
     assert written["reward"] == [f"{__name__}:length"] and written["dtype"] == "float32"
     assert GenerationConfig.from_pretrained(written["generation_config"]).max_new_tokens == 6
     assert written["advantage_sizes"] is None and written["head_sizes"] == [8]
+    # The static vector and the token bias need them too.
+    assert written["directions"] is True
 
 
 def test_a_generation_config_is_not_overridden_by_defaults(tmp_path):

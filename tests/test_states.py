@@ -212,6 +212,14 @@ def test_int8_scales_are_of_many_states_and_a_large_error_is_told(rollouts, tmp_
     assert "int8 keeps these states badly" in recontrol_warnings[0]
 
 
+def test_a_base_that_was_trained_since_is_told(rollouts, tmp_path, recontrol_warnings):
+    model, folder = rollouts
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    write_states(tmp_path / "s", model, folder)
+    assert "its weights or its dtype are others" in recontrol_warnings[-1]
+
+
 def test_rewards_that_are_all_equal_are_told_before_states_are_read(rollouts, tmp_path):
     model, folder = rollouts
     label_rollouts(folder, {"length": length, "same": lambda prompts, completions: [0.1] * len(prompts)}, again=True)
@@ -306,7 +314,7 @@ def test_memory_is_bounded_by_the_batch_whatever_the_number_of_rollouts(tmp_path
     assert peak[0] - before < 40
 
 
-def test_a_state_beyond_the_dtype_s_range_is_an_error_and_leaves_no_part(rollouts, tmp_path):
+def test_a_state_beyond_the_dtype_s_range_is_an_error_and_leaves_no_part(rollouts, tmp_path, recontrol_warnings):
     model, folder = rollouts
     with torch.no_grad():
         model.model.norm.weight.fill_(1e5)

@@ -133,18 +133,19 @@ def test_a_run_that_stopped_early_or_ended_is_taken_over_as_it_was(tmp_path, mon
 
 
 @pytest.mark.parametrize("patience", [None, 3])
-def test_a_run_that_goes_on_ends_where_an_uninterrupted_one_does(tmp_path, patience):
+def test_a_run_that_goes_on_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch, patience):
     states, options = episodes(80, noise=1.0), {"num_epochs": 6, "learning_rate": 3e-3, "patience": patience}
+    evaluate = ValueTrainer.evaluate
 
-    class Killed(ValueTrainer):
-        def evaluate(self, *args, **kwargs):
-            if self.state.epoch > 3.5:
-                raise KeyboardInterrupt
-            return super().evaluate(*args, **kwargs)
+    def killed(self, *args, **kwargs):
+        if self.state.epoch > 3.5:
+            raise KeyboardInterrupt
+        return evaluate(self, *args, **kwargs)
 
     whole, figures = train_value_head(states, CONFIG, output_dir=tmp_path / "whole", **options)
-    with pytest.raises(KeyboardInterrupt):
-        train_value_head(states, CONFIG, output_dir=tmp_path / "killed", trainer_class=Killed, **options)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ValueTrainer, "evaluate", killed)
+        train_value_head(states, CONFIG, output_dir=tmp_path / "killed", **options)
     # What a kill while it was being written leaves behind.
     half = tmp_path / "killed" / "checkpoint-9999"
     half.mkdir()
@@ -154,6 +155,34 @@ def test_a_run_that_goes_on_ends_where_an_uninterrupted_one_does(tmp_path, patie
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert same["value_error"] == pytest.approx(figures["value_error"], rel=1e-4)
     assert not half.exists()
+
+
+def test_checkpoints_of_another_training_are_not_taken_for_this_one_s(tmp_path):
+    states = episodes(80)
+    options = {"num_epochs": 2, "learning_rate": 3e-3}
+    head, figures = train_value_head(states, CONFIG, output_dir=tmp_path, **options)
+    _, same = train_value_head(states, CONFIG, output_dir=tmp_path, report_to="none", **options)
+    assert same["value_error"] == figures["value_error"]
+    for changed, said in [
+        ({"states": episodes(80, seed=1)}, "episodes"),
+        ({"states": change(states, rewards=-states.rewards)}, "episodes"),
+        ({"td_lambda": 0.5}, "td_lambda"),
+        ({"learning_rate": 1e-3}, "learning_rate"),
+    ]:
+        changed = {"states": states, **options} | changed
+        with pytest.raises(ValueError, match=f"made with other settings: .*{said}"):
+            train_value_head(changed.pop("states"), CONFIG, output_dir=tmp_path, **changed)
+    with pytest.raises(ValueError, match=r"made with other settings: .*AdvantageTrainer"):
+        fit_advantage(head, states, output_dir=tmp_path)
+    fit_advantage(head, states, output_dir=tmp_path / "g", advantage_num_epochs=1)
+    with pytest.raises(ValueError, match="gae_lambda"):
+        fit_advantage(head, states, output_dir=tmp_path / "g", advantage_num_epochs=1, gae_lambda=0.3)
+
+
+@pytest.mark.parametrize("name", ["load_best_model_at_end", "greater_is_better", "metric_for_best_model"])
+def test_which_checkpoint_is_kept_is_ours_to_say(name):
+    with pytest.raises(ValueError, match=name):
+        train_value_head(episodes(80), CONFIG, training_arguments={name: False})
 
 
 def test_a_target_network_lags_behind_v(tmp_path):

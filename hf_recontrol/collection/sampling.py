@@ -8,6 +8,7 @@ import json
 import os
 from abc import ABC
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -322,6 +323,12 @@ def temperature_of(config: GenerationConfig) -> float:
     return (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0
 
 
+@lru_cache(maxsize=1)
+def _vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def draw_settings(
     tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, settings: SamplingSettings
 ) -> dict[str, Any]:
@@ -329,6 +336,7 @@ def draw_settings(
     drawn = {key: value for key, value in config.to_diff_dict().items() if key[0] != "_"}
     drawn.pop("transformers_version", None)
     return {
+        "tokenizer": [_vocabulary_fingerprint(tokenizer), tokenizer("a")["input_ids"]],
         "chat_template": hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()[:16],
         "prompt_format": settings.prompt_format,
         "chat_template_kwargs": settings.chat_template_kwargs,
@@ -338,21 +346,26 @@ def draw_settings(
     }
 
 
-# Further settings that draw from another distribution than the model's at a temperature, and the values that do not.
-_RESHAPES = {
-    "begin_suppress_tokens": (),
+# Settings that cut the distribution which tokens are sampled from, and the values that do not. Greedy search ignores
+# them.
+_CUTS = {
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
+    "min_p": (0,),
+    "top_h": (),
+    "top_k": (0,),
+    "top_p": (1,),
+    "typical_p": (1,),
+}
+# Further settings that draw from another distribution than the model's at a temperature.
+_RESHAPES = _CUTS | {
+    "begin_suppress_tokens": (),
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
     "guidance_scale": (1,),
     "min_new_tokens": (0,),
-    "min_p": (0,),
     "num_beams": (1,),
     "suppress_tokens": (),
-    "top_k": (0,),
-    "top_p": (1,),
-    "typical_p": (1,),
 }
 
 
@@ -371,6 +384,12 @@ def reshaped_by(generation_config: dict[str, Any]) -> list[str]:
     leaves = _READS_TOKENS | _RESHAPES
     found = [f"{name}={settings[name]}" for name in leaves if not changes_nothing(name, settings.get(name))]
     return found if settings.get("do_sample") else ["do_sample=False"]
+
+
+def draws_from_policy(config: GenerationConfig) -> bool:
+    """Whether tokens are drawn from, or are the likeliest of, the model's whole distribution at a temperature."""
+    known = config.to_dict() | ({} if config.do_sample else dict.fromkeys(_CUTS))
+    return not reshaped_by(known | {"do_sample": True})
 
 
 def needs_equal_lengths(model: PreTrainedModel, config: GenerationConfig) -> bool:

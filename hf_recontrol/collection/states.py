@@ -322,6 +322,11 @@ def _warn_of_mismatch(reader: _Reader, sampled: dict) -> None:
             f"The rollouts are those of {sampled['model']}, the states are read from "
             f"{reader.model.config._name_or_path}."
         )
+    elif sampled.get("model_fingerprint", mark := reader.model_settings["model_fingerprint"]) != mark:
+        logger.warning(
+            f"{sampled['model'] or 'The base'} is not what it was when the responses were sampled: its weights or its "
+            "dtype are others. What a token's direction is to be held against is the policy that drew it."
+        )
     reshaped = reshaped_by(sampled["generation_config"])
     if reader.weight is not None and reshaped:
         logger.warning(

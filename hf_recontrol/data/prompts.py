@@ -333,7 +333,8 @@ def load_prompts(source: Any, settings: PromptSettings | None = None, **changes)
         source:
             A file (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`), a folder or Hub name that
             [`~datasets.load_dataset`] takes, a data set, a table of pandas, Arrow or polars, a dict of columns, or a
-            sequence of texts, lists of chat messages or rows. JSON files hold the same.
+            sequence of texts, lists of chat messages or rows. JSON files hold the same. Of [`Prompts`] the first ones
+            are taken, if there is a `limit`.
         settings ([`PromptSettings`], *optional*), changes:
             How to read them; single settings as keywords.
 
@@ -343,6 +344,8 @@ def load_prompts(source: Any, settings: PromptSettings | None = None, **changes)
         `ImportError`: if an extra is missing.
     """
     settings = PromptSettings.of(settings, changes)
+    if isinstance(source, Prompts):
+        return source if settings.limit is None else source.take(range(len(source))[: settings.limit])
     column = settings.prompt_column
     rows, numbers, bad, left_out = [], [], [], LeftOut()
     kind, count, found = None, 0, set()

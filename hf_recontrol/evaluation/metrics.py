@@ -12,6 +12,7 @@ from ..collection.batches import check_in_force
 from ..configuration import ValueHeadConfig
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
+from ..utils.files import without_place
 from .likelihoods import likelihoods_in_force
 
 # NLTK's `wordpunct_tokenize`: runs of letters and digits, and runs of punctuation.
@@ -51,6 +52,13 @@ def repetition(text: str) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def knows_units(config: ValueHeadConfig, names: Sequence[str]) -> bool:
+    """Whether a head was trained on rewards of these names, and so knows the mean and the spread of each."""
+    trained_on = config.training.rewards if config.training is not None else []
+    shown = [without_place(name) for name in names]
+    return set(shown) <= set(trained_on) and max(map([*trained_on, *shown].count, shown)) == 2
+
+
 def summed_reward(reward: Sequence[float], config: ValueHeadConfig, names: Sequence[str] | None = None) -> float:
     """
     A response's rewards as one number: their sum, each in standard deviations of a head's training.
@@ -61,15 +69,15 @@ def summed_reward(reward: Sequence[float], config: ValueHeadConfig, names: Seque
         config ([`ValueHeadConfig`]):
             Of the head.
         names (sequence of `str`, *optional*):
-            Of the rewards. If the head was not trained on rewards of these names, they are summed as they are. By
-            default they are all that it was trained on, in the order of its objectives.
+            Of the rewards. If the head was not trained on rewards of these names ([`knows_units`]), they are summed as
+            they are. By default they are all that it was trained on, in the order of its objectives.
     """
     values, mean, std = (torch.tensor(x, dtype=torch.float64) for x in (reward, config.reward_mean, config.reward_std))
     if names is not None:
-        trained_on = config.training.rewards if config.training is not None else []
-        if not set(names) <= set(trained_on):
+        if not knows_units(config, names):
             return float(values.sum())
-        order = [trained_on.index(name) for name in names]
+        trained_on = config.training.rewards
+        order = [trained_on.index(without_place(name)) for name in names]
         mean, std = (x.expand(len(trained_on))[order] for x in (mean, std))
     return float(((values - mean) / std).sum())
 

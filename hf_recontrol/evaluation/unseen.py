@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -66,15 +66,34 @@ def unseen(
     Raises:
         `ValueError`: if there are others and they are an error, or no prompt is left; names how many, and the first.
     """
-    found = seen_among(prompts, heads, kinds)
+    counted = " or ".join(kind.replace("_", " ") for kind in kinds)
+    return _without(prompts, seen_among(prompts, heads, kinds), f"the head was {counted}", purpose, on_seen_prompts)
+
+
+def unlearnt(prompts: Prompts, learnt: Collection[int], what: str, on_seen_prompts: str) -> Prompts:
+    """
+    The prompts that something else was not made of.
+
+    Args:
+        learnt (collection of `int`):
+            The [`prompt_hash`] of each prompt that it was made of.
+        what (`str`):
+            What it is, in messages.
+        on_seen_prompts (`str`):
+            As for [`unseen`], which says what is raised.
+    """
+    found = {place: "trained on" for place, number in enumerate(prompt_hashes(prompts)) if number in learnt}
+    return _without(prompts, found, f"{what} was made of", "to compare on", on_seen_prompts)
+
+
+def _without(prompts: Prompts, found: dict[int, str], whose: str, purpose: str, on_seen_prompts: str) -> Prompts:
     if not found:
         return prompts
     first, how = next(iter(found.items()))
     said = str(prompts.rows[first]["prompt"])[:60]
-    counted = " or ".join(kind.replace("_", " ") for kind in kinds)
     which = (
-        f"{len(found)} of {len(prompts)} prompts {purpose} are among those that the head was {counted}; the first is "
-        f"number {prompts.numbers[first]} ({how}): {said!r}"
+        f"{len(found)} of {len(prompts)} prompts {purpose} are among those that {whose}; the first is number "
+        f"{prompts.numbers[first]} ({how}): {said!r}"
     )
     if on_seen_prompts == "allow":
         logger.warning(f"{which}. On such prompts a control looks better than it is.")

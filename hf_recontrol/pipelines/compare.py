@@ -13,14 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..collection.scoring.responses import check_rows, try_rewards
-from ..collection.scoring.rewards import RewardFunction, load_reward, named_rewards
+from ..collection.scoring.rewards import RewardFunction, load_reward, named_rewards, reward_fingerprint
 from ..data.fingerprints import prompt_hashes
 from ..data.processes import no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import shared_folder
 from ..evaluation.comparison.answers import draw_answers, usable_prompts
 from ..evaluation.comparison.assembly import TABLE_NAME, write_results
-from ..evaluation.comparison.entries import default_controls, entries_of, rows_of, without_twins
+from ..evaluation.comparison.entries import default_controls, entries_of, needs_search, rows_of, without_twins
 from ..evaluation.comparison.figures import Figure
 from ..evaluation.comparison.matching import with_strengths
 from ..evaluation.comparison.scores import reward_scorer, score_answers, scorers_of
@@ -30,8 +30,10 @@ from ..evaluation.judges.person import PersonJudge
 from ..evaluation.judges.scoring import JudgeScoring
 from ..evaluation.rivals.plain import BestOfN
 from ..evaluation.rivals.rival import Bench
-from ..evaluation.unseen import TRAINED_ON, heads_of, unseen
+from ..evaluation.unseen import TRAINED_ON, heads_of, unlearnt, unseen
+from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import HELD_OUT_PROMPTS, CompareSettings
+from ..utils.code_fingerprints import UnknownStateError
 from ..utils.files import check_target
 from .loading import base_with_head
 
@@ -107,7 +109,8 @@ def compare(
     output = Path(output)
     check_target(output / TABLE_NAME)
     entries = None if controls is None else entries_of(controls, settings)
-    finds_strengths = bool(settings.kl) or any(entry.kl for entry in entries or ())
+    with_head = head is not None or isinstance(base, ReControlForCausalLM)
+    finds_strengths = (bool(settings.kl) and with_head) if entries is None else needs_search(entries, settings)
     test, held = _prompts(prompts, held_out, settings, finds_strengths)
     functions = named_rewards(rewards, test.columns)
     check_rows(functions, test, settings.on_bad_rows, settings.combine_rewards)
@@ -123,7 +126,10 @@ def compare(
         judging.check()
         scorers.append(judging.scorer())
     elif judge is not None:
-        scorers.append(reward_scorer("judge", {"judge": _judge(judge, functions, test)}, settings.on_bad_rows))
+        judges = {"judge": _judge(judge, functions, test)}
+        check_rows(judges, test, settings.on_bad_rows)
+        try_rewards(judges, test, settings.on_bad_rows)
+        scorers.append(reward_scorer("judge", judges, settings.on_bad_rows))
     with base_with_head(base, head, tokenizer, settings) as (model, tokenizer):
         heads = heads_of(model)
         test = unseen(test, heads, "to compare on", settings.on_seen_prompts)
@@ -141,6 +147,8 @@ def compare(
         if entries is None:
             entries = entries_of(default_controls(bench), settings)
         rows = rows_of(entries, bench, settings)
+        for row in rows:
+            test = unlearnt(test, row.rival.learnt, f"what {row.entry.name!r} is", settings.on_seen_prompts)
         if (
             isinstance(judge, Judge)
             and judge.mode == "pair"
@@ -163,11 +171,11 @@ def compare(
 
 def _prompts(prompts: Any, held_out: Any, settings: CompareSettings, finds_strengths: bool) -> tuple[Prompts, Prompts]:
     """(those that are compared on, those that strengths are found on: none if no strength is to be found)."""
-    test = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
+    test = load_prompts(prompts, settings)
     if not finds_strengths:
         return test, test.take([])
     if held_out is not None:
-        held = held_out if isinstance(held_out, Prompts) else load_prompts(held_out, settings)
+        held = load_prompts(held_out, settings)
         seen = set(prompt_hashes(test))
         if shared := [n for n, said in zip(held.numbers, prompt_hashes(held), strict=True) if said in seen]:
             raise ValueError(
@@ -210,6 +218,14 @@ def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> 
             instead = f"its name as a kind, `judge: {{kind: {judge}}}`, with its settings beside it"
         raise ValueError(f"The judge is a class: give {instead}.")
     named_rewards(function, prompts.columns)
-    if any(function is reward for reward in rewards.values()):
+    if any(function is reward or _is_same(function, reward) for reward in rewards.values()):
         raise ValueError("The judge is also one of the rewards: name one that no head was trained on.")
     return function
+
+
+def _is_same(one: RewardFunction, other: RewardFunction) -> bool:
+    """Whether two rewards are known to be the same."""
+    try:
+        return reward_fingerprint(one) == reward_fingerprint(other)
+    except UnknownStateError:
+        return False

@@ -9,23 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.utils import logging
 
 from ..data.processes import Processes
+from ..data.prompts import load_prompts
 from ..evaluation.comparison.assembly import TABLE_NAME
 from ..evaluation.comparison.figures import Figure
-from ..evaluation.comparison.results import FIGURES_NAME
+from ..evaluation.comparison.results import FIGURES_JSON_NAME, FIGURES_NAME
+from ..evaluation.unseen import unseen
 from ..heads.base_model import check_base
 from ..heads.value_head import ValueHead
 from ..settings import CompareSettings
-from ..utils.files import atomic_path, make_folder
+from ..utils.files import atomic_path, make_folder, read_json
 from .compare import compare
 from .loading import base_source
+
+logger = logging.get_logger(__name__)
 
 
 def compare_bases(
     bases: Sequence[str],
     heads: Sequence[str],
     rollouts: Sequence[str],
+    prompts: Any,
     output: str,
     settings: CompareSettings,
     **inputs,
@@ -41,6 +47,8 @@ def compare_bases(
             None, or one for each base; several of one base are compared as if it were several bases.
         rollouts (sequence of `str`):
             None, or a folder for each.
+        prompts:
+            As for [`compare`].
         inputs:
             All else that [`compare`] takes.
 
@@ -62,8 +70,7 @@ def compare_bases(
     runs = list(zip(*(given or [None] * count for given in (own_bases, heads, rollouts)), strict=True))
     if twice := [run for run in runs if runs.count(run) > 1]:
         raise ValueError(f"{_listed(filter(None, twice[0]))} is named twice: it would be the same comparison.")
-    for head in heads:
-        ValueHead.from_pretrained(head, token=settings.token)
+    loaded = [ValueHead.from_pretrained(head, token=settings.token) for head in heads]
     source = base_source(settings)
     for base in bases:
         check_base(base, **source)
@@ -72,10 +79,14 @@ def compare_bases(
         except (OSError, ValueError) as error:
             raise OSError(f"The base model {base} cannot be used: {error}") from error
     names = _names(heads if heads and len(set(own_bases)) < count else own_bases)
+    prompts = load_prompts(prompts, settings)
+    if settings.on_seen_prompts == "skip":
+        # What one head has seen is left out for all, so that they stay comparable.
+        prompts = unseen(prompts, loaded, "to compare on", "skip")
     found = {}
     for name, (base, head, folder) in zip(names, runs, strict=True):
         found[name] = compare(
-            base, output=Path(output) / name, settings=settings, head=head, rollouts=folder, **inputs
+            base, prompts, output=Path(output) / name, settings=settings, head=head, rollouts=folder, **inputs
         )
     if Processes().index == 0:
         _write(make_folder(Path(output)), list(found))
@@ -104,6 +115,12 @@ def _write(output: Path, names: Sequence[str]) -> None:
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
+    counts = {name: read_json(output / name / FIGURES_JSON_NAME)["prompts"] for name in names}
+    unlike = []
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} on {count}" for name, count in counts.items())
+        unlike = [f"These comparisons are not on the same prompts ({said}): do not hold one against another.\n"]
+        logger.warning(unlike[0].strip())
     tables = [f"## {name}\n\n{(output / name / TABLE_NAME).read_text(encoding='utf-8')}" for name in names]
     with atomic_path(output / TABLE_NAME) as temporary:
-        temporary.write_text("\n".join(tables), encoding="utf-8")
+        temporary.write_text("\n".join(unlike + tables), encoding="utf-8")

@@ -15,8 +15,8 @@ from transformers.utils import logging
 from ..collection.kept_states import remove_kept
 from ..collection.rollouts import write_rollouts
 from ..collection.scoring.labels import label_rollouts
-from ..collection.scoring.responses import check_rows, try_rewards
-from ..collection.scoring.rewards import RewardFunction, named_rewards
+from ..collection.scoring.responses import check_rows, finite_reward, try_rewards
+from ..collection.scoring.rewards import ColumnReward, RewardFunction, named_rewards
 from ..collection.states import write_states
 from ..configuration import ValueHeadConfig
 from ..data.fingerprints import prompt_hashes
@@ -102,9 +102,14 @@ def fit(
         check_nameable(model)
         _check_default(settings, LoadingSettings, "loading a base, this one is loaded: leave it out")
     reward = list(reward) if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
-    rows = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
+    rows = load_prompts(prompts, settings)
     rewards = named_rewards(reward, rows.columns)
     check_rows(rewards, rows, settings.on_bad_rows, settings.combine_rewards)
+    for name, function in rewards.items():
+        if isinstance(function, ColumnReward):
+            numbers = [finite_reward(row.get(function.column)) for row in rows.rows]
+            if len(set(numbers) - {None}) < 2:
+                raise ValueError(f"The column {name} does not hold two different numbers: nothing is learnt from it.")
     processes = Processes()
     _check(rows, settings, processes)
     if not (output / "rollouts" / MANIFEST_NAME).exists():

@@ -173,6 +173,9 @@ def load_as_sampled(
     weights_as_sampled(
         control, {str(place["pretrained_model_name_or_path"]): head for place, head in zip(places, heads, strict=True)}
     )
+    drawn_by = manifest["settings"]
+    if settings.revision is None and str(name_or_path) == drawn_by["model"]:
+        settings = replace(settings, revision=drawn_by["model_revision"])
     model, _ = load_base(name_or_path, settings, heads[0] if heads else None)
     for number, head in enumerate(heads[1:]):
         model.add_value_head(f"head-{number}", head)

@@ -116,12 +116,7 @@ def save_run(
     if hasattr(settings.generation_config, "to_json_file"):
         settings.generation_config.to_json_file(output / "generation_config.json")
         settings = replace(settings, generation_config=str(output.absolute()))
-    settings = replace(
-        settings,
-        generation_config=_name(settings.generation_config),
-        # Without an advantage part nobody needs them, in the stages either.
-        directions=settings.directions and settings.advantage_sizes is not None,
-    )
+    settings = replace(settings, generation_config=_name(settings.generation_config))
     named = {
         "model": _name(model),
         "prompts": _name(prompts),

@@ -25,6 +25,7 @@ from ..evaluation.comparison.entries import without_twins
 from ..evaluation.comparison.matching import with_strengths
 from ..evaluation.comparison.plots import write_plots
 from ..evaluation.comparison.scores import scorers_of
+from ..evaluation.metrics import knows_units
 from ..evaluation.rivals.rival import Bench
 from ..evaluation.tuning import Found, by_metric, fewest_responses, rows_to_try, search, summary, weights_of
 from ..evaluation.unseen import TRAINED_ON, has_no_record, seen_among, unseen
@@ -99,16 +100,15 @@ def tune(
     target = tuned_head(head, output)
     for path in (output / TUNING_NAME, target / CONFIG_NAME):
         check_target(path)
-    prompts = prompts if isinstance(prompts, Prompts) else load_prompts(prompts, settings)
+    prompts = load_prompts(prompts, settings)
     functions = named_rewards(rewards, prompts.columns)
     check_rows(functions, prompts, settings.on_bad_rows, settings.combine_rewards)
     weights = weights_of(settings, list(functions))
     try_rewards(functions, prompts, settings.on_bad_rows)
     scorers = scorers_of(functions, settings)
     loaded = ValueHead.from_pretrained(head, token=settings.token)
-    trained_on = loaded.config.training.rewards if loaded.config.training is not None else []
     summed = "reward" in weights and len(functions) > 1 and settings.combine_rewards == "none"
-    if summed and not set(functions) <= set(trained_on):
+    if summed and not knows_units(loaded.config, list(functions)):
         logger.warning(
             f"`criterion` weighs the sum of {', '.join(functions)} as they are: the head does not say that it was "
             "trained on rewards of these names, so their scales are not known. To weigh each: `reward NAME`."

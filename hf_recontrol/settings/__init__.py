@@ -29,6 +29,7 @@ from .stages import (
     TemplateSettings,
 )
 from .training import (
+    INDIFFERENT,
     AdvantageSettings,
     FitSettings,
     HeadSettings,

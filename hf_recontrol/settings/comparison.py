@@ -96,7 +96,8 @@ class CompareSettings(AnswerSettings):
         if not self.instruction.strip():
             raise ValueError("`instruction` must be a text that is not empty.")
         for name, value in _QUICK.items() if self.quick else ():
-            if getattr(self, name) is None:
+            said = getattr(self, name) is not None or (name == "max_new_tokens" and self.generation_config is not None)
+            if not said:
                 object.__setattr__(self, name, value)
 
 

@@ -31,6 +31,24 @@ class HeadSettings(Settings):
     )
 
 
+# Settings, and arguments of TrainingArguments, that change nothing of the result.
+INDIFFERENT = (
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "disable_tqdm",
+    "logging_dir",
+    "logging_first_step",
+    "logging_steps",
+    "output_dir",
+    "project",
+    "report_to",
+    "run_name",
+    "trackio_space_id",
+)
+
+
 @settings_class("Training of both parts")
 class TrainingSettings(SeedSettings):
     """What the training of V and of the advantage part share."""

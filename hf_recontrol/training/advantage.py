@@ -146,7 +146,8 @@ class AdvantageTrainer(EpisodeTrainer):
     """
 
     def __init__(self, *args, targets: AdvantageTargets, **kwargs):
-        super().__init__(*args, metric="advantage_error", description="advantage", **kwargs)
+        known = {"gae_lambda": targets.gae_lambda, "discount": targets.discount}
+        super().__init__(*args, metric="advantage_error", description="advantage", targets=known, **kwargs)
         self.targets = targets
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

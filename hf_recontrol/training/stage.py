@@ -20,8 +20,8 @@ from ..data.states import StateStore
 from ..heads.hub import CONFIG_NAME
 from ..heads.seen_prompts import SeenPrompts
 from ..heads.value_head import ValueHead
-from ..settings import AdvantageSettings, HeadSettings, TrainSettings, ValueSettings
-from ..utils.files import check_target, make_folder, read_json, write_json
+from ..settings import INDIFFERENT, AdvantageSettings, HeadSettings, TrainSettings, ValueSettings
+from ..utils.files import check_target, make_folder, read_json, without_place, write_json
 from .advantage import fit_advantage
 from .critic import train_critic
 from .held_out import split_by_prompt
@@ -33,21 +33,6 @@ FIGURES_NAME = "training.json"
 CRITIC_FIGURES = ("value_error", "value_error_last", "correlation_last")
 # What a head was trained with, in the folder of its checkpoints.
 _SETTINGS_NAME = "settings.json"
-# Settings, and arguments of TrainingArguments, that change nothing of the result.
-_INDIFFERENT = (
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "disable_tqdm",
-    "logging_dir",
-    "logging_first_step",
-    "logging_steps",
-    "project",
-    "report_to",
-    "run_name",
-    "trackio_space_id",
-)
 
 
 def _states_id(folder: str | os.PathLike) -> str:
@@ -61,10 +46,10 @@ def _what_matters(settings: TrainSettings) -> dict[str, Any]:
         item.name: getattr(settings, item.name) for cls in (ValueSettings, AdvantageSettings) for item in fields(cls)
     }
     arguments = values["training_arguments"]
-    values["training_arguments"] = {key: value for key, value in arguments.items() if key not in _INDIFFERENT}
+    values["training_arguments"] = {key: value for key, value in arguments.items() if key not in INDIFFERENT}
     # Which critic: an earlier one was a network.
     values["critic"] = settings.critic and "linear"
-    return {key: value for key, value in values.items() if key not in _INDIFFERENT}
+    return {key: value for key, value in values.items() if key not in INDIFFERENT}
 
 
 def train_head(
@@ -153,8 +138,7 @@ def _record(states: str | os.PathLike, store: StateStore, command: str | None) -
     source = manifest.get("source") or {}
     counts = source.get("counts") or {}
     return TrainingRecord(
-        # A model in a folder by the folder's name: where that is on this machine is nobody's business.
-        rewards=[Path(name).name if Path(name).is_dir() else name for name in source.get("rewards") or []],
+        rewards=[without_place(name) for name in source.get("rewards") or []],
         dataset=source.get("dataset"),
         prompts=len(store.prompts.unique()),
         responses=len(store),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -19,11 +20,13 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..data.processes import Processes, Progress, progress_bar
+from ..data.stage_folder import check_settings
 from ..data.states import StateStore
 from ..heads.value_head import ValueHead
-from ..settings import TrainingSettings
+from ..settings import INDIFFERENT, TrainingSettings
 from ..utils.checks import check_choice
 from ..utils.extras import needs_extra
+from ..utils.files import make_folder, read_json, write_json
 
 with needs_extra("train", "Training"):
     from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -35,6 +38,10 @@ with needs_extra("train", "Training"):
 logger = logging.get_logger(__name__)
 # Checkpoints of a small head follow each other so fast that Trainer doubts the clock, at each of them.
 logging.get_logger("transformers.trainer_utils").addFilter(lambda record: "mtime may not" not in record.getMessage())
+
+
+# What a training was of, beside its checkpoints.
+_KNOWN_NAME = "training.json"
 
 
 class Episodes(Dataset):
@@ -65,6 +72,16 @@ class Episodes(Dataset):
     def rewards(self, episodes: torch.Tensor) -> torch.Tensor:
         """Standardised rewards of episodes of the store, in float32."""
         return ((self.store.rewards[episodes].double() - self.mean) / self.std).float()
+
+    def fingerprint(self) -> str:
+        """What tells them from other episodes: their prompts, lengths and rewards, and the states of the first."""
+        store = self.store
+        parts = [store.prompts[self.episodes], store.lengths[self.episodes], self.rewards(self.episodes)]
+        parts += [store.gather(name, self.episodes[:1]).float() for name in self.names]
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.__getitems__([index])
@@ -109,6 +126,8 @@ class EpisodeTrainer(Trainer):
             Epochs without a better one before training stops.
         progress (`Callable[[int, int], None]`, *optional*):
             Called with (steps done, steps in all) instead of showing a bar.
+        targets (`dict`, *optional*):
+            What else the result depends on, as JSON: another run does not go on from checkpoints of this one.
     """
 
     def __init__(
@@ -121,7 +140,16 @@ class EpisodeTrainer(Trainer):
         description: str,
         patience: int | None = None,
         progress: Progress | None = None,
+        targets: dict[str, Any] | None = None,
     ):
+        known = {
+            "trainer": f"{type(self).__module__}.{type(self).__qualname__}",
+            "options": {name: value for name, value in options.items() if name not in INDIFFERENT},
+            "patience": patience,
+            "targets": targets or {},
+            "episodes": [train.fingerprint(), held_out.fingerprint()],
+        }
+        self._known = json.loads(json.dumps(known, default=str))
         self.processes = Processes()
         self.held_out = held_out
         self.metric = metric
@@ -163,13 +191,26 @@ class EpisodeTrainer(Trainer):
 
         Returns:
             Whether any epoch had a finite error.
+
+        Raises:
+            `ValueError`: if the checkpoints in the folder are of other data or settings; names these.
         """
+        self._check_folder()
         checkpoint = last_checkpoint(Path(self.args.output_dir), self.processes)
         if checkpoint is not None and self._was_finished(checkpoint):
             self._load_best_model()
         else:
             self.train(resume_from_checkpoint=checkpoint)
         return self.state.best_metric is not None and np.isfinite(self.state.best_metric)
+
+    def _check_folder(self) -> None:
+        """Raise unless a folder's checkpoints, if there are any, are of this very training."""
+        folder = Path(self.args.output_dir)
+        if self.processes.index == 0:
+            if (folder / _KNOWN_NAME).is_file():
+                check_settings(folder, read_json(folder / _KNOWN_NAME), self._known)
+            write_json(make_folder(folder) / _KNOWN_NAME, self._known)
+        self.processes.wait()
 
     def _was_finished(self, checkpoint: str) -> bool:
         """
@@ -270,10 +311,14 @@ def _training_arguments(options: dict[str, Any], metric: str, processes: Process
     return arguments
 
 
-# Arguments of TrainingArguments that settings of ours stand for, or that decide where a part's checkpoints lie.
+# Arguments of TrainingArguments that settings of ours stand for, or that decide where a part's checkpoints lie and
+# which of them is kept.
 _OURS = (
     "data_seed",
+    "greater_is_better",
     "learning_rate",
+    "load_best_model_at_end",
+    "metric_for_best_model",
     "num_train_epochs",
     "output_dir",
     "per_device_train_batch_size",

@@ -64,7 +64,8 @@ class ValueTrainer(EpisodeTrainer):
     """
 
     def __init__(self, *args, td_lambda: float, discount: float, target_update: float | None, **kwargs):
-        super().__init__(*args, metric="value_error", description="value head", **kwargs)
+        targets = {"td_lambda": td_lambda, "discount": discount, "target_update": target_update}
+        super().__init__(*args, metric="value_error", description="value head", targets=targets, **kwargs)
         self.td_lambda, self.discount = td_lambda, discount
         if target_update is not None:
             self.add_callback(_TargetUpdate(target_update))

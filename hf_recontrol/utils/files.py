@@ -60,6 +60,11 @@ def check_target(path: str | os.PathLike) -> None:
         raise OSError(f"{existing} cannot be written to.")
 
 
+def without_place(name: str) -> str:
+    """A name that others may read: of a folder its own name, where it is on this machine is nobody's business."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file that this package wrote."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ from ...data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
 from ...settings import ScoringSettings
 from ...utils.checks import check_choice
 from .responses import NO_PREFIX, check_prefixes, fingerprints_of, noting_calls, scored_rollouts, what_is_left_out
-from .rewards import RewardFunction, by_name, check_reward
+from .rewards import RewardFunction, by_name, check_reward, objective_names
 
 logger = logging.get_logger(__name__)
 
@@ -73,16 +73,14 @@ def label_rollouts(
     check_prefixes(prefix_every, tokenizer)
     if not rewards:
         raise ValueError("No reward is given, so there is nothing to score with.")
-    folder, names = Path(folder), list(rewards)
-    if combine_rewards != "none" and len(names) > 1:
-        names = [f"{combine_rewards} of {', '.join(names)}"]
+    folder, names = Path(folder), objective_names(list(rewards), combine_rewards)
     fingerprints, unknown = fingerprints_of(rewards)
     wanted = {"rewards": names, "fingerprints": fingerprints, "prefix_every": prefix_every}
     known = read_manifest(folder, "rollouts", "recontrol rollout", complete=False)
     stage = StageFolder(folder, "rollouts", known["settings"], known["num_parts"], ".parquet")
     with stage:
         scorings = [scoring_of(path) for path in map(stage.part_path, range(stage.num_parts)) if path.is_file()]
-        if len(scorings) < stage.num_parts:
+        if len(scorings) < stage.num_parts or "parts" not in known:
             raise ValueError(f"The rollouts in {folder} are not finished: run the same `recontrol rollout` again.")
         scoring = known.get("scoring", 0)
         found = {name: known.get(name) for name in wanted}
@@ -94,7 +92,8 @@ def label_rollouts(
         columns = columns_of(map(stage.part_path, range(stage.num_parts)))
         for function in rewards.values():
             check_reward(function, columns)
-        if found != wanted or finished:
+        # What is not known to be the same reward must not go on where another one stopped.
+        if found != wanted or finished or unknown:
             scoring = max((number for number in scorings if number is not None), default=-1) + 1
         stage.processes.wait()
         if stage.processes.index == 0:

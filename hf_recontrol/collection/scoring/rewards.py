@@ -361,6 +361,11 @@ def by_name(rewards: Sequence[RewardFunction]) -> dict[str, RewardFunction]:
     return dict(zip(names, rewards, strict=True))
 
 
+def objective_names(names: Sequence[str], combine_rewards: str) -> list[str]:
+    """The names of what a response has a number of, by rewards of these names: one, if they are combined."""
+    return [f"{combine_rewards} of {', '.join(names)}"] if combine_rewards != "none" and len(names) > 1 else [*names]
+
+
 def named_rewards(
     rewards: str | RewardFunction | Sequence[str | RewardFunction], columns: Collection[str]
 ) -> dict[str, RewardFunction]:

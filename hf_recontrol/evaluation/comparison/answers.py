@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
 from transformers.utils import logging
 
 from ...collection.sampling import draw_settings, encode_all, sampling_config
 from ...data.fingerprints import model_settings
-from ...data.processes import Progress, progress_bar
+from ...data.processes import Processes, Progress, progress_bar
 from ...data.prompts import Prompts, report_bad_rows
 from ...data.rollouts import Rollout, load_measured, load_rollouts, save_rollouts
 from ...data.stage_folder import StageFolder
@@ -30,6 +29,7 @@ from ..rivals.kinds import is_own_class
 from ..rivals.plain import BestOfN, best_of_n_kl
 from ..rivals.rival import Answer, Bench, Rival, answers_of
 from .entries import Row
+from .figures import TIMED_UNDER
 
 logger = logging.get_logger(__name__)
 
@@ -44,7 +44,6 @@ def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
     return {
         **model_settings(bench.model),
         "prompts": prompts.fingerprint,
-        "tokenizer": _tokenizer_fingerprint(bench.tokenizer),
         **draw_settings(bench.tokenizer, config, bench.sampling),
         "kind": row.entry.kind,
         "settings": row.entry.settings,
@@ -54,13 +53,6 @@ def row_settings(row: Row, bench: Bench, prompts: Prompts) -> dict[str, Any]:
         "instruction": row.entry.instruction,
         "instruction_role": row.entry.instruction_role if row.entry.instruction else None,
     }
-
-
-@lru_cache(maxsize=1)
-def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tells a tokenizer from others: its tokens, and what it puts around a text."""
-    told = [sorted(tokenizer.get_vocab().items()), tokenizer("a")["input_ids"]]
-    return hashlib.sha256(json.dumps(told).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 # Once in a process, before it answers: what a user's module counts while it works makes no other class of it.
@@ -275,10 +267,18 @@ def _write_part(drawer: Drawer, row: Row, prompts: Prompts, path: Path) -> None:
     answers, found, seconds = drawer.draw(row, prompts)
     measured = {
         "seconds": [seconds] * len(answers),
+        TIMED_UNDER: [_timed_under(drawer.bench)] * len(answers),
         "kl": [kl_of(row, answer, likelihood) for answer, likelihood in zip(answers, found, strict=True)],
         "base": [likelihood.base if drawer.perplexity else None for likelihood in found],
     }
     save_rollouts([answer.rollout for answer in answers], path, measured=measured)
+
+
+def _timed_under(bench: Bench) -> float:
+    """A number for the batch size, the device and how many processes there are."""
+    device = bench.model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return float(zlib.crc32(f"{bench.sampling.batch_size} {name} {Processes().count}".encode()))
 
 
 def _count_part(path: Path) -> dict[str, float]:

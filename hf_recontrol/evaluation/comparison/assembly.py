@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ...data.fingerprints import prompt_hashes
 from ...data.processes import Processes
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout
@@ -19,7 +22,7 @@ from ..rivals.rival import Bench
 from ..unseen import has_no_record, heads_of, seen_among
 from .answers import load_answers
 from .entries import Row
-from .figures import Figure, Sample, best_of, figures_of, sample_of
+from .figures import TIMED_UNDER, Figure, Sample, best_of, figures_of, sample_of
 from .plots import write_plots
 from .results import ANSWERS_NAME, write_answers, write_figures
 from .scores import Scores, best_places, matched_references, wins, with_reward
@@ -47,6 +50,7 @@ def write_results(
         `ValueError`: if no answer has a number by one of the scorers, or a person has judged other answers.
     """
     loaded = [load_answers(stage) for stage in stages]
+    timed = {number for _, measured in loaded for number in measured.pop(TIMED_UNDER, [])}
     numbers = [with_reward(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
     for name in dict.fromkeys(name for own in scores for name in own):
         if all(value is None for own in scores for value in own[name]):
@@ -77,7 +81,8 @@ def write_results(
     for row, sample in zip(rows, drawn, strict=True):
         is_pool = isinstance(row.rival, BestOfN)
         samples += [best_of(sample, n) for n in range(1, row.rival.pool + 1)] if is_pool else [sample]
-    figures = figures_of(samples, _against(samples, drawn[reference], rows[reference]), len(prompts))
+    said = np.array(prompt_hashes(prompts))
+    figures = figures_of(samples, _against(samples, drawn[reference], rows[reference]), len(prompts), said)
     if Processes().index == 0:
         lines: list[tuple[str, float | None, list[Rollout], Scores]] = [
             (row.entry.name, row.strength, rollouts, own)
@@ -88,12 +93,21 @@ def write_results(
             "prompts": len(prompts),
             "against": settings.against,
             "strengths": matches,
-            "controls": [vars(row.entry) | {"strength": row.strength} for row in rows],
+            "controls": [
+                vars(row.entry) | {"strength": row.strength, "depends_on": row.rival.depends_on()} for row in rows
+            ],
             "settings": settings.to_dict(),
         } | ({"judged": judged} if judged else {})
         write_figures(output, figures, about)
         pools = list(dict.fromkeys(row.entry.name for row in rows if isinstance(row.rival, BestOfN)))
         notes = [_matched(name, match) for name, match in matches.items()]
+        if len(timed) > 1:
+            notes.append(
+                "Times are not to be compared: some answers were drawn with another batch size, on another device or "
+                "by another number of processes."
+            )
+        if (distinct := len(set(said.tolist()))) < len(prompts):
+            notes.append(f"{distinct} of these prompts are different: equal ones are in the intervals together.")
         if has_no_record(heads_of(bench.model)):
             notes.append(
                 "The head does not say which prompts it was trained on: that these are unseen is not checked."

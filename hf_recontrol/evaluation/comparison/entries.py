@@ -81,6 +81,14 @@ class Row:
         return f"{re.sub(r'[^A-Za-z0-9]+', '-', self.entry.kind)[:40]}-{digest}"
 
 
+def needs_search(entries: Sequence[Entry], settings: CompareSettings) -> bool:
+    """Whether some control's strength is to be found by its KL."""
+    return any(
+        not entry.strengths and (entry.kl or settings.kl) and rival_class(entry.kind).start is not None
+        for entry in entries
+    )
+
+
 def default_controls(bench: Bench) -> list[dict[str, Any]]:
     """The base, prompting, best of 4, and each method that the head has, the simplest first."""
     controls = [{"kind": "base"}, {"kind": "prompting"}, {"kind": "best_of_n", "n": 4}]
@@ -128,6 +136,10 @@ def _entry(number: int, item: Any, settings: CompareSettings) -> Entry:
     if instruction is not None and not (isinstance(instruction, str) and instruction.strip()):
         raise ValueError(f"The control {name!r}: `instruction` must be a text that is not empty.")
     check_choice(f"controls[{number}].instruction_role", role, INSTRUCTION_ROLES)
+    if item["kind"] in KIND_OF_METHOD.values() and "step_size" in item:
+        if "strengths" in item or "kl" in item:
+            raise ValueError(f"The control {name!r}: `step_size` is its strength, so leave out `strengths` and `kl`.")
+        item = {key: value for key, value in item.items() if key != "step_size"} | {"strengths": item["step_size"]}
     strengths, kl = (_numbers(number, name, key, item.get(key, ())) for key in ("strengths", "kl"))
     if strengths and kl:
         raise ValueError(f"The control {name!r}: `strengths` and `kl` both say how strong it is: use one of them.")

@@ -36,7 +36,7 @@ class Figure:
             Ends of its 95 % interval: bootstrap over prompts. Infinite where nothing is known of it: with a single
             prompt, and for times.
         count (`int`):
-            Prompts that it is of.
+            Different prompts that it is of.
         difference, difference_low, difference_high (`float`, *optional*):
             To the row that the comparison is against, over the prompts that both have, and its paired 95 % interval.
     """
@@ -129,6 +129,8 @@ def sample_of(
     return Sample(control, strength, prompts, np.ones(len(rollouts)), values)
 
 
+# Among what is measured of an answer: a number for what else its time depends on.
+TIMED_UNDER = "timed_under"
 # How metrics begin that an answer lacks by what it is: the reward scores no such answer, or it has no word.
 _BY_NATURE_MISSING = ("reward", "coherence")
 
@@ -164,7 +166,7 @@ _RATIOS = {
     "perplexity": ("base", "length"),
     "tokens_per_second": ("length", "seconds"),
 }
-_NO_METRICS = ("kl", "base")
+_NO_METRICS = ("kl", "base", TIMED_UNDER)
 # The answers of a part share one time, so that prompts say nothing of how certain it is.
 _OF_PARTS = ("seconds", "tokens_per_second")
 _WORST_TENTH = "reward_worst_tenth"
@@ -212,7 +214,7 @@ def prompts_with(sample: Sample, metric: str, count: int) -> np.ndarray:
     return _sums(sample, "reward" if metric == _WORST_TENTH else metric, count)[2]
 
 
-def figures_of(samples: Sequence[Sample], against: Sample, count: int) -> list[Figure]:
+def figures_of(samples: Sequence[Sample], against: Sample, count: int, same: np.ndarray | None = None) -> list[Figure]:
     """
     All figures of all rows.
 
@@ -223,13 +225,17 @@ def figures_of(samples: Sequence[Sample], against: Sample, count: int) -> list[F
             The row that differences are to.
         count (`int`):
             Prompts that were compared on.
+        same (`numpy.ndarray` of shape `(count,)`, *optional*):
+            Of each prompt a number that is the same for equal ones: these are in a resample together. By default no
+            two are equal.
     """
+    same = np.arange(count) if same is None else np.unique(same, return_inverse=True)[1]
     found = []
     for sample in samples:
         metrics = dict.fromkeys([*(name for name in sample.values if name not in _NO_METRICS), *_RATIOS])
         if "reward" in metrics:
             metrics[_WORST_TENTH] = None
-        found += [_figure(sample, against, metric, count) for metric in metrics]
+        found += [_figure(sample, against, metric, same) for metric in metrics]
     order = list(METRICS)
     return sorted(
         (figure for figure in found if figure is not None),
@@ -237,10 +243,11 @@ def figures_of(samples: Sequence[Sample], against: Sample, count: int) -> list[F
     )
 
 
-def _figure(sample: Sample, against: Sample, metric: str, count: int) -> Figure | None:
+def _figure(sample: Sample, against: Sample, metric: str, same: np.ndarray) -> Figure | None:
     """One figure; `None` where the row has no number of it."""
-    chosen, present = choices(count), prompts_with(sample, metric, count)
-    prompts, is_known = int(present.sum()), metric not in _OF_PARTS
+    count = len(same)
+    chosen, present = choices(len(np.unique(same)))[:, same], prompts_with(sample, metric, count)
+    prompts, is_known = len(np.unique(same[present])), metric not in _OF_PARTS
     value = with_interval(values_on(sample, metric, count, chosen), prompts * is_known)
     if not math.isfinite(value[0]):
         return None
@@ -248,7 +255,7 @@ def _figure(sample: Sample, against: Sample, metric: str, count: int) -> Figure 
     if sample is not against:
         shared = present & prompts_with(against, metric, count)
         own, other = (values_on(each, metric, count, chosen * shared) for each in (sample, against))
-        change = with_interval(own - other, int(shared.sum()) * is_known)
+        change = with_interval(own - other, len(np.unique(same[shared])) * is_known)
         difference = change if math.isfinite(change[0]) else ()
     return Figure(sample.control, sample.strength, metric, *value, prompts, *difference)
 

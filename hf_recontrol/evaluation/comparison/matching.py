@@ -139,7 +139,10 @@ def _match(
         answers, found, _ = drawer.draw(replace(row, strength=strength), held_out)
         kls = [kl_of(row, answer, likelihood) for answer, likelihood in zip(answers, found, strict=True)]
         if None in kls:
-            raise ValueError("its KL to the base is not known (it has no `policy`): give it `strengths`")
+            raise ValueError(
+                "its KL to the base is not known (it has no `policy`, or top-p and the like reshape what it draws "
+                "from): give it `strengths`"
+            )
         last[:] = [kl_with_interval([answer.rollout for answer in answers], kls)]
         return last[0][0]
 

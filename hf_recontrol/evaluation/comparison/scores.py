@@ -97,8 +97,8 @@ def reward_scorer(
             note_calls(function, None if fingerprints is None else fingerprints[label])
         return found
 
-    depends_on = None if fingerprints is None else {"rewards": fingerprints, "combine_rewards": combine_rewards}
-    return Scorer(name, depends_on, score)
+    depends_on = {"rewards": fingerprints, "combine_rewards": combine_rewards, "on_bad_rows": on_bad_rows}
+    return Scorer(name, None if fingerprints is None else depends_on, score)
 
 
 def coherence_scorer(model_name: str) -> Scorer:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...configuration import ControlConfig
-from ...data.fingerprints import head_fingerprint
+from ...data.fingerprints import control_settings
 from ...data.prompts import Prompts
 from ..likelihoods import acts_only_at_head
 from .rival import Answer, Bench, Rival
@@ -62,8 +62,9 @@ class Control(Rival):
 
     def depends_on(self) -> dict[str, Any]:
         # Among the settings, so that a control that the head recommends counts as the same one written out.
-        control = self.control.to_dict() | {"step_size": 1.0}
-        return {"head": head_fingerprint(self.bench.model.value_head), "control": control}
+        return control_settings(self.bench.model, replace(self.control, step_size=_SMALL)) | {
+            "control": self.control.to_dict() | {"step_size": 1.0}
+        }
 
 
 class Ascent(Control):

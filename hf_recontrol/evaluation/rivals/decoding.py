@@ -16,6 +16,7 @@ from ...collection.sampling import (
     Reweighing,
     StopStrings,
     cut_response,
+    draws_from_policy,
     listed_ids,
     sampling_config,
     vocabulary_size,
@@ -112,7 +113,8 @@ class ControlledDecoding(Rival):
     `π(y) ∝ π0(y) exp(strength · (v_y - v̄))`,
 
     where `π0` is the base as it is sampled from: at its temperature, or at 1 for greedy responses, which take the
-    likeliest token of `π`. The KL to `π0` is known exactly at each token.
+    likeliest token of `π`. The KL to `π0` is known exactly at each token, unless top-p, a repetition penalty or the
+    like reshape `π0`: the KL of others is to the base without these.
 
     Args:
         top_k (`int`, *optional*, defaults to 10):
@@ -139,6 +141,7 @@ class ControlledDecoding(Rival):
                 "Controlled decoding draws one token after the other, and the generation config asks for beams "
                 f"(`num_beams={config.num_beams}`): leave them out."
             )
+        self._knows_kl = draws_from_policy(config)
         self.end_ids, self.stop_strings = listed_ids(config.eos_token_id), config.stop_strings or ()
         self._stops = StopStrings(bench.tokenizer, self.stop_strings) if self.stop_strings else None
 
@@ -186,6 +189,8 @@ class ControlledDecoding(Rival):
         kls: dict[tuple[int, int], list[float]] = {}
         for drawn, batch in begun:
             kls |= dict(zip(drawn, torch.stack(batch.kls, dim=1).tolist(), strict=True))
+        if not self._knows_kl:
+            return [Answer(r) for r in rollouts]
         # Behind its end a row was padded.
         return [Answer(r, kls[r.prompt_number, r.sample][: len(r.completion_ids)]) for r in rollouts]
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...data.fingerprints import file_checksum, model_settings
+from ...data.fingerprints import file_checksum, model_settings, prompt_hash
 from ...data.processes import Processes
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout
@@ -153,10 +153,10 @@ class DpoLora(Rival):
                 "A LoRA adapter is trained on scored rollouts: name their folder (`rollouts`), as `recontrol rollout` "
                 "and `recontrol label` make it, for the comparison or for this control, or an `adapter`."
             )
-        rollouts_for(self.bench, folder, "LoRA adapter")
-        of_prompt = scored_by_prompt(self.bench, folder)
+        manifest = rollouts_for(self.bench, folder, "LoRA adapter")
+        of_prompt = scored_by_prompt(self.bench, folder, manifest["rewards"])
         if not of_prompt:
-            raise ValueError(f"The rollouts in {folder} have no rewards: score them with `recontrol label`.")
+            raise ValueError(f"No response in {folder} has a reward: nothing can be learnt from these.")
         if all(len(scored) == 1 for scored in of_prompt.values()):
             raise ValueError(
                 f"The rollouts in {folder} have one scored response to each prompt, and DPO needs two to compare: "
@@ -171,6 +171,7 @@ class DpoLora(Rival):
             )
         if max_pairs is not None and len(pairs) > max_pairs:
             pairs = random.Random(self.bench.sampling.seed).sample(pairs, max_pairs)
+        self.learnt = frozenset(prompt_hash(best.prompt) for best, _ in pairs)
         return pairs
 
     def depends_on(self) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ...collection.batches import recorded_control, shown_control
 from ...collection.rollouts import generate_rollouts
-from ...collection.sampling import sampling_config
-from ...collection.scoring.rewards import RewardFunction
+from ...collection.sampling import sampling_config, temperature_of
+from ...collection.scoring.rewards import RewardFunction, objective_names
 from ...configuration import ControlConfig
 from ...data.fingerprints import model_settings
 from ...data.processes import no_progress
@@ -27,6 +28,7 @@ from ...heads.value_head import ValueHead
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...settings import SamplingSettings
 from ...utils.checks import check_number
+from ...utils.files import without_place
 from ..metrics import summed_reward
 
 logger = logging.get_logger(__name__)
@@ -107,10 +109,13 @@ class Rival(ABC):
             A strength from which the search for a given KL starts; `None`: it has no strength, so it is measured once.
         only_at_head (`bool`):
             Whether its policy differs from the base at the LM head alone, see [`likelihoods`].
+        learnt (`frozenset[int]`):
+            The [`prompt_hash`] of each prompt that it learns from: nothing is compared on these.
     """
 
     start: float | None = None
     only_at_head: bool = False
+    learnt: frozenset[int] = frozenset()
 
     def __init__(self, bench: Bench):
         self.bench = bench
@@ -209,7 +214,8 @@ def _of_text(bench: Bench, prompts: Prompts, place: int, text: str, encoded: dic
     if row not in encoded:
         encoded[row] = encode_prompt(bench.tokenizer, prompts.rows[row], bench.sampling)
     ids = bench.tokenizer(text, add_special_tokens=False)["input_ids"]
-    longest = sampling_config(bench.model, bench.tokenizer, bench.sampling).max_new_tokens
+    sampling = sampling_config(bench.model, bench.tokenizer, bench.sampling)
+    longest = sampling.max_new_tokens
     columns = {key: value for key, value in prompts.rows[row].items() if key != "prompt"}
     return Rollout(
         prompts.rows[row]["prompt"],
@@ -218,34 +224,83 @@ def _of_text(bench: Bench, prompts: Prompts, place: int, text: str, encoded: dic
         list(ids),
         longest is None or len(ids) < longest,
         columns=columns,
+        temperature=temperature_of(sampling),
     )
 
 
-def standardised(bench: Bench, reward: Sequence[float] | None) -> float | None:
-    """The [`summed_reward`] of a response, in the units of the comparison's head if it has one."""
+def standardised(bench: Bench, reward: Sequence[float] | None, names: Sequence[str] | None = None) -> float | None:
+    """
+    The [`summed_reward`] of a response, in the units of the comparison's head if it has one; of rewards of these
+    names, by default the comparison's.
+    """
     if reward is None:
         return None
     if not isinstance(bench.model, ReControlForCausalLM):
         return float(sum(reward))
-    return summed_reward(reward, bench.model.value_head.config, list(bench.rewards))
+    names = objective_names(list(bench.rewards), bench.combine_rewards) if names is None else names
+    return summed_reward(reward, bench.model.value_head.config, names)
 
 
 def rollouts_for(bench: Bench, folder: str | Path, what: str) -> dict[str, Any]:
-    """The manifest of the rollouts that something is made of; warns where they are those of another model."""
+    """
+    The manifest of the scored rollouts that something is made of.
+
+    Warns where they are those of another model, or sampled under a control, or have other rewards.
+
+    Raises:
+        `ValueError`: if they have no rewards. `OSError`: as [`read_manifest`].
+    """
     manifest = read_manifest(folder, "rollouts", "recontrol rollout")
+    if manifest.get("rewards") is None:
+        raise ValueError(f"The rollouts in {folder} have no rewards: score them with `recontrol label`.")
     sampled_from, own = manifest["settings"]["model"], model_settings(bench.model)["model"]
     if sampled_from != own:
         logger.warning(f"The rollouts in {folder} are those of {sampled_from}, the {what} is for {own}.")
+    control = recorded_control(manifest)
+    if control["control"]:
+        logger.warning(f"The rollouts in {folder} were sampled under {shown_control(control)}, not from the base.")
+    if _places(bench, manifest["rewards"]) is None:
+        logger.warning(
+            f"The rollouts in {folder} are scored by {', '.join(manifest['rewards'])}, the comparison's rewards are "
+            f"{', '.join(bench.rewards)}: the {what} follows the former."
+        )
     return manifest
 
 
-def scored_by_prompt(bench: Bench, folder: str | Path) -> dict[int, list[tuple[float, Rollout]]]:
-    """Of each prompt's number its scored responses that have a token, each behind its [`standardised`] reward."""
+def _places(bench: Bench, names: Sequence[str]) -> list[int] | None:
+    """Where among the rewards of rollouts the comparison's own are; `None` if some are not."""
+    known = [without_place(name) for name in names]
+    wanted = [without_place(name) for name in objective_names(list(bench.rewards), bench.combine_rewards)]
+    return [known.index(name) for name in wanted] if set(wanted) <= set(known) else None
+
+
+def scored_by_prompt(bench: Bench, folder: str | Path, names: Sequence[str]) -> dict[int, list[tuple[float, Rollout]]]:
+    """
+    Of each prompt's number its scored responses that have a token, each behind its [`standardised`] reward: by the
+    comparison's own rewards, if the rollouts have them, else by all of theirs.
+
+    Args:
+        names (sequence of `str`):
+            Of the rewards that the rollouts have, as their manifest says.
+    """
+    places = _places(bench, names)
+    used = range(len(names)) if places is None else places
     found: dict[int, list[tuple[float, Rollout]]] = {}
     for rollout in load_rollouts(folder):
-        reward = standardised(bench, rollout.reward)
+        rewards = None if rollout.reward is None else [rollout.reward[place] for place in used]
+        reward = standardised(bench, rewards, [names[place] for place in used])
         if reward is not None and rollout.completion_ids:
             found.setdefault(rollout.prompt_number, []).append((reward, rollout))
+    return found
+
+
+def learnt_from(bench: Bench, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the order of scored rollouts depends on, as JSON: their parts, and what their rewards are summed by."""
+    found = {"rollouts": manifest["parts"], "rewards": objective_names(list(bench.rewards), bench.combine_rewards)}
+    if isinstance(bench.model, ReControlForCausalLM):
+        # Several rewards are summed in these units.
+        config = bench.model.value_head.config
+        found |= {"reward_mean": config.reward_mean, "reward_std": config.reward_std}
     return found
 
 

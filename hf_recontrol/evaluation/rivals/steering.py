@@ -12,17 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ...collection.batches import forward_batches, teacher_forced
-from ...data.fingerprints import model_settings
+from ...data.fingerprints import model_settings, prompt_hash
 from ...data.prompts import Prompts
-from ...data.rollouts import Rollout
-from ...modeling.causal_lm import ReControlForCausalLM
+from ...data.rollouts import Rollout, load_rollouts
 from ...modeling.hook_points import HookPoint, find_decoder_layers, in_eval
 from ...modeling.hooks import read_states
 from ...settings import HookPointSettings
 from ...utils.checks import check_int, check_number
 from ...utils.files import atomic_path, make_folder
 from ..likelihoods import base_only
-from .rival import Answer, Bench, Rival, rollouts_for, scored_by_prompt
+from .rival import Answer, Bench, Rival, learnt_from, rollouts_for, scored_by_prompt
 
 
 class SteeringVector(Rival):
@@ -70,18 +69,12 @@ class SteeringVector(Rival):
                 "and `recontrol label` make it, for the comparison or for this control."
             )
         self.manifest = rollouts_for(bench, self.folder, "steering vector")
-        if self.manifest.get("rewards") is None:
-            raise ValueError(f"The rollouts in {self.folder} have no rewards: score them with `recontrol label`.")
         self.hook_point = HookPoint.find(bench.model, HookPointSettings(hook_point="decoder_layer", layer=self.layer))
         self._vector: torch.Tensor | None = None
+        self.learnt = frozenset(prompt_hash(rollout.prompt) for rollout in load_rollouts(self.folder))
 
     def depends_on(self) -> dict[str, Any]:
-        depends_on = {"layer": self.layer, "share": self.share, "rollouts": self.manifest["parts"]}
-        if isinstance(self.bench.model, ReControlForCausalLM):
-            # Several rewards are summed in these units.
-            config = self.bench.model.value_head.config
-            depends_on |= {"reward_mean": config.reward_mean, "reward_std": config.reward_std}
-        return depends_on
+        return {"layer": self.layer, "share": self.share, **learnt_from(self.bench, self.manifest)}
 
     def prepare(self) -> None:
         known = json.dumps(model_settings(self.bench.model) | self.depends_on(), sort_keys=True)
@@ -97,7 +90,7 @@ class SteeringVector(Rival):
     def _contrasted(self) -> tuple[list[Rollout], list[Rollout]]:
         """(good responses, as many bad ones to the same prompts)."""
         groups: dict[int | None, list[tuple[float, Rollout]]] = {}
-        for number, scored in scored_by_prompt(self.bench, self.folder).items():
+        for number, scored in scored_by_prompt(self.bench, self.folder, self.manifest["rewards"]).items():
             groups.setdefault(number if len(scored) > 1 else None, []).extend(scored)
         good, bad = [], []
         for scored in groups.values():
