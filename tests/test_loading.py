@@ -11,8 +11,9 @@ from hf_recontrol import FitSettings, LoadingSettings, ReControlForCausalLM, Val
 from hf_recontrol.cli.app import own_command
 from hf_recontrol.collection.scoring.rewards import load_reward
 from hf_recontrol.heads.base_model import load_base_model
-from hf_recontrol.pipelines.loading import load_base
+from hf_recontrol.pipelines.loading import base_with_head, load_base
 from hf_recontrol.pipelines.run_file import load_run, save_run
+from hf_recontrol.utils.files import check_target, make_folder
 
 from .hub_server import TOKEN
 from .tiny_models import tiny_head, tiny_model
@@ -144,6 +145,45 @@ def test_a_token_is_never_shown(monkeypatch):
     for form in (["--token", TOKEN], [f"--token={TOKEN}"]):
         monkeypatch.setattr(sys, "argv", ["/usr/bin/recontrol", "fit", *form, "-o", "/tmp/run"])
         assert own_command() == "recontrol fit -o run"
+    for secret in ({"hub_token": TOKEN}, {"hf_token": TOKEN}):
+        with pytest.raises(ValueError, match=r"must hold no '.*_token': a token of the Hub belongs into HF_TOKEN"):
+            FitSettings(training_arguments=secret)
+
+
+def test_a_command_names_no_whole_path_however_it_was_written(monkeypatch):
+    words = ["--prompts=/home/alice/p.jsonl", "-o/tmp/run", "/tmp/x", "--seed=3", "a=/b", "-m", "org/base"]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/recontrol", "fit", *words])
+    assert own_command() == "recontrol fit --prompts=p.jsonl -orun x --seed=3 a=/b -m org/base"
+
+
+def test_a_comparison_takes_the_base_at_the_revision_that_its_head_names(monkeypatch, tmp_path):
+    head = tiny_head(tiny_model("llama"))
+    head.config.base_model_name_or_path, head.config.base_model_revision = "org/base", "c0ffee"
+    asked = []
+
+    def load(name, settings, value_head=None):
+        asked.append((name, settings.revision))
+        return tiny_model("llama"), tiny_tokenizer()
+
+    monkeypatch.setattr("hf_recontrol.pipelines.loading.load_base", load)
+    for base, settings, expected in [
+        (None, LoadingSettings(), ("org/base", "c0ffee")),
+        (None, LoadingSettings(revision="main"), ("org/base", "main")),
+        ("org/other", LoadingSettings(), ("org/other", None)),
+    ]:
+        with base_with_head(base, head, None, settings):
+            assert asked.pop() == expected
+    head.source, head.config.base_model_name_or_path = {"pretrained_model_name_or_path": "user/head"}, str(tmp_path)
+    with pytest.raises(ValueError, match="comes from the Hub and names a base that does not"):
+        base_with_head(None, head, None, LoadingSettings()).__enter__()
+
+
+def test_nothing_is_written_to_a_folder_that_is_called_like_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for write in (make_folder, check_target):
+        with pytest.raises(OSError, match="would be a folder that is called '~'"):
+            write("~/run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_code_of_the_base_s_own_runs_if_it_is_trusted(tmp_path):

@@ -19,6 +19,7 @@ import openai
 import pytest
 import torch
 import uvicorn
+from transformers import StoppingCriteria
 from transformers.cli.serving import chat_completion, completion, server, utils
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, encode_prompt
@@ -238,6 +239,17 @@ def test_what_a_template_raises_is_told(serve, template):
     tokenizer.chat_template = template
     with pytest.raises(openai.BadRequestError, match="template"):
         serve(controlled(vocab_size=260), tokenizer).chat()
+
+
+def test_a_message_that_the_template_leaves_out_is_refused(serve):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    served = serve(controlled(vocab_size=260), tokenizer)
+    user = {"role": "user", "content": "hello"}
+    served.chat(messages=[user], max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match=r"leaves out or changes a message.*'system'"):
+        served.chat(messages=[{"role": "system", "content": "Be brief."}, user], max_tokens=1)
+    served.chat(messages=[user], max_tokens=1)
 
 
 def test_a_base_s_own_ways_to_generate_give_one_answer_streamed_or_not(serve):
@@ -475,6 +487,36 @@ def test_a_stream_that_the_client_leaves_ends_the_work(served, monkeypatch):
     stream.close()
     assert ended.wait(30)
     assert time.monotonic() - begin < 5.5
+    monkeypatch.undo()
+    assert served.complete() == served.expected("w7 w8 w9", ASCENT)
+
+
+def test_a_whole_answer_that_the_client_leaves_ends_the_work(served, monkeypatch):
+    model_type = type(served.model)
+    inner, begun, ended, lengths = model_type.generate, threading.Event(), threading.Event(), []
+
+    def slow(self, *args, stopping_criteria=(), **kwargs):
+        class Slow(StoppingCriteria):
+            def __call__(self, input_ids, scores, **kwargs):
+                begun.set()
+                time.sleep(0.1)
+                return torch.zeros(len(input_ids), dtype=torch.bool)
+
+        try:
+            found = inner(self, *args, stopping_criteria=[Slow(), *stopping_criteria], **kwargs)
+            lengths.append(found.shape[-1])
+            return found
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(model_type, "generate", slow)
+    body = json.dumps({"model": "base", "prompt": "w7", "max_tokens": 60, "temperature": 0}).encode()
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as client:
+        lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+        client.sendall("\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+        assert begun.wait(30)
+    assert ended.wait(30)
+    assert lengths[0] < 30
     monkeypatch.undo()
     assert served.complete() == served.expected("w7 w8 w9", ASCENT)
 
@@ -743,6 +785,12 @@ def test_a_head_alone_names_its_base_and_its_control_can_be_changed(folder):
     process.end(signal.SIGTERM)
 
 
+def test_a_key_that_is_empty_is_no_open_door(folder):
+    environment = os.environ | {"RECONTROL_API_KEY": ""}
+    code, _, err = run_fresh(RECONTROL, ["serve", folder / "ascent", "--port", "0"], environment, timeout=120)
+    assert code != 0 and "is empty" in err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -755,6 +803,7 @@ def test_a_head_alone_names_its_base_and_its_control_can_be_changed(folder):
         (("--value-head", "{ascent}", "--api-key", "key ", "--port", "0"), "spaces"),
         (("--value-head", "nowhere/at/all", "--port", "0"), "nowhere/at/all"),
         (("--value-head", "{ascent}", "--host", "256.1.1.1"), "Cannot listen"),
+        (("--value-head", "{ascent}", "--value-head", "b=nowhere/at/all", "--port", "0"), "nowhere/at/all"),
     ],
 )
 def test_what_is_wrong_with_the_command_is_told(folder, words, said):

@@ -254,6 +254,15 @@ def test_a_template_that_prints_parts_or_drops_messages_does_not_go_unnoticed(ch
         len(recontrol_warnings) == 1
         and "leaves out or changes a message, such as one of the role 'system'" in recontrol_warnings[0]
     )
+    # Messages that the template puts in another order are all there; one that it cuts is not.
+    chatml.chat_template = "{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}"
+    many = [user(f"question {i}")[0] for i in range(300)]
+    for asked in (many[:20], [*many[:20], *many[:20]], many):
+        encode_prompt(chatml, asked)
+    assert len(recontrol_warnings) == 1
+    chatml.chat_template = "{% for m in messages %}{{ m['content'][:60] }}{% endfor %}"
+    encode_prompt(chatml, user("Hello " * 20))
+    assert len(recontrol_warnings) == 2
     chatml.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="does not take the prompt: roles must alternate"):
         encode_prompt(chatml, "Hi")

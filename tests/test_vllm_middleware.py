@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 
-from hf_recontrol.integrations.vllm.middleware import ControlFields
+from hf_recontrol.integrations.vllm.middleware import ControlFields, with_fields
 
 PATH = "/v1/completions"
 
@@ -94,6 +94,15 @@ def test_what_cannot_be_carried_is_400_in_words(app):
         app, authorization="Bearer key"
     )
     assert status == 400 and "named twice" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/embeddings"])
+def test_control_is_refused_where_vllm_would_drop_it(path):
+    body = json.dumps({"model": "tiny", "control": False}).encode()
+    with pytest.raises(ValueError, match=f"{path} cannot be controlled by a request"):
+        with_fields(body, path, ["tiny:polite"])
+    plain = b'{"model": "tiny"}'
+    assert with_fields(plain, path, ["tiny:polite"]) == plain
 
 
 def test_a_client_that_leaves_in_its_body_ends_the_request(app):

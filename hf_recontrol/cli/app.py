@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -74,7 +75,9 @@ def own_command() -> str:
         if word == "--token":
             next(words, None)
         elif not word.startswith("--token="):
-            shown.append(Path(word).name if os.path.isabs(word) else word)
+            # Also of `--option=/path` and `-o/path`.
+            option, value = re.fullmatch(r"(--[\w-]+=|-\w)?(.*)", word, re.DOTALL).groups(default="")
+            shown.append(option + Path(value).name if os.path.isabs(value) else word)
     return shlex.join(shown)
 
 

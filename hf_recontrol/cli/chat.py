@@ -12,7 +12,7 @@ import typer
 from ..settings import LoadingSettings, SamplingSettings, SeedSettings, TemplateSettings
 from ..utils.setting_fields import settings_class
 from .app import app
-from .controlled import HeadArgument, MaxKLOption, MethodOption, StepSizeOption, load_controlled
+from .controlled import HeadArgument, MaxKLOption, MethodOption, StepSizeOption, load_controlled, named_heads
 from .options import with_settings
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ class Chat:
             except EOFError:
                 typer.echo()
                 return
+            except UnicodeDecodeError as error:
+                typer.echo(f"That line is not {error.encoding}: {error.reason}.")
+                continue
             if line in ("/exit", "/quit"):
                 return
             try:
@@ -177,6 +180,7 @@ class Chat:
         import torch
 
         ids = torch.tensor([self.encoder.encode({"prompt": asked})], device=self.model.device)
+        self.encoder.report()
         room = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if room is not None and ids.shape[1] + self.config.max_new_tokens > room:
             raise ValueError(
@@ -244,12 +248,10 @@ def chat(
     """
     from ..collection.sampling import sampling_config
 
-    named = [text.partition("=") for text in more or []]
-    if wrong := [name for name, _, source in named if not (name and source)]:
-        raise typer.BadParameter(f"is NAME=HEAD, got {wrong[0]!r}", param_hint="--value-head")
+    named = named_heads(more or [], taken=("default",))
     changes = {"method": method, "step_size": step_size, "max_kl": max_kl}
     controlled, tokenizer = load_controlled(head, model, changes, settings)
-    for name, _, source in named:
+    for name, source in named.items():
         controlled.add_value_head(name, source, token=settings.token)
     controlled.check_same_for_all_prompts(controlled.control)
     sampling = SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -51,3 +53,21 @@ def load_controlled(
     found, wanted = resolve_controlled(head, base, changes, settings)
     settings = replace(settings, revision=settings.revision or found.revision)
     return load_base(found.base, settings, found.value_head, wanted)
+
+
+def named_heads(given: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """
+    Heads by name, as `--value-head` names them; `NAME=` may be left out of one, which is then `default`, unless that
+    is among the names that are taken.
+    """
+    heads: dict[str, str] = {}
+    for text in given:
+        name, is_named, source = text.partition("=")
+        # A folder's path may hold '=' too.
+        if not is_named or os.sep in name or "/" in name:
+            name, source = "default", text
+        if not source or name in heads or name in taken:
+            why = f"the name {name!r} is taken" if source else "it names no head"
+            raise typer.BadParameter(f"is NAME=HEAD, each name once; of {text!r} {why}", param_hint="--value-head")
+        heads[name] = source
+    return heads

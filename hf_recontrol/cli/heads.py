@@ -59,11 +59,11 @@ def generate(
 
     changes = {"method": method, "step_size": step_size, "num_steps": num_steps, "target": target}
     changes |= {"plausibility": plausibility, "max_kl": max_kl}
+    # A dialogue that was typed up to the middle of an answer is to be gone on with.
+    prompts = load_prompts(prompt, on_answers="keep")
     controlled, tokenizer = load_controlled(head, model, changes, settings)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": settings.seed}
     sampling |= {"prompt_format": settings.prompt_format, "chat_template_kwargs": settings.chat_template_kwargs}
-    # A dialogue that was typed up to the middle of an answer is to be gone on with.
-    prompts = load_prompts(prompt, on_answers="keep")
     answers = generate_rollouts(controlled, tokenizer, prompts, control=controlled.control, **sampling)
     bases = generate_rollouts(controlled, tokenizer, prompts, **sampling) if compare else [None] * len(answers)
     for answer, base in zip(answers, bases, strict=True):

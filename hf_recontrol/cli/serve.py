@@ -18,6 +18,7 @@ from .controlled import (
     PlausibilityOption,
     StepSizeOption,
     load_controlled,
+    named_heads,
     resolve_controlled,
 )
 from .options import with_settings
@@ -25,21 +26,6 @@ from .options import with_settings
 _KEY = "RECONTROL_API_KEY"
 _BODY_BYTES, _REQUESTS = 2**22, 64
 _LOCAL = ("127.0.0.1", "localhost", "::1")
-
-
-def _named_heads(given: list[str]) -> dict[str, str]:
-    """Heads by name, as `--value-head` names them; `NAME=` may be left out of one, which is then `default`."""
-    heads: dict[str, str] = {}
-    for text in given:
-        name, is_named, source = text.partition("=")
-        # A folder's path may hold '=' too.
-        if not is_named or os.sep in name or "/" in name:
-            name, source = "default", text
-        if not source or name in heads:
-            why = f"the name {name!r} is taken" if source else "it names no head"
-            raise typer.BadParameter(f"is NAME=HEAD, each name once; of {text!r} {why}", param_hint="--value-head")
-        heads[name] = source
-    return heads
 
 
 def _served_name(base: str | os.PathLike) -> str:
@@ -99,7 +85,9 @@ def serve(
 
     Example: `recontrol serve org/base --value-head user/head --port 8000`
     """
-    if api_key is not None and not api_key.strip():
+    # An empty variable counts as none given.
+    is_empty = api_key is None and os.environ.get(_KEY) == ""
+    if is_empty or (api_key is not None and not api_key.strip()):
         raise typer.BadParameter("is empty", param_hint="--api-key")
     if api_key is not None and not all("!" <= character <= "~" for character in api_key):
         # Others reach no server as they are: headers lose spaces at their ends, and clients send ASCII alone.
@@ -108,7 +96,7 @@ def serve(
         typer.echo(f"Anybody who reaches {host}:{port} can use this server: set {_KEY}.", err=True)
     if engine == "transformers" and vllm_argument:
         raise typer.BadParameter(f"are for `--engine vllm`, got {vllm_argument[0]!r}", param_hint="arguments")
-    heads = _named_heads(value_head or [base])
+    heads = named_heads(value_head or [base])
     changes = {"method": method, "step_size": step_size, "num_steps": num_steps}
     changes |= {"plausibility": plausibility, "max_kl": max_kl}
     place = {"base": base if value_head else None, "host": host, "port": port, "api_key": api_key}
@@ -134,19 +122,21 @@ def _serve_on_transformers(
     max_body_bytes: int,
     max_requests: int,
 ) -> None:
+    from ..heads.value_head import ValueHead
     from ..integrations.request_settings import RequestSettings
     from ..integrations.server.app import build_app, listen
     from ..integrations.server.app import serve as run
 
     listener = listen(host, port)
     (first, source), *others = heads.items()
+    loaded = {other: ValueHead.from_pretrained(place, token=settings.token) for other, place in others}
     model, tokenizer = load_controlled(source, base, changes, settings)
     if first != "default":
         model.add_value_head(first, model.value_head)
         model.set_value_heads({first: 1.0})
         model.delete_value_head("default")
-    for other, place in others:
-        model.add_value_head(other, place, token=settings.token)
+    for other, head in loaded.items():
+        model.add_value_head(other, head)
     configs = {head: model.value_heads[head].config for head in heads}
     requests = RequestSettings(name or _served_name(model.config._name_or_path), configs, model.control)
     application = build_app(

@@ -58,13 +58,30 @@ def resolve_head_and_base(
         )
         return HeadAndBase(head, name_or_path, revision, subfolder)
     head = ValueHead.from_pretrained(name_or_path, revision=revision, subfolder=subfolder, **hub_options)
+    return base_of_head(head, name_or_path)
+
+
+def base_of_head(head: ValueHead, name_or_path: str | os.PathLike | None = None) -> HeadAndBase:
+    """
+    The base that a loaded head names, at the revision that it names.
+
+    Args:
+        head ([`ValueHead`]):
+            The head.
+        name_or_path (`str` or `os.PathLike`, *optional*):
+            Where it was loaded from, if it was.
+
+    Raises:
+        `ValueError`: if it does not say which base it is for, or is from the Hub and names a folder of this machine.
+    """
     base = head.config.base_model_name_or_path
-    remedy = f"name the base yourself, `from_pretrained('org/base', value_head={str(name_or_path)!r})`."
+    named = "The head" if name_or_path is None else f"The head {name_or_path!s}"
+    shown = "head" if name_or_path is None else repr(str(name_or_path))
+    remedy = f"name the base yourself, such as `from_pretrained('org/base', value_head={shown})`."
     if base is None:
-        raise ValueError(f"The head {name_or_path!s} does not say which model it is for: {remedy}")
+        raise ValueError(f"{named} does not say which model it is for: {remedy}")
     # What is both, a name on the Hub and a folder here, would be loaded from the folder.
-    if not os.path.exists(name_or_path) and (not is_repo_id(base) or os.path.exists(base)):
-        raise ValueError(
-            f"The head {name_or_path!s} comes from the Hub and names a base that does not, {base!r}: {remedy}"
-        )
+    is_here = name_or_path is None or os.path.exists(name_or_path)
+    if not is_here and (not is_repo_id(base) or os.path.exists(base)):
+        raise ValueError(f"{named} comes from the Hub and names a base that does not, {base!r}: {remedy}")
     return HeadAndBase(head, base, head.config.base_model_revision, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from contextlib import ExitStack, suppress
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -115,9 +116,9 @@ class ValueHead(nn.Module):
 
     def without_token_bias(self) -> ValueHead:
         """The same head without its token bias, in tensors of its own."""
-        head = ValueHead(replace(self.config, token_bias_size=None)).to(self.state_mean)
-        head.load_state_dict({name: x for name, x in self.state_dict().items() if name != "token_bias"})
-        head.source, head.seen_prompts = self.source, self.seen_prompts
+        head = deepcopy(self)
+        head.config = replace(self.config, token_bias_size=None)
+        head._buffers.pop("token_bias", None)
         return head
 
     def check_finite(self, source: str = "this head") -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,11 @@ def embedded_model() -> Path:
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
+        with suppress(OSError):
+            # Another process may have been faster.
+            unfinished.rename(folder)
+        if not (folder / "config.json").is_file():
+            raise OSError(f"{folder} cannot be made: it holds something else.")
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

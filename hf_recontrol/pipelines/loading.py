@@ -16,6 +16,7 @@ from ..configuration import ControlConfig
 from ..data.processes import device_of
 from ..data.stage_folder import read_manifest
 from ..heads.base_model import check_base, load_base_model, naming
+from ..heads.resolution import base_of_head
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..settings import EngineSettings, LoadingSettings, SourceSettings
@@ -119,9 +120,11 @@ def base_with_head(
     if head is not None and not isinstance(head, ValueHead):
         head = ValueHead.from_pretrained(head, token=settings.token)
     if base is None:
-        base = head and head.config.base_model_name_or_path
-        if base is None:
+        if not isinstance(head, ValueHead):
             raise ValueError("No base model is named, and no head that names one.")
+        place = (head.source or {}).get("pretrained_model_name_or_path")
+        found = base_of_head(head, place)
+        base, settings = found.base, replace(settings, revision=settings.revision or found.revision)
     model, own = load_base(base, settings, head)
     yield model, own if tokenizer is None else tokenizer
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 
-from ..utils.checks import check_endpoint_url
+from ..utils.checks import check_endpoint_url, check_no_secret
 from ..utils.setting_fields import Settings, setting, settings_class
 
 OWN_ENGINE = "transformers"
-# What a key or token may be called among an engine's arguments.
-_SECRETS = ("api_key", "hf_token", "token")
 
 
 @settings_class("Engine")
@@ -37,11 +35,12 @@ class EngineSettings(Settings):
             check_endpoint_url("engine", self.engine, "engine_arguments.api_key_env")
         if self.engine_arguments and self.engine == OWN_ENGINE:
             raise ValueError("`engine_arguments` are for another engine than transformers: set `engine`, too.")
-        if secret := [name for name in _SECRETS if isinstance(self.engine_arguments.get(name), str)]:
-            raise ValueError(
-                f"`engine_arguments` are written to files, so they must hold no {secret[0]!r}: put a server's key "
-                "into the environment variable that its `api_key_env` names, and a token of the Hub into HF_TOKEN."
-            )
+        check_no_secret(
+            "engine_arguments",
+            self.engine_arguments,
+            "put a server's key into the environment variable that its `api_key_env` names, and a token of the Hub "
+            "into HF_TOKEN.",
+        )
         try:
             json.dumps(self.engine_arguments, allow_nan=False)
         except (TypeError, ValueError) as error:

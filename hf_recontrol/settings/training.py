@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ..utils.checks import check_no_secret
 from ..utils.setting_fields import Settings, setting, settings_class
 from .stages import LabelSettings, LoadingSettings, PromptSettings, RolloutSettings, SeedSettings, StatesSettings
 
@@ -76,6 +77,10 @@ class TrainingSettings(SeedSettings):
     training_arguments: dict = setting(
         {}, "Further arguments of transformers' TrainingArguments, by name.", default_text="none"
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_no_secret("training_arguments", self.training_arguments, "a token of the Hub belongs into HF_TOKEN.")
 
 
 @settings_class("Training of V")

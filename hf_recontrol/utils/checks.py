@@ -87,6 +87,13 @@ def check_digest(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a SHA-256 of 64 hexadecimal digits, got {value!r}.")
 
 
+def check_no_secret(name: str, values: dict[str, Any], remedy: str) -> None:
+    """Raise `ValueError` if a setting that is written to files holds a key or token."""
+    ends = ("token", "api_key")
+    if secret := [key for key, value in values.items() if isinstance(value, str) and str(key).endswith(ends)]:
+        raise ValueError(f"`{name}` are written to files, so they must hold no {secret[0]!r}: {remedy}")
+
+
 def check_endpoint_url(name: str, url: Any, key_setting: str) -> None:
     """
     Raise unless `url` is the URL of an endpoint without a secret in it, since it is written to files. It is not shown.

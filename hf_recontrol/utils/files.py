@@ -37,10 +37,16 @@ def make_folder(path: str | os.PathLike) -> Path:
         `OSError`: if `path` is a file, or cannot be created.
     """
     path = Path(path)
+    _check_home(path)
     if path.is_file():
         raise OSError(f"{path} is a file: name a folder to save in.")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _check_home(path: Path) -> None:
+    if path.parts[:1] == ("~",):
+        raise OSError(f"{path} would be a folder that is called '~', in {Path.cwd()}: write the whole path.")
 
 
 def check_target(path: str | os.PathLike) -> None:
@@ -51,6 +57,7 @@ def check_target(path: str | os.PathLike) -> None:
         `OSError`: if `path` is a folder, or stands in no folder that can be made and written; says which.
     """
     path = Path(path)
+    _check_home(path)
     if path.is_dir():
         raise OSError(f"{path} is a folder: name a file to write.")
     existing = next(parent for parent in path.absolute().parents if parent.exists())

@@ -18,7 +18,7 @@ from ...data.fingerprints import file_checksum, model_settings, prompt_hash
 from ...data.processes import Processes
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout
-from ...utils.checks import check_int, check_number
+from ...utils.checks import check_int, check_no_secret, check_number
 from ...utils.extras import needs_extra
 from ...utils.files import make_folder, write_json
 from ..likelihoods import base_only
@@ -127,6 +127,7 @@ class DpoLora(Rival):
             "logging_steps": 10,
             **(training_arguments or {}),
         }
+        check_no_secret("training_arguments", training_arguments or {}, "a token of the Hub belongs into HF_TOKEN.")
         from .lora_training import dpo_config
 
         dpo_config(self._arguments, bench.folder, bench.model.device)

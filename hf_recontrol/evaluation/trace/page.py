@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from ...data.templating import message_text
-from ...utils.files import check_target, write_json
+from ...utils.files import check_target, without_place, write_json
 from ..pages.document import HIGH, LOW, OPACITY, facts_list, html_page, write_page
 from .record import KIND, Trace, TracedResponse
 from .script import SCRIPT
@@ -141,7 +141,10 @@ def write_trace(trace: Trace, output: str | os.PathLike) -> tuple[Path, Path]:
 def trace_page(trace: Trace) -> str:
     """The page of a trace."""
     # A script element ends at its end tag wherever that stands: no text may spell one.
-    data = json.dumps(trace.to_dict()).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    said = trace.to_dict()
+    # The page is for others too: of a folder its own name.
+    said["model"] = said["model"] and without_place(said["model"])
+    data = json.dumps(said).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     content = [
         facts_list(_facts(trace)),
         _prompt(trace),

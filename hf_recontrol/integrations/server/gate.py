@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import threading
 import time
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -72,6 +74,38 @@ async def _refuse(refused: _Refused, scope: dict[str, Any], incoming: _Incoming,
     await send({"type": "http.response.body", "body": b""})
 
 
+# Of the request that is being answered: set when nobody waits for the answer any more.
+GONE: ContextVar[threading.Event | None] = ContextVar("gone", default=None)
+
+
+class Gone:
+    """
+    `receive` of a request whose body has been read: waits for the client to go. It does so from the beginning, since
+    an application that draws an answer whole asks for nothing meanwhile.
+
+    Attributes:
+        flag (`threading.Event`):
+            Set when the client has gone.
+    """
+
+    def __init__(self, receive):
+        self.flag, self._receive = threading.Event(), receive
+        self._waiting = asyncio.ensure_future(self._wait())
+
+    async def _wait(self) -> dict[str, Any]:
+        while (message := await self._receive())["type"] != "http.disconnect":
+            pass
+        self.flag.set()
+        return message
+
+    async def __call__(self) -> dict[str, Any]:
+        return await asyncio.shield(self._waiting)
+
+    def end(self) -> None:
+        """The request is answered."""
+        self._waiting.cancel()
+
+
 class Gate:
     """
     ASGI middleware. A request takes a place among those that are answered when its body is whole, so that one that
@@ -115,9 +149,12 @@ class Gate:
             await _refuse(refused, scope, incoming, send)
             return
         self._running += 1
+        gone = Gone(receive)
+        GONE.set(gone.flag)
         try:
-            await self.app(scope, Replay(body, receive), send)
+            await self.app(scope, Replay(body, gone), send)
         finally:
+            gone.end()
             self._running -= 1
 
     async def _body(self, request: Request) -> bytes:

@@ -6,13 +6,14 @@ import asyncio
 import copy
 import json
 import secrets
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fastapi import HTTPException
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.cli.serving.utils import (
     DirectStreamer,
     GenerateManager,
@@ -60,15 +61,18 @@ class RequestModel:
     stops: Sequence[str] = ()
     # Whether the client named the length; else it is cut to the room there is.
     length_is_asked: bool = False
+    # Set when nobody waits for the answer any more.
+    gone: threading.Event | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
     def generate(self, tokenizer: PreTrainedTokenizerBase, **kwargs) -> torch.Tensor:
         """Draw an answer under the request's control. Without a seed of the request each answer has a new one."""
+        criteria: list[StoppingCriteria] = [] if self.gone is None else [_NobodyWaits(self.gone)]
         if self.stops:
-            width = kwargs["input_ids"].shape[-1]
-            kwargs["stopping_criteria"] = [StopStrings(tokenizer, self.stops, width)]
+            criteria.append(StopStrings(tokenizer, self.stops, kwargs["input_ids"].shape[-1]))
+        kwargs["stopping_criteria"] = criteria
         # Here, in the thread that draws: transformers' server seeds where requests arrive, beside other answers.
         torch.manual_seed(secrets.randbits(63) if self.seed is None else self.seed)
         return self.model.generate(control=self.asked.control, value_heads=self.asked.weights, **kwargs)
@@ -85,6 +89,16 @@ class RequestModel:
                 f"This model's context holds {room} tokens; the prompt has {length}, the answer may have {asked}.",
             )
         config.max_new_tokens = min(asked, room - length)
+
+
+class _NobodyWaits(StoppingCriteria):
+    """Ends an answer whose client has gone."""
+
+    def __init__(self, gone: threading.Event):
+        self._gone = gone
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self._gone.is_set(), device=input_ids.device)
 
 
 def take_over(model: PreTrainedModel) -> list[str]:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ...data.templating import mentions, unknown_arguments
 from ..request_settings import FIELDS, RequestSettings, UnknownModel
-from .gate import error_response
+from .gate import GONE, error_response
 from .generation import INTERNAL, TOLD, RequestModel, cut_at_stops
 from .prompts import Prompts, chat_messages
 
@@ -145,7 +145,8 @@ class _Strict:
         except (ValueError, TypeError) as error:
             _refuse(str(error))
         named = any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens"))
-        return RequestModel(self.served, asked, body.get("seed"), _stops(body.get("stop")) or self.stops, named)
+        stops = _stops(body.get("stop")) or self.stops
+        return RequestModel(self.served, asked, body.get("seed"), stops, named, GONE.get())
 
     def _control_fields(self, body: dict) -> dict[str, Any]:
         """The fields of control: at the top, or where vLLM has them."""

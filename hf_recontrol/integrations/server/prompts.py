@@ -70,6 +70,8 @@ def _encoded(encoder: PromptEncoder, prompt: Prompt, options: dict[str, Any]) ->
         ids = torch.tensor([encoder.encode({"prompt": prompt} | options)])
     except ValueError as error:
         raise HTTPException(400, f"This cannot be a prompt of the model: {error}") from error
+    if (lost := encoder.take_lost()) is not None:
+        raise HTTPException(400, f"This cannot be a prompt of the model: {lost}")
     return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 

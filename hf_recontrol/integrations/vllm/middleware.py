@@ -16,7 +16,7 @@ with needs_extra("vllm", "Control in vLLM"):
     from starlette.requests import ClientDisconnect, Request
 
 # What carries extra arguments to the sampling, by the end of its path.
-_CARRYING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_CARRYING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 # What reads a prompt and draws no tokens.
 _READING = ("/tokenize", "/detokenize", "/render", "/derender", "/count_tokens")
 _EXTRA = "vllm_xargs"
