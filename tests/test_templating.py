@@ -244,6 +244,12 @@ def test_templates_of_real_models(path, recontrol_warnings):
             )
 
 
+def test_a_template_that_writes_nothing_around_a_text_gets_texts(chatml):
+    chatml.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert chatml.decode(encode_prompt(chatml, user("Hi there"))) == "Hi there"
+    assert chatml.decode(encode_prompt(chatml, "Hi there")) == "Hi there"
+
+
 def test_a_template_that_prints_parts_or_drops_messages_does_not_go_unnoticed(chatml, recontrol_warnings):
     parts = user([{"type": "text", "text": "Hi"}])
     with pytest.raises(ValueError, match="takes contents as texts, not in parts"):

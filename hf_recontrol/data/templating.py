@@ -115,14 +115,14 @@ class PromptEncoder:
         self._check_arguments(settings.chat_template_kwargs, must_be_known=True)
         # Templates of models that also take images know parts, and write nothing for a text.
         self._in_parts = False
-        before_user, after_user = self._around(_USER, [{"role": "user", "content": _USER}])
-        if not before_user + after_user:
+        user = {"role": "user", "content": _USER}
+        around = self._around(_USER, [user])
+        if around is None:
             self._in_parts = True
-            before_user, after_user = self._around(_USER, [{"role": "user", "content": _USER}])
-            self._in_parts = bool(before_user + after_user)
-        before_system, _ = self._around(
-            _SYSTEM, [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
-        )
+            around = self._around(_USER, [user])
+            self._in_parts = around is not None
+        before_user, after_user = around or ("", "")
+        before_system, _ = self._around(_SYSTEM, [{"role": "system", "content": _SYSTEM}, user]) or ("", "")
         added = tokenizer.added_tokens_decoder.values()
         written = before_user + before_system + after_user
         tokens = {token.content for token in added if token.special or token.content in written}
@@ -144,13 +144,13 @@ class PromptEncoder:
         self._goes_on = found.group() if found else self._after
         self._notes: dict[str, tuple[int, str]] = {}
 
-    def _around(self, mark: str, messages: list[dict]) -> tuple[str, str]:
-        """What the template writes before and behind the text `mark`; nothing if it does not take the messages."""
+    def _around(self, mark: str, messages: list[dict]) -> tuple[str, str] | None:
+        """What the template writes before and behind the text `mark`; `None` if it does not write that."""
         try:
             before, found, after = self._render(messages).partition(mark)
         except Exception:  # templates are other people's programs
-            return "", ""
-        return (before, after) if found else ("", "")
+            return None
+        return (before, after) if found else None
 
     def _render(self, messages: list[dict], **options: Any) -> str:
         options = self.settings.chat_template_kwargs | options
