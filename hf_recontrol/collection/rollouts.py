@@ -23,9 +23,10 @@ from ..data.rollouts import Rollout, load_rollouts, save_rollouts
 from ..data.stage_folder import StageFolder
 from ..data.templating import PromptEncoder
 from ..heads.base_model import check_nameable, check_type
+from ..heads.value_head import in_eval
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.generation import input_device
-from ..modeling.hook_points import HookPoint, in_eval, lm_head_rows
+from ..modeling.hook_points import HookPoint, lm_head_rows
 from ..modeling.hooks import follow
 from ..settings import OWN_ENGINE, RolloutSettings, SamplingSettings
 from ..utils.files import make_folder
@@ -331,11 +332,9 @@ def write_rollouts(
         if kept_from is not None:
             make_folder(Path(folder) / KEPT_FOLDER)
         bad = _write_parts(stage, sampler, encoder, prompts, rows, settings, kept_from, progress)
-        bad_rows = sum(stage.processes.gather(bad))
-        more = {"bad_rows": len(prompts.bad_rows) + bad_rows, "dataset": prompts.dataset, "rewards": None}
-        more["head_sources"] = {
-            name: getattr(model.value_heads[name], "source", None) for name in sampler.control["heads"]
-        }
+        bad_rows = len(prompts.bad_rows) + sum(stage.processes.gather(bad))
+        sources = {name: getattr(model.value_heads[name], "source", None) for name in sampler.control["heads"]}
+        more = {"bad_rows": bad_rows, "dataset": prompts.dataset, "rewards": None, "head_sources": sources}
         return stage.finish(_count_part, more)
 
 

@@ -22,7 +22,8 @@ from ..data.rollouts import Rollout, count_rollouts, episode_tensors, load_rollo
 from ..data.stage_folder import StageFolder, read_manifest
 from ..data.states import States, StateWriter
 from ..heads.base_model import check_nameable
-from ..modeling.hook_points import HookPoint, in_eval, lm_head_rows
+from ..heads.value_head import in_eval
+from ..modeling.hook_points import HookPoint, lm_head_rows
 from ..modeling.hooks import follow, read_states
 from ..settings import HookPointSettings, StatesSettings
 from ..utils.files import atomic_path

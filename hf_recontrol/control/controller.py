@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import nn
 
 from ..configuration import ControlConfig
-from ..heads.value_head import ValueHead
+from ..heads.value_head import ValueHead, in_eval
 from .advantage import Advantage
 from .ascent import Ascent
 from .method import ControlMethod
@@ -116,15 +117,8 @@ class Controller:
             self._last = None
 
     def _are_plain(self, names: Sequence[str]) -> bool:
-        """Whether all are [`ValueHead`]s whose methods are the ones that the fast forms restate."""
-        return all(
-            isinstance(self.heads[name], ValueHead)
-            and all(
-                getattr(type(self.heads[name]), method) is getattr(ValueHead, method)
-                for method in ("forward", "scaled", "advantage")
-            )
-            for name in names
-        )
+        """Whether all are [`ValueHead`]s whose methods and parts are the ones that the fast forms restate."""
+        return all(_is_plain(self.heads[name]) for name in names)
 
     def edit(
         self,
@@ -162,6 +156,9 @@ class Controller:
         Raises:
             `FloatingPointError`: if an edited state is not finite, or further from a target than before.
         """
+        if not torch.compiler.is_compiling() and _is_autocast(hidden.device):
+            with torch.autocast(hidden.device.type, enabled=False):
+                return self.edit(hidden, control, step_size, weights, check_states, prepared, clamp)
         states = hidden.detach()
         rows = states.reshape(-1, states.shape[-1])
         dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
@@ -303,6 +300,12 @@ class Controller:
             plan = self._traced_plan(rows, names, method.needs_gram, prepared)
         # What is eager towards a target raises where the steps run away from it.
         may_depend = eager and not (clamp and control.target is not None)
+        if eager and plan is None:
+            with ExitStack() as stack:
+                # A module of the user's own may still be in the state that it was trained in.
+                for head in heads:
+                    stack.enter_context(in_eval(head))
+                return method.edit(heads, rows, weights, alpha, control, plan, may_depend)
         return method.edit(heads, rows, weights, alpha, control, plan, may_depend)
 
     def _plan(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype, with_gram: bool) -> Plan:
@@ -311,7 +314,8 @@ class Controller:
         tensors = [tensor for name in names for tensor in self.heads[name].state_dict().values()]
         known = self._plans.get(slot)
         if known is None or not known[0].matches(tensors):
-            with torch.inference_mode(False):
+            autocast = torch.autocast(device.type, enabled=False) if _is_autocast(device) else nullcontext()
+            with torch.inference_mode(False), autocast:
                 plan = build_plan([self.heads[name] for name in names], device, dtype, with_gram)
                 known = (_Snapshot(tensors), plan)
             # Room for it, whatever its own size.
@@ -346,3 +350,19 @@ class Controller:
             if plan.heads[0].mean.device == rows.device and plan.heads[0].mean.dtype == rows.dtype:
                 return plan
         return build_plan([self.heads[name] for name in names], rows.device, rows.dtype, with_gram=False)
+
+
+def _is_autocast(device: torch.device) -> bool:
+    """Whether operations on a device are done in a shorter dtype than their tensors'."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    return (
+        isinstance(head, ValueHead)
+        and all(
+            getattr(type(head), method) is getattr(ValueHead, method) for method in ("forward", "scaled", "advantage")
+        )
+        and "forward" not in head.__dict__
+        and all(part is None or part.is_plain(head.config.activation) for part in (head.value_mlp, head.advantage_mlp))
+    )

@@ -85,7 +85,8 @@ def _within(base: torch.Tensor, controlled: torch.Tensor, max_kl: float, masked:
     own = base.to(dtype)
     log_base = torch.log_softmax(own, dim=-1)
     # A base may itself mask tokens with -inf, and infinity less infinity is no number.
-    shift = torch.where(torch.isfinite(own), controlled.to(dtype) - own, 0)
+    limit = torch.finfo(controlled.dtype).max
+    shift = torch.where(torch.isfinite(own), controlled.to(dtype).clamp(-limit, limit) - own, 0)
     if masked is not None:
         log_base = log_base.masked_fill(masked, -math.inf)
 

@@ -7,6 +7,7 @@ the tokens that hf_recontrol draws, which is faster and knows more modes.
 import json
 import math
 import os
+import threading
 from contextlib import ExitStack
 
 import torch
@@ -37,10 +38,17 @@ def generate(model, value_head=None, control=None, **kwargs):
     check(config, tensors, settings)
     no_steps = settings["method"] == "ascent" and settings["num_steps"] == 0
     no_steps = no_steps or 0 in (settings["step_size"], settings["max_kl"])
+    if control is False or no_steps:
+        return model.generate(**kwargs)
+    asked = kwargs.get("generation_config") or model.generation_config
+    scale = kwargs.get("guidance_scale", getattr(asked, "guidance_scale", None))
+    if settings["plausibility"] and scale not in (None, 1):
+        raise ValueError("`plausibility` forbids tokens, which so have no logits for `guidance_scale`: leave one out.")
     with ExitStack() as hooks:
-        if control is not False and not no_steps:
-            for handle in add_hooks(model, config, tensors, settings):
-                hooks.callback(handle.remove)
+        # Code that was compiled without hooks does not look for them.
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        for handle in add_hooks(model, config, tensors, settings):
+            hooks.callback(handle.remove)
         return model.generate(**kwargs)
 
 
@@ -140,7 +148,8 @@ def within(base, controlled, max_kl, masked):
     """Controlled logits, their change scaled down until KL(controlled || base) is at most `max_kl`."""
     own = base.float()
     log_base = torch.log_softmax(own, -1).masked_fill(masked, -math.inf)
-    shift = torch.where(torch.isfinite(own), controlled.float() - own, 0)
+    limit = min(torch.finfo(kind).max for kind in (controlled.dtype, own.dtype))
+    shift = torch.where(torch.isfinite(own), controlled.float().clamp(-limit, limit) - own, 0)
 
     def kl_at(share):
         moved = log_base + share * shift
@@ -159,6 +168,11 @@ def within(base, controlled, max_kl, masked):
 def add_hooks(model, config, tensors, settings):
     """Hooks that edit the state at the head's place, mask what the base finds implausible, and keep within the KL."""
     guarded = settings["plausibility"] or settings["max_kl"] is not None
+    thread = threading.get_ident()
+
+    def of_this_call(hook):
+        """The hook, for the forwards of this thread alone: others may use the same model."""
+        return lambda *given: hook(*given) if threading.get_ident() == thread else None
 
     def edited(hidden):
         moved = (hidden + edit(hidden, config, tensors, settings)).to(hidden.dtype)
@@ -191,13 +205,13 @@ def add_hooks(model, config, tensors, settings):
 
     if config["hook_point"] == "lm_head":
         lm_head = model.get_output_embeddings()
-        handles = [lm_head.register_forward_pre_hook(edit_head_input)]
+        handles = [lm_head.register_forward_pre_hook(of_this_call(edit_head_input))]
         if "token_bias" in tensors and settings["method"] != "ascent":
-            handles.append(lm_head.register_forward_hook(shift_logits))
+            handles.append(lm_head.register_forward_hook(of_this_call(shift_logits)))
     else:
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == count]
         if config["layer"] not in (-1, count - 1):
             raise ValueError("A head on a layer other than the last needs hf_recontrol.")
-        handles = [lists[0][-1].register_forward_hook(edit_layer_output)]
-    return [*handles, *([model.register_forward_hook(guard)] if guarded else [])]
+        handles = [lists[0][-1].register_forward_hook(of_this_call(edit_layer_output))]
+    return [*handles, *([model.register_forward_hook(of_this_call(guard))] if guarded else [])]

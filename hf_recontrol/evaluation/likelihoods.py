@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from ..collection.batches import forward_batches, teacher_forced
 from ..configuration import ControlConfig
 from ..data.rollouts import Rollout
+from ..heads.value_head import in_eval
 from ..modeling.causal_lm import ReControlForCausalLM
-from ..modeling.hook_points import find_lm_head, in_eval
+from ..modeling.hook_points import find_lm_head
 
 
 @dataclass(frozen=True)

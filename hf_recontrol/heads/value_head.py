@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
@@ -38,6 +39,11 @@ class MLP(nn.Module):
         for layer in hidden:
             x = self.activation(layer(x))
         return last(x)
+
+    def is_plain(self, activation: str) -> bool:
+        """Whether it still is what its weights say: nobody has exchanged a part of it, such as for an adapter."""
+        expected = [(self, MLP), (self.activation, _ACTIVATIONS[activation]), *((x, nn.Linear) for x in self.layers)]
+        return all(type(part) is kind and "forward" not in part.__dict__ for part, kind in expected)
 
 
 class ValueHead(nn.Module):
@@ -261,13 +267,27 @@ class ValueHead(nn.Module):
             )
 
 
+@contextmanager
+def in_eval(module: nn.Module) -> Iterator[None]:
+    """A module as it is used after training, inside the block: without dropout."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 def read_values(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """
     What a head says of states, `(..., hidden_size)` to `(..., num_objectives)`, where the states are; in the reward's
     own units, if it is a [`ValueHead`].
     """
     parameter = next(head.parameters(), states)
-    values = head(states.to(parameter.device, parameter.dtype))
+    with in_eval(head):
+        values = head(states.to(parameter.device, parameter.dtype))
     return (head.rewards(values) if isinstance(head, ValueHead) else values).to(states.device)
 
 

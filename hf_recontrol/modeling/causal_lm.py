@@ -19,19 +19,19 @@ from ..configuration import ControlConfig
 from ..heads.base_model import has_acting_adapter, hub_options, load_base_model
 from ..heads.hub import portable_name
 from ..heads.resolution import resolve_head_and_base
-from ..heads.value_head import ValueHead, read_values
+from ..heads.value_head import ValueHead, in_eval, read_values
 from .call_settings import HeadWeights
 from .checks import head_config, matched_head
 from .fused_lm_head import controlled_forward, original_forward
-from .generation import ControlledGenerationMixin, check_padding, with_positions
-from .hook_points import HookPoint, in_eval
+from .generation import CACHED_MANAGER, ControlledGenerationMixin, check_padding, with_positions
+from .hook_points import HookPoint
 from .hooks import ControlHooks, read_states
 from .mixture import ValueHeadMixtureMixin
 
 logger = logging.get_logger(__name__)
 
 # Attributes that only make sense for the class or the process they were made in.
-_TRANSIENT = ("_compiled_call", "_last_compile_config")
+_TRANSIENT = ("_compiled_call", "_last_compile_config", "_batching_under")
 
 
 class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
@@ -168,6 +168,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
 
     def unload(self) -> PreTrainedModel:
         """Take the control off again: hooks gone, original class back. Returns the base model, the same object."""
+        if hasattr(self, CACHED_MANAGER):
+            self.destroy_cached_continuous_batching_manager()
         self._recontrol.remove()
         del self._recontrol
         _drop_transient(self.__dict__)

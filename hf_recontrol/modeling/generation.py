@@ -17,10 +17,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..configuration import ControlConfig
+from ..heads.value_head import in_eval
 from .call_settings import HeadWeights
-from .hook_points import in_eval
 from .hooks import ControlHooks
 
+# Where a model keeps a manager of continuous batching for the next calls.
+CACHED_MANAGER = "_cached_continuous_batching_manager"
 # The probe for padding: rows of so many tokens, beside as much padding.
 _PROBE_LENGTH, _PROBE_ROWS = 8, 4
 # How much of the next token's distribution may move: what rounding does to it stays below in float32 (and float64),
@@ -107,6 +109,11 @@ class ControlledGenerationMixin:
                     f"A head on layer {hooks.hook_point.layer} feeds the cache, whose blocks continuous batching "
                     "shares between requests: generate without it, or use a head on the last layer."
                 )
+            # What a manager that is kept has captured in graphs is another control.
+            asked = active, weights, {name: id(head) for name, head in self.value_heads.items()}
+            if self.__dict__.get("_batching_under") != asked and hasattr(self, CACHED_MANAGER):
+                self.destroy_cached_continuous_batching_manager()
+            self._batching_under = asked
             manager = super().init_continuous_batching(*args, **kwargs)
         for name in ("warmup", "_run_generation_loop"):
             function = getattr(type(manager), name).__get__(manager)
@@ -115,12 +122,24 @@ class ControlledGenerationMixin:
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         hooks = self._recontrol
-        if not hooks.hook_point.is_last and hooks.settings.active_control() is not None:
+        active = hooks.settings.active_control()
+        if active is not None and active.plausibility > 0 and generation_config.guidance_scale not in (None, 1):
+            raise ValueError(
+                "`plausibility` forbids tokens, which so have no logits for `guidance_scale` to take differences of: "
+                "leave one of the two out."
+            )
+        if not hooks.hook_point.is_last and active is not None:
+            drafts = (
+                generation_mode_kwargs.get("assistant_model"),
+                generation_config.prompt_lookup_num_tokens,
+                generation_config.assistant_early_exit,
+            )
             reasons = {
                 "`use_cache=False`": not generation_config.use_cache,
                 "`prefill_chunk_size`": generation_config.prefill_chunk_size is not None,
                 "`guidance_scale`": generation_config.guidance_scale not in (None, 1),
                 "use as a draft model": generation_config.is_assistant,
+                "drafts on a base that knows no `logits_to_keep`": not hooks.knows_logits_to_keep and any(drafts),
                 "a base without a cache": not {"past_key_values", "cache_params"}
                 & inspect.signature(self.forward).parameters.keys(),
             }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from ..heads.value_head import in_eval
 
 # Rounding, relative to the largest logit: in float32 (and float64), and in the shorter dtypes.
 _ROUNDING, _COARSE_ROUNDING = 1e-3, 5e-2
@@ -107,19 +107,6 @@ def find_lm_head(model: PreTrainedModel) -> nn.Module:
     if lm_head is None:
         raise ValueError(f"{type(model).__name__} has no LM head: load the model with AutoModelForCausalLM.")
     return lm_head
-
-
-@contextmanager
-def in_eval(module: nn.Module) -> Iterator[None]:
-    """A module as it is used after training, inside the block: without dropout."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _is_plain(lm_head: nn.Module) -> bool:

@@ -104,6 +104,11 @@ class ReControlLogitsProcessor(LogitsProcessor):
                 "The LM head has been replaced, as by an adapter or by resizing, since this processor was made: make "
                 "another one."
             )
+        if isinstance(self._model, ReControlForCausalLM) and self._model.active_control is not None:
+            raise ValueError(
+                "This model has come under control since this processor was made, so it would be controlled twice: "
+                "leave the processor out, or call `model.unload()`."
+            )
         hidden = self._state(input_ids)
         if control.is_identity:
             return scores

@@ -15,8 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ...configuration import ControlConfig
 from ...data.fingerprints import NO_CONTROL, control_settings
 from ...data.rollouts import Rollout
+from ...heads.value_head import in_eval
 from ...modeling.causal_lm import ReControlForCausalLM
-from ...modeling.hook_points import in_eval
 from ..batches import teacher_forced
 from ..sampling import (
     TOP_K_WHERE_UNSET,

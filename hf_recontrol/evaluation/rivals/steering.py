@@ -15,7 +15,8 @@ from ...collection.batches import forward_batches, teacher_forced
 from ...data.fingerprints import model_settings, prompt_hash
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout, load_rollouts
-from ...modeling.hook_points import HookPoint, find_decoder_layers, in_eval
+from ...heads.value_head import in_eval
+from ...modeling.hook_points import HookPoint, find_decoder_layers
 from ...modeling.hooks import read_states
 from ...settings import HookPointSettings
 from ...utils.checks import check_int, check_number

@@ -12,9 +12,8 @@ from transformers.utils import logging
 from ...collection.batches import forward_batches, teacher_forced
 from ...collection.sampling import RowSampler, response_seed
 from ...data.rollouts import Rollout
-from ...heads.value_head import read_values
+from ...heads.value_head import in_eval, read_values
 from ...modeling.causal_lm import ReControlForCausalLM
-from ...modeling.hook_points import in_eval
 from ...modeling.hooks import read_edits, read_states
 from ..likelihoods import kl_by_token, log_policy_of
 from .record import TokenChance, TracedResponse, TracedToken
