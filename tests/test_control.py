@@ -17,6 +17,7 @@ import hf_recontrol.control.ascent
 import hf_recontrol.control.controller
 from hf_recontrol import ControlConfig, ValueHead, ValueHeadConfig
 from hf_recontrol.control.controller import DEFAULT_NAME, Controller
+from hf_recontrol.heads.value_head import MLP, read_values
 
 from .conftest import make_head
 
@@ -765,6 +766,66 @@ def test_a_subclass_that_computes_something_else_is_climbed_as_it_computes(cls, 
     result = edit(head, states, control, step_size)
     torch.testing.assert_close(result, by_module(head, states, control, step_size), rtol=1e-9, atol=1e-9)
     assert not torch.allclose(result, fast)
+
+
+class Residual(MLP):
+    def forward(self, x):
+        return super().forward(x) + 0.3 * x.square().sum(-1, keepdim=True)
+
+
+class Adapted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 0.5 * x.flip(-1)[..., :1]
+
+
+def exchange(head, kind):
+    """Another computation behind the same weights."""
+    mlp = head.value_mlp
+    if kind == "mlp":
+        mlp.__class__ = Residual
+    elif kind == "layer":
+        mlp.layers[0].__class__ = Adapted
+    elif kind == "activation":
+        mlp.activation = nn.Tanh()
+    else:
+        forward = head.forward
+        head.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "layer", "activation", "forward"])
+def test_a_head_with_an_exchanged_part_is_climbed_as_it_computes(kind):
+    head, states, control, step_size = case(activation="silu", l2=0.1)
+    fast = edit(head, states, control, step_size)
+    exchange(head, kind)
+    result = edit(head, states, control, step_size)
+    torch.testing.assert_close(result, by_module(head, states, control, step_size), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(result, fast)
+
+
+def test_a_module_that_was_left_in_training_mode_is_climbed_without_dropout():
+    head = nn.Sequential(nn.Linear(6, 5, dtype=torch.float64), nn.Dropout(0.5), nn.Linear(5, 1, dtype=torch.float64))
+    head.config = ValueHeadConfig(6)
+    states, control = torch.randn(3, 6, dtype=torch.float64), ControlConfig(num_steps=4)
+    head.eval()
+    expected, values = edit(head, states, control, 0.3), read_values(head, states)
+    head.train()
+    torch.testing.assert_close(edit(head, states, control, 0.3), expected)
+    torch.testing.assert_close(read_values(head, states), values)
+    assert all(part.training for part in head.modules())
+
+
+@pytest.mark.parametrize("method", ["ascent", "advantage"])
+def test_autocast_does_not_reach_the_edit_or_what_is_prepared_for_it(method):
+    head = make_head(0, torch.float32, hidden_size=16, head_sizes=[24], hook_point="lm_head", advantage_sizes=[8])
+    with torch.no_grad():
+        head.advantage_mlp.layers[-1].weight.normal_()
+    states, control = torch.randn(3, 16), ControlConfig(method, 0.3)
+    expected = edit(head, states, control)
+    controller = Controller(head)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = controller.edit(states, control, 0.3) - states
+    torch.testing.assert_close(inside, expected)
+    torch.testing.assert_close(controller.edit(states, control, 0.3) - states, expected)
 
 
 def test_the_fallback_is_the_fast_ascent_where_forward_is_the_same():

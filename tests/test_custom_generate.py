@@ -2,6 +2,7 @@
 
 import json
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, distribution, files, requires
 from pathlib import Path
 
@@ -134,6 +135,46 @@ def test_the_file_draws_what_the_package_draws(family, place, control, tmp_path)
     found = custom.generate(model, value_head=str(tmp_path / "head"), inputs=prompts(2, 6), max_new_tokens=8)
     expected = ReControlForCausalLM.from_model(model, head).generate(prompts(2, 6), max_new_tokens=8)
     assert torch.equal(found, expected)
+
+
+def test_guidance_is_refused_where_tokens_are_forbidden(tmp_path):
+    model = tiny_model("llama")
+    tiny_head(model, "lm_head", control=ControlConfig("advantage", 1.5, plausibility=0.2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`plausibility` forbids tokens"):
+        custom.generate(model, value_head=str(tmp_path), inputs=prompts(), max_new_tokens=2, guidance_scale=1.5)
+    with pytest.raises(ValueError, match="paged cache"):
+        custom.generate(model, value_head=str(tmp_path), inputs=prompts(), cache_implementation="paged")
+
+
+def test_other_threads_on_the_same_model_are_left_alone(tmp_path):
+    model = tiny_model("llama")
+    head = tiny_head(model, "lm_head", control=ControlConfig("advantage", 1.5, max_kl=0.5))
+    head.save_pretrained(tmp_path)
+    ids = prompts(2, 6)
+    alone = custom.generate(model, value_head=str(tmp_path), inputs=ids, max_new_tokens=8)
+    plain, logits = model.generate(ids, max_new_tokens=8), model(ids).logits
+
+    def under(_):
+        return custom.generate(model, value_head=str(tmp_path), inputs=ids, max_new_tokens=8)
+
+    with ThreadPoolExecutor(4) as pool:
+        controlled = pool.map(under, range(12))
+        bases = pool.map(lambda _: (model.generate(ids, max_new_tokens=8), model(ids).logits), range(12))
+        assert all(torch.equal(tokens, alone) for tokens in controlled)
+        assert all(torch.equal(tokens, plain) and torch.equal(found, logits) for tokens, found in bases)
+
+
+def test_code_that_was_compiled_before_is_controlled_too(tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    head = tiny_head(model, "lm_head", control=ControlConfig("advantage", 1.5))
+    head.save_pretrained(tmp_path)
+    ids = prompts(2, 6)
+    expected = custom.generate(model, value_head=str(tmp_path), inputs=ids, max_new_tokens=6)
+    plain = model.generate(ids, max_new_tokens=6)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(model.generate(ids, max_new_tokens=6), plain) and not torch.equal(plain, expected)
+    assert torch.equal(custom.generate(model, value_head=str(tmp_path), inputs=ids, max_new_tokens=6), expected)
+    assert torch.equal(model.generate(ids, max_new_tokens=6), plain)
 
 
 def test_a_model_that_is_controlled_already_is_refused(tmp_path):

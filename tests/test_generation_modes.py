@@ -379,6 +379,18 @@ def test_paged_cache_switches_to_continuous_batching(hook_point):
     expect(base, head, ids, control=OTHER)
 
 
+def test_a_batching_manager_that_is_kept_is_not_kept_for_another_control():
+    model, base, head = build("lm_head", ADVANTAGE)
+    rows, made = batch_rows(), []
+    for control in (False, False, ADVANTAGE, False):
+        found = batched(model, rows, control=control, persistent_manager=True)
+        assert found == expect_batch(base, head, rows, control or None)
+        made.append(model._cached_continuous_batching_manager)
+    assert made[0] is made[1] and len(set(map(id, made))) == 3
+    plain = model.unload()
+    assert not hasattr(plain, "_cached_continuous_batching_manager")
+
+
 @every_hook_point
 def test_continuous_batching_refuses_step_sizes_for_each_row(hook_point):
     model, _, _ = build(hook_point)
@@ -560,6 +572,14 @@ def test_iterator_streamers_in_threads_with_settings_of_their_own():
 
 
 # What else changes the logits.
+
+
+@every_hook_point
+def test_guidance_is_refused_where_tokens_are_forbidden(hook_point):
+    model, *_ = build(hook_point, PLAUSIBLE)
+    with pytest.raises(ValueError, match=r"`plausibility` forbids tokens.*leave one of the two out"):
+        generate(model, prompts(2), guidance_scale=1.7)
+    generate(model, prompts(2), guidance_scale=1.0)
 
 
 @every_hook_point

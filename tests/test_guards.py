@@ -53,6 +53,14 @@ def test_logits_linear_in_the_step_give_a_smaller_step():
         torch.testing.assert_close(further, logits, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_controlled_logit_that_overflowed_is_brought_back(dtype):
+    base, controlled = drawn(2.0, 3.0)
+    controlled[:, 5], controlled[:, 9] = torch.inf, -torch.inf
+    logits = guarded_logits(base.to(dtype), controlled.to(dtype), max_kl=0.1)
+    assert torch.isfinite(logits).all() and (kl(logits, base.to(dtype)) <= 0.15).all()
+
+
 def test_constants_of_a_row_and_masked_tokens_of_the_base_change_nothing():
     base, controlled = drawn(2.0, 3.0)
     expected = torch.log_softmax(guarded_logits(base, controlled, max_kl=0.1), -1)

@@ -39,6 +39,19 @@ def both(model, head, control, inputs, **options):
     return expected, base.generate(**inputs, max_new_tokens=8, logits_processor=[processor], **options)
 
 
+def test_a_model_that_comes_under_control_later_is_not_controlled_twice():
+    model = tiny_model("llama")
+    head = tiny_head(model, "lm_head")
+    processor = ReControlLogitsProcessor(model, head, CONTROLS["advantage"])
+    expected = model.generate(prompts(), max_new_tokens=4, logits_processor=[processor])
+    controlled = ReControlForCausalLM.from_model(model, head, CONTROLS["advantage"])
+    with pytest.raises(ValueError, match="would be controlled twice"):
+        controlled.generate(prompts(), max_new_tokens=4, logits_processor=[processor])
+    # Under no control of its own it is the processor's alone.
+    found = controlled.generate(prompts(), max_new_tokens=4, logits_processor=[processor], control=False)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - SOFT_CAPPED))
 def test_tokens_are_those_of_the_controlled_model_in_every_family(family):
     model = tiny_model(family)

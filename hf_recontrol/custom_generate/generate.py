@@ -44,6 +44,8 @@ def generate(model, value_head=None, control=None, **kwargs):
     scale = kwargs.get("guidance_scale", getattr(asked, "guidance_scale", None))
     if settings["plausibility"] and scale not in (None, 1):
         raise ValueError("`plausibility` forbids tokens, which so have no logits for `guidance_scale`: leave one out.")
+    if "paged" in str(kwargs.get("cache_implementation") or getattr(asked, "cache_implementation", None)):
+        raise ValueError("A paged cache generates in a thread of its own: hf_recontrol knows it, this file does not.")
     with ExitStack() as hooks:
         # Code that was compiled without hooks does not look for them.
         hooks.enter_context(torch.compiler.set_stance("force_eager"))
