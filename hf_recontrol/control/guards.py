@@ -14,6 +14,9 @@ _ENOUGH = 0.999
 _ROWS_AT_ONCE = 4
 # Below any KL, β and variance that matter.
 _TINY = 1e-30
+# Above any logit that matters. A larger one, or one that overflowed, is taken for this, of which float32 still tells
+# the KL from 0.
+_LARGEST = 1e5
 
 
 def implausible_tokens(base: torch.Tensor, plausibility: float) -> torch.Tensor:
@@ -85,8 +88,7 @@ def _within(base: torch.Tensor, controlled: torch.Tensor, max_kl: float, masked:
     own = base.to(dtype)
     log_base = torch.log_softmax(own, dim=-1)
     # A base may itself mask tokens with -inf, and infinity less infinity is no number.
-    limit = torch.finfo(controlled.dtype).max
-    shift = torch.where(torch.isfinite(own), controlled.to(dtype).clamp(-limit, limit) - own, 0)
+    shift = torch.where(torch.isfinite(own), controlled.to(dtype).clamp(-_LARGEST, _LARGEST) - own, 0)
     if masked is not None:
         log_base = log_base.masked_fill(masked, -math.inf)
 

@@ -150,8 +150,8 @@ def within(base, controlled, max_kl, masked):
     """Controlled logits, their change scaled down until KL(controlled || base) is at most `max_kl`."""
     own = base.float()
     log_base = torch.log_softmax(own, -1).masked_fill(masked, -math.inf)
-    limit = min(torch.finfo(kind).max for kind in (controlled.dtype, own.dtype))
-    shift = torch.where(torch.isfinite(own), controlled.float().clamp(-limit, limit) - own, 0)
+    # Of larger ones, or where they overflowed, float32 cannot tell the KL from 0.
+    shift = torch.where(torch.isfinite(own), controlled.float().clamp(-1e5, 1e5) - own, 0)
 
     def kl_at(share):
         moved = log_base + share * shift
