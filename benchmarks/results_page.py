@@ -110,17 +110,18 @@ def in_short(kept: Path, names: Sequence[str]) -> list[str]:
                 least, one = min(as_good, key=lambda pair: pair[0])
                 n, nats = f"{least:.0f}", f"{float(one['kl_per_response']['value']):.2f}"
             spent, judged = (float(each[metric]["value"]) for metric in ("kl_per_response", "win_rate"))
-            cheap.append(bool(as_good) and float(nats) < spent)
+            if as_good:
+                cheap.append(float(nats) < spent)
             shown = f"{gain:+.2f} [{low:+.2f}, {high:+.2f}] | {spent:.2f} | {n} | {nats} | {judged:.2f}"
             lines.append(f"| {name} | {control} | {shown} |")
-    every = "In every row its KL is smaller: where several answers can be afforded, it\nis the better buy."
-    cheaper = every if all(cheap) else ""
+    every = "Where one is named, its KL is smaller: where so many answers can be\nafforded, it is the better buy."
+    cheaper = f" {every}" if all(cheap) else ""
     return [
         "## In short",
         "",
         "What one answer under control gains over one of the base on unseen prompts, at strengths found for some",
         "nats a token; and how many answers of the base must be drawn for the best of them, by the reward itself, to",
-        f"gain as much, at what KL. {cheaper}",
+        f"gain as much, at what KL.{cheaper}",
         "The win rate is the judge's, against the base.",
         "",
         "| study | control | Δ reward | KL an answer | best of n | its KL | win rate |",
