@@ -379,6 +379,7 @@ def test_paged_cache_switches_to_continuous_batching(hook_point):
     expect(base, head, ids, control=OTHER)
 
 
+@since("5.23", "a manager that is kept loses the requests of its second session")
 def test_a_batching_manager_that_is_kept_is_not_kept_for_another_control():
     model, base, head = build("lm_head", ADVANTAGE)
     rows, made = batch_rows(), []
