@@ -163,7 +163,7 @@ def test_states_of_another_model_are_told_and_read_anew(tmp_path, recontrol_warn
         lm_head_of(other).weight.add_(0.1)
     sample(tmp_path / "r", model)
     assert forwards(other, lambda: write_states(tmp_path / "s", other, tmp_path / "r", **at(AT_HEAD))) > 0
-    assert "of another hook point or model" in recontrol_warnings[0]
+    assert any("of another hook point or model" in said for said in recontrol_warnings)
 
 
 @pytest.mark.usefixtures("recontrol_warnings")

@@ -53,7 +53,7 @@ def bench_in(folder, rollouts, seed=0):
     model = tiny_model("llama", torch.float32, seed=seed, num_hidden_layers=2, attention_dropout=0.3)
     model.generation_config.eos_token_id = 2
     sampling = SamplingSettings(max_new_tokens=6, temperature=0)
-    return Bench(model, tiny_tokenizer(), sampling, {"reward": mean_token}, Path(folder), Path(rollouts))
+    return Bench(model, tiny_tokenizer(), sampling, {"mean_token": mean_token}, Path(folder), Path(rollouts))
 
 
 def write(bench, prompts=PROMPTS):

@@ -459,6 +459,12 @@ def test_tables_of_other_libraries():
         load_prompts(object())
 
 
+def test_of_prompts_that_are_loaded_the_first_ones_are_taken():
+    prompts = load_prompts(["w5", "w6", "w7"])
+    assert load_prompts(prompts) is prompts
+    assert load_prompts(prompts, limit=2).numbers == [0, 1]
+
+
 @pytest.mark.parametrize("make", [tuple, np.array, pd.Series, pa.array, pa.chunked_array, iter])
 def test_containers_of_texts(make):
     texts = [["w5", "w6"]] if make is pa.chunked_array else ["w5", "w6"]
@@ -477,7 +483,6 @@ def test_containers_of_texts(make):
         ({"prompt": "w5"}, r"'prompt' is str. To give a single row: `\[row\]`"),
         ({}, "it is empty"),
         ({"train": datasets.Dataset.from_dict(COLUMNS)}, "'train' is Dataset"),
-        (load_prompts(["w5"]), "Prompts"),
     ],
 )
 def test_what_holds_no_rows_is_a_type_error(source, said):

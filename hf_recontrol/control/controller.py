@@ -363,6 +363,6 @@ def _is_plain(head: nn.Module) -> bool:
         and all(
             getattr(type(head), method) is getattr(ValueHead, method) for method in ("forward", "scaled", "advantage")
         )
-        and "forward" not in head.__dict__
+        and (torch.compiler.is_compiling() or "forward" not in head.__dict__)
         and all(part is None or part.is_plain(head.config.activation) for part in (head.value_mlp, head.advantage_mlp))
     )

@@ -42,8 +42,13 @@ class MLP(nn.Module):
 
     def is_plain(self, activation: str) -> bool:
         """Whether it still is what its weights say: nobody has exchanged a part of it, such as for an adapter."""
-        expected = [(self, MLP), (self.activation, _ACTIVATIONS[activation]), *((x, nn.Linear) for x in self.layers)]
-        return all(type(part) is kind and "forward" not in part.__dict__ for part, kind in expected)
+        is_as_made = type(self) is MLP and type(self.activation) is _ACTIVATIONS[activation]
+        is_as_made = is_as_made and all(type(layer) is nn.Linear for layer in self.layers)
+        # Traced code cannot look into what an object holds.
+        return is_as_made and (
+            torch.compiler.is_compiling()
+            or not any("forward" in part.__dict__ for part in (self, self.activation, *self.layers))
+        )
 
 
 class ValueHead(nn.Module):
