@@ -164,17 +164,26 @@ def test_other_threads_on_the_same_model_are_left_alone(tmp_path):
         assert all(torch.equal(tokens, plain) and torch.equal(found, logits) for tokens, found in bases)
 
 
-def test_code_that_was_compiled_before_is_controlled_too(tmp_path):
+@pytest.mark.parametrize("how", ["forward", "module", "layer"])
+def test_a_model_that_is_compiled_is_refused(tmp_path, how):
     model = tiny_model("llama", dtype=torch.float32)
-    head = tiny_head(model, "lm_head", control=ControlConfig("advantage", 1.5))
-    head.save_pretrained(tmp_path)
-    ids = prompts(2, 6)
-    expected = custom.generate(model, value_head=str(tmp_path), inputs=ids, max_new_tokens=6)
-    plain = model.generate(ids, max_new_tokens=6)
-    model.forward = torch.compile(model.forward, backend="eager")
-    assert torch.equal(model.generate(ids, max_new_tokens=6), plain) and not torch.equal(plain, expected)
-    assert torch.equal(custom.generate(model, value_head=str(tmp_path), inputs=ids, max_new_tokens=6), expected)
-    assert torch.equal(model.generate(ids, max_new_tokens=6), plain)
+    tiny_head(model, "lm_head", control=ControlConfig("advantage", 1.5)).save_pretrained(tmp_path)
+    if how == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        (model if how == "module" else model.model.layers[0]).compile(backend="eager")
+    with pytest.raises(ValueError, match="compiled code may not look for hooks"):
+        custom.generate(model, value_head=str(tmp_path), inputs=prompts(), max_new_tokens=2)
+
+
+def test_generate_is_asked_to_compile_nothing(tmp_path, monkeypatch):
+    model = tiny_model("llama", dtype=torch.float32)
+    tiny_head(model, "lm_head", control=ControlConfig("advantage", 1.5)).save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(model, "generate", lambda **kwargs: asked.append(kwargs))
+    custom.generate(model, value_head=str(tmp_path), inputs=prompts(), max_new_tokens=2)
+    custom.generate(model, value_head=str(tmp_path), inputs=prompts(), max_new_tokens=2, control=False)
+    assert [each.get("disable_compile") for each in asked] == [True, None]
 
 
 def test_a_model_that_is_controlled_already_is_refused(tmp_path):

@@ -47,11 +47,10 @@ def generate(model, value_head=None, control=None, **kwargs):
     if "paged" in str(kwargs.get("cache_implementation") or getattr(asked, "cache_implementation", None)):
         raise ValueError("A paged cache generates in a thread of its own: hf_recontrol knows it, this file does not.")
     with ExitStack() as hooks:
-        # Code that was compiled without hooks does not look for them.
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for handle in add_hooks(model, config, tensors, settings):
             hooks.callback(handle.remove)
-        return model.generate(**kwargs)
+        # Code that was compiled without hooks does not look for them.
+        return model.generate(**kwargs | {"disable_compile": True})
 
 
 def load_head(name, kwargs):
@@ -205,6 +204,10 @@ def add_hooks(model, config, tensors, settings):
             raise ValueError(f"The head's token bias is of {len(shift)} tokens, this model has {logits.shape[-1]}.")
         return torch.cat([base, (logits + nn.functional.pad(shift, (0, added))).to(logits.dtype)])
 
+    if any(
+        part._compiled_call_impl or hasattr(part.forward, "_torchdynamo_orig_callable") for part in model.modules()
+    ):
+        raise ValueError("This model is compiled, and compiled code may not look for hooks: use hf_recontrol.")
     if config["hook_point"] == "lm_head":
         lm_head = model.get_output_embeddings()
         handles = [lm_head.register_forward_pre_hook(of_this_call(edit_head_input))]
