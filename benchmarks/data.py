@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from variants import Pool, shape_of
+from variants import Pool, keep, shape_of
 
 from hf_recontrol import (
     ValueHeadConfig,
@@ -100,9 +100,7 @@ def main() -> None:
             if not kept.is_file():
                 episodes = chosen(pool, sample, fold, count / prompts, samples)
                 scores = scores_of(pool, episodes, fold, config, arguments.gae_lambda, every)
-                unfinished = kept.with_suffix(".unfinished")
-                unfinished.write_text(json.dumps(scores), encoding="utf-8")
-                unfinished.replace(kept)
+                keep(kept, scores)
             found.append(json.loads(kept.read_text(encoding="utf-8")))
         responses = sum(each["responses"] for each in found) / len(found)
         for part in PARTS:

@@ -176,6 +176,13 @@ def shape_of(trained: ValueHeadConfig) -> ValueHeadConfig:
     )
 
 
+def keep(path: Path, found: dict[str, Any]) -> None:
+    """Write what was measured, whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(found), encoding="utf-8")
+    unfinished.replace(path)
+
+
 def scores_of(way: str, pool: Pool, fold: int, config: ValueHeadConfig, output: Path) -> dict[str, list[float]]:
     """ℓ of the responses of a fold under the two parts that were trained on the others in one way."""
     kept = output / f"{way}, fold {fold} of {pool.folds}.json"
@@ -198,9 +205,7 @@ def scores_of(way: str, pool: Pool, fold: int, config: ValueHeadConfig, output: 
     found: dict[str, Any] = {
         part: (pool.scores(own, pool.by_edit(edit)) + by_bias).tolist() for part, edit in edits.items()
     }
-    unfinished = kept.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(found), encoding="utf-8")
-    unfinished.replace(kept)
+    keep(kept, found)
     return found
 
 
