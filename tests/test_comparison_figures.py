@@ -314,6 +314,7 @@ def test_equal_prompts_are_in_a_resample_together():
     once = figure("reward", [single], single, 3)
     [twice] = [f for f in figures_of([doubled], doubled, 6, np.array([7, 8, 9] * 2)) if f.metric == "reward"]
     assert (twice.value, twice.low, twice.high, twice.count) == (once.value, once.low, once.high, 3)
+    assert figures_of([single], single, 3, np.array([9, 7, 8])) == figures_of([single], single, 3)
     apart = figure("reward", [doubled], doubled, 6)
     assert apart.high - apart.low < twice.high - twice.low and apart.count == 6
 

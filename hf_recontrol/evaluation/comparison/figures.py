@@ -229,7 +229,9 @@ def figures_of(samples: Sequence[Sample], against: Sample, count: int, same: np.
             Of each prompt a number that is the same for equal ones: these are in a resample together. By default no
             two are equal.
     """
-    same = np.arange(count) if same is None else np.unique(same, return_inverse=True)[1]
+    numbers: dict[int, int] = {}
+    # In their own order, so that prompts that are all different have the resamples that they have without it.
+    same = np.array([numbers.setdefault(n, len(numbers)) for n in (range(count) if same is None else same.tolist())])
     found = []
     for sample in samples:
         metrics = dict.fromkeys([*(name for name in sample.values if name not in _NO_METRICS), *_RATIOS])
