@@ -15,6 +15,7 @@ from torch import nn
 
 import hf_recontrol.control.ascent
 import hf_recontrol.control.controller
+import hf_recontrol.control.products
 from hf_recontrol import ControlConfig, ValueHead, ValueHeadConfig
 from hf_recontrol.control.controller import DEFAULT_NAME, Controller
 from hf_recontrol.heads.value_head import MLP, read_values
@@ -284,34 +285,45 @@ def test_the_gram_matrix_is_made_up_to_twice_the_states_width_and_four_times_for
 def test_a_deep_ascent_that_follows_the_last_layers_flips_is_the_plain_one(
     head_sizes, batch, l2, many_flips, monkeypatch
 ):
-    ascent, followed = hf_recontrol.control.ascent, []
-    by_flips = ascent._of_flips
-    monkeypatch.setattr(ascent, "_MANY_FLIPS", many_flips)
-    monkeypatch.setattr(ascent, "_of_flips", lambda *args: followed.append(len(args[3])) or by_flips(*args))
-    head, states, control, step_size = case(head_sizes=head_sizes, num_steps=60, l2=l2, batch=batch)
-    edited = edit(head, states, control, step_size)
-    # One row alone may meet no kink of the last layer.
-    assert (sum(followed) > 0) == (many_flips > 0) or batch == 1
-    torch.testing.assert_close(edited, plain_ascent(head, states, control, step_size)[0], rtol=1e-9, atol=1e-9)
+    products, followed = hf_recontrol.control.products, []
+    by_flips = products.of_few
+    monkeypatch.setattr(products, "MANY_FLIPS", many_flips)
+    monkeypatch.setattr(products, "_MANY_OTHERS", 0.0)
+    monkeypatch.setattr(products, "of_few", lambda *args: followed.append(len(args[3])) or by_flips(*args))
+    for seed in range(4):
+        head, states, control, step_size = case(seed, head_sizes=head_sizes, num_steps=60, l2=l2, batch=batch)
+        edited = edit(head, states, control, step_size)
+        torch.testing.assert_close(edited, plain_ascent(head, states, control, step_size)[0], rtol=1e-9, atol=1e-9)
+    # A tenth of the units of one row is less than one.
+    assert (sum(followed) > 0) == (many_flips > 0) or (batch == 1 and many_flips == 0.1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rows", [1, 2, 7])
-@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_rows_of_flips_sum_to_the_product(dtype, rows, share, threads):
-    generator = torch.Generator().manual_seed(0)
-    gram = torch.randn(60, 60, dtype=dtype, generator=generator)
-    difference = torch.randn(rows, 60, dtype=dtype, generator=generator)
-    difference *= torch.rand(rows, 60, generator=generator) < share
-    difference[-1, 5] = 1.0  # there is one at least; whole rows of zeros before it
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = hf_recontrol.control.ascent._of_flips(gram, difference, *difference.nonzero(as_tuple=True))
-    finally:
-        torch.set_num_threads(before)
-    torch.testing.assert_close(found, difference @ gram)
+@pytest.mark.parametrize("head_sizes", [(12, 9), (10, 9, 11)])
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+@pytest.mark.parametrize(("most_active", "many_others"), [(0.8, 0.1), (1.0, 0.0), (1.0, 1.0), (0.0, 0.1)])
+def test_a_deep_ascent_of_one_row_reads_the_rows_of_active_units_and_is_the_plain_one(
+    head_sizes, l2, most_active, many_others, monkeypatch
+):
+    products, rows_read = hf_recontrol.control.products, []
+    monkeypatch.setattr(products, "_MOST_ACTIVE", most_active)
+    monkeypatch.setattr(products, "_MANY_OTHERS", many_others)
+
+    class Counted(products.Active):
+        def __call__(self, left):
+            product = super().__call__(left)
+            rows_read.append(left.shape[1] if self._units is None else len(self._units))
+            return product
+
+    monkeypatch.setattr(products, "Active", Counted)
+    monkeypatch.setattr(hf_recontrol.control.ascent, "Active", Counted)
+    for seed in range(4):
+        head, states, control, step_size = case(seed, head_sizes=head_sizes, num_steps=60, l2=l2, batch=1)
+        edited = edit(head, states, control, step_size)
+        torch.testing.assert_close(edited, plain_ascent(head, states, control, step_size)[0], rtol=1e-9, atol=1e-9)
+    # Forward and first product of the backward of each layer but the last, and G.
+    widths = [*head_sizes[:-1], *head_sizes[1:-1], head_sizes[0]]
+    all_rows = 4 * (60 * sum(widths) - head_sizes[0])
+    assert sum(rows_read) == all_rows if most_active == 0.0 else sum(rows_read) < 0.8 * all_rows
 
 
 def count_steps(function) -> int:

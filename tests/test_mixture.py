@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import hf_recontrol.control.ascent
+import hf_recontrol.control.products
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead
 from hf_recontrol.collection.rollouts import generate_rollouts
 from hf_recontrol.control.controller import Controller
@@ -166,13 +167,28 @@ def test_a_target_is_approached_by_flips_as_by_dense_steps(objectives, rows, per
     control = ControlConfig(num_steps=60, l2=l2, target=[1.5, -0.5, 1.0][:objectives])
     step_size = torch.linspace(0.01, 0.03, rows, dtype=torch.float64)[:, None] if per_row else 0.02
     states = 2 * torch.randn(rows, 16, dtype=torch.float64)
-    followed, dense, by_flips = [], ascent._ascend, ascent._of_flips
-    monkeypatch.setattr(ascent, "_MANY_FLIPS", many_flips)
-    monkeypatch.setattr(ascent, "_of_flips", lambda *args: followed.append(len(args[3])) or by_flips(*args))
+    products = hf_recontrol.control.products
+    followed, dense, by_flips = [], ascent._ascend, products.of_few
+    monkeypatch.setattr(products, "MANY_FLIPS", many_flips)
+    monkeypatch.setattr(products, "of_few", lambda *args: followed.append(len(args[3])) or by_flips(*args))
     edited = Controller(head).edit(states, control, step_size)
     assert (sum(followed) > 2) == (many_flips > 0)
     monkeypatch.setattr(ascent, "_approach_by_flips", dense)
     torch.testing.assert_close(edited, Controller(head).edit(states, control, step_size), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_a_mixture_on_a_layer_equals_the_reference(layer, input_ids):
+    where = {"hook_point": "decoder_layer", "layer": layer}
+    heads = [scaled_head(kind, seed, **where) for seed, kind in ((1, "relu"), (2, "wide"))]
+    control, weights = ControlConfig(step_size=0.3, num_steps=10), {"default": 0.6, "other": -0.8}
+    model = ReControlForCausalLM.from_model(make_llama(dtype=torch.float64), heads[0], control)
+    model.add_value_head("other", heads[1])
+    mixture = Mixture(heads, list(weights.values()))
+    expected = reference_generate(make_llama(dtype=torch.float64), mixture, input_ids, control=control)
+    found = model.generate(input_ids, value_heads=weights, **GREEDY)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, model.generate(input_ids, **GREEDY))
 
 
 def test_a_linear_head_reaches_its_target_whatever_the_number_of_steps():

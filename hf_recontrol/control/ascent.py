@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,12 +22,13 @@ from ..configuration import ControlConfig
 from ..heads.value_head import ValueHead
 from .method import ControlMethod
 from .plan import WIDEST, HeadTensors, Plan
+from .products import MANY_FLIPS, Active, Followed, Product, layer_products, of_few
 
-# Where more than this share of the units flip in one step, a whole product with G costs less than picking rows of it.
-_MANY_FLIPS = 0.1
 # Steps taken without looking then: so many flips rarely become few at once, and looking costs as much as a small
 # product.
 _STEPS_WITHOUT_LOOKING = 8
+# Fewer steps do not pay for putting rows together.
+_FEW_STEPS = 8
 # Steps run away from a target if they end more than so many times as far from it and so much, in standardised values.
 # A step or two too far is no harm.
 _FURTHER, _NEAR = 2, 1
@@ -50,58 +52,33 @@ def _derivative(activation: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.T
     raise ValueError(f"No derivative is known of the activation {activation!r}.")
 
 
-class _Followed:
-    """
-    Products with a matrix of what changes in few places from one step to the next, as sign flips change it: kept up to
-    date from the matrix's rows there. Which those are is data, so this is for eager mode.
-    """
-
-    def __init__(self, matrix: torch.Tensor):
-        self.matrix = matrix
-        self._left: torch.Tensor | None = None
-
-    def __call__(self, left: torch.Tensor) -> torch.Tensor:
-        """`left @ matrix`; not to be changed."""
-        before, self._left = self._left, left
-        if before is not None:
-            difference = left - before
-            rows, units = difference.nonzero(as_tuple=True)
-            if len(units) <= _MANY_FLIPS * difference.numel():
-                if len(units) > 0:
-                    self._product = self._product + _of_flips(self.matrix, difference, rows, units)
-                return self._product
-        self._product = left @ self.matrix
-        return self._product
-
-
 def _first_layer_gradient(
-    head: HeadTensors, z: torch.Tensor, target: torch.Tensor | None, last: _Followed | None = None
+    head: HeadTensors, z: torch.Tensor, target: torch.Tensor | None, products: Sequence[tuple[Product, Product]]
 ) -> torch.Tensor:
     """δ/ω at the first pre-activation, `(rows, width)`: a forward and a backward by hand."""
     slopes = []
-    for weight, bias in head.layers[1:]:
+    for (_, bias), (forward, _) in zip(head.layers[1:], products, strict=True):
         value, slope = _derivative(head.activation_name, z)
         slopes.append(slope)
-        z = torch.addmm(bias, value, weight.T)
+        z = bias + forward(value)
     value, slope = _derivative(head.activation_name, z)
     if target is None:
         gradient = head.out_sum * slope
     else:
         weight, bias = head.out
         gradient = ((target - torch.addmm(bias, value, weight.T)) @ weight) * slope
-    for (weight, _), slope in zip(reversed(head.layers[1:]), reversed(slopes), strict=True):
-        gradient = (gradient @ weight if last is None else last(gradient)) * slope
-        last = None
+    for (_, backward), slope in zip(reversed(products), reversed(slopes), strict=True):
+        gradient = backward(gradient) * slope
     return gradient
 
 
 def _gradient(
-    plan: Plan, weights: Sequence, z: torch.Tensor, target: torch.Tensor | None, lasts: Sequence[_Followed | None]
+    plan: Plan, weights: Sequence, z: torch.Tensor, target: torch.Tensor | None, products: Sequence[list]
 ) -> torch.Tensor:
-    """δ of all heads, `(rows, units of all first layers)`; `lasts` is of each head's last hidden layer."""
+    """δ of all heads, `(rows, units of all first layers)`; `products` is of each head's further layers."""
     deltas = [
-        weight * _first_layer_gradient(head, head_z, target, last)
-        for head, weight, head_z, last in zip(plan.heads, weights, z.split(plan.widths, dim=1), lasts, strict=True)
+        weight * _first_layer_gradient(head, head_z, target, own)
+        for head, weight, head_z, own in zip(plan.heads, weights, z.split(plan.widths, dim=1), products, strict=True)
     ]
     return deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=1)
 
@@ -124,9 +101,14 @@ def _first_layer(plan: Plan, moves: torch.Tensor) -> torch.Tensor:
     return torch.cat([(moves / head.scale) @ head.layers[0][0].T for head in plan.heads], dim=1)
 
 
+def _reads_gram(plan: Plan) -> bool:
+    """Whether a whole product with G reads less than two with the W_k."""
+    return plan.gram is not None and sum(plan.widths) <= WIDEST * plan.heads[0].mean.shape[0]
+
+
 def _moves(plan: Plan, delta: torch.Tensor) -> torch.Tensor:
     """`delta @ G`: by G, or by the W_k where they are less to read."""
-    if plan.gram is not None and sum(plan.widths) <= WIDEST * plan.heads[0].mean.shape[0]:
+    if _reads_gram(plan):
         return delta @ plan.gram
     return _first_layer(plan, _combine(plan, delta))
 
@@ -193,35 +175,23 @@ def _ascend(
     plan: Plan, weights, z: torch.Tensor, alpha, decay, num_steps: int, target, follows: bool = False
 ) -> torch.Tensor:
     """
-    The coefficients c after `num_steps` dense steps from `z`, both `(rows, units)`. Of deep ReLU heads the gradient at
-    the last activation changes with the signs there alone, so the first product of the backward `follows` the flips.
+    The coefficients c after `num_steps` dense steps from `z`, both `(rows, units)`. Where it `follows`, steps may
+    depend on the data.
     """
     coefficients = torch.zeros_like(z)
-    lasts = [
-        _Followed(head.layers[-1][0]) if follows and target is None and head.is_deep_relu else None
-        for head in plan.heads
-    ]
+    alone = follows and len(z) == 1 and num_steps > _FEW_STEPS
+    products = [layer_products(head, target, follows, alone) for head in plan.heads]
+    moves: Product = partial(_moves, plan)
+    if alone and _reads_gram(plan) and all(head.activation_name == "relu" for head in plan.heads):
+        moves = Active(plan.gram)
     start, moved = z, torch.zeros_like(z)
     for step in range(num_steps):
-        delta = _gradient(plan, weights, z, target, lasts)
+        delta = _gradient(plan, weights, z, target, products)
         coefficients = decay * coefficients + alpha * delta
         if step < num_steps - 1:
-            moved = decay * moved + alpha * _moves(plan, delta)
+            moved = decay * moved + alpha * moves(delta)
             z = start + moved
     return coefficients
-
-
-def _of_flips(gram: torch.Tensor, difference: torch.Tensor, rows: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """
-    `difference @ gram` of `(rows, units)` that hold few numbers, at `rows` and `units`: sums of G's rows, which are
-    read once and copied nowhere.
-    """
-    if len(difference) > 1:
-        starts = torch.searchsorted(rows, torch.arange(len(difference), device=rows.device))
-    else:  # a part for each thread
-        starts = torch.arange(0, len(units), -(-len(units) // torch.get_num_threads()), device=rows.device)
-    sums = nn.functional.embedding_bag(units, gram, starts, mode="sum", per_sample_weights=difference[rows, units])
-    return sums if len(difference) > 1 else sums.sum(0, keepdim=True)
 
 
 def _ascend_by_flips(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_steps: int) -> torch.Tensor:
@@ -265,11 +235,11 @@ def _ascend_by_flips(plan: Plan, weights, z: torch.Tensor, alpha, decay, num_ste
             continue
         difference = delta - before
         rows, units = difference.nonzero(as_tuple=True)
-        if len(units) > _MANY_FLIPS * difference.numel():
+        if len(units) > MANY_FLIPS * difference.numel():
             without_looking = _STEPS_WITHOUT_LOOKING
             change = _moves(plan, delta)
         elif len(units) > 0:
-            change += _of_flips(gram, difference, rows, units)
+            change += of_few(gram, difference, rows, units)
         elif not penalised:  # a penalty bends the path; without a product with G its steps are cheap enough
             # How many more steps can be taken before a unit flips? One short of it: rounding must not step over.
             velocity = alpha * change
@@ -293,7 +263,7 @@ def _approach_by_flips(
     (head,), (omega,) = plan.heads, weights
     weight, bias = head.out
     start, moved, coefficients = z, torch.zeros_like(z), torch.zeros_like(z)
-    followed = _Followed(plan.gram)
+    followed = Followed(plan.gram)
     for step in range(num_steps):
         basis = (z > 0)[:, None] * weight
         gaps = (alpha * omega * (target - torch.addmm(bias, z.relu(), weight.T)))[:, None]

@@ -31,6 +31,8 @@ class HeadTensors:
     out: tuple[torch.Tensor, torch.Tensor]
     # The gradient of the summed objectives at the last activation.
     out_sum: torch.Tensor
+    # Of several hidden layers of ReLUs on a CPU: the transposes of the weights after the first, whose rows are read.
+    columns: list[torch.Tensor] | None
     # Of a linear V: eigenvalues and eigenvectors of W Wᵀ.
     eigen: tuple[torch.Tensor, torch.Tensor] | None
     # (weight, bias) of each layer of g, where there is one.
@@ -82,6 +84,7 @@ class Plan:
         """Memory of all tensors."""
         tensors = [] if self.gram is None else [self.gram]
         for head in self.heads:
+            tensors += head.columns or []
             pairs = [*head.layers, head.out, *([head.eigen] if head.eigen else []), *(head.advantage or [])]
             vectors = [head.mean, head.scale, head.out_sum]
             vectors += [vector for vector in (head.static, head.token_bias) if vector is not None]
@@ -115,6 +118,9 @@ def build_plan(
             eigen = tuple(map(convert, torch.linalg.eigh(weight @ weight.T)))
             layers, name = [out], "identity"
             out = (torch.eye(len(out[1]), device=device, dtype=dtype), torch.zeros_like(out[1]))
+        columns = None
+        if len(layers) > 1 and name == "relu" and device.type == "cpu":
+            columns = [weight.T.contiguous() for weight, _ in layers[1:]]
         g = head.advantage_mlp
         heads.append(
             HeadTensors(
@@ -125,6 +131,7 @@ def build_plan(
                 layers=layers,
                 out=out,
                 out_sum=out[0].sum(0),
+                columns=columns,
                 eigen=eigen,
                 advantage=None if g is None else pairs(g.layers),
                 static=convert(head.static_vector) if head.config.static_vector else None,
