@@ -1,7 +1,7 @@
 """
 Makes the heads of examples/heads (SmolLM2-135M-Instruct, one reward each, targets from a critic) and measures them.
 
-    python benchmarks/example_heads.py --pairs hh-rlhf-harmless.jsonl.gz --output heads [--only vader] [--measure]
+    python benchmarks/example_heads.py --pairs PAIRS --output example-heads [--only vader] [--measure]
 
 `--pairs` as for `reward_model.py`, which is run first: it holds 200 prompts out of everything, which the heads are
 measured on. The judge of one head is the other's reward. Some 50 minutes a head on 2 cores, 10 of them to measure it

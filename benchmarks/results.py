@@ -384,7 +384,8 @@ def main() -> None:
                 if study.name in studies:
                     run(runner, study)
     target = arguments.page or arguments.output / "results.md"
-    target.write_text(page(figures, names, target.parent), encoding="utf-8")
+    parts = {name: [part for part, (_, studies) in PARTS.items() if name in studies] for name in names}
+    target.write_text(page(figures, parts, target.parent), encoding="utf-8")
 
 
 if __name__ == "__main__":

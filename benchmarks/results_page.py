@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PUBLISHED = Path(__file__).with_name("published.md")
@@ -44,7 +44,8 @@ what KL is worth.
 Strengths were found on 64 held-out prompts, never by the reward. Differences are paired over prompts. Times in these
 tables are of a machine that did other work too.{times}
 
-The models: smollm2 is SmolLM2-135M-Instruct{gemma}.
+The models: smollm2 is SmolLM2-135M-Instruct as `make demo` makes it, from a file of 4-bit weights (Q4_1), in float32:
+not the weights on the Hub, on which nothing here was measured{gemma}.
 Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens to each.
 {scored}
 The preference reward model is a MiniLM of 6 layers, trained on the same pairs by `benchmarks/reward_model.py`: it
@@ -213,8 +214,8 @@ def by_responses(study: Path) -> list[str]:
     curve = json.loads(path.read_text(encoding="utf-8"))
     return [
         "",
-        "What a static vector gains on prompts that it was not fitted on, in deviations of the reward for the root of "
-        "a nat an answer ([how](fitting.md#would-more-responses-help); no answer is sampled for it):",
+        "What a static vector gains on prompts that it was not fitted on, in deviations of the reward at 1 nat an "
+        "answer ([how](fitting.md#would-more-responses-help); no answer is sampled for it):",
         "",
         "| responses | gain |",
         "|---:|---:|",
@@ -245,8 +246,22 @@ def how_trained(kept: Path, studies: Sequence[str]) -> str:
     return "\n".join(text)
 
 
-def page(kept: Path, names: Sequence[str], folder: Path) -> str:
-    """The whole page, from the folder of figures; `folder` is where it will lie."""
+def not_run(kept: Path, parts: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which parts of which studies have no figures."""
+    found = []
+    for name, own in parts.items():
+        files = {part: "costs.json" if part == "times" else f"{part}/table.md" for part in own}
+        missing = [part for part, file in files.items() if not (kept / name / file).is_file()]
+        if missing:
+            found.append(f"{name} ({'all' if missing == list(own) else ', '.join(missing)})")
+    return [f"**Not run yet**, of the parts that `benchmarks/results.py` names: {'; '.join(found)}.", ""] * bool(found)
+
+
+def page(kept: Path, parts: Mapping[str, Sequence[str]], folder: Path) -> str:
+    """
+    The whole page, from the folder of figures; `parts` are those of each study, and `folder` is where it will lie.
+    """
+    names = list(parts)
     studies = [name for name in names if (kept / name).is_dir()]
     timed = any(by_batch(kept / name) for name in studies)
     text = [
@@ -257,10 +272,7 @@ def page(kept: Path, names: Sequence[str], folder: Path) -> str:
             scored=how_trained(kept, studies),
         )
     ]
-    missing = [name for name in names if not (kept / name / "comparison" / "table.md").is_file()]
-    if missing:
-        text += [f"**Not run yet**: {', '.join(missing)} (base and reward).", ""]
-    text += in_short(kept, names)
+    text += [*not_run(kept, parts), *in_short(kept, names)]
     for name in names:
         base, reward = name.split("-")
         study = kept / name
