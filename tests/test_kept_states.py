@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig
+import hf_recontrol.evaluation.likelihoods
+from hf_recontrol import ControlConfig, ReControlForCausalLM, SamplingSettings, ValueHeadConfig
 from hf_recontrol.collection.kept_states import KEPT_FOLDER, remove_kept
 from hf_recontrol.collection.rollouts import write_rollouts
 from hf_recontrol.collection.scoring.labels import label_rollouts
@@ -12,10 +13,14 @@ from hf_recontrol.collection.states import write_states
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.states import StateStore
+from hf_recontrol.evaluation.comparison.answers import Drawer
+from hf_recontrol.evaluation.comparison.entries import Entry, Row
+from hf_recontrol.evaluation.rivals.kinds import make_rival
+from hf_recontrol.evaluation.rivals.rival import Bench
 from hf_recontrol.pipelines.fit import fit
 
 from .conftest import at, make_head
-from .tiny_models import layers_of, lm_head_of, tiny_model
+from .tiny_models import layers_of, lm_head_of, tiny_head, tiny_model
 from .tiny_tokenizer import tiny_tokenizer
 
 AT_HEAD = ValueHeadConfig(16, hook_point="lm_head", advantage_sizes=[])
@@ -255,3 +260,50 @@ def test_fit_uses_them_and_leaves_nothing_behind(tmp_path, recontrol_warnings):
     assert_same(tmp_path / "kept" / "states", tmp_path / "plain" / "states")
     again = forwards(model, lambda: fit(model, prompts, length, tmp_path / "kept", keep_states=True, **options))
     assert again == 0
+
+
+# Of a comparison's answers: kind, its settings, those of the sampling, the instruction, and whether they are read from
+# what they were drawn from.
+ANSWERS = {
+    "base": ("base", {}, {}, None, True),
+    "best of n": ("best_of_n", {"n": 2}, {}, None, True),
+    "advantage": ("advantage", {}, {}, None, True),
+    "ascent, greedy": ("ascent", {}, {"temperature": 0.0}, None, True),
+    "stop strings": ("static_vector", {}, {"temperature": 0.7, "stop_strings": ("w3",)}, None, True),
+    "guarded": ("advantage", {"plausibility": 0.1}, {}, None, False),
+    "instructed": ("advantage", {}, {}, "w9", False),
+    "beams": ("base", {}, {"generation_config": GenerationConfig(num_beams=2, do_sample=False)}, None, False),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt_projected", "mamba"])
+def test_answers_are_read_from_the_states_that_they_were_drawn_from(case, family, tmp_path, monkeypatch):
+    kind, own, sampling, instruction, is_kept = ANSWERS[case]
+    model = tiny_model(family)
+    model = ReControlForCausalLM.from_model(model, tiny_head(model, "lm_head"))
+    settings = SamplingSettings(**{"max_new_tokens": 5, "batch_size": 2} | sampling)
+    bench = Bench(model, tiny_tokenizer(), settings, {"reward": lambda completions: [0.0]}, tmp_path)
+    entry = Entry("row", kind, instruction=instruction, instruction_role="user" if instruction else "system")
+    row = Row(entry, make_rival(kind, bench, own), None if kind in ("base", "best_of_n") else 0.05)
+    prompts, drawer, found = load_prompts(["w10 w11 w12", "w20", "w30 w31"]), Drawer(bench, perplexity=True), {}
+
+    def draw(name):
+        found[name] = drawer.draw(row, prompts)
+
+    read, forced = [], hf_recontrol.evaluation.likelihoods.teacher_forced
+    monkeypatch.setattr(
+        hf_recontrol.evaluation.likelihoods, "teacher_forced", lambda *a, **k: read.append(1) or forced(*a, **k)
+    )
+    draw("kept")
+    assert row.rival.bench.keep is None
+    # gemma2 caps its logits.
+    assert (len(read) == 0) == (is_kept and family != "gemma2")
+    monkeypatch.setattr(Drawer, "_keeps", lambda self, row: False)
+    draw("read")
+    assert read
+    assert [each.rollout for each in found["kept"][0]] == [each.rollout for each in found["read"][0]]
+    for one, other in zip(found["kept"][1], found["read"][1], strict=True):
+        for name in ("base", "kl", "log_ratio"):
+            number = getattr(other, name)
+            assert getattr(one, name) == (number and pytest.approx(number, rel=1e-3, abs=1e-5))

@@ -157,18 +157,21 @@ def test_of_equal_controls_one_that_is_clearly_better_than_the_base_is_recommend
         assert _chosen(trials).method == expected
 
 
-@pytest.mark.usefixtures("recontrol_warnings")
 def test_controls_are_compared_on_prompts_that_all_have_rewards_for():
-    """A reward that scores the static edit's responses only where they hold the word must not favour it."""
-    model = controlled(-1, None, 1)
+    """A reward that scores the static edit's responses only where they are good must not favour it."""
 
-    def sometimes(completions, **columns):
-        return [count or None for count in count_word(None, completions)]
+    def of(method):
+        return Trial(ControlConfig(method, 1.0), 0.1, [0.0], (0.1, 0.05, 0.15))
 
-    found = recommend_control(model, tiny_tokenizer(), PROMPTS, sometimes, SAMPLING, target_kl=0.3)
-    assert {trial.control.method for trial in found.trials[1:]} <= {"static", "ascent"}
-    for trial in found.trials[1:]:
-        assert trial.reward[0] >= 1
+    picky = dict.fromkeys(range(5), 3.0)
+    whole = dict.fromkeys(range(5), 4.0) | dict.fromkeys(range(5, 40), 0.0)
+    assert _chosen([(of("static"), picky), (of("ascent"), whole)]).method == "ascent"
+    # A third one, with rewards for few prompts, changes on which ones the others are held against each other.
+    few = dict.fromkeys(range(2), 0.0)
+    split = dict.fromkeys(range(2), 3.0) | dict.fromkeys(range(2, 40), 5.0)
+    assert _chosen([(of("static"), split), (of("advantage"), few), (of("ascent"), whole)]).method == "ascent"
+    with pytest.raises(ValueError, match="a reward under every control"):
+        _chosen([(of("static"), {1: 1.0}), (of("ascent"), {2: 1.0})])
 
 
 @pytest.mark.usefixtures("recontrol_warnings")

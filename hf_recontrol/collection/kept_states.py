@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedModel
 
 from ..data.fingerprints import stable_number
 from ..data.rollouts import Rollout
-from ..modeling.hook_points import HookPoint
+from ..modeling.hook_points import HookPoint, find_lm_head
 from ..modeling.hooks import read_states
 from ..utils.files import atomic_path
 from .directions import directions, mean_rows
 
 KEPT_FOLDER = "kept_states"
 _METADATA_KEY = "hf_recontrol"
+
+
+def are_same(logits: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether two ways to some logits gave the same ones: a cap or a scale is more than what their dtype rounds."""
+    rounding = max(1e-3, 4 * torch.finfo(logits.dtype).eps)
+    return torch.allclose(logits.float(), others.float(), rtol=rounding, atol=rounding)
 
 
 class StateKeeper(LogitsProcessor):
@@ -37,10 +44,18 @@ class StateKeeper(LogitsProcessor):
             The LM head's rows, if the directions are kept too.
         temperature (`float`):
             What the batch is sampled at.
+        checks (`bool`, *optional*, defaults to `False`):
+            Whether the scores are compared with what the LM head makes of the states, where these are its input.
+
+    Attributes:
+        is_all_of_logits (`bool`):
+            Whether the scores were found to be that, and nothing else.
     """
 
-    def __init__(self, hook_point: HookPoint, weight: torch.Tensor | None, temperature: float):
+    def __init__(self, hook_point: HookPoint, weight: torch.Tensor | None, temperature: float, checks: bool = False):
         self._hook_point, self._weight, self._temperature = hook_point, weight, temperature
+        self._checks = checks
+        self.is_all_of_logits = False
         self._seen: list[torch.Tensor] = []
         self._hidden: list[torch.Tensor] = []
         self._means: list[torch.Tensor] = []
@@ -54,17 +69,24 @@ class StateKeeper(LogitsProcessor):
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         # A copy: of a prompt's forward only the last position is to stay in memory.
-        self._hidden.append(self._seen[-1][:, -1].clone())
+        state = self._seen[-1][:, -1:].clone()
+        if self._checks and not self._hidden:
+            self.is_all_of_logits = are_same(self._hook_point.module(state)[:, -1], scores)
+        self._hidden.append(state[:, 0])
         self._seen.clear()
         if self._weight is not None:
             self._means.append(mean_rows(scores, self._temperature, self._weight))
         return scores
 
+    def hidden(self) -> torch.Tensor:
+        """The states, `(rows, tokens, hidden_size)`, in the dtype that they were computed in."""
+        return torch.stack(self._hidden, 1)
+
     @torch.no_grad()
     def save(self, path: Path, rollouts: Sequence[Rollout], settings: dict) -> None:
         """Write the states of the batch's `rollouts`, in the dtype they were computed in."""
         tensors: dict[str, list[torch.Tensor]] = {"hidden": [], "directions": []}
-        hidden = torch.stack(self._hidden, 1)
+        hidden = self.hidden()
         means = torch.stack(self._means, 1) if self._weight is not None else None
         for row, rollout in enumerate(rollouts):
             length = len(rollout.completion_ids)
@@ -78,6 +100,54 @@ class StateKeeper(LogitsProcessor):
         with atomic_path(path) as temporary:
             # Not `save_file`, whose errors do not say that a disk is full in the way of all others.
             temporary.write_bytes(save(stored, {_METADATA_KEY: json.dumps(settings)}))
+
+
+@dataclass
+class KeptInFiles:
+    """Which states of a run are kept in files: read where, and in which file, by the batch's number."""
+
+    hook_point: HookPoint
+    weight: torch.Tensor | None
+    settings: dict
+    path: Callable[[int], Path]
+
+    def keeper(self, temperature: float) -> StateKeeper:
+        """For the states of one batch."""
+        return StateKeeper(self.hook_point, self.weight, temperature)
+
+    def take(self, number: int, keeper: StateKeeper, rollouts: Sequence[Rollout]) -> None:
+        """Keep the states of a batch's rollouts."""
+        keeper.save(self.path(number), rollouts, self.settings)
+
+
+class KeptInMemory:
+    """
+    The states at the LM head's input that responses were drawn from, for who reads these next. Those of logits that
+    are not the LM head's alone (caps, scales) are not kept.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            What draws.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._hook_point = HookPoint(find_lm_head(model), None, model.config.get_text_config().hidden_size, True)
+        self._found: dict[int, torch.Tensor] = {}
+
+    def keeper(self, temperature: float) -> StateKeeper:
+        """For the states of one batch."""
+        return StateKeeper(self._hook_point, None, temperature, checks=True)
+
+    def take(self, number: int, keeper: StateKeeper, rollouts: Sequence[Rollout]) -> None:
+        """Keep the states of a batch's rollouts."""
+        if keeper.is_all_of_logits:
+            for rollout, states in zip(rollouts, keeper.hidden().cpu(), strict=True):
+                # A copy: a response may be much shorter than its batch.
+                self._found[_token_number(rollout)] = states[: len(rollout.completion_ids)].clone()
+
+    def find(self, rollout: Rollout) -> torch.Tensor | None:
+        """`(tokens, hidden_size)`, or `None`."""
+        return self._found.get(_token_number(rollout))
 
 
 def _token_number(rollout: Rollout) -> int:

@@ -6,7 +6,6 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,16 @@ from ..utils.files import make_folder
 from .batches import batches, pad_batch
 from .engines import engine_of
 from .engines.engine import Engine
-from .kept_states import KEPT_FOLDER, StateKeeper, has_kept, kept_path, kept_settings, remove_kept
+from .kept_states import (
+    KEPT_FOLDER,
+    KeptInFiles,
+    KeptInMemory,
+    StateKeeper,
+    has_kept,
+    kept_path,
+    kept_settings,
+    remove_kept,
+)
 from .sampling import (
     Reweighing,
     RowSampler,
@@ -50,16 +58,6 @@ from .sampling import (
 )
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class _Keep:
-    """Which states are kept while sampling: read where, for which run, and in which file, by the batch's number."""
-
-    hook_point: HookPoint
-    weight: torch.Tensor | None
-    settings: dict
-    path: Callable[[int], Path]
 
 
 class _Sampler:
@@ -127,7 +125,7 @@ def _sample(
     rows: Sequence[tuple[int, int]],
     settings: SamplingSettings,
     advance: Callable[[int], None],
-    keep: _Keep | None = None,
+    keep: KeptInFiles | KeptInMemory | None = None,
 ) -> list[Rollout]:
     """Rollouts of `rows`, (index of the prompt, number of the sample) each, in their order."""
     if keep is not None:
@@ -137,7 +135,7 @@ def _sample(
     lengths = [len(encoded[i]) for i, _ in rows]
     together = batches(lengths, settings.batch_size, lengths if sampler.needs_equal_lengths else None)
     for number, batch in enumerate(together):
-        keeper = None if keep is None else StateKeeper(keep.hook_point, keep.weight, temperature_of(sampler.config))
+        keeper = None if keep is None else keep.keeper(temperature_of(sampler.config))
         responses = sampler.draw(
             [encoded[rows[k][0]] for k in batch],
             settings.seed,
@@ -147,7 +145,7 @@ def _sample(
         for k, response in zip(batch, responses, strict=True):
             rollouts[k] = _rollout(sampler, prompts, encoded, rows[k], response)
         if keeper is not None:
-            keeper.save(keep.path(number), [rollouts[k] for k in batch], keep.settings)
+            keep.take(number, keeper, [rollouts[k] for k in batch])
         advance(len(batch))
     return rollouts
 
@@ -258,16 +256,19 @@ def draw_rollouts(
     control: ControlConfig | bool = False,
     progress: Progress | None = None,
     reweigh: Callable[[list[tuple[int, int]]], Reweighing] | None = None,
+    keep: KeptInMemory | None = None,
 ) -> list[Rollout]:
-    """[`generate_rollouts`], from what `reweigh` makes of the model's distribution: called for each batch."""
+    """[`generate_rollouts`], from what `reweigh` makes of each batch's distribution; its states are kept in `keep`."""
     config = sampling_config(model, tokenizer, settings)
+    if (config.num_beams or 1) > 1 or config.cache_implementation is not None:
+        keep = None  # rows of a beam search change places, and what is compiled is not read
     sampler = _Sampler(model, tokenizer, config, _checked_control(model, control), reweigh)
     encoder = PromptEncoder(tokenizer, settings)
     encoded, bad = encode_all(encoder, model, prompts, range(len(prompts)), config.max_new_tokens)
     report_bad_rows(bad, "error", can_skip=False)
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(settings.num_samples)]
     with progress_bar("rollouts", len(rows), progress) as advance:
-        return _sample(sampler, prompts, encoded, rows, settings, advance)
+        return _sample(sampler, prompts, encoded, rows, settings, advance, keep)
 
 
 def write_rollouts(
@@ -385,7 +386,7 @@ def _write_parts(
             keep = None
             if kept_from is not None:
                 path = partial(kept_path, stage.path, index)
-                keep = _Keep(*kept_from, kept_settings(kept_from[0], stage.settings), path)
+                keep = KeptInFiles(*kept_from, kept_settings(kept_from[0], stage.settings), path)
             save_rollouts(_sample(sampler, prompts, encoded, part, settings, advance, keep), stage.part_path(index))
     return len(bad)
 

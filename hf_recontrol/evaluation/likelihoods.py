@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..collection.batches import forward_batches, teacher_forced
+from ..collection.kept_states import KeptInMemory, are_same
 from ..configuration import ControlConfig
 from ..data.rollouts import Rollout
 from ..heads.value_head import in_eval
@@ -51,6 +52,7 @@ def likelihoods(
     asked: Sequence[Sequence[int]] | None = None,
     batch_size: int = 8,
     only_at_head: bool = False,
+    kept: KeptInMemory | None = None,
 ) -> list[Likelihood]:
     """
     How likely responses are under the base, and how far the policy is from it along them.
@@ -68,13 +70,20 @@ def likelihoods(
         only_at_head (`bool`, *optional*, defaults to `False`):
             Whether the policy differs from the base at the LM head alone: then its states are the base's, and one
             forward does for both. Where logits do not come of the LM head alone (caps, scales), two are made.
+        kept ([`KeptInMemory`], *optional*):
+            States of the base at the LM head's input that responses were drawn from, for a policy that differs there
+            alone: a response whose states are there needs no forward.
 
     Returns:
         `list[Likelihood]`, in the order of `rollouts`; of an empty response all zeros.
     """
     seen = [replace(r, prompt_ids=list(ids)) for r, ids in zip(rollouts, asked, strict=True)] if asked else rollouts
-    known = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids]
+    states = [None if kept is None else kept.find(rollout) for rollout in rollouts]
+    known = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids and states[i] is None]
     found = [Likelihood(0.0, *((0.0, 0.0) if policy is not None else ()))] * len(rollouts)
+    for i, own in enumerate(states):
+        if own is not None and rollouts[i].completion_ids:
+            found[i] = _of_states(model, rollouts[i], own, policy)
     with nullcontext() if policy is None else policy():
         batches, _ = forward_batches(model, [seen[i] for i in known], batch_size)
     for batch in batches:
@@ -97,17 +106,38 @@ def likelihoods(
     return found
 
 
+def _of_states(
+    model: PreTrainedModel,
+    rollout: Rollout,
+    states: torch.Tensor,
+    policy: Callable[[], AbstractContextManager] | None,
+) -> Likelihood:
+    """[`likelihoods`] of one response, from the states of its tokens, `(tokens, hidden_size)`."""
+    lm_head = find_lm_head(model)
+    states = states[None].to(next(lm_head.parameters()).device)
+    with in_eval(model):
+        with base_only(model):
+            base = lm_head(states)[0]
+        if policy is None:
+            return _likelihood(rollout, base, None)
+        with policy():
+            return _likelihood(rollout, base, lm_head(states)[0])
+
+
 def acts_only_at_head(model: PreTrainedModel, control: ControlConfig | None) -> bool:
     """Whether a control of a model's heads differs from the base at the LM head alone: guards act behind it."""
     return model.hook_point.layer is None and (control is None or not control.is_guarded)
 
 
 def likelihoods_in_force(
-    model: ReControlForCausalLM, rollouts: Sequence[Rollout], batch_size: int = 8
+    model: ReControlForCausalLM,
+    rollouts: Sequence[Rollout],
+    batch_size: int = 8,
+    kept: KeptInMemory | None = None,
 ) -> list[Likelihood]:
     """[`likelihoods`] of responses where the policy is the model under the settings in force."""
     only_at_head = acts_only_at_head(model, model.active_control)
-    return likelihoods(model, rollouts, nullcontext, batch_size=batch_size, only_at_head=only_at_head)
+    return likelihoods(model, rollouts, nullcontext, batch_size=batch_size, only_at_head=only_at_head, kept=kept)
 
 
 @contextmanager
@@ -124,16 +154,18 @@ def _is_all_of_logits(model: PreTrainedModel, states: Sequence[torch.Tensor], lo
         return False
     with base_only(model):
         last = find_lm_head(model)(states[0][:, -1:])
-    return torch.allclose(last.float(), logits[:, -1:].float(), rtol=1e-3, atol=1e-3)
+    return are_same(last, logits[:, -1:])
 
 
 def _likelihood(rollout: Rollout, base: torch.Tensor, own: torch.Tensor | None) -> Likelihood:
     """Of the logits, `(tokens, vocabulary)`, that a response's tokens were drawn from."""
     tokens = torch.tensor(rollout.completion_ids, device=base.device)[:, None]
-    plain = -torch.log_softmax(base.float(), dim=-1).gather(-1, tokens).cpu().double().sum()
+    log_plain = torch.log_softmax(base.float(), dim=-1)
+    plain = -log_plain.gather(-1, tokens).cpu().double().sum()
     if own is None:
         return Likelihood(float(plain))
-    log_base, log_policy = (log_policy_of(rollout, logits) for logits in (base, own))
+    is_plain = (rollout.temperature or 1.0) == 1.0
+    log_base, log_policy = log_plain if is_plain else log_policy_of(rollout, base), log_policy_of(rollout, own)
     ratio = (log_policy.gather(-1, tokens) - log_base.gather(-1, tokens)).cpu().double().sum()
     return Likelihood(float(plain), float(kl_by_token(log_base, log_policy).sum()), float(ratio))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..collection.rollouts import generate_rollouts
+from ..collection.rollouts import draw_rollouts
 from ..collection.scoring.responses import score_rollouts
 from ..collection.scoring.rewards import RewardFunction
 from ..configuration import ControlConfig
@@ -143,9 +144,7 @@ def recommend_control(
     head = model.value_head
     rewards = [rewards] if callable(rewards) else list(rewards)
     prompts, sampling = few_prompts(model, tokenizer, prompts, sampling or SamplingSettings())
-
-    def draw(control: ControlConfig | bool) -> list[Rollout]:
-        return generate_rollouts(model, tokenizer, prompts, sampling, control=control, progress=no_progress)
+    draw = partial(draw_rollouts, model, tokenizer, prompts, sampling, progress=no_progress)
 
     def scores(rollouts: list[Rollout]) -> list[Rollout]:
         return score_rollouts(
@@ -158,7 +157,7 @@ def recommend_control(
 
     starts = candidates(head)
     with progress_bar("control", len(starts) + 1, progress) as advance:
-        base = scores(draw(False))
+        base = scores(draw(control=False))
         base_rewards = _by_prompt(head, base)
         advance(1)
         found: list[tuple[Trial, dict[int, float]]] = []
@@ -206,11 +205,11 @@ def _means(rollouts: Sequence[Rollout]) -> list[float]:
 def _chosen(found: Sequence[tuple[Trial, dict[int, float]]]) -> ControlConfig:
     """Of controls and their rewards by prompt, the simplest first."""
     # Rewards may leave responses without a score: only prompts that all have are compared.
-    shared = set.intersection(*(set(rewards) for _, rewards in found))
+    shared = sorted(set.intersection(*(set(rewards) for _, rewards in found)))
     if not shared:
         raise ValueError("No prompt has a response with a reward under every control, so they cannot be compared.")
     _, best = max(found, key=lambda item: sum(item[1][number] for number in shared))
-    behind = [paired_interval(_differences(best, rewards))[0] for _, rewards in found]
+    behind = [paired_interval([best[number] - rewards[number] for number in shared])[0] for _, rewards in found]
     return found[simplest_of_the_best(behind, [trial.gain[1] for trial, _ in found])][0].control
 
 

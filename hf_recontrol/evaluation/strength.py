@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..collection.rollouts import generate_rollouts
+from ..collection.kept_states import KeptInMemory
+from ..collection.rollouts import draw_rollouts
 from ..collection.sampling import sampling_config
 from ..configuration import ControlConfig
 from ..data.processes import no_progress
@@ -18,7 +21,7 @@ from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import SamplingSettings
 from .intervals import ratio_interval
-from .likelihoods import likelihoods_in_force
+from .likelihoods import acts_only_at_head, likelihoods_in_force
 from .metrics import kl_divergence
 
 logger = logging.get_logger(__name__)
@@ -110,25 +113,19 @@ def match_kl(
             f"The KL is measured on {len(prompts)} prompts: its interval is wide. {NUM_RESPONSES} prompts tell more."
         )
 
-    def draw(drawn_under: ControlConfig | bool) -> list[Rollout]:
-        return generate_rollouts(model, tokenizer, prompts, sampling, control=drawn_under, progress=no_progress)
-
-    found, _ = control_at_kl(model, draw(False), control, target_kl, draw, tolerance, max_samplings)
+    draw = partial(draw_rollouts, model, tokenizer, prompts, sampling, progress=no_progress)
+    found, _ = control_at_kl(model, draw(control=False), control, target_kl, draw, tolerance, max_samplings)
     return found
 
 
 def few_prompts(
     model: ReControlForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Prompts | Sequence,
+    prompts: Any,
     sampling: SamplingSettings,
 ) -> tuple[Prompts, SamplingSettings]:
     """The prompts to answer, 64 at most, and how often each is: once, or until there are 64 responses."""
-    if not len(prompts):
-        raise ValueError("No prompts to compare controls on.")
-    if not isinstance(prompts, Prompts):
-        prompts = load_prompts(list(prompts)[:NUM_RESPONSES])
-    prompts = prompts.take(range(len(prompts))[:NUM_RESPONSES])
+    prompts = load_prompts(prompts, limit=NUM_RESPONSES)
     drawn = sampling_config(model, tokenizer, SamplingSettings.of(sampling, {"num_samples": 1})).do_sample
     return prompts, SamplingSettings.of(sampling, {"num_samples": -(-NUM_RESPONSES // len(prompts)) if drawn else 1})
 
@@ -138,7 +135,7 @@ def control_at_kl(
     of_base: Sequence[Rollout],
     start: ControlConfig,
     target_kl: float,
-    draw: Callable[[ControlConfig], list[Rollout]],
+    draw: Callable[..., list[Rollout]],
     tolerance: float = 0.1,
     max_samplings: int = 6,
 ) -> tuple[KLMatch, list[Rollout]]:
@@ -148,11 +145,11 @@ def control_at_kl(
     Args:
         of_base (sequence of [`Rollout`]):
             Responses of the base, for the first guess.
-        draw (`Callable[[ControlConfig], list[Rollout]]`):
-            Answers the prompts under a control.
+        draw (`Callable`):
+            [`draw_rollouts`] of the prompts, called with a `control` and what to `keep`.
     """
     _check_start(start)
-    few = sorted(of_base, key=lambda rollout: -len(rollout.completion_ids))[:_LONGEST][::_EVERY]
+    few = for_a_guess(of_base)
     last: list[tuple[tuple[float, float, float], list[Rollout]]] = []
 
     def on_the_base_s(step_size: float) -> float:
@@ -161,9 +158,10 @@ def control_at_kl(
 
     def on_its_own(step_size: float) -> float:
         control = replace(start, step_size=step_size)
-        responses = draw(control)
+        keep = KeptInMemory(model) if acts_only_at_head(model, control) else None
+        responses = draw(control=control, keep=keep)
         with model.use_control(control):
-            nats = [each.kl for each in likelihoods_in_force(model, responses)]
+            nats = [each.kl for each in likelihoods_in_force(model, responses, kept=keep)]
         last[:] = [(kl_with_interval(responses, nats), responses)]
         return last[0][0][0]
 
@@ -171,6 +169,11 @@ def control_at_kl(
     [(measured, responses)] = last
     num_prompts = len({rollout.prompt_number for rollout in responses})
     return KLMatch(replace(start, step_size=step_size), *measured, num_prompts, len(responses)), responses
+
+
+def for_a_guess(responses: Sequence[Rollout]) -> list[Rollout]:
+    """The responses on which a strength is guessed, before a control's own tell."""
+    return sorted(responses, key=lambda rollout: -len(rollout.completion_ids))[:_LONGEST][::_EVERY]
 
 
 def kl_with_interval(rollouts: Sequence[Rollout], nats: Sequence[float]) -> tuple[float, float, float]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ...collection.kept_states import KeptInMemory
 from ...collection.sampling import draw_settings, encode_all, sampling_config
 from ...data.fingerprints import model_settings
 from ...data.processes import Processes, Progress, progress_bar
@@ -95,7 +96,7 @@ class Drawer:
         """A row's answers to prompts, how likely each is, and the seconds that drawing one took."""
         bench, asked = row.rival.bench, self.asked(row, prompts)
         begin = time.perf_counter()
-        with _named(row):
+        with _named(row), self._keeping(row) as kept:
             returned = row.rival.answer(asked, row.strength)
         seconds = time.perf_counter() - begin
         answers = answers_of(bench, asked, returned, row.entry.name)
@@ -108,7 +109,7 @@ class Drawer:
         if policy is None and not self.perplexity:
             return answers, [Likelihood()] * len(answers), seconds
         rollouts = [answer.rollout for answer in answers]
-        return answers, self._likelihoods(row, rollouts, policy, asked_ids), seconds
+        return answers, self._likelihoods(row, rollouts, policy, asked_ids, kept), seconds
 
     def likelihoods_on(self, row: Row, rollouts: Sequence[Rollout], prompts: Prompts) -> list[Likelihood]:
         """How likely others' responses to these prompts are under a row's policy: no responses are drawn."""
@@ -127,6 +128,7 @@ class Drawer:
         rollouts: Sequence[Rollout],
         policy: Callable[[], AbstractContextManager] | None,
         asked: Sequence[list[int]] | None,
+        kept: KeptInMemory | None = None,
     ) -> list[Likelihood]:
         return likelihoods(
             self.bench.model,
@@ -135,7 +137,26 @@ class Drawer:
             asked=asked,
             batch_size=self.bench.sampling.batch_size,
             only_at_head=row.rival.only_at_head,
+            kept=kept,
         )
+
+    @contextmanager
+    def _keeping(self, row: Row) -> Iterator[KeptInMemory | None]:
+        """What is kept of the states that a row's answers are drawn from in the block, if these are read from them."""
+        bench = row.rival.bench
+        if not self._keeps(row):
+            yield None
+            return
+        row.rival.bench = replace(bench, keep=KeptInMemory(bench.model))
+        try:
+            yield row.rival.bench.keep
+        finally:
+            row.rival.bench = bench
+
+    def _keeps(self, row: Row) -> bool:
+        is_read = self.perplexity or row.strength is not None
+        # The base is asked without the instruction.
+        return is_read and row.rival.draws_from_base_states and row.entry.instruction is None
 
     def _as_asked_by_the_user(self, answer: Answer, prompts: Prompts) -> Answer:
         place = prompts.numbers.index(answer.rollout.prompt_number)

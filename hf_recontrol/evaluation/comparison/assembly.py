@@ -51,19 +51,17 @@ def write_results(
     """
     loaded = [load_answers(stage) for stage in stages]
     timed = {number for _, measured in loaded for number in measured.pop(TIMED_UNDER, [])}
+    earlier = f" What {output / TABLE_NAME} says is of an earlier run." if (output / TABLE_NAME).exists() else ""
+    if isinstance(judging, JudgeScoring) and judging.is_silent(judging.counts()):
+        raise ValueError(f"{judging.without_verdicts()}{earlier}")
     numbers = [with_reward(bench, measured | own) for (_, measured), own in zip(loaded, scores, strict=True)]
     for name in dict.fromkeys(name for own in scores for name in own):
         if all(value is None for own in scores for value in own[name]):
             said = f"No answer of any control has a number by {name!r}, so there is nothing to compare."
-            if name == "judge" and isinstance(judging, JudgeScoring):
-                said += f" {judging.without_verdicts()}"
-            if (output / TABLE_NAME).exists():
-                said += f" What {output / TABLE_NAME} says is of an earlier run."
-            raise ValueError(said)
+            raise ValueError(f"{said}{earlier}")
     others, held_against = numbers[reference], loaded[reference][0]
     judged_by = "judge" if "judge" in others else "reward"
     if isinstance(judging, PersonJudge):
-        judging.check_rows([(row.entry.name, row.strength) for row in rows])
         for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True):
             own |= judging.scores(row.entry.name, row.strength, rollouts, held_against)
     held_by = best_places(held_against, others["reward"]) if isinstance(rows[reference].rival, BestOfN) else None
@@ -135,7 +133,8 @@ def _against(samples: Sequence[Sample], drawn: Sample, row: Row) -> Sample:
 
 
 def _matched(name: str, match: dict[str, Any]) -> str:
+    low, high = ("?" if match[end] is None else f"{match[end]:.3f}" for end in ("low", "high"))
     return (
-        f"{name}: strength {match['strength']:g} reached {match['kl']:.3f} [{match['low']:.3f}, {match['high']:.3f}] "
-        "nats a token on held-out prompts."
+        f"{name}: strength {match['strength']:g} reached {match['kl']:.3f} [{low}, {high}] nats a token on held-out "
+        "prompts."
     )

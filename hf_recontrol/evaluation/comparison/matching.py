@@ -14,8 +14,9 @@ from ...data.processes import Processes, Progress, progress_bar
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout
 from ...utils.files import read_json, write_json
+from ..intervals import finite
 from ..rivals.rival import Bench
-from ..strength import kl_with_interval, strength_at_kl
+from ..strength import for_a_guess, kl_with_interval, strength_at_kl
 from .answers import Drawer, kl_of, row_settings
 from .entries import Row
 
@@ -128,7 +129,7 @@ def _match(
     drawer: Drawer, row: Row, held_out: Prompts, of_base: Sequence[Rollout], max_responses: int | None
 ) -> dict[str, Any]:
     last: list[tuple[float, float, float]] = []
-    drawn = [0]
+    drawn, few = [0], for_a_guess(of_base)
 
     def kl_on_its_own(strength: float) -> float:
         if max_responses is not None and drawn[0] + len(of_base) > max_responses:
@@ -147,8 +148,8 @@ def _match(
         return last[0][0]
 
     def kl_on_the_base_s(strength: float) -> float:
-        found = drawer.likelihoods_on(replace(row, strength=strength), of_base, held_out)
-        return sum(each.kl for each in found) / max(1, sum(len(rollout.completion_ids) for rollout in of_base))
+        found = drawer.likelihoods_on(replace(row, strength=strength), few, held_out)
+        return sum(each.kl for each in found) / max(1, sum(len(rollout.completion_ids) for rollout in few))
 
     try:
         start = row.rival.start
@@ -161,4 +162,5 @@ def _match(
         if max_responses is None:
             raise ValueError(said) from error
         return {"failed": said, "responses": drawn[0], "spent": isinstance(error, _SpentError)}
-    return {"strength": strength, **dict(zip(("kl", "low", "high"), last[0], strict=True)), "responses": drawn[0]}
+    measured = dict(zip(("kl", "low", "high"), map(finite, last[0]), strict=True))
+    return {"strength": strength, **measured, "responses": drawn[0]}

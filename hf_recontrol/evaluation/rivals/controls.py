@@ -47,7 +47,7 @@ class Control(Rival):
         self.control = control
         if control.method == "ascent" and control.l2 > 0:
             self.start = min(self.start, 0.5 / control.l2)
-        self.only_at_head = acts_only_at_head(bench.model, control)
+        self.only_at_head = self.draws_from_base_states = acts_only_at_head(bench.model, control)
         self.strength = control.step_size if same or "step_size" in settings else None
 
     def at(self, strength: float | None) -> ControlConfig:

@@ -18,6 +18,8 @@ from .rival import Answer, Bench, Rival, with_samples
 class Base(Rival):
     """The base as it is. With an instruction in the prompt it is prompting."""
 
+    draws_from_base_states = True
+
     def answer(self, prompts: Prompts, strength: float | None) -> list[Answer]:
         return [Answer(rollout, kl=[0.0] * len(rollout.completion_ids)) for rollout in self.bench.draw(prompts)]
 

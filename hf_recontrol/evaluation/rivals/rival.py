@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...collection.batches import recorded_control, shown_control
-from ...collection.rollouts import generate_rollouts
+from ...collection.kept_states import KeptInMemory
+from ...collection.rollouts import draw_rollouts
 from ...collection.sampling import sampling_config, temperature_of
 from ...collection.scoring.rewards import RewardFunction, objective_names
 from ...configuration import ControlConfig
@@ -69,6 +70,8 @@ class Bench:
             A folder of scored rollouts of the base, for rivals that learn from them.
         combine_rewards (`str`, *optional*, defaults to `"none"`):
             As for [`score_rollouts`].
+        keep ([`KeptInMemory`], *optional*):
+            Where the states that responses are drawn from are kept.
     """
 
     model: PreTrainedModel
@@ -78,6 +81,7 @@ class Bench:
     folder: Path
     rollouts: Path | None = None
     combine_rewards: str = "none"
+    keep: KeptInMemory | None = None
 
     def head_for(self, kind: str) -> ValueHead:
         """The value head; `ValueError` if there is none, which names the kind of rival that needs it."""
@@ -87,14 +91,8 @@ class Bench:
 
     def draw(self, prompts: Prompts, control: ControlConfig | bool = False) -> list[Rollout]:
         """[`generate_rollouts`] with the comparison's settings, `num_samples` responses to each prompt."""
-        return generate_rollouts(
-            self.model,
-            self.tokenizer,
-            prompts,
-            self.sampling,
-            control=control,
-            progress=no_progress,
-        )
+        settings, model, tokenizer = self.sampling, self.model, self.tokenizer
+        return draw_rollouts(model, tokenizer, prompts, settings, control, progress=no_progress, keep=self.keep)
 
 
 class Rival(ABC):
@@ -109,12 +107,16 @@ class Rival(ABC):
             A strength from which the search for a given KL starts; `None`: it has no strength, so it is measured once.
         only_at_head (`bool`):
             Whether its policy differs from the base at the LM head alone, see [`likelihoods`].
+        draws_from_base_states (`bool`):
+            Whether its answers are `bench.draw`'s, from states at the LM head's input that are the base's: then these
+            are kept, and its KL and perplexity need no forward.
         learnt (`frozenset[int]`):
             The [`prompt_hash`] of each prompt that it learns from: nothing is compared on these.
     """
 
     start: float | None = None
     only_at_head: bool = False
+    draws_from_base_states: bool = False
     learnt: frozenset[int] = frozenset()
 
     def __init__(self, bench: Bench):
