@@ -265,8 +265,10 @@ def test_what_no_page_of_this_comparison_has_saved_is_refused_before_any_work(pl
     assert Path("out/answers.parquet").read_bytes() == before
     with pytest.raises(ValueError, match="no longer those that were judged"):
         again(good, seed=1)
+    drawn = set(Path("out/answers").iterdir())
     with pytest.raises(ValueError, match="'nasty' was judged, and is not compared"):
-        again(good, controls=CONTROLS[:3])
+        again(good, controls=CONTROLS[:3], max_new_tokens=3)
+    assert set(Path("out/answers").iterdir()) == drawn
 
 
 def test_what_cannot_be_judged_is_refused(place):

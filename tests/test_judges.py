@@ -208,6 +208,12 @@ def test_a_time_out_is_tried_again(server, tmp_path):
     assert (found["win_rate"], server.calls) == ([1], 3)
 
 
+def test_a_slow_endpoint_is_told_with_the_setting_that_helps(server, tmp_path):
+    server.faults = ["slow"] * 9
+    with pytest.raises(OSError, match=r"APITimeoutError\)\. Give it a larger `timeout`"):
+        judged(judge_of(given_for(server, timeout=0.2)), tmp_path / "v", PAIRS[:1])
+
+
 @pytest.mark.parametrize(
     ("reply", "why"),
     [
@@ -312,6 +318,16 @@ def test_what_has_judged_here_before_is_not_probed(server, tmp_path):
     assert server.probes == 2
 
 
+def test_a_key_that_is_gone_is_told_of_where_old_verdicts_may_do(server, tmp_path, monkeypatch, recontrol_warnings):
+    monkeypatch.setenv("MY_KEY", KEY)
+    given = given_for(server, api_key_env="MY_KEY")
+    judged(judge_of(given), tmp_path / "v", PAIRS)
+    monkeypatch.delenv("MY_KEY")
+    JudgeScoring(judge_of(given), tmp_path / "v").check()
+    assert [text for text in recontrol_warnings if "key is missing" in text and "a new answer is an error" in text]
+    assert judged(judge_of(given), tmp_path / "v", PAIRS)[1]["new_calls"] == 0
+
+
 # Settings and keys.
 
 
@@ -386,6 +402,14 @@ def test_a_key_among_the_settings_is_found_by_its_value(server, monkeypatch):
         with pytest.raises(ValueError, match=said) as caught:
             judge_of(given_for(server, api_key_env="MY_KEY")).check()
         assert key == " " or str(key) not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["m", "x", "max", "ollama"])
+def test_what_a_server_without_keys_is_given_is_no_key_among_the_settings(server, monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    judge = judge_of(given_for(server, api_key_env="MY_KEY", model="ollama/m"))
+    judge.check()
+    assert judge.shown("a max ollama") == "a max ollama"
 
 
 @pytest.mark.parametrize("always", [None, 400, 401, 500, "broken"])
@@ -591,7 +615,7 @@ def test_a_judge_without_any_verdict_says_how_many_and_how_a_reply_begins(server
     compare(**settings(judge=given_for(server)), quiet=True)
     server.always = f"I would say: {KEY} a good one. " + "word " * 100
     given = settings(judge=given_for(server, mode="score", api_key_env="OPENAI_API_KEY")) | {"quiet": True}
-    with pytest.raises(ValueError, match="number by 'judge'") as caught:
+    with pytest.raises(ValueError, match="The judge gave no verdict") as caught:
         compare(**given)
     said = str(caught.value)
     count = len(parquet.read_table("out/answers.parquet"))
@@ -625,6 +649,13 @@ class Longer(Judge):
 class Silent(Longer):
     def verdicts(self, questions):
         return [None] * len(questions)
+
+
+def test_pairs_without_any_verdict_are_an_error_though_the_one_compared_against_ties_with_itself(server, place):
+    server.always = "<think>Both answers"
+    with pytest.raises(ValueError, match=r"no verdict on any of the \d+ answers .*`max_tokens`"):
+        compare(**settings(judge=given_for(server)), quiet=True)
+    assert not (place / "out/table.md").exists()
 
 
 def test_a_judge_of_a_users_own(place):

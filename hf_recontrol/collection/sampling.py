@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from abc import ABC
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
+from ..data.fingerprints import tokenizer_settings
 from ..data.prompts import BadRow, Prompts
 from ..data.templating import PromptEncoder
 from ..modeling.generation import read_padding, read_prompts_once
@@ -323,12 +322,6 @@ def temperature_of(config: GenerationConfig) -> float:
     return (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0
 
 
-@lru_cache(maxsize=1)
-def _vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    text = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
 def draw_settings(
     tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, settings: SamplingSettings
 ) -> dict[str, Any]:
@@ -336,8 +329,7 @@ def draw_settings(
     drawn = {key: value for key, value in config.to_diff_dict().items() if key[0] != "_"}
     drawn.pop("transformers_version", None)
     return {
-        "tokenizer": [_vocabulary_fingerprint(tokenizer), tokenizer("a")["input_ids"]],
-        "chat_template": hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()[:16],
+        **tokenizer_settings(tokenizer),
         "prompt_format": settings.prompt_format,
         "chat_template_kwargs": settings.chat_template_kwargs,
         "num_samples": settings.num_samples,

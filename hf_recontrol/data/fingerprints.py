@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from ..heads.hub import portable_name
 from ..utils.code_fingerprints import model_fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .prompts import Prompts
 
@@ -31,6 +32,20 @@ def model_settings(model: PreTrainedModel) -> dict[str, Any]:
         "model": portable_name(model.config._name_or_path),
         "model_revision": getattr(model.config, "_commit_hash", None),
         "model_fingerprint": model_fingerprint(model),
+    }
+
+
+@lru_cache(maxsize=2)
+def _vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What tells one tokenizer from another, with its chat template."""
+    return {
+        "tokenizer": [_vocabulary_fingerprint(tokenizer), tokenizer("a")["input_ids"]],
+        "chat_template": hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()[:16],
     }
 
 
@@ -92,6 +107,14 @@ def prompt_hash(prompt: str | list) -> int:
 def prompt_hashes(prompts: Prompts) -> list[int]:
     """The [`prompt_hash`] of each prompt, in their order."""
     return [prompt_hash(row["prompt"]) for row in prompts.rows]
+
+
+def distinct(prompts: Prompts) -> Prompts:
+    """Each prompt once, by its [`prompt_hash`]: the first of those that are equal."""
+    once: dict[int, int] = {}
+    for place, number in enumerate(prompt_hashes(prompts)):
+        once.setdefault(number, place)
+    return prompts.take(list(once.values()))
 
 
 def _said(prompt: str | list) -> str | list:

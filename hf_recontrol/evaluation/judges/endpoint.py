@@ -31,8 +31,8 @@ _HINTS = {
 }
 # Characters of what an endpoint says that an error repeats.
 _SHOWN = 500
-# So much of a key tells what it is.
-_PIECE = 6
+# So much of a key tells what it is. What is shorter than a key is what servers are given that need none.
+_PIECE, _SHORTEST_KEY = 6, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,11 @@ class EndpointJudge(LanguageJudge):
         key = self._key
         if self.base_url is None and self._url is not None:
             self._check_url(self._url)
-        if key and key in json.dumps(self.depends_on(), ensure_ascii=False):
-            raise ValueError("The judge's key stands in its settings, which are written to files: take it out.")
+        if len(key or "") >= _SHORTEST_KEY and key in json.dumps(self.depends_on(), ensure_ascii=False):
+            raise ValueError(
+                "The judge's key stands in its settings, which are written to files: take it out, or, if the endpoint "
+                "needs none, say `api_key_env: null`."
+            )
         with needs_extra("compare", "A judge behind an endpoint"):
             return openai_client(
                 "judge", self._url, key, self.api_key_env, timeout=self.timeout, max_retries=self.max_retries
@@ -230,16 +233,22 @@ class EndpointJudge(LanguageJudge):
 
     def _dead(self, error: Exception) -> OSError:
         """Without its cause: an endpoint may repeat the key in its answer."""
+        from openai import APITimeoutError
+
         status = getattr(error, "status_code", None)
         said = type(error).__name__ if status is None else f"{type(error).__name__}, status {status}"
+        slow = " Give it a larger `timeout`, or fewer calls at once (`concurrency`)."
+        hint = slow if isinstance(error, APITimeoutError) else _HINTS.get(status, "")
         return OSError(
-            f"The judge at {self.client.base_url} does not answer ({said}).{_HINTS.get(status, '')} What was done is "
+            f"The judge at {self.client.base_url} does not answer ({said}).{hint} What was done is "
             "kept: the same call goes on from there."
         )
 
     def _without_key(self, text: str) -> str:
         key = self._key or ""
-        text = text.replace(key, "***") if key else text
+        if len(key) < _SHORTEST_KEY:
+            return text
+        text = text.replace(key, "***")
         for start in range(len(key) - _PIECE + 1):
             text = text.replace(key[start : start + _PIECE], "***")
         return text

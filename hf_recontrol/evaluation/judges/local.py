@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ...data.fingerprints import tokenizer_settings
 from ...data.processes import device_of
 from ...heads.base_model import load_base_model
 from ...utils.checks import check_choice, check_int, check_text
@@ -75,16 +77,24 @@ class LocalJudge(LanguageJudge):
             raise ValueError(f"The judge {self.model} has no chat template: name a chat model.")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        # What a model draws with by its own default, such as a penalty on the numbers of the question, is no verdict.
+        ends = model.generation_config.eos_token_id
+        model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id if ends is None else ends)
         return model.to(device_of(self.device, "judge.device")).eval(), tokenizer
 
     def depends_on(self) -> dict[str, Any]:
-        return super().depends_on() | {"weights": model_fingerprint(self.loaded[0])}
+        model, tokenizer = self.loaded
+        own = {"weights": model_fingerprint(model), "decoding": "greedy", **tokenizer_settings(tokenizer)}
+        return super().depends_on() | own
 
     @torch.no_grad()
     def replies(self, talks: Sequence[list[dict[str, str]]]) -> list[Reply]:
         model, tokenizer = self.loaded
+        # Marks of a turn in an answer are text. Releases of transformers that cannot read them so have no such option.
+        names = inspect.signature(tokenizer.apply_chat_template).parameters
+        as_text = {"sanitize_control_tokens": True} if "sanitize_control_tokens" in names else {}
         given = tokenizer.apply_chat_template(
-            list(talks), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+            list(talks), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True, **as_text
         )
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         lengths = given["attention_mask"].sum(1).tolist()
@@ -102,10 +112,6 @@ class LocalJudge(LanguageJudge):
         drawn = model.generate(
             **rows,
             do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
             max_new_tokens=self.max_tokens,
             pad_token_id=tokenizer.pad_token_id,
         )[:, rows["input_ids"].shape[1] :].cpu()

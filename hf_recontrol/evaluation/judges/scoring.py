@@ -11,13 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ...data.processes import Processes
 from ...data.rollouts import Rollout
 from ...utils.checks import check_choice, check_json, check_number
 from ..comparison.scores import Scorer, Scores, matched_references
 from .cache import VerdictCache
+from .endpoint import EndpointJudge
 from .judge import MODES, REFUSED, UNPARSABLE, Judge, Question, Verdict, shown_prompt
 from .language import LanguageJudge
+
+logger = logging.get_logger(__name__)
 
 _PAIR_VALUES = (0.0, 0.5, 1.0)
 
@@ -51,8 +56,15 @@ class JudgeScoring:
 
     def check(self) -> None:
         """Raise if the judge cannot judge. One that has judged here before is not asked."""
-        if Processes().index == 0 and (self._depends_on is None or not self.cache.has_judge(self._name)):
+        if Processes().index > 0:
+            return
+        if self._depends_on is None or not self.cache.has_judge(self._name):
             self.judge.check()
+        elif isinstance(self.judge, EndpointJudge):
+            try:
+                _ = self.judge.client
+            except (ImportError, ValueError) as error:
+                logger.warning(f"{error} Only what it has judged here before can be used: a new answer is an error.")
 
     def scorer(self) -> Scorer:
         """The judge as a scorer. Its verdicts are kept in the cache alone."""
@@ -100,6 +112,10 @@ class JudgeScoring:
             f"them in this run; {counts['input_tokens']:,} tokens in, {counts['output_tokens']:,} out"
         )
         return text + ("." if counts["cost"] is None else f"; cost {counts['cost']:.4f}.")
+
+    def is_silent(self, counts: Mapping[str, Any]) -> bool:
+        """Whether it was asked about answers and gave no verdict on any of them."""
+        return 0 < counts["answers"] == counts[REFUSED] + counts[UNPARSABLE]
 
     def without_verdicts(self) -> str:
         """What an error says if there is no verdict at all, over all processes."""
