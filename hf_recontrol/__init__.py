@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .collection.scoring.classifiers import ClassifierReward
     from .collection.scoring.labels import label_rollouts
     from .collection.scoring.responses import score_rollouts
-    from .collection.scoring.rewards import RewardFunction, load_reward, text_reward, vader
+    from .collection.scoring.rewards import RewardFunction, load_reward, text_reward
+    from .collection.scoring.vader import vader
     from .collection.states import collect_states, write_states
     from .configuration import ControlConfig, TrainingRecord, ValueHeadConfig
     from .data.prompts import Prompts, load_prompts
@@ -80,7 +81,8 @@ _MODULES = {
     "collection.scoring.classifiers": ("ClassifierReward",),
     "collection.scoring.labels": ("label_rollouts",),
     "collection.scoring.responses": ("score_rollouts",),
-    "collection.scoring.rewards": ("RewardFunction", "load_reward", "text_reward", "vader"),
+    "collection.scoring.rewards": ("RewardFunction", "load_reward", "text_reward"),
+    "collection.scoring.vader": ("vader",),
     "collection.rollouts": ("generate_rollouts", "write_rollouts"),
     "collection.states": ("collect_states", "write_states"),
     "configuration": ("ControlConfig", "TrainingRecord", "ValueHeadConfig"),

@@ -238,6 +238,30 @@ def test_a_chat_that_the_template_refuses_is_named_and_can_be_skipped(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+PARTS_ALONE = (
+    "{% for message in messages %}{{ message['role'] }} {% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %} <end>{% endfor %}"
+)
+TEXTS_ALONE = (
+    "{% for message in messages %}{{ message['role'] + ' ' + message['content'] | trim + ' <end>' }}{% endfor %}"
+)
+IN_PARTS = [{"role": "user", "content": [{"type": "text", "text": "w9"}]}]
+
+
+@pytest.mark.parametrize("template", [PARTS_ALONE, TEXTS_ALONE, TEMPLATE])
+def test_contents_in_parts_and_as_texts_are_read_alike_whatever_the_template_writes(template):
+    tokenizer = change(byte_tokenizer(), chat_template=template)
+    reward = ClassifierReward(llama(vocab_size=258), tokenizer)
+    texts = [tokenizer.decode(reward.encode(prompt, "w5 w6")[0]["input_ids"]) for prompt in ("w9", IN_PARTS)]
+    assert texts[0] == texts[1] and "w9" in texts[0] and "w5 w6" in texts[0] and "type" not in texts[0]
+
+
+def test_a_part_that_is_no_text_is_refused_where_the_template_writes_texts_alone():
+    reward = ClassifierReward(llama(vocab_size=258), change(byte_tokenizer(), chat_template=TEXTS_ALONE))
+    with pytest.raises(ValueError, match="refuses this chat: it writes texts alone"):
+        reward.encode([{"role": "user", "content": [{"type": "image"}]}], "w5")
+
+
 @pytest.mark.parametrize("family", ["xlnet", "fnet"])
 def test_models_that_read_padding_score_one_text_at_a_time(family):
     small = {"vocab_size": 97, "num_labels": 1, "pad_token_id": 0}

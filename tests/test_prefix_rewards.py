@@ -265,7 +265,7 @@ def test_a_folder_keeps_them_and_another_way_of_scoring_is_refused(folder):
     plain = load_rollouts(rollouts)
     label_rollouts(rollouts, [words])
     bytes_without = {path.name: path.read_bytes() for path in rollouts.glob("*.parquet")}
-    with pytest.raises(ValueError, match=r"prefix_every=None, now it is 2.*--again"):
+    with pytest.raises(ValueError, match=r"prefix_every=None, now it is 2.*--reward \.\.\. --prefix-every 2 --again`"):
         label_rollouts(rollouts, [words], prefix_every=2, tokenizer=TOKENIZER)
     assert {path.name: path.read_bytes() for path in rollouts.glob("*.parquet")} == bytes_without
     label_rollouts(rollouts, [words], prefix_every=2, tokenizer=TOKENIZER, again=True)

@@ -140,6 +140,24 @@ def test_coroutines_are_awaited_also_where_a_loop_runs_already():
         assert scores(reward) == [1, 3] and asyncio.run(notebook(reward)) == [1, 3]
 
 
+def test_what_coroutines_keep_between_calls_stays_theirs():
+    # As a client, a semaphore belongs to the loop in which it was first waited for.
+    one_at_a_time = asyncio.Semaphore(1)
+
+    async def limited(completions):
+        async def length(completion):
+            async with one_at_a_time:
+                await asyncio.sleep(0)
+                return float(len(completion))
+
+        return await asyncio.gather(*map(length, completions))
+
+    async def notebook():
+        return scores(limited)
+
+    assert scores(limited) == scores(limited) == asyncio.run(notebook()) == [1, 3]
+
+
 def test_a_failing_coroutine_is_named():
     async def failing(completions):
         raise ZeroDivisionError("once")

@@ -17,7 +17,8 @@ from hf_recontrol.collection.rollouts import write_rollouts
 from hf_recontrol.collection.scoring.classifiers import ClassifierReward
 from hf_recontrol.collection.scoring.labels import label_rollouts
 from hf_recontrol.collection.scoring.responses import check_rows, score_rollouts
-from hf_recontrol.collection.scoring.rewards import by_name, load_reward, named_rewards, text_reward, vader
+from hf_recontrol.collection.scoring.rewards import by_name, load_reward, named_rewards, text_reward
+from hf_recontrol.collection.scoring.vader import vader
 from hf_recontrol.collection.states import write_states
 from hf_recontrol.data.prompts import Prompts, load_prompts
 from hf_recontrol.data.rollouts import Rollout, load_rollouts, save_rollouts
@@ -202,7 +203,7 @@ def test_scoring_again_never_mixes_what_cannot_be_compared(folder, recontrol_war
         label_rollouts(folder, [Client(False)])
     label_rollouts(folder, [Client(False)], again=True)
     assert {r.reward[0] for r in load_rollouts(folder)} == {0.0}
-    assert all("cannot be known later" in said for said in recontrol_warnings)
+    assert recontrol_warnings and all("cannot be known later" in said for said in recontrol_warnings)
 
 
 def test_rollouts_whose_manifest_was_never_finished_are_named(folder):

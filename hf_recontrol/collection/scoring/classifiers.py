@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from ...data.prompts import Prompt
-from ...data.templating import prompt_text
+from ...data.templating import message_text, prompt_text
 from ...utils.code_fingerprints import model_fingerprint
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ logger = logging.get_logger(__name__)
 
 # Tokenizers without a limit say that they have one far above this.
 _NO_LIMIT = 10**9
+
+# What says where a tokenizer comes from too.
+_OF_BOTH = ("token", "revision", "cache_dir", "subfolder", "trust_remote_code", "local_files_only", "force_download")
 
 # How much of a score rounding may be, in float32 (and float64), and in the shorter dtypes.
 _ROUNDING, _COARSE_ROUNDING = 1e-4, 5e-2
@@ -103,7 +106,7 @@ class ClassifierReward:
         # Seconds to import, which other rewards do not need.
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        shared = {key: kwargs[key] for key in ("token", "revision", "cache_dir", "subfolder") if key in kwargs}
+        shared = {key: kwargs[key] for key in _OF_BOTH if key in kwargs}
         if _is_adapter(name_or_path):
             raise ValueError(
                 f"{name_or_path} is an adapter: merge it into its base (PEFT's `merge_and_unload`), save that with "
@@ -158,7 +161,7 @@ class ClassifierReward:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             chat.append({"role": "assistant", "content": completion})
             try:
-                inputs = self._rendered(chat)
+                inputs = self._rendered([self._as_the_template_reads(message) for message in chat])
             except Exception as error:  # whatever a template raises
                 raise ValueError(f"the chat template of {self.__name__} refuses this chat: {error}") from error
             added = [0] * len(inputs["input_ids"])
@@ -180,6 +183,30 @@ class ClassifierReward:
         others = sorted(set(range(len(ids))) - set(fixed))
         kept = sorted(fixed + others[len(ids) - self.longest :])
         return {name: [values[i] for i in kept] for name, values in inputs.items()}, True
+
+    @cached_property
+    def _reads(self) -> tuple[bool, bool]:
+        """Whether the chat template writes contents that are texts, and those in parts; without a word otherwise."""
+        found = []
+        for content in ("Hello?", [{"type": "text", "text": "Hello?"}]):
+            chat = [{"role": role, "content": content} for role in ("user", "assistant")]
+            try:
+                text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+            except Exception:  # whatever a template raises
+                text = ""
+            found.append(text.count("Hello?") == 2 and "'text'" not in text)
+        return found[0], found[1]
+
+    def _as_the_template_reads(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message whose content is a text or in parts, whichever the template writes."""
+        content, (texts, parts) = message.get("content"), self._reads
+        if isinstance(content, str) and parts and not texts:
+            return message | {"content": [{"type": "text", "text": content}]}
+        if isinstance(content, list) and texts and not parts:
+            if any(part.get("text") is None for part in content):
+                raise ValueError("it writes texts alone, and the content of a message holds something else")
+            return message | {"content": message_text(message)}
+        return message
 
     def _rendered(self, chat: list[dict[str, Any]]) -> dict[str, list[int]]:
         """A chat's inputs. Special tokens that its own texts mention are ordinary text, where the tokenizer can."""

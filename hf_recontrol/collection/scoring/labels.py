@@ -85,7 +85,7 @@ def label_rollouts(
         scoring = known.get("scoring", 0)
         found = {name: known.get(name) for name in wanted}
         if scoring in scorings and (found != wanted or unknown) and not again:
-            raise ValueError(_other_rewards(folder, found, wanted, unknown))
+            raise ValueError(_other_rewards(folder, found, wanted, unknown, combine_rewards))
         finished = known["complete"] and known.get("rewards") is not None
         if finished and not again:
             return stage.counts()
@@ -155,9 +155,13 @@ def _score_parts(
             advance(len(rollouts))
 
 
-def _other_rewards(folder: Path, found: dict[str, list], wanted: dict[str, list], unknown: str) -> str:
+def _other_rewards(
+    folder: Path, found: dict[str, Any], wanted: dict[str, Any], unknown: str, combine_rewards: str
+) -> str:
+    options = "" if wanted["prefix_every"] is None else f"--prefix-every {wanted['prefix_every']} "
+    options += "" if combine_rewards == "none" else f"--combine-rewards {combine_rewards} "
     remedy = (
-        f"Name another folder, or replace the rewards: `recontrol label {folder} --reward ... --again` "
+        f"Name another folder, or replace the rewards: `recontrol label {folder} --reward ... {options}--again` "
         "(`again=True`). What was made of the old ones must go too: in a folder of `recontrol fit` remove `states` "
         "and `head`, then run the same `fit` with the new rewards."
     )

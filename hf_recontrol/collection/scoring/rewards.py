@@ -9,8 +9,8 @@ import math
 import os
 import types
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ import torch
 from ...data.processes import Processes
 from ...data.prompts import Prompt
 from ...utils.code_fingerprints import UnknownStateError, code_fingerprint
-from ...utils.extras import needs_extra
 from ...utils.imports import named_module
 from .classifiers import ClassifierReward
 
@@ -65,20 +64,6 @@ def text_reward(function: RewardFunction) -> RewardFunction:
             f"`text_reward` cannot mark {reward_name(function)}: put it above the function's `def`."
         ) from None
     return function
-
-
-@text_reward
-def vader(prompts: Sequence[Prompt], completions: Sequence[str], **kwargs) -> list[float]:
-    """
-    VADER's compound sentiment of the response, in [-1, 1]: the reward of the demo.
-
-    Raises:
-        `ImportError`: if `vaderSentiment` is not installed; names the extra.
-    """
-    with needs_extra("demo", "The VADER reward"):
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    analyzer = SentimentIntensityAnalyzer()
-    return [analyzer.polarity_scores(completion)["compound"] for completion in completions]
 
 
 def load_reward(spec: str, columns: Collection[str] = ()) -> RewardFunction:
@@ -293,13 +278,19 @@ def _awaited(awaitable: Awaitable) -> Any:
     async def wait():
         return await awaitable
 
+    waiting = asyncio.run_coroutine_threadsafe(wait(), _loop(os.getpid()))
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    # A notebook's thread has a running loop, which cannot wait for another.
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, wait()).result()
+        return waiting.result()
+    finally:
+        waiting.cancel()
+
+
+@cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """One for all calls, since what a reward keeps, such as a client, belongs to a loop; in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, daemon=True).start()
+    return loop
 
 
 def _listed(returned: Any) -> Any:
