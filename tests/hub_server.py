@@ -270,6 +270,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self._repo(repo_id, write=True)
         if repo is None:
             return None
+        if branch.startswith("refs/"):
+            return self._error(400, None, f"Invalid reference for a branch: {branch}")
         if branch in repo.branches:
             return self._error(409, None, "Reference already exists")
         start = json.loads(body or b"{}").get("startingPoint") or "main"

@@ -11,6 +11,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
 from hf_recontrol.configuration import TrainingRecord
 from hf_recontrol.heads.card import is_untouched, model_card
+from hf_recontrol.utils.files import without_place
 
 from .conftest import STRONG, make_head, make_llama
 from .test_hub import PUSH, PUSH_OR_SAY
@@ -22,6 +23,23 @@ def test_an_existing_card_is_never_overwritten(tmp_path, content):
     (tmp_path / "README.md").write_text(content)
     make_head().save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("{}/clf", "clf"),
+        ("{}/clf/", "clf"),
+        ("{}/clf#KIND", "clf#KIND"),
+        ("mean of {0}/clf, length, {0}/clf#KIND", "mean of clf, length, clf#KIND"),
+        ("{}/nothing there", "{}/nothing there"),
+        ("org/clf#KIND", "org/clf#KIND"),
+        ("sum of its parts", "sum of its parts"),
+    ],
+)
+def test_of_a_folder_others_read_its_name_alone(tmp_path, name, shown):
+    (tmp_path / "clf").mkdir()
+    assert without_place(name.format(tmp_path)) == shown.format(tmp_path)
 
 
 def snippets(card: str) -> list[str]:

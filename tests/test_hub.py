@@ -122,6 +122,7 @@ def test_a_pushed_model_draws_the_same_tokens_in_a_fresh_process_with_an_empty_c
         # The head that was pushed names the very commit of its base.
         (["me/head"], {"revision": "next"}),
         (["org/base"], {"revision": "v2", "value_head": "me/head", "value_head_revision": "next"}),
+        (["org/base"], {"value_head": "me/head", "value_head_revision": "next"}),
     ]
     for i, (args, kwargs) in enumerate(forms):
         found = run(load + draw, ids, json.dumps(args), json.dumps(kwargs), endpoint=hub.endpoint, home=f"empty {i}")
@@ -153,10 +154,11 @@ for folder, kwargs in json.loads(sys.argv[1]):
         (str(tmp_path / "one"), {}),
         (str(tmp_path / "two"), {"revision": "other"}),
         (str(tmp_path / "two"), {"revision": "other"}),
-        (str(tmp_path / "three"), {"create_pr": True}),
+        (str(tmp_path / "one"), {"create_pr": True}),
+        (str(tmp_path / "three"), {"revision": "refs/pr/1"}),
     ]
     output = run(script, json.dumps(pushes), endpoint=hub.endpoint)
-    assert output.split() == ["None", "None", "None", f"{hub.endpoint}/me/head/discussions/1"]
+    assert output.split() == ["None", "None", "None", f"{hub.endpoint}/me/head/discussions/1", "None"]
     branches = hub.repos["me/head"].branches
     for branch, folder in [("main", "one"), ("other", "two"), ("refs/pr/1", "three")]:
         assert branches[branch]["README.md"] == mine
@@ -543,6 +545,48 @@ for options in ({}, {"local_dir": sys.argv[1]}):
     listed, *values = map(json.loads, output.splitlines())
     assert sorted(listed) == sorted(hub.repos["me/head"].branches["main"])
     assert values == [pytest.approx(value_of(head), rel=1e-4)] * 2
+
+
+def test_a_snapshot_whose_files_are_shared_between_repos_is_a_head(tmp_path):
+    head, cache = make_head(), tmp_path / "cache"
+    head.save_pretrained(tmp_path / "head")
+    snapshot = cache / "models--me--head" / "snapshots" / "0123"
+    for folder in (snapshot, cache / "models--me--head" / "blobs"):
+        folder.mkdir(parents=True)
+    for number, path in enumerate(sorted((tmp_path / "head").iterdir())):
+        # As huggingface_hub 2 keeps what Xet has brought.
+        shared = cache / "blobs" / f"a{number}" / f"a{number}{'0' * 62}"
+        shared.parent.mkdir(parents=True)
+        path.rename(shared)
+        own = cache / "models--me--head" / "blobs" / f"etag{number}"
+        own.symlink_to(f"../../blobs/a{number}/{shared.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{own.name}")
+    loaded = ValueHead.from_pretrained(snapshot)
+    assert value_of(loaded) == value_of(head)
+    # Nothing else in the cache, and nothing outside of it.
+    (snapshot / "config.json").unlink()
+    (cache / "config.json").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../../config.json")
+    with pytest.raises(OSError, match="is a link to"):
+        ValueHead.from_pretrained(snapshot)
+
+
+def test_a_folder_of_this_machine_is_not_pushed_as_the_base(hub, run, tmp_path):
+    make_head(base_model_name_or_path=str(tmp_path / "base")).save_pretrained(tmp_path / "head")
+    run(PUSH, str(tmp_path / "head"), "me/head", "{}", endpoint=hub.endpoint)
+    pushed = hub.repos["me/head"].branches["main"]
+    assert json.loads(pushed["config.json"])["base_model_name_or_path"] is None
+    assert not any(str(tmp_path).encode() in content for content in pushed.values())
+    assert json.loads((tmp_path / "head" / "config.json").read_text())["base_model_name_or_path"]
+
+
+def test_a_private_push_to_a_public_repo_is_refused(hub, run, tmp_path):
+    make_head().save_pretrained(tmp_path / "head")
+    hub.repos["me/head"] = Repo()
+    said = run(PUSH_OR_SAY, '{"private": true}', str(tmp_path / "head"), endpoint=hub.endpoint)
+    assert "'me/head' is there already and is public" in said and not hub.repos["me/head"].branches["main"]
+    hub.repos["me/head"] = Repo(private=True)
+    assert "PUSHED" in run(PUSH_OR_SAY, '{"private": true}', str(tmp_path / "head"), endpoint=hub.endpoint)
 
 
 def test_code_from_a_repo_runs_with_trust_remote_code_alone(hub, run, tmp_path):

@@ -108,7 +108,10 @@ def _check_subfolder(name_or_path: str, subfolder: str) -> None:
 def _check_link(path: Path, folder: Path) -> None:
     """Raise `OSError` if a folder, which may be from anybody, has its file elsewhere by a link."""
     target, root = path.resolve(), folder.resolve()
-    if not target.is_relative_to(root) and target.parent not in _blobs(root):
+    blobs = _blobs(root)
+    # What several repos of a cache share: blobs/ab/ab12..., where a link in a repo's own blobs leads.
+    shared = [own.parent.parent / "blobs" / target.name[:2] for own in blobs]
+    if not target.is_relative_to(root) and target.parent not in [*blobs, *shared]:
         raise OSError(f"{path} is a link to {target}, outside {folder}: put the file itself there.")
 
 
@@ -214,9 +217,16 @@ def push_folder(
     api = HfApi(token=token, library_name="hf-recontrol", library_version=__version__)
     with explained("push to", repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id).private:
+            raise OSError(
+                f"{repo_id!r} is there already and is public, and `private` makes new repos alone: make it private on "
+                "its page first, or name another repo."
+            )
         if not subfolder:
             write_custom_generate(folder, repo_id)
-        with _branch(api, repo_id, None if create_pr else revision):
+        # What a pull request has is there already, and is no branch.
+        is_branch = not create_pr and not (revision or "").startswith("refs/")
+        with _branch(api, repo_id, revision if is_branch else None):
             old_card = _card_of(repo_id, subfolder, revision, token)
             return api.upload_folder(
                 repo_id=repo_id,

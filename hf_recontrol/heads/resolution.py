@@ -41,8 +41,8 @@ def resolve_head_and_base(
         value_head_revision, value_head_subfolder (`str`, *optional*):
             Where `value_head` is in its repo.
         revision, subfolder (`str`, *optional*):
-            Where the first argument is in its repo. The base of a head that knows its base is taken at the revision
-            that the head names.
+            Where the first argument is in its repo. A base that the head names is taken at the revision that it names
+            too, if none is given.
         hub_options:
             As for [`ValueHead.from_pretrained`]: `token`, `cache_dir`, ...
 
@@ -50,15 +50,22 @@ def resolve_head_and_base(
         `OSError`: if files cannot be loaded. `ValueError`: if the head does not say which base it is for, or is from
         the Hub and names a folder of this machine.
     """
-    if isinstance(value_head, nn.Module):
-        return HeadAndBase(value_head, name_or_path, revision, subfolder)
     if value_head is not None:
-        head = ValueHead.from_pretrained(
-            value_head, revision=value_head_revision, subfolder=value_head_subfolder, **hub_options
-        )
-        return HeadAndBase(head, name_or_path, revision, subfolder)
+        head = value_head
+        if not isinstance(head, nn.Module):
+            head = ValueHead.from_pretrained(
+                value_head, revision=value_head_revision, subfolder=value_head_subfolder, **hub_options
+            )
+        return HeadAndBase(head, name_or_path, revision or revision_named(head, name_or_path), subfolder)
     head = ValueHead.from_pretrained(name_or_path, revision=revision, subfolder=subfolder, **hub_options)
     return base_of_head(head, name_or_path)
+
+
+def revision_named(head: nn.Module, base: str | os.PathLike) -> str | None:
+    """The commit of a base that a head was trained for, if it is the base that it names."""
+    if not isinstance(head, ValueHead) or os.fspath(base) != head.config.base_model_name_or_path:
+        return None
+    return head.config.base_model_revision
 
 
 def base_of_head(head: ValueHead, name_or_path: str | os.PathLike | None = None) -> HeadAndBase:

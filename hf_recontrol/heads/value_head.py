@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,12 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.utils import logging
 
 from ..configuration import ValueHeadConfig
 from ..utils.files import atomic_path, make_folder
 from .card import is_untouched, model_card, write_card
-from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, portable_name, push_folder
+from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, is_repo_id, portable_name, push_folder
 from .seen_prompts import NEXT_PROMPTS_NAME, PROMPTS_NAME, SeenPrompts
+
+logger = logging.get_logger(__name__)
 
 # Those of `transformers.activations`, whose import takes seconds that a head alone does not need.
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -257,7 +260,7 @@ class ValueHead(nn.Module):
             what the repo held is then as it was.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self._pushed().save_pretrained(folder)
             write_card(Path(folder), model_card(self.config, repo_id, subfolder, tags, revision))
             return push_folder(
                 Path(folder),
@@ -270,6 +273,19 @@ class ValueHead(nn.Module):
                 subfolder=subfolder,
                 may_replace_card=is_untouched,
             )
+
+    def _pushed(self) -> ValueHead:
+        """This head as others get it: without a base that is a folder of this machine, which nobody else has."""
+        base = self.config.base_model_name_or_path
+        if base is None or is_repo_id(base):
+            return self
+        logger.warning(
+            f"The base {base} is a folder of this machine, so the head is pushed without its name: who loads it "
+            "names the base (`from_pretrained('org/base', value_head=...)`)."
+        )
+        pushed = copy(self)
+        pushed.config = replace(self.config, base_model_name_or_path=None, base_model_revision=None)
+        return pushed
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,6 +15,8 @@ from ..heads.value_head import ValueHead
 from .hook_points import HookPoint, find_lm_head
 
 logger = logging.get_logger(__name__)
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def head_config(head: nn.Module) -> ValueHeadConfig:
@@ -114,4 +117,10 @@ def _warn_of_other_base(model: PreTrainedModel, config: ValueHeadConfig) -> None
         logger.warning(
             f"This head was trained for {trained_for!r} and is put on {here!r}: the widths fit, but its values may "
             "mean nothing there."
+        )
+    commits = (config.base_model_revision, getattr(model.config, "_commit_hash", None))
+    if trained_for == here and all(map(_COMMIT.fullmatch, map(str, commits))) and len(set(commits)) > 1:
+        logger.warning(
+            f"This head was trained for {trained_for!r} at commit {commits[0]}, and this is {commits[1]}: if its "
+            "weights are others, the head's values mean little there."
         )

@@ -16,7 +16,7 @@ from ..configuration import ControlConfig
 from ..data.processes import device_of
 from ..data.stage_folder import read_manifest
 from ..heads.base_model import check_base, load_base_model, naming
-from ..heads.resolution import base_of_head
+from ..heads.resolution import base_of_head, revision_named
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..settings import EngineSettings, LoadingSettings, SourceSettings
@@ -125,6 +125,8 @@ def base_with_head(
         place = (head.source or {}).get("pretrained_model_name_or_path")
         found = base_of_head(head, place)
         base, settings = found.base, replace(settings, revision=settings.revision or found.revision)
+    elif isinstance(head, ValueHead):
+        settings = replace(settings, revision=settings.revision or revision_named(head, base))
     model, own = load_base(base, settings, head)
     yield model, own if tokenizer is None else tokenizer
 

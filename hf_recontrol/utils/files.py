@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,9 +68,18 @@ def check_target(path: str | os.PathLike) -> None:
         raise OSError(f"{existing} cannot be written to.")
 
 
+_COMBINED = re.compile(r"(\w+ of )(.+)", re.DOTALL)
+
+
 def without_place(name: str) -> str:
-    """A name that others may read: of a folder its own name, where it is on this machine is nobody's business."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    """
+    A name that others may read: of a folder its own name, where it is on this machine is nobody's business. The folder
+    may have a `#LABEL` behind it, or be one of several rewards that were combined (`mean of A, B`).
+    """
+    if combined := _COMBINED.fullmatch(name):
+        return combined[1] + ", ".join(map(without_place, combined[2].split(", ")))
+    folder, *label = [name] if Path(name).is_dir() else name.split("#", 1)
+    return "#".join([Path(folder).resolve().name, *label]) if Path(folder).is_dir() else name
 
 
 def read_json(path: Path) -> dict:
