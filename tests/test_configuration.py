@@ -13,6 +13,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hf_recontrol import ControlConfig, ValueHeadConfig
+from hf_recontrol.configuration import TrainingRecord
+from hf_recontrol.training.stage import _shown
 
 NOT_NUMBERS = [True, "0.5", None, [], {}, 1j, math.nan, math.inf, -math.inf]
 NOT_INTS = [True, 1.0, "1", None, [1], math.nan]
@@ -294,3 +296,10 @@ def test_figures_of_a_control_that_are_none_are_an_error_that_names_the_field(fi
         ValueHeadConfig(8, control_figures=figures)
     ends = {"reward": [0.5, None, 0.6]}
     ValueHeadConfig(8, control_figures={"control": {}, "criterion": "reward", "prompts": 3, "figures": ends})
+
+
+def test_a_configuration_that_could_not_be_read_again_is_not_written():
+    config = ValueHeadConfig(hidden_size=4, training=TrainingRecord(sampling={"tokens": list(range(100_000))}))
+    with pytest.raises(ValueError, match="bytes, and 1048576 can be read again"):
+        config.to_json()
+    assert _shown(list(range(101))) == "101 values" and _shown([5]) == [5]

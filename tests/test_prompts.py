@@ -392,7 +392,6 @@ def test_long_csv_fields(tmp_path):
     ("content", "reason"),
     [
         (b"prompt,x\nHello, how are you,1\n", "line 2: 3 fields under 2 names: a text that holds ',' needs quotation"),
-        (b'prompt,x\n"Hello,1\nw6,2\n', "line 2: a quotation mark has no partner"),
         (b"prompt,x\ncaf\xe9,1\nw6,2\n", "line 2: not UTF-8 text: save the file in UTF-8"),
     ],
 )
@@ -401,6 +400,26 @@ def test_broken_csv_is_not_read_as_something_else(tmp_path, content, reason):
     with pytest.raises(ValueError) as raised:
         load_prompts(tmp_path / "p.csv")
     assert reason in str(raised.value)
+
+
+@pytest.mark.parametrize("on_bad_rows", ["error", "skip"])
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('prompt,x\n"Hello,1\nw6,2\n', 2),
+        ('prompt,x\nw5,1\n"He said "hi" to me\nand left",b\nlast one,c\n', 3),
+        ('prompt,x\nw5,1\n"w6,2\n' + "w7,3\n" * 199, 3),
+    ],
+)
+def test_nobody_knows_where_rows_begin_behind_an_unpaired_quotation_mark(tmp_path, content, line, on_bad_rows):
+    (tmp_path / "p.csv").write_text(content)
+    with pytest.raises(ValueError, match=rf"p\.csv, line {line}: a quotation mark has no partner"):
+        load_prompts(tmp_path / "p.csv", on_bad_rows=on_bad_rows)
+
+
+def test_some_of_a_data_set_s_prompts_are_still_of_it():
+    prompts = Prompts([{"prompt": f"w{i}"} for i in range(4)], list(range(4)), dataset="org/data")
+    assert prompts.take([2]).dataset == load_prompts(prompts, limit=2).dataset == "org/data"
 
 
 def test_json_in_other_encodings(tmp_path):

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from hf_recontrol import (
     AdvantageSettings,
+    CompareSettings,
     FitSettings,
     LabelSettings,
     LoadingSettings,
@@ -22,6 +24,7 @@ from hf_recontrol import (
     SamplingSettings,
     StatesSettings,
     TrainSettings,
+    TuneSettings,
     ValueHead,
     ValueSettings,
     fit,
@@ -30,6 +33,7 @@ from hf_recontrol.cli import stages
 from hf_recontrol.cli.options import with_settings
 from hf_recontrol.pipelines.run_file import load_run
 from hf_recontrol.utils.setting_fields import default_text
+from hf_recontrol.utils.yaml_files import read_yaml, yaml_text
 
 from .fresh import RECONTROL, run_fresh
 from .resumable import make_inputs
@@ -69,7 +73,7 @@ def test_help_shows_every_setting(command, columns):
     code, shown, _ = run_fresh(RECONTROL, (command, "--help"), environment, timeout=120)
     assert code == 0
     for item in fields(COMMANDS[command]):
-        assert "--" + item.name.replace("_", "-") in shown
+        assert re.search(rf"--{item.name.replace('_', '-')}(?![\w-])", shown), item.name
 
 
 def test_a_flag_can_be_turned_off():
@@ -208,6 +212,31 @@ def test_what_is_missing_or_unknown_in_a_file_is_named_before_any_work(inputs, t
         assert message in run("fit", "--config", tmp_path / "bad.yaml", "-o", tmp_path / "run", folder=inputs, code=1)
     assert not (tmp_path / "run").exists()
     assert "absent.yaml" in run("fit", "--config", "absent.yaml", "-o", tmp_path / "run", folder=inputs, code=1)
+
+
+@pytest.mark.parametrize(
+    "text", ["7e12345", "1e-4", "08", "0o7", "1:30", ".5", "+.inf", "yes", "~", "2001-01-01", "<<"]
+)
+def test_what_a_file_of_settings_holds_is_read_as_it_was(tmp_path, text):
+    values = {"revision": text, "chat_template_kwargs": {text: [text, 1.5, 1e-7, None, True]}, "count": 10}
+    (tmp_path / "written.yaml").write_text(yaml_text(values))
+    assert read_yaml(tmp_path / "written.yaml") == values
+
+
+def test_merge_keys_are_yaml(tmp_path):
+    (tmp_path / "a.yaml").write_text("shared: &s {a: 1, b: 2}\none: {<<: *s, b: 3}\n")
+    assert read_yaml(tmp_path / "a.yaml")["one"] == {"a": 1, "b": 3}
+
+
+def test_what_was_left_open_is_open_again_where_other_settings_change():
+    given = TuneSettings(budget=8000)
+    assert given.kl == (0.1,)
+    assert TuneSettings.of(given, {"criterion": {"reward": 1}}).kl == TuneSettings(criterion={"reward": 1}).kl
+    assert TuneSettings.of(given, {"criterion": {"reward": 1}, "step_sizes": (1.0, 3.0)}).kl == ()
+    assert TuneSettings.of(TuneSettings(kl=(0.3,)), {"budget": 9}).kl == (0.3,)
+    quick = CompareSettings(quick=True)
+    assert quick.limit is not None and CompareSettings.of(quick, {"quick": False}).limit is None
+    assert CompareSettings.of(quick, {"limit": 5}).limit == 5 and CompareSettings.of(quick, {"seed": 1}) != quick
 
 
 def test_a_stage_takes_its_settings_from_the_same_file(tmp_path):

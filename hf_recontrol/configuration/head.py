@@ -209,8 +209,19 @@ class ValueHeadConfig:
         return values
 
     def to_json(self) -> str:
-        """The text of `config.json`."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        """
+        The text of `config.json`.
+
+        Raises:
+            `ValueError`: if it is longer than what can be read again.
+        """
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        if (size := len(text.encode())) > _MAX_BYTES:
+            raise ValueError(
+                f"The configuration of this head takes {size} bytes, and {_MAX_BYTES} can be read again: `training` "
+                "holds too much."
+            )
+        return text
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "ValueHeadConfig") -> ValueHeadConfig:

@@ -80,7 +80,8 @@ class Prompts:
     def take(self, indices: Iterable[int]) -> Prompts:
         """Some of the prompts, by their places in `rows`; each keeps its number."""
         indices = list(indices)
-        return Prompts([self.rows[i] for i in indices], [self.numbers[i] for i in indices])
+        rows, numbers = ([each[i] for i in indices] for each in (self.rows, self.numbers))
+        return Prompts(rows, numbers, dataset=self.dataset)
 
 
 def report_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str, can_skip: bool = True) -> None:

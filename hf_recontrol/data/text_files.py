@@ -141,16 +141,32 @@ def csv_rows(path: Path, settings: PromptSettings, left_out: LeftOut) -> Located
 
 def _csv_table(path: Path, separator: str, names: list[str], limit: int | None) -> list[tuple[str, Any]]:
     """Rows with their locations. Blanks before quotation marks are left out if the file is whole without them."""
-    with _text(path, newline="") as file:
-        rows = list(islice(_csv_lines(path, file, separator, names), limit))
-    is_damaged = any(isinstance(row, BadRow) for _, row in rows)
+    damage: _DamagedError | None = None
+    rows: list[tuple[str, Any]] = []
+    try:
+        with _text(path, newline="") as file:
+            rows = list(islice(_csv_lines(path, file, separator, names), limit))
+    except _DamagedError as error:
+        damage = error
+    is_damaged = damage is not None or any(isinstance(row, BadRow) for _, row in rows)
     fields = (value or "" for _, row in rows if isinstance(row, dict) for value in row.values())
     if not is_damaged and not any(field.startswith(" ") and field.lstrip(" ").startswith('"') for field in fields):
         return rows
-    with _text(path, newline="") as file:
-        found = list(islice(_csv_lines(path, file, separator, names, skipinitialspace=True), limit))
-    is_whole = all(isinstance(row, dict) for _, row in found)
-    return found if is_whole and (is_damaged or _without_blanks(found) != _without_blanks(rows)) else rows
+    try:
+        with _text(path, newline="") as file:
+            found = list(islice(_csv_lines(path, file, separator, names, skipinitialspace=True), limit))
+    except _DamagedError:
+        found = None
+    is_whole = found is not None and all(isinstance(row, dict) for _, row in found)
+    if is_whole and (is_damaged or _without_blanks(found) != _without_blanks(rows)):
+        return found
+    if damage is not None:
+        raise damage
+    return rows
+
+
+class _DamagedError(ValueError):
+    """Nobody knows where a file's rows begin."""
 
 
 def _without_blanks(rows: list[tuple[str, Any]]) -> list[list[str]]:
@@ -216,10 +232,11 @@ def _csv_lines(
         except StopIteration:
             return
         except csv.Error as error:
-            yield location, BadRow(location, f"a quotation mark has no partner ({error})")
-            if not has_names:
-                return
-            continue
+            # Also where bad rows are skipped: what follows would be pieces of rows, or nothing.
+            raise _DamagedError(
+                f"{location}: a quotation mark has no partner ({error}), so nobody knows where later rows begin. Mend "
+                "the file: a quotation mark inside a quoted text is written twice."
+            ) from None
         location = f"{path}, line {reader.line_num}"
         if not fields:
             continue

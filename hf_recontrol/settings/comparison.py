@@ -45,7 +45,10 @@ class AnswerSettings(SamplingSettings, ScoringSettings, PromptSettings, LoadingS
         default_text="coherence is not measured",
     )
     part_size: int = setting(
-        16, "Prompts that each control answers before the next one's turn: what a stop can cost.", low=1
+        16,
+        "Prompts that each control answers before the next one's turn: what a stop can cost. With the samples of each "
+        "they are also the largest batch, so raise it with `batch_size`.",
+        low=1,
     )
     on_seen_prompts: Literal["error", "skip", "allow"] = setting(
         "error",
@@ -98,7 +101,7 @@ class CompareSettings(AnswerSettings):
         for name, value in _QUICK.items() if self.quick else ():
             said = getattr(self, name) is not None or (name == "max_new_tokens" and self.generation_config is not None)
             if not said:
-                object.__setattr__(self, name, value)
+                self.fill(name, value)
 
 
 @settings_class("Tuning")
@@ -145,7 +148,7 @@ class TuneSettings(AnswerSettings):
         if self.criterion == "reward_at_kl" and (self.step_sizes or len(self.kl) > 1):
             raise ValueError("`criterion='reward_at_kl'` compares controls at one KL: give one `kl`, no `step_sizes`.")
         if not self.kl and not self.step_sizes:
-            object.__setattr__(self, "kl", (0.1,) if self.criterion == "reward_at_kl" else _TUNED_AT)
+            self.fill("kl", (0.1,) if self.criterion == "reward_at_kl" else _TUNED_AT)
 
 
 @settings_class("Trace")

@@ -111,6 +111,16 @@ class Settings:
             value = _checked(item, annotations(type(self))[item.name], getattr(self, item.name))
             object.__setattr__(self, item.name, value)
 
+    @property
+    def _filled(self) -> dict[str, Any]:
+        """What was given for the settings that others filled in ([`fill`]), by name."""
+        return self.__dict__.get("_given", {})
+
+    def fill(self, name: str, value: Any) -> None:
+        """Set a setting that was left open, as others have it. Where those change later, it is open again."""
+        object.__setattr__(self, "_given", self._filled | {name: getattr(self, name)})
+        object.__setattr__(self, name, value)
+
     @classmethod
     def of(cls: type[SettingsType], settings: SettingsType | None, changes: Mapping[str, Any]) -> SettingsType:
         """
@@ -125,7 +135,7 @@ class Settings:
         for name in changes:
             if name not in known:
                 raise TypeError(f"There is no setting {name!r} here{_similar(name, known)}.")
-        return cls(**changes) if settings is None else replace(settings, **changes)
+        return cls(**changes) if settings is None else replace(settings, **settings._filled | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as YAML and JSON hold them: lists for tuples, and no secret."""

@@ -14,7 +14,8 @@ class _Loader(yaml.SafeLoader):
     """YAML with the numbers of its version 1.2 (1e-4 is one, 010 is ten, 1:30 is none) and no name twice."""
 
     def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        names = [self.construct_object(key, deep=True) for key in own]
         if twice := [name for name in names if names.count(name) > 1]:
             raise yaml.YAMLError(f"{twice[0]!r} stands in it twice")
         return super().construct_mapping(node, deep)
@@ -34,6 +35,21 @@ _Loader.add_implicit_resolver(
     "!number", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.inf$"), list("-+.0123456789")
 )
 _Loader.add_constructor("!number", _Loader.construct_number)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that [`_Loader`] would take for something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()), *_Loader.yaml_implicit_resolvers.get(first, ())]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """Values as [`read_yaml`] reads them again."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=119)
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
