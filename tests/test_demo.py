@@ -8,7 +8,7 @@ import torch
 
 import hf_recontrol
 from hf_recontrol import ReControlForCausalLM
-from hf_recontrol.collection.scoring.rewards import vader
+from hf_recontrol.collection.scoring.vader import vader
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.pipelines import demo as demo_module
 from hf_recontrol.pipelines.demo import DEMO_PROMPTS, embedded_model, run_demo
@@ -34,7 +34,10 @@ def base(tmp_path):
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"w{i % 60 + 20} w{i}"}) + "\n" for i in range(128)))
+    rows = [{"prompt": f"w{i % 60 + 20} w{i}"} for i in range(128)]
+    # Some stand there twice, as in real sets: no part of the demo may see what another one has seen.
+    rows += [{"prompt": f" {row['prompt']}\n"} for row in rows[::3]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -71,7 +74,7 @@ def test_the_demo_s_own_prompts_are_found_in_any_folder(base, tmp_path, monkeypa
     assert len(prompts) == len({row["prompt"] for row in prompts.rows}) == 480
     asked = []
     monkeypatch.setattr(demo_module, "load_prompts", lambda path: asked.append(path) or load_prompts(path, limit=1))
-    with pytest.raises(ValueError, match="holds 1 prompts"):
+    with pytest.raises(ValueError, match="holds 1 different prompts"):
         run_demo(str(base), None, tmp_path / "demo")
     assert asked == [DEMO_PROMPTS]
     shipped = (Path(__file__).parents[1] / "setup.cfg").read_text()
@@ -81,7 +84,7 @@ def test_the_demo_s_own_prompts_are_found_in_any_folder(base, tmp_path, monkeypa
 def test_too_few_prompts_are_an_error_before_anything_is_made(base, tmp_path):
     path = tmp_path / "few.jsonl"
     path.write_text('{"prompt": "w5"}\n')
-    with pytest.raises(ValueError, match="holds 1 prompts, the demo needs"):
+    with pytest.raises(ValueError, match="holds 1 different prompts, the demo needs"):
         run_demo(str(base), path, tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
 

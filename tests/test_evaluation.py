@@ -1,5 +1,6 @@
 """Metrics, and step sizes of equal KL."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -78,6 +79,17 @@ def test_a_step_size_is_found_from_either_side_on_the_controls_own_responses(met
     assert kl_divergence(model, own) == pytest.approx(found.kl, rel=1e-5)
     assert found.kl == pytest.approx(0.2, rel=0.1) and found.low < found.kl < found.high
     assert (found.prompts, found.responses) == (64, 64)
+
+
+@pytest.mark.parametrize("kind", ["file", "columns"])
+def test_prompts_to_find_a_strength_on_may_come_as_everywhere_else(kind, tmp_path):
+    given = {"prompt": PROMPTS}
+    if kind == "file":
+        given = tmp_path / "prompts.jsonl"
+        given.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    model, start = controlled(), ControlConfig("static", 1.0)
+    of_texts, found = (match_kl(model, tiny_tokenizer(), each, start, 0.2, SAMPLING) for each in (PROMPTS, given))
+    assert found == of_texts
 
 
 def test_the_interval_of_a_kl_is_over_prompts():

@@ -12,6 +12,7 @@ import torch
 from hf_recontrol import (
     ControlConfig,
     DataCurve,
+    FitSettings,
     ReControlForCausalLM,
     ValueHead,
     compare,
@@ -23,6 +24,7 @@ from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.states import StateStore
 from hf_recontrol.pipelines.fit import fit
+from hf_recontrol.pipelines.run_report import _examples
 from hf_recontrol.training.stage import train_head
 
 from .fresh import run_fresh
@@ -88,9 +90,34 @@ def test_a_head_a_report_and_plain_files(base, tmp_path):
     assert "80 responses of the base (40 prompts" in card and "`temperature=1.5`" in card
     head = ValueHead.from_pretrained(tmp_path / "head")
     assert head.config.head_sizes == [16] and head.config.control is not None
+    examples = _examples(tmp_path, tiny_tokenizer(), head, FitSettings())
+    assert examples
+    for example in examples:
+        ids = next(r.completion_ids for r in rollouts if r.completion == example["completion"])
+        assert "".join(example["tokens"]) == tiny_tokenizer().decode(ids) and len(example["tokens"]) == len(ids)
+
     model = ReControlForCausalLM.from_model(base, tmp_path / "head")
     ids = torch.tensor([[5, 6]])
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 6)
+
+
+def of_the_prompt(prompts, completions, **columns):
+    """No control can change it."""
+    return [float(int(text.split()[0][1:]) % 5) for text in prompts]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reward": of_the_prompt}, "is not clearly better than the base: +0.00"),
+        ({"target_kl": 1e3}, "The head recommends no control: No control could be compared at 1000 nats"),
+    ],
+    ids=["no gain", "no control"],
+)
+def test_a_recommendation_that_is_worth_nothing_is_told(base, tmp_path, recontrol_warnings, changes, said):
+    run(base, tmp_path, **changes)
+    assert any(said in each for each in recontrol_warnings)
+    assert (ValueHead.from_pretrained(tmp_path / "head").config.control is None) == ("target_kl" in changes)
 
 
 def test_whether_more_responses_would_help_is_said_where_prompts_are_enough(base, tmp_path):

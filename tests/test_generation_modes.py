@@ -1031,3 +1031,21 @@ def test_a_middle_layer_with_step_sizes_for_each_row():
     expected = expect(base, head, ids, control=control)
     assert expected.tolist() != reference_greedy(base, head, ids, control=CONTROL, max_new_tokens=NEW).tolist()
     assert generate(model, ids).tolist() == expected.tolist()
+
+
+@traces_transformers
+@pytest.mark.parametrize("control", [CONTROL, ADVANTAGE], ids=["ascent", "advantage"])
+def test_generation_with_a_compiled_forward_follows_a_head_that_changed(control):
+    """What was prepared before a call is what compiled code uses in it."""
+    torch._dynamo.reset()
+    model, base, _ = build("lm_head", control)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    ids, found = prompts(), []
+    for _ in range(2):
+        expected = reference_greedy(base, model.value_head, ids, control=control, max_new_tokens=3).tolist()
+        assert generate(model, ids, cache_implementation="static", max_new_tokens=3).tolist() == expected
+        found.append(expected)
+        with torch.no_grad():
+            for mlp in (model.value_head.value_mlp, model.value_head.advantage_mlp):
+                mlp.layers[0].weight.neg_()
+    assert found[0] != found[1]

@@ -159,7 +159,10 @@ def test_labels_are_refused_and_a_middle_layer_too():
 
 def test_compiled_it_is_the_same():
     base, controlled = drawn(2.0, 3.0)
+    controlled[::4] = base[::4] + 1e-3 * (controlled - base)[::4]  # these rows keep the limit
     compiled = torch.compile(guarded_logits, fullgraph=True, backend="eager")
-    torch.testing.assert_close(
-        kl(compiled(base, controlled, 0.0, 0.1), base), torch.full((len(base),), 0.1).double(), rtol=0.01, atol=0
-    )
+    for plausibility in (0.0, 0.2):
+        found, expected = (each(base, controlled, plausibility, 0.1) for each in (compiled, guarded_logits))
+        assert torch.equal(found.isinf(), expected.isinf()) and found.isinf().any() == (plausibility > 0)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(compiled(base, controlled, 0.0, 0.1)[::4], controlled[::4])

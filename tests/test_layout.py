@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -196,3 +197,15 @@ def test_every_public_function_and_class_has_a_docstring():
 def test_what_is_imported_first_imports_no_torch(module):
     program = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+PAGES = [REPO / "README.md", *sorted(set((REPO / "docs").glob("*.md")) - {REPO / "docs" / "api.md"})]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_python_in_the_documentation_parses_and_imports_public_names(path):
+    for code in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        for node in ast.walk(ast.parse(textwrap.dedent(code))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hf_recontrol":
+                assert node.module == "hf_recontrol"
+                assert {each.name for each in node.names} <= set(hf_recontrol.__all__)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_recontrol import ControlConfig, ReControlForCausalLM, SamplingSettings, ValueHead, ValueHeadConfig
 from hf_recontrol.collection.rollouts import generate_rollouts
 from hf_recontrol.collection.scoring.responses import score_rollouts
-from hf_recontrol.collection.scoring.rewards import vader
+from hf_recontrol.collection.scoring.vader import vader
 from hf_recontrol.collection.states import collect_states
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.evaluation.strength import match_kl

@@ -37,6 +37,7 @@ def test_a_request_changes_what_its_head_recommends():
     own = settings(control=ControlConfig(step_size=0.7))
     assert own.read(None, {"control": {"num_steps": 5}}).control == ControlConfig(step_size=0.7, num_steps=5)
     assert own.read("org/base:polite", {}).control == ADVANTAGE
+    assert own.read("org/base:default", {}).control == ControlConfig(step_size=0.7)
 
 
 def test_a_field_may_be_its_json_as_a_text():

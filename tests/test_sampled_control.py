@@ -276,7 +276,7 @@ def test_a_head_is_fitted_on_what_another_made(tmp_path):
     second = ValueHead.from_pretrained(tmp_path / "run" / "head")
     record = second.config.training.control
     assert record["control"] == CONTROL.to_dict() and record["heads"] == rollouts[0].control["heads"]
-    assert record["sources"] == {"default": {"pretrained_model_name_or_path": str(tmp_path / "first")}}
+    assert record["sources"] == {"default": {"pretrained_model_name_or_path": "first"}}
     card = (tmp_path / "run" / "head" / "README.md").read_text(encoding="utf-8")
     assert "responses of the base under the control of another head" in card
     assert "`ControlConfig(method='advantage', step_size=2.0" in card and "used in its place" in card

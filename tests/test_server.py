@@ -778,10 +778,14 @@ def test_a_head_alone_names_its_base_and_its_control_can_be_changed(folder):
     with process.client() as client:
         asked = {"prompt": "w7 w8", "temperature": 0}
         answers = {
-            name: client.completions.create(model=name, extra_body=extra, **asked).choices[0].text
-            for name, extra in (("org/x", {}), ("org/x:default", {"control": False}))
+            name: client.completions.create(model=name.strip(), extra_body=extra, **asked).choices[0].text
+            for name, extra in (
+                ("org/x", {"control": False}),
+                ("org/x:default", {}),
+                ("org/x:default ", {"control": {"step_size": 6.0}}),
+            )
         }
-    assert answers["org/x"] == answers["org/x:default"]
+    assert answers["org/x"] == answers["org/x:default"] != answers["org/x:default "]
     process.end(signal.SIGTERM)
 
 

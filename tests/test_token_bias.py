@@ -27,6 +27,7 @@ from hf_recontrol import (
     write_states,
 )
 from hf_recontrol.collection.scoring.labels import label_rollouts
+from hf_recontrol.control.controller import Controller
 from hf_recontrol.training.token_bias import TokenSums, token_means
 
 from .conftest import make_head
@@ -393,3 +394,26 @@ def test_scored_rollouts_without_a_token_have_none():
     scored = score_rollouts([*rollouts, empty], lambda completions, **columns: [float(len(x)) for x in completions])
     states = collect_states(model, scored, hook_point="lm_head")
     assert len(states.tokens) == len(states.hidden) == 6
+
+
+def test_a_bias_beyond_the_dtype_is_clamped_for_callers_that_ask_for_it():
+    head = make_head(hook_point="lm_head", static_vector=True, token_bias_size=4)
+    head.token_bias.copy_(torch.tensor([1.0, -1.0, 0.0, 1.0]))
+    logits = torch.tensor([[1.0, 2.0, 3.0, -torch.inf, 5.0]] * 2, dtype=torch.float16)
+    control, sizes = ControlConfig("static", 1e6), torch.tensor([[1e6], [0.5]])
+    with pytest.raises(FloatingPointError, match="token bias"):
+        Controller(head).shifted(logits, control, sizes)
+    found = Controller(head).shifted(logits, control, sizes, clamp=True)
+    # What the base masks stays masked; tokens behind the bias have none; the other row is nobody else's.
+    assert found.tolist() == [[65504, -65504, 3, -torch.inf, 5], [1.5, 1.5, 3, -torch.inf, 5]]
+
+
+@pytest.mark.parametrize("method", ["static", "advantage"])
+def test_a_token_bias_that_changed_is_noticed(method):
+    model, ids = tiny_model("llama"), prompts()
+    head = tiny_head(model, "lm_head")
+    controlled = ReControlForCausalLM.from_model(model, head, ControlConfig(method, 0.7))
+    before = controlled(ids).logits
+    with torch.no_grad():
+        head.token_bias.neg_()
+    torch.testing.assert_close(controlled(ids).logits, before + 2 * 0.7 * head.token_bias, rtol=1e-4, atol=1e-4)

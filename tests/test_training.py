@@ -14,7 +14,7 @@ from hf_recontrol import ValueHeadConfig, ValueSettings
 from hf_recontrol.data.states import States, StateStore, StateWriter
 from hf_recontrol.training import trainer
 from hf_recontrol.training.advantage import fit_advantage
-from hf_recontrol.training.held_out import split_by_prompt
+from hf_recontrol.training.held_out import _warnings, split_by_prompt
 from hf_recontrol.training.value import ValueTrainer, train_value_head
 
 # With so few held-out responses training warns, rightly.
@@ -256,6 +256,20 @@ def test_a_store_in_several_files_is_fetched_by_workers_as_by_one(tmp_path):
     assert torch.equal(pickle.loads(pickle.dumps(store)).gather("hidden", chosen), store.gather("hidden", chosen))
 
 
+def test_what_held_out_figures_say_in_plain_words():
+    def said(error, prompt_mean=None, episodes=200):
+        figures = {"value_error_last": error, "baselines": {"prompt_mean": prompt_mean}}
+        return _warnings(figures | {"held_out_episodes": episodes})
+
+    [useless] = said(0.99, prompt_mean=0.5)
+    assert "no better than its mean" in useless and "cannot steer" in useless
+    [told] = said(0.7, prompt_mean=0.6)
+    assert "tells prompts apart" in told
+    assert said(0.7) == said(0.7, prompt_mean=0.8) == []
+    [few] = said(0.7, episodes=49)
+    assert "mean little" in few
+
+
 def test_figures_name_the_baselines_and_warn_in_plain_words(recontrol_warnings):
     states = episodes(400)
     noise = change(states, rewards=torch.randn(400, 1, generator=torch.Generator().manual_seed(1)))
@@ -263,7 +277,7 @@ def test_figures_name_the_baselines_and_warn_in_plain_words(recontrol_warnings):
     assert figures["value_error_last"] > 0.9 and figures["baselines"]["constant"] == 1.0
     assert figures["baselines"]["prompt_mean"] == pytest.approx(2, abs=0.6), "two unrelated rewards a prompt"
     _, good = train_value_head(states, CONFIG, **FAST)
-    assert not good["warnings"] or "no better" not in good["warnings"][0]
+    assert not any("no better" in said for said in good["warnings"])
     by_prompt = change(states, rewards=torch.randn(200, 1).repeat_interleave(2, 0))
     hidden = torch.repeat_interleave(by_prompt.rewards, states.lengths, 0) + 0.3 * torch.randn(
         len(states.hidden), WIDTH

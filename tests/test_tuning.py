@@ -358,6 +358,7 @@ REFUSED = {
         {"criterion": {"win_rate": 1}},
         "`criterion` weighs 'win_rate', which must be one of reward, diversity",
     ),
+    "time": ({"criterion": {"reward": 1, "seconds": -1}}, "`criterion` weighs 'seconds', which must be one of"),
     "criterion": ({"criterion": "best"}, "`criterion` must be one of 'reward_at_kl', 'paper'"),
     "json": ({"criterion": "{reward"}, "`criterion` is no JSON object"),
     "nothing": ({"criterion": {"reward": 0}}, "`criterion` must give some metric a weight"),

@@ -18,11 +18,23 @@ if TYPE_CHECKING:
     from ..heads.resolution import HeadAndBase
 
 HeadArgument = Annotated[str, typer.Argument(help="Head: a folder or a Hub repo.")]
-MethodOption = Annotated[Literal[CONTROL_METHODS] | None, typer.Option(help="Default: the head's.")]
-StepSizeOption = Annotated[float | None, typer.Option(help="α, or 1/τ; default: the head's.")]
+MethodOption = Annotated[
+    Literal[CONTROL_METHODS] | None,
+    typer.Option(
+        help="How states are edited: ascent (up V), advantage (by g) or static (one vector); default: the head's."
+    ),
+]
+StepSizeOption = Annotated[
+    float | None, typer.Option(help="How strong control is, in the method's own unit; default: the head's.")
+]
 NumStepsOption = Annotated[int | None, typer.Option(help="Ascent steps; default: the head's.")]
-PlausibilityOption = Annotated[float | None, typer.Option(help="p; default: the head's.")]
-MaxKLOption = Annotated[float | None, typer.Option(help="Nats a token at most; default: the head's.")]
+PlausibilityOption = Annotated[
+    float | None,
+    typer.Option(help="Forbid tokens below this share of the base's likeliest (0: none); default: the head's."),
+]
+MaxKLOption = Annotated[
+    float | None, typer.Option(help="Nats from the base at each token, at most; default: the head's.")
+]
 TargetOption = Annotated[list[float] | None, typer.Option(help="Value to approach (ascent); once for each objective.")]
 
 

@@ -117,16 +117,14 @@ def mlp(tensors, part, activation, x):
 
 def edit(hidden, config, tensors, settings):
     """u of h + u: `step_size * b`, `step_size * g(h)`, or `num_steps` of gradient ascent on V (or on -½‖V - target‖²),
-    in the head's scaled coordinates."""
+    in the head's scaled coordinates. The tensors are where the states are."""
     if hidden.shape[-1] != config["hidden_size"]:
         raise ValueError(
             f"The head reads states of width {config['hidden_size']}, this model has {hidden.shape[-1]}: it was made "
             f"for another base ({config.get('base_model_name_or_path')})."
         )
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    tensors = {name: tensor.to(hidden.device, dtype) for name, tensor in tensors.items()}
     alpha, scale = settings["step_size"], tensors["state_scale"]
-    x = (hidden.detach().to(dtype) - tensors["state_mean"]) / scale
+    x = (hidden.detach().to(scale.dtype) - tensors["state_mean"]) / scale
     if settings["method"] == "static":
         return alpha * tensors["static_vector"].expand_as(x)
     if settings["method"] == "advantage":
@@ -175,8 +173,17 @@ def add_hooks(model, config, tensors, settings):
         """The hook, for the forwards of this thread alone: others may use the same model."""
         return lambda *given: hook(*given) if threading.get_ident() == thread else None
 
+    placed = {}
+
+    def placed_for(hidden):
+        """The head's tensors where the states are, moved there once in a call."""
+        where = hidden.device, torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        if where not in placed:
+            placed[where] = {name: tensor.to(*where) for name, tensor in tensors.items()}
+        return placed[where]
+
     def edited(hidden):
-        moved = (hidden + edit(hidden, config, tensors, settings)).to(hidden.dtype)
+        moved = (hidden + edit(hidden, config, placed_for(hidden), settings)).to(hidden.dtype)
         # For the guards, base and controlled states go on together, as a doubled batch.
         return torch.cat([hidden, moved]) if guarded else moved
 
@@ -198,7 +205,7 @@ def add_hooks(model, config, tensors, settings):
 
     def shift_logits(module, args, output):
         base, logits = output.chunk(2) if guarded else (output[:0], output)
-        shift = settings["step_size"] * tensors["token_bias"].to(logits.device, torch.float32)
+        shift = settings["step_size"] * placed_for(logits)["token_bias"].float()
         added = logits.shape[-1] - len(shift)
         if added < 0:
             raise ValueError(f"The head's token bias is of {len(shift)} tokens, this model has {logits.shape[-1]}.")

@@ -62,9 +62,9 @@ class DataCurve:
         value, low, high = self.doubling
         conclusion = "more would help" if self.more_would_help else "these do not show that more would help"
         return (
-            f"A static vector fitted to {self.responses[-2]} and to {self.responses[-1]} responses gains "
-            f"{self.gain[-2]:.2f} and {self.gain[-1]:.2f} standard deviations of the reward for the root of a "
-            f"nat a response: twice as many add {value:+.2f} [{low:.2f}, {high:.2f}], so {conclusion}."
+            f"A static vector fitted to {self.responses[-2]} responses gains {self.gain[-2]:.2f} standard deviations "
+            f"of the reward at 1 nat a response, one fitted to {self.responses[-1]} gains {self.gain[-1]:.2f}: twice "
+            f"as many add {value:+.2f} [{low:.2f}, {high:.2f}], so {conclusion}."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -32,8 +32,9 @@ logger = logging.get_logger(__name__)
 _BASE = "base"
 # What the named criteria are sums of.
 _WEIGHTS = {"reward_at_kl": {"reward": 1.0}, "paper": {"coherence": 1.0, "diversity": 1.0, "reward": 1.0}}
-# Metrics that a control is no better for: what it is held against another one by, or what is no sum over answers.
-_NO_CRITERION = ("judge", "win_rate", "ties", "reward_worst_tenth")
+# Metrics that a control is no better for: what it is held against another one by, what is no sum over answers, or what
+# all answers of a part have in common, so that no interval over prompts says how sure it is.
+_NO_CRITERION = ("judge", "win_rate", "ties", "reward_worst_tenth", "seconds", "tokens_per_second")
 # On fewer prompts nobody can tell controls apart.
 _FEWEST_PROMPTS = 8
 # So many controls are left in the last round, if there were more.

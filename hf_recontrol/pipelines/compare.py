@@ -163,6 +163,8 @@ def compare(
         with shared_folder(output):
             rows, matches = with_strengths(output, rows, bench, held, progress)
             rows = without_twins(rows)
+            if isinstance(judging, PersonJudge):
+                judging.check_rows([(row.entry.name, row.strength) for row in rows])
             stages = draw_answers(output, rows, bench, test, settings.part_size, settings.perplexity, progress)
             reference = next(i for i, row in enumerate(rows) if row.entry.name == settings.against)
             scores = score_answers(stages, stages[reference], scorers, progress)

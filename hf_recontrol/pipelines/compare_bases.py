@@ -99,10 +99,12 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _names(sources: Sequence[str]) -> list[str]:
-    """A folder's name for each: its last part; if two have the same, each has its number behind it."""
-    short = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name).strip(".") or "base" for source in sources]
-    if len({name.lower() for name in short}) == len(short):
-        return short
+    """A folder's name for each: as many of its last parts as tell them apart; else each has its number behind it."""
+    for count in range(1, max(len(Path(source).parts) for source in sources) + 1):
+        said = ["-".join(Path(source).parts[-count:]) for source in sources]
+        short = [re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "base" for name in said]
+        if len({name.lower() for name in short}) == len(short):
+            return short
     return [f"{name}-{number}" for number, name in enumerate(short, 1)]
 
 

@@ -15,12 +15,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from ..collection.scoring.rewards import vader
+from ..collection.scoring.vader import vader
 from ..configuration import ControlConfig
+from ..data.fingerprints import distinct
 from ..data.prompts import load_prompts
 from ..evaluation.comparison.entries import KIND_OF_METHOD
 from ..evaluation.comparison.figures import Figure
 from ..evaluation.comparison.results import ANSWERS_NAME
+from ..evaluation.recommendation import candidates
+from ..heads.value_head import ValueHead
 from ..settings import CompareSettings, FitSettings, LoadingSettings
 from ..training.stage import FIGURES_NAME as FIGURES_FILE
 from ..utils.files import read_json
@@ -121,9 +124,11 @@ def run_demo(
     vader([], [])
     output, sizes = Path(output), DemoSizes()
     prompts = DEMO_PROMPTS if prompts is None else prompts
-    loaded = load_prompts(prompts)
+    loaded = distinct(load_prompts(prompts))
     if len(loaded) < 2 * sizes.num_unseen_prompts:
-        raise ValueError(f"{prompts} holds {len(loaded)} prompts, the demo needs {2 * sizes.num_unseen_prompts}.")
+        raise ValueError(
+            f"{prompts} holds {len(loaded)} different prompts, the demo needs {2 * sizes.num_unseen_prompts}."
+        )
     order = torch.randperm(len(loaded), generator=torch.Generator().manual_seed(seed)).tolist()
     unseen = loaded.take(order[: sizes.num_unseen_prompts])
     training = loaded.take(order[sizes.num_unseen_prompts :][: sizes.num_training_prompts])
@@ -172,9 +177,9 @@ def _tried(head: Path) -> list[dict[str, Any]]:
     """The controls that [`fit`] tried, as a comparison takes them: all at one KL, so none is tuned on the reward."""
     trials = read_json(head / FIGURES_FILE).get("recommended", {}).get("trials", [])
     controls = [ControlConfig.from_dict(trial["control"]) for trial in trials if trial["control"] is not None]
-    methods = {control.method for control in controls}
     found = [{"kind": KIND_OF_METHOD[control.method], "strengths": [control.step_size]} for control in controls]
-    if methods == {"static", "ascent"}:
+    can = {control.method for control in candidates(ValueHead.from_pretrained(head))}
+    if "advantage" not in can and controls[0].method == "static":
         # Training left g at the static vector, so the advantage edit is the static one.
         found[0]["name"] = "advantage = static_vector"
     return found

@@ -10,14 +10,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import PreTrainedModel
 
 from ..collection.scoring.rewards import ColumnReward
 from ..settings import FitSettings, LoadingSettings
 from ..utils.files import atomic_path
 from ..utils.setting_fields import Settings
-from ..utils.yaml_files import read_yaml
+from ..utils.yaml_files import read_yaml, yaml_text
 
 RUN_NAME = "fit.yaml"
 _PACKAGE = __name__.partition(".")[0]
@@ -128,7 +127,7 @@ def save_run(
     lines += [f"# {note}" for note in notes]
     values = {name: value for name, value in named.items() if value is not None} | settings.to_dict()
     values = json.loads(json.dumps(values, default=_plain))
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=119)
+    text = yaml_text(values)
     with atomic_path(output / RUN_NAME) as temporary:
         temporary.write_text("\n".join(lines) + "\n" + text, encoding="utf-8")
 

@@ -13,6 +13,7 @@ from ..data.stage_folder import read_manifest
 from ..data.states import StateStore
 from ..evaluation.data_curve import DataCurve
 from ..evaluation.pages.report import write_report
+from ..evaluation.trace.texts import TokenTexts
 from ..heads.value_head import ValueHead
 from ..settings import TrainingSettings
 from ..training.held_out import split_by_prompt
@@ -109,7 +110,7 @@ def _examples(
     found: list[tuple[Rollout, torch.Tensor]] = sorted(wanted.values(), key=lambda item: float(item[1][-1].sum()))
     middle = len(found) // 2
     chosen = found if len(found) <= 6 else [*found[-2:][::-1], *found[middle - 1 : middle + 1], *found[:2][::-1]]
-    examples = []
+    texts, examples = TokenTexts(tokenizer), []
     for rollout, values in chosen:
         example = {
             "prompt": rollout.prompt,
@@ -120,6 +121,6 @@ def _examples(
         }
         if store.read_at["every"] == 1 and values.shape[1] == 1:
             example["values"] = values[:, 0].tolist()
-            example["tokens"] = [tokenizer.decode([token]) for token in rollout.completion_ids]
+            example["tokens"] = texts.of_response(rollout.completion_ids)
         examples.append(example)
     return examples

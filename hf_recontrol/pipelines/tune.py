@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..collection.scoring.responses import check_rows, try_rewards
 from ..collection.scoring.rewards import RewardFunction, named_rewards
 from ..configuration import ControlConfig
-from ..data.fingerprints import head_fingerprint, prompt_hashes
+from ..data.fingerprints import distinct, head_fingerprint, prompt_hashes
 from ..data.processes import Processes, no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import shared_folder
@@ -184,12 +184,8 @@ def _former(output: Path, head: ValueHead) -> ControlConfig | None:
 
 def _in_order(prompts: Prompts, seed: int) -> Prompts:
     """Each prompt once, in an order that depends on the seed."""
-    once: dict[int, int] = {}
-    for place, number in enumerate(prompt_hashes(prompts)):
-        once.setdefault(number, place)
-    places = list(once.values())
-    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).tolist()
-    return prompts.take([places[i] for i in order])
+    once = distinct(prompts)
+    return once.take(torch.randperm(len(once), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
 def _result(

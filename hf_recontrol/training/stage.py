@@ -67,8 +67,8 @@ def train_head(
 
     Args:
         output (`str` or `os.PathLike`):
-            Folder for the head (`config.json`, `model.safetensors`, card) and `training.json` (its figures and
-            curves).
+            Folder for the head (`config.json`, `model.safetensors`, `prompts.safetensors`, card) and `training.json`
+            (its figures and curves).
         states (`str` or `os.PathLike`):
             Folder of [`write_states`].
         settings ([`TrainSettings`], *optional*), changes:
@@ -146,16 +146,29 @@ def _record(states: str | os.PathLike, store: StateStore, command: str | None) -
         tokens=counts.get("tokens"),
         states=store.num_states,
         states_dtype=manifest["settings"]["dtype"],
-        sampling=source.get("sampling") or {},
+        sampling={name: _shown(value) for name, value in (source.get("sampling") or {}).items()},
         control=_sampled_under(manifest["settings"], source),
         command=command,
     )
 
 
+# Lists of numbers that are longer say nothing to who reads a card.
+_LONGEST_LIST = 100
+
+
+def _shown(value: Any) -> Any:
+    """A setting of the sampling, as a head records it: of a long list how long it is."""
+    return f"{len(value)} values" if isinstance(value, list) and len(value) > _LONGEST_LIST else value
+
+
 def _sampled_under(settings: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
     if not settings["control"]:
         return {}
-    return {"control": settings["control"], "heads": settings["heads"], "sources": source.get("head_sources") or {}}
+    sources = {
+        name: place and {key: without_place(value) for key, value in place.items()}
+        for name, place in (source.get("head_sources") or {}).items()
+    }
+    return {"control": settings["control"], "heads": settings["heads"], "sources": sources}
 
 
 def _train_both(
