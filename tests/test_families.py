@@ -84,7 +84,11 @@ def test_control_that_is_off_is_the_base_bit_for_bit(family, hook_point):
     with model.disable_control():
         check()
     assert torch.equal(generate(model, ids, control=False)[1], logits)
-    for off in (replace(ASCENT, num_steps=0), replace(ASCENT, step_size=0.0), replace(ASCENT, step_size=(0.0, 0.0))):
+    at_zero = [replace(ASCENT, num_steps=0), replace(ASCENT, step_size=0.0), replace(ASCENT, step_size=(0.0, 0.0))]
+    if hook_point == "lm_head":
+        at_zero += [replace(control, step_size=0.0) for control in (ADVANTAGE, STATIC)]
+        at_zero += [replace(control, max_kl=0.0, plausibility=0.3) for control in (ADVANTAGE, STATIC)]
+    for off in at_zero:
         assert torch.equal(generate(model, ids, control=off)[1], logits)
         model.control = off
         check()

@@ -203,8 +203,8 @@ def cut_response(
     """The response up to its turn's end: its text, its tokens with the one that ended the turn, whether it ended."""
     end = next((i for i, token in enumerate(ids) if token in end_ids), None)
     body, kept = ids[:end], ids if end is None else ids[: end + 1]
-    length = None
-    if stop_strings:
+    length, whole = None, tokenizer.decode(body) if stop_strings else ""
+    if any(stop in whole for stop in stop_strings):
         # Token by token, as generation looked: what it padded a stopped row with must not be taken for drawn tokens.
         stop = StopStrings(tokenizer, stop_strings)
         length = next((i for i in range(1, len(body) + 1) if stop.ends(body[:i])), None)
