@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, SamplingSettings, generate_rollouts
+from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import Rollout
 from hf_recontrol.evaluation.metrics import diversity, kl_divergence
 from hf_recontrol.evaluation.strength import kl_with_interval, match_kl
@@ -118,6 +119,8 @@ def test_a_kl_out_of_reach_is_an_error_and_leaves_the_control_as_it_was():
         match_kl(model, tiny_tokenizer(), PROMPTS, start, 0.0, SAMPLING)
     with pytest.raises(ValueError, match="No prompts"):
         match_kl(model, tiny_tokenizer(), [], start, 0.1, SAMPLING)
+    with pytest.raises(ValueError, match="No prompts"):
+        match_kl(model, tiny_tokenizer(), load_prompts(PROMPTS).take([]), start, 0.1, SAMPLING)
     for bad in (0.0, (1.0, 2.0)):
         with pytest.raises(ValueError, match="one step size above 0"):
             match_kl(model, tiny_tokenizer(), PROMPTS, ControlConfig(step_size=bad), 0.1, SAMPLING)

@@ -1,9 +1,12 @@
 """States kept while sampling are those that a forward of its own reads afterwards."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
+import hf_recontrol.collection.kept_states
 import hf_recontrol.evaluation.likelihoods
 from hf_recontrol import ControlConfig, ReControlForCausalLM, SamplingSettings, ValueHeadConfig
 from hf_recontrol.collection.kept_states import KEPT_FOLDER, remove_kept
@@ -307,3 +310,34 @@ def test_answers_are_read_from_the_states_that_they_were_drawn_from(case, family
         for name in ("base", "kl", "log_ratio"):
             number = getattr(other, name)
             assert getattr(one, name) == (number and pytest.approx(number, rel=1e-3, abs=1e-5))
+
+
+class _Beside(torch.nn.Module):
+    """An LM head whose weight is a buffer, as packed ones have it."""
+
+    def __init__(self, lm_head):
+        super().__init__()
+        self.in_features = lm_head.in_features
+        self.register_buffer("packed", lm_head.weight.detach().clone())
+
+    def forward(self, states):
+        return states @ self.packed.T
+
+
+@pytest.mark.parametrize("kind", ["a buffer", "no hook", "no memory"])
+def test_answers_whose_states_cannot_be_kept_are_read_again(kind, tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    if kind == "a buffer":
+        model.lm_head = _Beside(model.lm_head)
+    settings = SamplingSettings(max_new_tokens=5, batch_size=2)
+    bench = Bench(model, tiny_tokenizer(), settings, {"reward": lambda completions: [0.0]}, tmp_path)
+    row, prompts = Row(Entry("row", "base"), make_rival("base", bench, {}), None), load_prompts(["w10 w11", "w20"])
+    drawer = Drawer(bench, perplexity=True)
+    if kind == "no hook":  # as in code that was compiled before
+        monkeypatch.setattr(hf_recontrol.collection.kept_states, "read_states", lambda *a, **k: nullcontext([]))
+    if kind == "no memory":
+        monkeypatch.setattr(hf_recontrol.collection.kept_states, "_MOST_BYTES", 100)
+    _, found, _ = drawer.draw(row, prompts)
+    monkeypatch.setattr(Drawer, "_keeps", lambda self, row: False)
+    _, expected, _ = drawer.draw(row, prompts)
+    assert [each.base for each in found] == pytest.approx([each.base for each in expected], rel=1e-4)

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import threading
 from functools import partial, wraps
 
 import numpy as np
@@ -140,7 +141,8 @@ def test_coroutines_are_awaited_also_where_a_loop_runs_already():
         assert scores(reward) == [1, 3] and asyncio.run(notebook(reward)) == [1, 3]
 
 
-def test_what_coroutines_keep_between_calls_stays_theirs():
+@pytest.mark.parametrize("in_notebook", [False, True])
+def test_what_coroutines_keep_between_calls_stays_theirs(in_notebook):
     # As a client, a semaphore belongs to the loop in which it was first waited for.
     one_at_a_time = asyncio.Semaphore(1)
 
@@ -153,9 +155,36 @@ def test_what_coroutines_keep_between_calls_stays_theirs():
         return await asyncio.gather(*map(length, completions))
 
     async def notebook():
-        return scores(limited)
+        return [scores(limited) for _ in range(3)]
 
-    assert scores(limited) == scores(limited) == asyncio.run(notebook()) == [1, 3]
+    found = asyncio.run(notebook()) if in_notebook else [scores(limited) for _ in range(3)]
+    assert found == [[1, 3]] * 3
+
+
+def test_coroutines_may_wait_for_other_rewards_and_end_the_program():
+    async def of_another(completions):
+        return [value + 1 for value in scores(slow)]
+
+    async def ends(completions):
+        raise SystemExit("set a key")
+
+    async def notebook(reward):
+        return scores(reward)
+
+    assert scores(of_another) == asyncio.run(notebook(of_another)) == [2, 4]
+    for run in (scores, lambda reward: asyncio.run(notebook(reward))):
+        with pytest.raises(SystemExit, match="set a key"):
+            run(ends)
+    assert scores(slow) == [1, 3]
+
+
+def test_a_coroutine_is_run_by_the_thread_that_asks():
+    thread = threading.get_ident()
+
+    async def here(completions):
+        return [float(threading.get_ident() == thread)] * len(completions)
+
+    assert scores(here) == [1, 1]
 
 
 def test_a_failing_coroutine_is_named():

@@ -226,6 +226,11 @@ def test_what_a_file_of_settings_holds_is_read_as_it_was(tmp_path, text):
 def test_merge_keys_are_yaml(tmp_path):
     (tmp_path / "a.yaml").write_text("shared: &s {a: 1, b: 2}\none: {<<: *s, b: 3}\n")
     assert read_yaml(tmp_path / "a.yaml")["one"] == {"a": 1, "b": 3}
+    (tmp_path / "a.yaml").write_text("c: &c {x: 0}\na: {deep: &b {<<: *c, x: 1}}\nz: {<<: *b}\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"c": {"x": 0}, "a": {"deep": {"x": 1}}, "z": {"x": 1}}
+    (tmp_path / "a.yaml").write_text("c: &c {x: 0}\na: {<<: *c, y: 1, y: 2}\n")
+    with pytest.raises(ValueError, match="'y' stands in it twice"):
+        read_yaml(tmp_path / "a.yaml")
 
 
 def test_what_was_left_open_is_open_again_where_other_settings_change():

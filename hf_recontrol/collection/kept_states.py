@@ -23,6 +23,8 @@ from ..utils.files import atomic_path
 from .directions import directions, mean_rows
 
 KEPT_FOLDER = "kept_states"
+# In memory.
+_MOST_BYTES = 1 << 30
 _METADATA_KEY = "hf_recontrol"
 
 
@@ -54,7 +56,7 @@ class StateKeeper(LogitsProcessor):
 
     def __init__(self, hook_point: HookPoint, weight: torch.Tensor | None, temperature: float, checks: bool = False):
         self._hook_point, self._weight, self._temperature = hook_point, weight, temperature
-        self._checks = checks
+        self._checks, self._is_lost = checks, False
         self.is_all_of_logits = False
         self._seen: list[torch.Tensor] = []
         self._hidden: list[torch.Tensor] = []
@@ -68,6 +70,11 @@ class StateKeeper(LogitsProcessor):
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self._checks and not self._seen:
+            # Code that was compiled before looks for no new hook, and some models call no module.
+            self._is_lost, self.is_all_of_logits = True, False
+        if self._is_lost:
+            return scores
         # A copy: of a prompt's forward only the last position is to stay in memory.
         state = self._seen[-1][:, -1:].clone()
         if self._checks and not self._hidden:
@@ -123,7 +130,7 @@ class KeptInFiles:
 class KeptInMemory:
     """
     The states at the LM head's input that responses were drawn from, for who reads these next. Those of logits that
-    are not the LM head's alone (caps, scales) are not kept.
+    are not the LM head's alone (caps, scales) are not kept, and no more than a GiB.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -133,6 +140,7 @@ class KeptInMemory:
     def __init__(self, model: PreTrainedModel):
         self._hook_point = HookPoint(find_lm_head(model), None, model.config.get_text_config().hidden_size, True)
         self._found: dict[int, torch.Tensor] = {}
+        self._num_bytes = 0
 
     def keeper(self, temperature: float) -> StateKeeper:
         """For the states of one batch."""
@@ -140,10 +148,14 @@ class KeptInMemory:
 
     def take(self, number: int, keeper: StateKeeper, rollouts: Sequence[Rollout]) -> None:
         """Keep the states of a batch's rollouts."""
-        if keeper.is_all_of_logits:
-            for rollout, states in zip(rollouts, keeper.hidden().cpu(), strict=True):
-                # A copy: a response may be much shorter than its batch.
-                self._found[_token_number(rollout)] = states[: len(rollout.completion_ids)].clone()
+        if not keeper.is_all_of_logits:
+            return
+        for rollout, states in zip(rollouts, keeper.hidden().cpu(), strict=True):
+            # A copy: a response may be much shorter than its batch.
+            own = states[: len(rollout.completion_ids)].clone()
+            if self._num_bytes + own.nbytes <= _MOST_BYTES:
+                self._num_bytes += own.nbytes
+                self._found[_token_number(rollout)] = own
 
     def find(self, rollout: Rollout) -> torch.Tensor | None:
         """`(tokens, hidden_size)`, or `None`."""

@@ -119,7 +119,7 @@ def build_plan(
             layers, name = [out], "identity"
             out = (torch.eye(len(out[1]), device=device, dtype=dtype), torch.zeros_like(out[1]))
         columns = None
-        if len(layers) > 1 and name == "relu" and device.type == "cpu":
+        if with_gram and len(layers) > 1 and name == "relu" and device.type == "cpu":
             columns = [weight.T.contiguous() for weight, _ in layers[1:]]
         g = head.advantage_mlp
         heads.append(

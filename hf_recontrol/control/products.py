@@ -17,6 +17,8 @@ MANY_FLIPS = 0.1
 # Beyond this share of units that are not zero, reading their rows alone is no gain; and where more than this share of
 # the units are no longer among those whose rows lie together, they are put together anew.
 _MOST_ACTIVE, _MANY_OTHERS = 0.8, 0.1
+# How often they are, in an ascent: they drift in one direction, unless steps are too long.
+_MOST_OFTEN = 8
 
 # A product with a matrix of its argument, `(rows, in)` to `(rows, out)`.
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -68,6 +70,7 @@ class Active:
     def __init__(self, matrix: torch.Tensor):
         self.matrix = matrix
         self._units: torch.Tensor | None = None
+        self._anew = 0
 
     def __call__(self, left: torch.Tensor) -> torch.Tensor:
         """`left @ matrix`."""
@@ -77,6 +80,10 @@ class Active:
             if len(units) <= _MANY_OTHERS * left.numel():
                 product = left[:, self._units] @ self._rows
                 return product + of_few(self.matrix, others, rows, units) if len(units) > 0 else product
+            # Signs that swing would have the rows put together at each step.
+            self._anew += 1
+        if self._anew > _MOST_OFTEN:
+            return left @ self.matrix
         units = left[0].nonzero()[:, 0]
         if len(units) > _MOST_ACTIVE * left.numel():
             self._units = None

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
@@ -55,6 +56,18 @@ def message_text(message: Mapping[str, Any]) -> str:
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one text: of a chat what its messages say."""
     return prompt if isinstance(prompt, str) else "\n\n".join(filter(None, map(message_text, prompt)))
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], **options: Any) -> dict[str, list[int]]:
+    """A chat's inputs. Special tokens that its own texts mention are ordinary text, where the tokenizer can."""
+    render = partial(tokenizer.apply_chat_template, chat, return_dict=True, **options)
+    text = prompt_text(chat)
+    mentioned = any(token in text for token in tokenizer.all_special_tokens)
+    if mentioned and "sanitize_control_tokens" in inspect.signature(render).parameters:
+        # It fails where the tokenizer reads such a token out of any text.
+        with contextlib.suppress(ValueError):
+            return dict(render(sanitize_control_tokens=True))
+    return dict(render())
 
 
 def _texts(value: Any) -> Iterator[str]:

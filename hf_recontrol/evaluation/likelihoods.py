@@ -15,7 +15,7 @@ from ..configuration import ControlConfig
 from ..data.rollouts import Rollout
 from ..heads.value_head import in_eval
 from ..modeling.causal_lm import ReControlForCausalLM
-from ..modeling.hook_points import find_lm_head
+from ..modeling.hook_points import find_lm_head, lm_head_device
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _of_states(
 ) -> Likelihood:
     """[`likelihoods`] of one response, from the states of its tokens, `(tokens, hidden_size)`."""
     lm_head = find_lm_head(model)
-    states = states[None].to(next(lm_head.parameters()).device)
+    states = states[None].to(lm_head_device(lm_head))
     with in_eval(model):
         with base_only(model):
             base = lm_head(states)[0]

@@ -126,6 +126,8 @@ def few_prompts(
 ) -> tuple[Prompts, SamplingSettings]:
     """The prompts to answer, 64 at most, and how often each is: once, or until there are 64 responses."""
     prompts = load_prompts(prompts, limit=NUM_RESPONSES)
+    if not len(prompts):
+        raise ValueError("No prompts to compare controls on.")
     drawn = sampling_config(model, tokenizer, SamplingSettings.of(sampling, {"num_samples": 1})).do_sample
     return prompts, SamplingSettings.of(sampling, {"num_samples": -(-NUM_RESPONSES // len(prompts)) if drawn else 1})
 

@@ -93,8 +93,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
             value_head_revision, value_head_subfolder (`str`, *optional*):
                 Where `value_head` is in its repo.
             revision, subfolder (`str`, *optional*):
-                Where the first argument is in its repo. The base of a head that knows its base is loaded at the
-                revision that the head names.
+                Where the first argument is in its repo. Without a revision, the base that the head names is loaded at
+                the revision that it names.
             model_args, kwargs:
                 As in [`~transformers.AutoModelForCausalLM.from_pretrained`] (for a base that also takes images,
                 [`~transformers.AutoModelForImageTextToText.from_pretrained`]): `dtype`, `device_map`, `token`,

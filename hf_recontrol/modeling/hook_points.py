@@ -181,7 +181,7 @@ def lm_head_rows(model: PreTrainedModel) -> torch.Tensor:
     if uses_its_weight(lm_head) and type(lm_head.weight) in (nn.Parameter, torch.Tensor):
         return lm_head.weight.detach()
     width = getattr(lm_head, "in_features", None) or model.config.get_text_config(decoder=True).hidden_size
-    like = torch.empty(0, dtype=model.dtype, device=_device_of(lm_head))
+    like = torch.empty(0, dtype=model.dtype, device=lm_head_device(lm_head))
     check_linear(lm_head, width, like)
     features = torch.eye(width, dtype=like.dtype, device=like.device)
     with in_eval(lm_head):
@@ -192,7 +192,8 @@ def lm_head_rows(model: PreTrainedModel) -> torch.Tensor:
     return rows
 
 
-def _device_of(lm_head: nn.Module) -> torch.device:
+def lm_head_device(lm_head: nn.Module) -> torch.device:
+    """Where an LM head takes its input."""
     tensors = itertools.chain(lm_head.parameters(), lm_head.buffers())
     # What is offloaded is moved, with its input, when it is called.
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))

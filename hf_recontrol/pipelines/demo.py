@@ -179,7 +179,7 @@ def _tried(head: Path) -> list[dict[str, Any]]:
     controls = [ControlConfig.from_dict(trial["control"]) for trial in trials if trial["control"] is not None]
     found = [{"kind": KIND_OF_METHOD[control.method], "strengths": [control.step_size]} for control in controls]
     can = {control.method for control in candidates(ValueHead.from_pretrained(head))}
-    if "advantage" not in can and controls[0].method == "static":
+    if "advantage" not in can and controls and controls[0].method == "static":
         # Training left g at the static vector, so the advantage edit is the static one.
         found[0]["name"] = "advantage = static_vector"
     return found

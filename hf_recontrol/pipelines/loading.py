@@ -66,6 +66,10 @@ def load_base(
         `OSError`, `ValueError`: as [`load_base_model`]; if there is no such device.
     """
     device = device_of(settings.device)
+    if value_head is not None:
+        if not isinstance(value_head, nn.Module):
+            value_head = ValueHead.from_pretrained(value_head, token=settings.token)
+        settings = replace(settings, revision=settings.revision or revision_named(value_head, name_or_path))
     tokenizer = load_tokenizer(name_or_path, settings)
     arguments: dict[str, Any] = base_source(settings) | {"trust_remote_code": settings.trust_remote_code}
     arguments["dtype"] = settings.dtype
@@ -125,8 +129,6 @@ def base_with_head(
         place = (head.source or {}).get("pretrained_model_name_or_path")
         found = base_of_head(head, place)
         base, settings = found.base, replace(settings, revision=settings.revision or found.revision)
-    elif isinstance(head, ValueHead):
-        settings = replace(settings, revision=settings.revision or revision_named(head, base))
     model, own = load_base(base, settings, head)
     yield model, own if tokenizer is None else tokenizer
 

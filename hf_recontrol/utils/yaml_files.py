@@ -13,12 +13,19 @@ import yaml
 class _Loader(yaml.SafeLoader):
     """YAML with the numbers of its version 1.2 (1e-4 is one, 010 is ten, 1:30 is none) and no name twice."""
 
-    def construct_mapping(self, node, deep=False):
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        names = [self.construct_object(key, deep=True) for key in own]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.YAMLError(f"{twice[0]!r} stands in it twice")
-        return super().construct_mapping(node, deep)
+    def __init__(self, stream):
+        super().__init__(stream)
+        self._merged = set()
+
+    def flatten_mapping(self, node):
+        # Once: afterwards what it merges stands in it too.
+        if node not in self._merged:
+            self._merged.add(node)
+            own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            names = [self.construct_object(key, deep=True) for key in own]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise yaml.YAMLError(f"{twice[0]!r} stands in it twice")
+        super().flatten_mapping(node)
 
     def construct_number(self, node):
         text = self.construct_scalar(node)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import inspect
 import os
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from ...data.prompts import Prompt
-from ...data.templating import message_text, prompt_text
+from ...data.templating import message_text, prompt_text, rendered
 from ...utils.code_fingerprints import model_fingerprint
 
 if TYPE_CHECKING:
@@ -161,7 +159,8 @@ class ClassifierReward:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             chat.append({"role": "assistant", "content": completion})
             try:
-                inputs = self._rendered([self._as_the_template_reads(message) for message in chat])
+                chat = [self._as_the_template_reads(message) for message in chat]
+                inputs = rendered(tokenizer, chat, tokenizer_kwargs={"verbose": False})
             except Exception as error:  # whatever a template raises
                 raise ValueError(f"the chat template of {self.__name__} refuses this chat: {error}") from error
             added = [0] * len(inputs["input_ids"])
@@ -207,19 +206,6 @@ class ClassifierReward:
                 raise ValueError("it writes texts alone, and the content of a message holds something else")
             return message | {"content": message_text(message)}
         return message
-
-    def _rendered(self, chat: list[dict[str, Any]]) -> dict[str, list[int]]:
-        """A chat's inputs. Special tokens that its own texts mention are ordinary text, where the tokenizer can."""
-        render = partial(
-            self.tokenizer.apply_chat_template, chat, return_dict=True, tokenizer_kwargs={"verbose": False}
-        )
-        text = prompt_text(chat)
-        mentioned = any(token in text for token in self.tokenizer.all_special_tokens)
-        if mentioned and "sanitize_control_tokens" in inspect.signature(render).parameters:
-            # It fails where the tokenizer reads such a token out of any text.
-            with contextlib.suppress(ValueError):
-                return dict(render(sanitize_control_tokens=True))
-        return dict(render())
 
     def _batch(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         # On the right, so that position embeddings do not depend on the batch.

@@ -7,10 +7,11 @@ import copy
 import inspect
 import math
 import os
+import threading
 import types
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -278,19 +279,24 @@ def _awaited(awaitable: Awaitable) -> Any:
     async def wait():
         return await awaitable
 
-    waiting = asyncio.run_coroutine_threadsafe(wait(), _loop(os.getpid()))
+    here = os.getpid(), threading.get_ident()
     try:
-        return waiting.result()
-    finally:
-        waiting.cancel()
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _loop(*here).run_until_complete(wait())
+    # A notebook's thread has a running loop, which cannot wait for another.
+    return _worker(*here).submit(_awaited, wait()).result()
 
 
 @cache
-def _loop(process: int) -> asyncio.AbstractEventLoop:
-    """One for all calls, since what a reward keeps, such as a client, belongs to a loop; in a thread of its own."""
-    loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, daemon=True).start()
-    return loop
+def _loop(process: int, thread: int) -> asyncio.AbstractEventLoop:
+    """A thread's loop for all calls, since what a reward keeps between them, such as a client, belongs to one."""
+    return asyncio.new_event_loop()
+
+
+@cache
+def _worker(process: int, thread: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1)
 
 
 def _listed(returned: Any) -> Any:

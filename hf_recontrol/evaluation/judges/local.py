@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,8 +10,10 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ...collection.batches import pad_batch
 from ...data.fingerprints import tokenizer_settings
 from ...data.processes import device_of
+from ...data.templating import rendered
 from ...heads.base_model import load_base_model
 from ...utils.checks import check_choice, check_int, check_text
 from ...utils.code_fingerprints import model_fingerprint
@@ -72,7 +73,7 @@ class LocalJudge(LanguageJudge):
         source: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         source |= {} if self.revision is None else {"revision": self.revision}
         model = load_base_model(self.model, dtype=self.dtype, **source)
-        tokenizer = AutoTokenizer.from_pretrained(self.model, padding_side="left", **source)
+        tokenizer = AutoTokenizer.from_pretrained(self.model, **source)
         if not tokenizer.chat_template:
             raise ValueError(f"The judge {self.model} has no chat template: name a chat model.")
         if tokenizer.pad_token is None:
@@ -90,25 +91,19 @@ class LocalJudge(LanguageJudge):
     @torch.no_grad()
     def replies(self, talks: Sequence[list[dict[str, str]]]) -> list[Reply]:
         model, tokenizer = self.loaded
-        # Marks of a turn in an answer are text. Releases of transformers that cannot read them so have no such option.
-        names = inspect.signature(tokenizer.apply_chat_template).parameters
-        as_text = {"sanitize_control_tokens": True} if "sanitize_control_tokens" in names else {}
-        given = tokenizer.apply_chat_template(
-            list(talks), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True, **as_text
-        )
+        # Marks of a turn in an answer are text.
+        asked = [rendered(tokenizer, talk, add_generation_prompt=True)["input_ids"] for talk in talks]
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        lengths = given["attention_mask"].sum(1).tolist()
+        lengths = [len(ids) for ids in asked]
         fits = [limit is None or length + self.max_tokens <= limit for length in lengths]
         replies = [Reply(None, input_tokens=length) for length in lengths]
         places = [place for place, fit in enumerate(fits) if fit]
         if not places:
             return replies
-        # Without the padding that those would need which do not fit.
-        longest = max(lengths[place] for place in places)
-        rows = {name: given[name][places, -longest:].to(model.device) for name in ("input_ids", "attention_mask")}
+        rows = pad_batch([asked[place] for place in places], tokenizer.pad_token_id, "left", model.device)
         # Some chat templates begin the thoughts.
-        asked = tokenizer.apply_chat_template(talks[0], add_generation_prompt=True, tokenize=False)
-        begun = _THINK if asked.rstrip().endswith(_THINK) else ""
+        first = tokenizer.apply_chat_template(talks[0], add_generation_prompt=True, tokenize=False)
+        begun = _THINK if first.rstrip().endswith(_THINK) else ""
         drawn = model.generate(
             **rows,
             do_sample=False,
