@@ -58,12 +58,9 @@ def load_controlled(
     head: str, base: str | None, changes: dict[str, Any], settings: LoadingSettings
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What [`resolve_controlled`] finds, as a model under control; and its tokenizer."""
-    from dataclasses import replace
-
     from ..pipelines.loading import load_base
 
     found, wanted = resolve_controlled(head, base, changes, settings)
-    settings = replace(settings, revision=settings.revision or found.revision)
     return load_base(found.base, settings, found.value_head, wanted)
 
 

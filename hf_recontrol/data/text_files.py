@@ -141,23 +141,21 @@ def csv_rows(path: Path, settings: PromptSettings, left_out: LeftOut) -> Located
 
 def _csv_table(path: Path, separator: str, names: list[str], limit: int | None) -> list[tuple[str, Any]]:
     """Rows with their locations. Blanks before quotation marks are left out if the file is whole without them."""
-    damage: _DamagedError | None = None
-    rows: list[tuple[str, Any]] = []
-    try:
+
+    def read(skipinitialspace: bool) -> tuple[list[tuple[str, Any]], _DamagedError | None]:
         with _text(path, newline="") as file:
-            rows = list(islice(_csv_lines(path, file, separator, names), limit))
-    except _DamagedError as error:
-        damage = error
+            try:
+                return list(islice(_csv_lines(path, file, separator, names, skipinitialspace), limit)), None
+            except _DamagedError as error:
+                return [], error
+
+    rows, damage = read(skipinitialspace=False)
     is_damaged = damage is not None or any(isinstance(row, BadRow) for _, row in rows)
     fields = (value or "" for _, row in rows if isinstance(row, dict) for value in row.values())
     if not is_damaged and not any(field.startswith(" ") and field.lstrip(" ").startswith('"') for field in fields):
         return rows
-    try:
-        with _text(path, newline="") as file:
-            found = list(islice(_csv_lines(path, file, separator, names, skipinitialspace=True), limit))
-    except _DamagedError:
-        found = None
-    is_whole = found is not None and all(isinstance(row, dict) for _, row in found)
+    found, still_damaged = read(skipinitialspace=True)
+    is_whole = still_damaged is None and all(isinstance(row, dict) for _, row in found)
     if is_whole and (is_damaged or _without_blanks(found) != _without_blanks(rows)):
         return found
     if damage is not None:

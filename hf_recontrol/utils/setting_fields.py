@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from .checks import check_choice, check_int, check_number
@@ -111,14 +112,12 @@ class Settings:
             value = _checked(item, annotations(type(self))[item.name], getattr(self, item.name))
             object.__setattr__(self, item.name, value)
 
-    @property
-    def _filled(self) -> dict[str, Any]:
-        """What was given for the settings that others filled in ([`fill`]), by name."""
-        return self.__dict__.get("_given", {})
+    # What was given for the settings that others filled in, by name.
+    _given = MappingProxyType({})
 
     def fill(self, name: str, value: Any) -> None:
         """Set a setting that was left open, as others have it. Where those change later, it is open again."""
-        object.__setattr__(self, "_given", self._filled | {name: getattr(self, name)})
+        object.__setattr__(self, "_given", {**self._given, name: getattr(self, name)})
         object.__setattr__(self, name, value)
 
     @classmethod
@@ -135,7 +134,7 @@ class Settings:
         for name in changes:
             if name not in known:
                 raise TypeError(f"There is no setting {name!r} here{_similar(name, known)}.")
-        return cls(**changes) if settings is None else replace(settings, **settings._filled | changes)
+        return cls(**changes) if settings is None else replace(settings, **{**settings._given, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as YAML and JSON hold them: lists for tuples, and no secret."""
