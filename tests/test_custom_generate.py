@@ -1,6 +1,7 @@
 """A pushed head under plain transformers: `generate(..., custom_generate="user/head")`, without this package."""
 
 import json
+import logging
 import venv
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, distribution, files, requires
@@ -261,3 +262,63 @@ def test_no_step_leaves_the_base_as_it_is(tmp_path, control):
     found = custom.generate(model, value_head=str(tmp_path), control=control | {"plausibility": 0.9}, **options)
     for one, two in zip(found.logits, model.generate(**options).logits, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("place", ["lm_head", "decoder_layer"])
+def test_it_also_runs_in_inference_mode(tmp_path, place):
+    model = tiny_model("llama")
+    tiny_head(model, place, control=ControlConfig(step_size=0.7, num_steps=4, target=3.0)).save_pretrained(tmp_path)
+    options = {"value_head": str(tmp_path), "inputs": prompts(2, 6), "max_new_tokens": 4}
+    expected = custom.generate(model, **options)
+    with torch.inference_mode():
+        assert torch.equal(custom.generate(model, **options), expected)
+
+
+def test_a_scale_that_is_not_above_zero_and_an_edit_out_of_range_are_errors(tmp_path):
+    model = tiny_model("llama")
+    tiny_head(model, "lm_head").save_pretrained(tmp_path)
+    options = {"value_head": str(tmp_path), "inputs": prompts(), "max_new_tokens": 2}
+    half = tiny_model("llama", dtype=torch.float16)
+    with pytest.raises(FloatingPointError, match="too large for this head"):
+        custom.generate(half, control={"method": "static", "step_size": 1e20}, **options)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["state_scale"][0] = 0
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="`state_scale`"):
+        custom.generate(model, **options)
+
+
+def test_another_method_needs_a_step_size_of_its_own(tmp_path):
+    model = tiny_model("llama")
+    tiny_head(model, "lm_head", control=ControlConfig("advantage", 1.5)).save_pretrained(tmp_path)
+    options = {"value_head": str(tmp_path), "inputs": prompts(), "max_new_tokens": 2}
+    with pytest.raises(ValueError, match="recommends no step size for 'ascent'"):
+        custom.generate(model, control={"method": "ascent"}, **options)
+    for control in ({"method": "ascent", "step_size": 0.5}, {"method": "advantage"}):
+        custom.generate(model, control=control, **options)
+
+
+@pytest.mark.parametrize("place", ["lm_head", "decoder_layer"])
+def test_guards_with_early_exit_drafts_and_hidden_states(tmp_path, place, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers.generation.utils"), "disabled", True)
+    model = tiny_model("llama")
+    tiny_head(model, place, control=ControlConfig(step_size=2.0, num_steps=4, max_kl=0.3)).save_pretrained(tmp_path)
+    options = {"value_head": str(tmp_path), "inputs": prompts(1, 6), "max_new_tokens": 6}
+    expected = custom.generate(model, **options)
+    assert torch.equal(custom.generate(model, assistant_early_exit=1, **options), expected)
+    found = custom.generate(model, output_hidden_states=True, return_dict_in_generate=True, **options)
+    assert {len(state) for step in found.hidden_states for state in step} == {1}
+
+
+def test_contrasts_of_layers_are_those_of_the_base(tmp_path):
+    """What `generate` makes of the LM head alone, beside the model's forwards."""
+    model, seen = tiny_model("llama"), []
+    tiny_head(model, "lm_head", control=ControlConfig("advantage", 1.5, max_kl=0.3)).save_pretrained(tmp_path)
+
+    def loop(model, input_ids, **kwargs):
+        early = model(input_ids, output_hidden_states=True).hidden_states[1]
+        seen.append((model.lm_head(early), torch.nn.functional.linear(early, model.lm_head.weight)))
+        return input_ids
+
+    custom.generate(model, value_head=str(tmp_path), inputs=prompts(), custom_generate=loop, max_new_tokens=2)
+    assert torch.equal(*seen[0])

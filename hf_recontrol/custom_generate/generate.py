@@ -36,6 +36,12 @@ def generate(model, value_head=None, control=None, **kwargs):
     config, tensors = load_head(value_head or REPO, kwargs)
     settings = DEFAULTS | (config["control"] or {}) | (control or {})
     check(config, tensors, settings)
+    changed, recommended = control or {}, config["control"] or {}
+    if "step_size" not in changed and changed.get("method") not in (None, recommended.get("method")):
+        raise ValueError(
+            f"This head recommends no step size for {changed['method']!r}: name one, `step_size`. That of another "
+            "method is in other units."
+        )
     no_steps = settings["method"] == "ascent" and settings["num_steps"] == 0
     no_steps = no_steps or 0 in (settings["step_size"], settings["max_kl"])
     if control is False or no_steps:
@@ -104,6 +110,8 @@ def check(config, tensors, settings):
             raise ValueError(f"`{name}` has the shape {tuple(tensors[name].shape)}, config.json says otherwise.")
     if bad := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
         raise ValueError(f"The head's tensors {bad} hold NaN or infinite values.")
+    if not (tensors["state_scale"] > 0).all():
+        raise ValueError("The head's tensor `state_scale` holds values that are not above 0.")
 
 
 def mlp(tensors, part, activation, x):
@@ -133,8 +141,9 @@ def edit(hidden, config, tensors, settings):
     if target is not None:
         target, mean, std = (torch.tensor(v).to(x) for v in (target, config["reward_mean"], config["reward_std"]))
         target = ((target - mean) / std).expand(config["num_objectives"])
-    step = torch.zeros_like(x)
-    with torch.enable_grad():
+    # Tensors of an inference mode, in which `generate` may be called, can be saved for no backward.
+    with torch.inference_mode(False), torch.enable_grad():
+        x, step = x.clone(), torch.zeros_like(x)
         for _ in range(settings["num_steps"]):
             moved = (x + step).requires_grad_(True)
             value = mlp(tensors, "value_mlp", config["activation"], moved)
@@ -174,26 +183,50 @@ def add_hooks(model, config, tensors, settings):
         return lambda *given: hook(*given) if threading.get_ident() == thread else None
 
     placed = {}
+    # Of the forward in progress, and how many rows of it go on as base and controlled ones, as a doubled batch.
+    seen = {"has_run": False, "is_running": False, "doubled": 0}
+
+    def begin(module, args):
+        seen.update(has_run=True, is_running=True, doubled=0)
+
+    def is_beside():
+        """Whether `generate` calls the LM head alone, for drafts or contrasts of layers: these are the base's."""
+        return seen["has_run"] and not seen["is_running"]
 
     def placed_for(hidden):
         """The head's tensors where the states are, moved there once in a call."""
         where = hidden.device, torch.float64 if hidden.dtype == torch.float64 else torch.float32
         if where not in placed:
-            placed[where] = {name: tensor.to(*where) for name, tensor in tensors.items()}
+            with torch.inference_mode(False):
+                placed[where] = {name: tensor.to(*where).clone() for name, tensor in tensors.items()}
         return placed[where]
 
     def edited(hidden):
         moved = (hidden + edit(hidden, config, placed_for(hidden), settings)).to(hidden.dtype)
-        # For the guards, base and controlled states go on together, as a doubled batch.
-        return torch.cat([hidden, moved]) if guarded else moved
+        finite = torch.isfinite(moved).all(-1)
+        # A base may give NaN at padded positions, which nothing reads.
+        if not finite.all() and (torch.isfinite(hidden).all(-1) & ~finite).any():
+            raise FloatingPointError(
+                f"The {settings['method']} edit left the range of {hidden.dtype}: `step_size` "
+                f"{settings['step_size']:g} is too large for this head."
+            )
+        if not guarded:
+            return moved
+        seen["doubled"] = len(hidden)
+        return torch.cat([hidden, moved])
 
     def edit_head_input(module, args):
+        if is_beside():
+            return None
         return (edited(args[0]), *args[1:])
 
     def edit_layer_output(module, args, output):
         return (edited(output[0]), *output[1:]) if isinstance(output, tuple) else edited(output)
 
-    def guard(module, args, output):
+    def end(module, args, output):
+        seen["is_running"], rows = False, seen["doubled"]
+        if not rows:  # an early-exit draft, which ends before the last layer, has none
+            return None
         base, logits = output.logits.chunk(2)
         masked = torch.zeros_like(base, dtype=torch.bool)
         if settings["plausibility"]:
@@ -201,9 +234,13 @@ def add_hooks(model, config, tensors, settings):
         if settings["max_kl"] is not None:
             logits = within(base, logits, settings["max_kl"], masked)
         output.logits = logits.masked_fill(masked, -math.inf)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(x[-rows:] if x is not None else None for x in output.hidden_states)
         return output
 
     def shift_logits(module, args, output):
+        if is_beside():
+            return None
         base, logits = output.chunk(2) if guarded else (output[:0], output)
         shift = settings["step_size"] * placed_for(logits)["token_bias"].float()
         added = logits.shape[-1] - len(shift)
@@ -226,4 +263,5 @@ def add_hooks(model, config, tensors, settings):
         if config["layer"] not in (-1, count - 1):
             raise ValueError("A head on a layer other than the last needs hf_recontrol.")
         handles = [lists[0][-1].register_forward_hook(of_this_call(edit_layer_output))]
-    return [*handles, *([model.register_forward_hook(of_this_call(guard))] if guarded else [])]
+    handles.append(model.register_forward_pre_hook(of_this_call(begin)))
+    return [*handles, model.register_forward_hook(of_this_call(end))]
