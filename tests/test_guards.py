@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
-from hf_recontrol.control.guards import guarded_logits, implausible_tokens
+from hf_recontrol.control.controller import Controller
+from hf_recontrol.control.guards import AnyTokenLeft, guarded_logits, implausible_tokens
 
 from .reference import full_inputs, reference_within
 from .tiny_models import FAMILIES, prompts, tiny_head, tiny_model
@@ -166,3 +167,73 @@ def test_compiled_it_is_the_same():
         assert torch.equal(found.isinf(), expected.isinf()) and found.isinf().any() == (plausibility > 0)
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
     assert torch.equal(compiled(base, controlled, 0.0, 0.1)[::4], controlled[::4])
+
+
+@pytest.mark.parametrize("plausibility", [0.0, 1e-4])
+def test_to_gradients_the_scale_of_an_edit_is_a_constant(plausibility):
+    base, change = drawn(2.0, 3.0, rows=6)
+    change = change - base
+    change[0] = 0  # a row without control, whose KL is nothing but rounding
+    change[1] *= 1e-3  # one within the limit
+
+    def gradients(logits_of):
+        own, moved = (x.clone().requires_grad_(True) for x in (base, base + change))
+        logits = logits_of(own, moved)
+        left = logits > -torch.inf
+        torch.log_softmax(logits, -1).where(left, 0).square().sum().backward()
+        return own.grad, moved.grad
+
+    found = gradients(lambda own, moved: guarded_logits(own, moved, plausibility, 0.1))
+    guarded = guarded_logits(base, base + change, plausibility, 0.1)
+    scale = torch.ones(6, 1)
+    scale[2:] = ((guarded - base) / change).nanmedian(-1, keepdim=True).values[2:]
+    assert (scale[2:] < 0.99).all()
+
+    def with_constant_scale(own, moved):
+        return (own + scale * (moved - own)).masked_fill(guarded == -torch.inf, -torch.inf)
+
+    for one, other in zip(found, gradients(with_constant_scale), strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_without_a_token_are_an_error_unless_they_have_ended():
+    ids = torch.tensor([[5, 6, 7], [5, 6, 2]])
+    scores = torch.full((2, 9), -torch.inf)
+    scores[0, 3] = 0.0
+    ends = [torch.tensor([2]), torch.tensor(0)[None]]
+    assert AnyTokenLeft(1, 2, ends)(ids, scores) is scores
+    with pytest.raises(ValueError, match="row 1"):
+        AnyTokenLeft(1, 3, ends)(ids, scores)  # the prompt itself ends so
+    with pytest.raises(ValueError, match="row 0"):
+        AnyTokenLeft(1, 2, ends)(ids, scores.flip(0))
+    assert AnyTokenLeft(2, 2, ends)(ids, scores) is scores
+    with pytest.raises(ValueError, match="lower `plausibility`"):
+        AnyTokenLeft(2, 2, ends)(ids, torch.full_like(scores, -torch.inf))
+
+
+@pytest.mark.parametrize("method", ["ascent", "advantage", "static"])
+def test_nothing_waits_for_the_device_while_its_kernels_are_recorded(method, monkeypatch):
+    """As in a CUDA graph, where a wait is an error: simulated, by a CPU whose tensors cannot be looked at."""
+    head = tiny_head(tiny_model("llama"), "lm_head")
+    control, controller = ControlConfig(method, 1.0, num_steps=4), Controller(head)
+    noise = torch.Generator().manual_seed(0)
+    hidden, base = (torch.randn(2, 3, size, generator=noise, dtype=torch.float64) for size in (16, 97))
+
+    def run():
+        edited = controller.edit(hidden, control, 1.0, prepared=True)
+        logits = controller.shifted(base + edited.sum(-1, keepdim=True), control, 1.0, prepared=True)
+        return edited, guarded_logits(base, logits, 0.1, 0.05)
+
+    def wait(*args):
+        raise AssertionError("This would wait for the device.")
+
+    expected = run()
+    for module in ("controller", "guards"):
+        monkeypatch.setattr(f"hf_recontrol.control.{module}.may_wait", lambda device: False)
+    monkeypatch.setattr(torch.Tensor, "__bool__", wait)
+    monkeypatch.setattr(torch, "equal", wait)
+    found = run()
+    monkeypatch.undo()
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-2, atol=1e-2)

@@ -12,7 +12,7 @@ from ..configuration import ControlConfig
 from ..heads.value_head import ValueHead, in_eval
 from .advantage import Advantage
 from .ascent import Ascent
-from .method import ControlMethod
+from .method import ControlMethod, may_wait
 from .plan import Plan, build_plan
 from .static import Static
 from .token_bias import token_bias_of, token_shift
@@ -35,12 +35,13 @@ class _Snapshot:
     """What a head's tensors were, to notice that they have changed."""
 
     def __init__(self, tensors: list[torch.Tensor]):
-        self.identities = [self._identity(tensor) for tensor in tensors]
+        self.identities = [self.identity(tensor) for tensor in tensors]
         # Neither fused optimizers nor edits through `.data` count the version up.
         self.values = [self._some_values(tensor).clone() for tensor in tensors]
 
     @staticmethod
-    def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+    def identity(tensor: torch.Tensor) -> tuple[int, int]:
+        """What a replaced or a changed tensor has another of."""
         # A change in place gives another version, a replaced tensor has another address.
         return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
@@ -51,7 +52,7 @@ class _Snapshot:
         return tensor.detach()[tuple(slice(None, None, step) for step in steps)]
 
     def matches(self, tensors: list[torch.Tensor]) -> bool:
-        return self.identities == [self._identity(tensor) for tensor in tensors] and all(
+        return self.identities == [self.identity(tensor) for tensor in tensors] and all(
             map(torch.equal, self.values, map(self._some_values, tensors))
         )
 
@@ -116,6 +117,13 @@ class Controller:
         if self._last is not None and name in self._last[0]:
             self._last = None
 
+    def versions(self) -> dict[str, list[tuple[int, int]]]:
+        """Of each head, by name, what is another once a tensor of it was replaced, or changed in place."""
+        return {
+            name: [(id(head), 0), *map(_Snapshot.identity, head.state_dict().values())]
+            for name, head in self.heads.items()
+        }
+
     def _are_plain(self, names: Sequence[str]) -> bool:
         """Whether all are [`ValueHead`]s whose methods and parts are the ones that the fast forms restate."""
         return all(_is_plain(self.heads[name]) for name in names)
@@ -151,7 +159,7 @@ class Controller:
                 then use the Gram matrix, and reads the heads' own weights otherwise.
             clamp (`bool`, *optional*, defaults to `False`):
                 Whether edited states are clamped to the range of their dtype instead of being an error, for callers
-                whose rows belong to strangers. Compiled code always clamps: it cannot raise.
+                whose rows belong to strangers. Compiled code and CUDA graphs always clamp: they cannot raise.
 
         Raises:
             `FloatingPointError`: if an edited state is not finite, or further from a target than before.
@@ -166,7 +174,7 @@ class Controller:
         names, omegas = tuple(weights), _of_one_kind(list(weights.values()))
         numbers = [_by_row(value, states, dtype) for value in (step_size, *omegas)]
         compiling = torch.compiler.is_compiling()
-        clamp = clamp or compiling
+        clamp = clamp or not may_wait(hidden.device)
         with torch.no_grad():
             chunks = (rows,) if compiling else rows.split(_MAX_ROWS)
             columns = [x.split(len(chunks[0])) if isinstance(x, torch.Tensor) else [x] * len(chunks) for x in numbers]
@@ -246,7 +254,7 @@ class Controller:
         )
         shift = token_shift(biases, omegas, alpha, logits.shape[-1])
         limit = torch.finfo(logits.dtype).max
-        if clamp or torch.compiler.is_compiling():
+        if clamp or not may_wait(logits.device):
             moved = (logits.to(dtype) + torch.nan_to_num(shift)).clamp(-limit, limit).to(logits.dtype)
             # A base may itself mask tokens with -inf.
             return torch.where(torch.isfinite(logits), moved, logits)
@@ -299,7 +307,7 @@ class Controller:
         else:
             plan = self._traced_plan(rows, names, method.needs_gram, prepared)
         # What is eager towards a target raises where the steps run away from it.
-        may_depend = eager and not (clamp and control.target is not None)
+        may_depend = may_wait(rows.device) and not (clamp and control.target is not None)
         if eager and plan is None:
             with ExitStack() as stack:
                 # A module of the user's own may still be in the state that it was trained in.
@@ -313,7 +321,8 @@ class Controller:
         slot = (device, dtype, names, with_gram)
         tensors = [tensor for name in names for tensor in self.heads[name].state_dict().values()]
         known = self._plans.get(slot)
-        if known is None or not known[0].matches(tensors):
+        # While a CUDA graph is recorded, tensors can be neither compared nor made.
+        if known is None or (may_wait(device) and not known[0].matches(tensors)):
             autocast = torch.autocast(device.type, enabled=False) if _is_autocast(device) else nullcontext()
             with torch.inference_mode(False), autocast:
                 plan = build_plan([self.heads[name] for name in names], device, dtype, with_gram)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+from transformers import LogitsProcessor
+
+from .method import may_wait
 
 # How often a row's KL is looked at, at most.
 _TRIALS = 16
@@ -49,7 +53,7 @@ def guarded_logits(
 
     Where the logits are linear in the state, β scales the edit itself. β is found from below: but for rounding the KL
     is never above `max_kl`, unless the mask alone is further than that from the base. A row that keeps within the
-    limit has its controlled logits unchanged, bit for bit.
+    limit has its controlled logits unchanged, bit for bit. To gradients β is a constant, as the edit is.
 
     Args:
         base (`torch.Tensor` of shape `(..., vocabulary)`), controlled (the same):
@@ -75,7 +79,7 @@ def _few_at_once(
 ) -> torch.Tensor:
     """[`_within`], on a CPU of so few rows at a time that their logits stay in its cache from trial to trial."""
     size = base.shape[-1]
-    if torch.compiler.is_compiling() or base.device.type != "cpu" or base.numel() <= _ROWS_AT_ONCE * size:
+    if not may_wait(base.device) or base.device.type != "cpu" or base.numel() <= _ROWS_AT_ONCE * size:
         return _within(base, controlled, max_kl, masked)
     masks = None if masked is None else masked.expand(base.shape).reshape(-1, size).split(_ROWS_AT_ONCE)
     parts = zip(*(x.reshape(-1, size).split(_ROWS_AT_ONCE) for x in (base, controlled)), strict=True)
@@ -86,9 +90,21 @@ def _few_at_once(
 def _within(base: torch.Tensor, controlled: torch.Tensor, max_kl: float, masked: torch.Tensor | None) -> torch.Tensor:
     dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
     own = base.to(dtype)
-    log_base = torch.log_softmax(own, dim=-1)
     # A base may itself mask tokens with -inf, and infinity less infinity is no number.
     shift = torch.where(torch.isfinite(own), controlled.to(dtype).clamp(-_LARGEST, _LARGEST) - own, 0)
+    # A search has no gradient, and its trials are not to be kept for a backward.
+    with torch.no_grad():
+        beta = _largest_within(own, shift, max_kl, masked)
+    if beta is None:
+        return controlled
+    return torch.where(beta == 1, controlled, (own + beta * shift).to(controlled.dtype))
+
+
+def _largest_within(
+    own: torch.Tensor, shift: torch.Tensor, max_kl: float, masked: torch.Tensor | None
+) -> torch.Tensor | None:
+    """β of each row of the base's logits, 1 where the whole shift keeps the limit; `None` if that is known of all."""
+    log_base = torch.log_softmax(own, dim=-1)
     if masked is not None:
         log_base = log_base.masked_fill(masked, -math.inf)
 
@@ -102,8 +118,9 @@ def _within(base: torch.Tensor, controlled: torch.Tensor, max_kl: float, masked:
     one = torch.ones_like(own[..., :1])
     kl = kl_at(one)
     fits = kl <= max_kl
-    if not torch.compiler.is_compiling() and fits.all():
-        return controlled
+    waits = may_wait(own.device)
+    if waits and fits.all():
+        return None
     aim = max_kl * (1 + _ENOUGH) / 2
     weights = log_base.exp()
     mean = (weights * shift).sum(-1, keepdim=True)
@@ -117,10 +134,46 @@ def _within(base: torch.Tensor, controlled: torch.Tensor, max_kl: float, masked:
         below = kl <= max_kl
         low, low_kl = torch.where(below, beta, low), torch.where(below, kl, low_kl)
         high, high_kl = torch.where(below, high, beta), torch.where(below, high_kl, kl)
-        if not torch.compiler.is_compiling() and (fits | (low_kl >= _ENOUGH * max_kl)).all():
+        if waits and (fits | (low_kl >= _ENOUGH * max_kl)).all():
             break
         # A line through both ends in logarithms and, where the KL is too bent for it, the middle: in turn.
         share = (aim / low_kl.clamp_min(_TINY)).log() / (high_kl / low_kl.clamp_min(_TINY)).log()
         share = torch.full_like(share, 0.5) if trial % 2 else share.clamp(0.05, 0.95)
         beta = torch.where(low > 0, low * (high / low.clamp_min(_TINY)) ** share, high / 8)
-    return torch.where(fits, controlled, (own + low * shift).to(controlled.dtype))
+    return torch.where(fits, one, low)
+
+
+class AnyTokenLeft(LogitsProcessor):
+    """
+    The last processor of a generation with a mask: raises `ValueError` where the mask and other constraints leave no
+    token to draw. transformers would draw token 0, or fail without a reason.
+
+    Args:
+        num_beams (`int`):
+            Rows of a prompt, of which some may be left without a token.
+        prompt_length (`int`):
+            Tokens of the prompts.
+        ends (sequence of `torch.Tensor` of shape `(tokens,)`):
+            With which a row ends, and is filled up then.
+    """
+
+    def __init__(self, num_beams: int, prompt_length: int, ends: Sequence[torch.Tensor]):
+        self.num_beams, self.prompt_length, self.ends = num_beams, prompt_length, ends
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """`scores`, of shape `(rows, vocabulary)`, as they are."""
+        left = scores.amax(-1) > -math.inf
+        if self.num_beams > 1:
+            left = left.view(-1, math.gcd(len(left), self.num_beams)).any(-1)
+        if left.all():
+            return scores
+        if self.num_beams == 1 and self.ends and input_ids.shape[1] > self.prompt_length:
+            # Of a row that has ended nothing is drawn.
+            left = left | torch.isin(input_ids[:, -1], torch.cat([end.to(input_ids.device) for end in self.ends]))
+        if not left.all():
+            raise ValueError(
+                "`plausibility` and the constraints of this call (`min_new_tokens`, `suppress_tokens`, "
+                "`prefix_allowed_tokens_fn`, ...) together leave no token to draw for row "
+                f"{left.tolist().index(False)}: lower `plausibility`, or loosen the constraints."
+            )
+        return scores

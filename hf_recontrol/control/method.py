@@ -13,6 +13,16 @@ from ..heads.value_head import ValueHead
 from .plan import Plan
 
 
+def may_wait(device: torch.device) -> bool:
+    """
+    Whether code may wait for a device to know what it computed, and so depend on the data: not where it is traced, nor
+    where its kernels are recorded in a CUDA graph.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 class ControlMethod(ABC):
     """
     A way from states h to their edits u. One object of each stands in `METHODS` of controller.py, by the name that
@@ -66,7 +76,7 @@ class ControlMethod(ABC):
             plan ([`Plan`] or `None`):
                 The heads' tensors, in the dtype of `rows`; `None` for heads that are any modules, to be called.
             eager (`bool`):
-                Whether what is done may depend on the data, which traced code cannot do.
+                Whether what is done may depend on the data ([`may_wait`]).
 
         Returns:
             `torch.Tensor` of the shape of `rows`.

@@ -6,17 +6,18 @@ must be given to see what generation sees.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..configuration import ControlConfig
+from ..control.guards import AnyTokenLeft
 from ..heads.value_head import in_eval
 from .call_settings import HeadWeights
 from .hooks import ControlHooks
@@ -110,7 +111,7 @@ class ControlledGenerationMixin:
                     "shares between requests: generate without it, or use a head on the last layer."
                 )
             # What a manager that is kept has captured in graphs is another control.
-            asked = active, weights, {name: id(head) for name, head in self.value_heads.items()}
+            asked = active, weights, hooks.settings.controller.versions()
             if self.__dict__.get("_batching_under") != asked and hasattr(self, CACHED_MANAGER):
                 self.destroy_cached_continuous_batching_manager()
             self._batching_under = asked
@@ -119,6 +120,31 @@ class ControlledGenerationMixin:
             function = getattr(type(manager), name).__get__(manager)
             setattr(manager, name, _with_settings(hooks, active, weights, function))
         return manager
+
+    @contextmanager
+    def continuous_batching_context_manager(
+        self,
+        *args,
+        control: ControlConfig | bool | None = None,
+        value_heads: HeadWeights | None = None,
+        **kwargs,
+    ) -> Iterator[Any]:
+        """[`~transformers.GenerationMixin.continuous_batching_context_manager`] under control."""
+        with ExitStack() as stack:
+            with self._recontrol.call(control, value_heads):
+                manager = stack.enter_context(super().continuous_batching_context_manager(*args, **kwargs))
+            yield manager
+
+    def _get_logits_processor(self, generation_config, input_ids_seq_length=None, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
+        settings = self._recontrol.settings
+        call, active = settings.current, settings.active_control()
+        # What continuous batching records in a CUDA graph cannot raise.
+        if call is not None and call.generating and active is not None and active.plausibility > 0:
+            ends = [generation_config._eos_token_tensor, generation_config._pad_token_tensor]
+            ends = [end.flatten() for end in ends if end is not None]
+            processors.append(AnyTokenLeft(generation_config.num_beams or 1, input_ids_seq_length or 0, ends))
+        return processors
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         hooks = self._recontrol
