@@ -14,6 +14,9 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Gemma3nTextConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -353,6 +356,14 @@ def _bert_config():
     return BertConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
 
 
+def _blip_2():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision, qformer = sizes | {"image_size": 8, "patch_size": 4}, sizes | {"encoder_hidden_size": 16}
+    text = {"model_type": "opt", "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"vocab_size": 97, "word_embed_proj_dim": 16, "max_position_embeddings": 32}
+    return Blip2ForConditionalGeneration(Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text))
+
+
 @pytest.mark.parametrize("hook_point", HOOK_POINTS)
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -362,8 +373,9 @@ def _bert_config():
         (lambda: BertModel(_bert_config()), "LM head"),
         (lambda: BertForMaskedLM(_bert_config()), "cannot generate"),
         (lambda: AutoModel.from_config(tiny_model("llama").config), "LM head"),
+        (_blip_2, "control `model.language_model`"),
     ],
-    ids=["t5", "bart", "bert", "masked_lm", "no_head"],
+    ids=["t5", "bart", "bert", "masked_lm", "no_head", "blip_2"],
 )
 def test_what_cannot_be_controlled_raises_and_stays_as_it_was(make, message, hook_point):
     model = make()
@@ -413,3 +425,29 @@ def test_llava_is_controlled_in_its_language_half():
     torch.testing.assert_close(forward(model, ids), expected, **EXACT)
     controlled = model.unload()
     assert not any(x._forward_hooks or x._forward_pre_hooks for x in controlled.modules())
+
+
+def test_layers_whose_output_is_no_sequence_of_states_are_named():
+    """Gemma 3n's hold several versions of each state."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    config = Gemma3nTextConfig(
+        **sizes,
+        vocab_size=97,
+        vocab_size_per_layer_input=97,
+        hidden_size_per_layer_input=4,
+        num_key_value_heads=1,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        layer_types=["full_attention"] * 2,
+        activation_sparsity_pattern=None,
+    )
+    model = ReControlForCausalLM.from_model(AutoModelForCausalLM.from_config(config), _head(16).float())
+    for read in (model.values, model):
+        with pytest.raises(ValueError, match="cannot be controlled there"):
+            read(prompts(2, 5))

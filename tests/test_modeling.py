@@ -1145,3 +1145,20 @@ def test_a_forward_that_is_given_a_control_says_how_it_is_said(model, input_ids,
     # transformers' models take any keyword, so that it would be ignored.
     with pytest.raises(TypeError, match=r"is an argument of `generate`. For a forward use `with model.use_control"):
         model(input_ids, **asked)
+
+
+class _Sharded:
+    """What FSDP2's `fully_shard` puts before a model's class."""
+
+
+def test_unload_under_a_class_that_others_derived_is_refused(llama, head, input_ids):
+    base = type(llama)
+    controlled = ReControlForCausalLM.from_model(llama, head)
+    ours = type(controlled)
+    controlled.__class__ = type("Sharded", (_Sharded, ours), {})
+    with pytest.raises(ValueError, match="fully_shard"):
+        controlled.unload()
+    assert controlled.generate(input_ids, max_new_tokens=1).shape[1] == input_ids.shape[1] + 1
+    assert type(type(controlled)(controlled.config)) is base
+    controlled.__class__ = ours
+    assert type(controlled.unload()) is base

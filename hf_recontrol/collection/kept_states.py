@@ -17,8 +17,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from ..data.fingerprints import stable_number
 from ..data.rollouts import Rollout
-from ..modeling.hook_points import HookPoint, find_lm_head
-from ..modeling.hooks import read_states
+from ..modeling.hook_points import HookPoint, find_lm_head, read_states
 from ..utils.files import atomic_path
 from .directions import directions, mean_rows
 

@@ -23,8 +23,8 @@ from ..data.stage_folder import StageFolder, read_manifest
 from ..data.states import States, StateWriter
 from ..heads.base_model import check_nameable
 from ..heads.value_head import in_eval
-from ..modeling.hook_points import HookPoint, lm_head_rows
-from ..modeling.hooks import follow, read_states
+from ..modeling.hook_points import HookPoint, lm_head_rows, read_states
+from ..modeling.hooks import follow
 from ..settings import HookPointSettings, StatesSettings
 from ..utils.files import atomic_path
 from .batches import as_sampled, control_of, forward_batches, recorded_control, teacher_forced

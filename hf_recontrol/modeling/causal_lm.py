@@ -24,8 +24,8 @@ from .call_settings import HeadWeights
 from .checks import head_config, matched_head
 from .fused_lm_head import controlled_forward, original_forward
 from .generation import CACHED_MANAGER, ControlledGenerationMixin, check_padding, with_positions
-from .hook_points import HookPoint
-from .hooks import ControlHooks, read_states
+from .hook_points import HookPoint, read_states, uncompiled
+from .hooks import ControlHooks
 from .mixture import ValueHeadMixtureMixin
 
 logger = logging.get_logger(__name__)
@@ -170,6 +170,11 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         """Take the control off again: hooks gone, original class back. Returns the base model, the same object."""
         if hasattr(self, CACHED_MANAGER):
             self.destroy_cached_continuous_batching_manager()
+        if _base_class(type(self)) is not type(self).__bases__[1]:
+            raise ValueError(
+                f"{type(self).__name__} is a class that something else has derived from the controlled model's, as "
+                "FSDP2's `fully_shard` does: call `unload()` before that."
+            )
         self._recontrol.remove()
         del self._recontrol
         _drop_transient(self.__dict__)
@@ -273,7 +278,7 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
             kwargs.setdefault("logits_to_keep", 1)
         check_padding(self, attention_mask)
         inputs = with_positions(self, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
-        with self.disable_control(), in_eval(self), read_states(self.hook_point) as states:
+        with self.disable_control(), in_eval(self), uncompiled(self), read_states(self.hook_point) as states:
             self(**inputs)
         return read_values(head, states[0])
 
@@ -384,7 +389,8 @@ def _controlled_class(base: type) -> type:
 
 
 def _base_class(controlled: type) -> type:
-    return controlled.__bases__[1]
+    # Others derive classes of their own from ours.
+    return next(each for each in controlled.__mro__ if ReControlForCausalLM in each.__bases__).__bases__[1]
 
 
 def _new_instance(base: type):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration import ControlConfig, ValueHeadConfig
@@ -67,6 +68,21 @@ def check_model(model: PreTrainedModel) -> None:
     find_lm_head(model)
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} cannot generate: load it with AutoModelForCausalLM.")
+    if (inner := _generates_by(model)) is not None:
+        raise ValueError(
+            f"{type(model).__name__} generates by its part `{inner}`, past whatever is put on the whole: control "
+            f"`model.{inner}` instead."
+        )
+
+
+def _generates_by(model: PreTrainedModel) -> str | None:
+    """The name of the language model whose `generate` a model's own calls (BLIP-2, InstructBLIP, Kosmos-2, ...)."""
+    generate = inspect.unwrap(type(model).generate)
+    # One that says `super()` goes on with the model's own forward.
+    if generate is inspect.unwrap(GenerationMixin.generate) or "__class__" in generate.__code__.co_freevars:
+        return None
+    parts = model.named_children()
+    return next((name for name, part in parts if isinstance(part, GenerationMixin) and part.can_generate()), None)
 
 
 def check_head(model: PreTrainedModel, head: nn.Module) -> HookPoint:

@@ -1,8 +1,13 @@
-"""Where heads read and edit the state: a model's decoder layers and its LM head, found by structure."""
+"""
+Where heads read and edit the state: a model's decoder layers and its LM head, found by structure; and reading it.
+"""
 
 from __future__ import annotations
 
 import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +21,8 @@ from ..heads.value_head import in_eval
 _ROUNDING, _COARSE_ROUNDING = 1e-3, 5e-2
 # Features whose rows are made at once.
 _FEATURES_AT_ONCE = 256
+# `torch.compiler.set_stance` is for the process: two threads must not end it in another order than they began.
+_one_stance = threading.Lock()
 
 
 class NamesHookPoint(Protocol):
@@ -65,6 +72,14 @@ class HookPoint:
             raise ValueError(f"The head reads decoder layer {where.layer}, {type(model).__name__} has {count}.")
         index = where.layer % count
         return cls(layers[index], index, text_config.hidden_size, is_last=index == count - 1)
+
+    def check_states(self, hidden: torch.Tensor) -> None:
+        """Raise `ValueError` if what is found there is no `(batch, positions, width)`, nor `(states, width)` of it."""
+        if hidden.shape[-1] != self.width or hidden.ndim not in (2, 3):
+            raise ValueError(
+                f"At {self} this model's states have shape {tuple(hidden.shape)}, a head reads (batch, positions, "
+                f"{self.width}): this architecture cannot be controlled there."
+            )
 
     def __str__(self) -> str:
         return "the LM head" if self.layer is None else f"decoder layer {self.layer}"
@@ -197,3 +212,53 @@ def lm_head_device(lm_head: nn.Module) -> torch.device:
     tensors = itertools.chain(lm_head.parameters(), lm_head.buffers())
     # What is offloaded is moved, with its input, when it is called.
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
+
+
+@contextmanager
+def read_states(hook_point: HookPoint, keep_logits: bool = False) -> Iterator[list[torch.Tensor]]:
+    """
+    Collect the states at a hook point, of shape `(batch, positions, width)`, one tensor for each forward in the block.
+
+    Unless `keep_logits`, the LM head is handed one position only where it is the hook point, so that a long forward
+    makes no vocabulary-sized tensor for each position: then the logits of forwards inside the block are of no use.
+    Under control the states are those before the edit. At the LM head only the positions of `logits_to_keep` are seen.
+    Forwards of other threads are left alone.
+    """
+    states: list[torch.Tensor] = []
+    reader = threading.get_ident()
+
+    def read_head_input(module, args):
+        if threading.get_ident() != reader:
+            return None
+        hook_point.check_states(args[0])
+        states.append(args[0])
+        return None if keep_logits else (args[0][:, :1], *args[1:])
+
+    def read_layer_output(module, args, output):
+        if threading.get_ident() == reader:
+            hidden = output[0] if isinstance(output, (tuple, list)) else output
+            hook_point.check_states(hidden)
+            states.append(hidden)
+
+    # First, so that what is read is the base's state, also under control.
+    if hook_point.layer is None:
+        handle = hook_point.module.register_forward_pre_hook(read_head_input, prepend=True)
+    else:
+        handle = hook_point.module.register_forward_hook(read_layer_output, prepend=True)
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def uncompiled(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model as it was before it was compiled, inside the block: compiled code looks for no new hooks."""
+    if not any(
+        part._compiled_call_impl is not None or hasattr(part.forward, "_torchdynamo_orig_callable")
+        for part in model.modules()
+    ):
+        yield
+        return
+    with _one_stance, torch.compiler.set_stance("force_eager"):
+        yield

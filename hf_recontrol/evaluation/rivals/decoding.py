@@ -29,7 +29,7 @@ from ...data.prompts import Prompts
 from ...data.rollouts import Rollout
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...modeling.generation import with_positions
-from ...modeling.hooks import read_states
+from ...modeling.hook_points import read_states
 from ...settings import ScoringSettings
 from ...utils.checks import check_choice, check_int
 from ...utils.code_fingerprints import UnknownStateError

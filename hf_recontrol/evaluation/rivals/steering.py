@@ -16,8 +16,7 @@ from ...data.fingerprints import model_settings, prompt_hash
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout, load_rollouts
 from ...heads.value_head import in_eval
-from ...modeling.hook_points import HookPoint, find_decoder_layers
-from ...modeling.hooks import read_states
+from ...modeling.hook_points import HookPoint, find_decoder_layers, read_states
 from ...settings import HookPointSettings
 from ...utils.checks import check_int, check_number
 from ...utils.files import atomic_path, make_folder

@@ -14,7 +14,8 @@ from ...collection.sampling import RowSampler, response_seed
 from ...data.rollouts import Rollout
 from ...heads.value_head import in_eval, read_values
 from ...modeling.causal_lm import ReControlForCausalLM
-from ...modeling.hooks import read_edits, read_states
+from ...modeling.hook_points import read_states
+from ...modeling.hooks import read_edits
 from ..likelihoods import kl_by_token, log_policy_of
 from .record import TokenChance, TracedResponse, TracedToken
 from .texts import TokenTexts
