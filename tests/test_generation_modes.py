@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StaticCache,
@@ -28,6 +30,7 @@ from .versions import since, traces_transformers
 CONTROL = ControlConfig(step_size=0.5, num_steps=5, l2=0.1)
 OTHER = ControlConfig(step_size=0.8, num_steps=8)
 PLAUSIBLE = replace(CONTROL, plausibility=0.3)
+LENIENT = replace(CONTROL, plausibility=0.03)
 CAPPED = replace(CONTROL, step_size=2.0, max_kl=0.3)
 ADVANTAGE = ControlConfig(method="advantage", step_size=0.5)
 HOOK_POINTS = ["decoder_layer", "lm_head"]
@@ -353,6 +356,17 @@ def test_continuous_batching(hook_point, control):
     assert batched(model, rows, control=control) == expected
 
 
+def test_the_context_manager_of_continuous_batching_takes_a_control():
+    model, base, head = build("lm_head", ADVANTAGE)
+    (row,) = batch_rows()[:1]
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+    for control, expected in ((False, None), (OTHER, OTHER), (None, ADVANTAGE)):
+        with model.continuous_batching_context_manager(config, continuous_batching_config=SMALL, control=control) as m:
+            number = m.add_request(row, max_new_tokens=NEW)
+            found = m.get_result(request_id=number).generated_tokens
+        assert [found] == expect_batch(base, head, [row], expected)
+
+
 def test_continuous_batching_of_the_advantage():
     model, base, head = build("lm_head", ADVANTAGE)
     rows = batch_rows()
@@ -388,6 +402,10 @@ def test_a_batching_manager_that_is_kept_is_not_kept_for_another_control():
         assert found == expect_batch(base, head, rows, control or None)
         made.append(model._cached_continuous_batching_manager)
     assert made[0] is made[1] and len(set(map(id, made))) == 3
+    with torch.no_grad():
+        model.value_head.advantage_mlp.layers[-1].bias.mul_(2)
+    batched(model, rows, control=False, persistent_manager=True)
+    assert model._cached_continuous_batching_manager is not made[-1]
     plain = model.unload()
     assert not hasattr(plain, "_cached_continuous_batching_manager")
 
@@ -613,7 +631,7 @@ def test_classifier_free_guidance(hook_point, control, use_cache, negative):
 
 
 @every_hook_point
-@pytest.mark.parametrize("control", [CONTROL, PLAUSIBLE, CAPPED], ids=["ascent", "plausibility", "max_kl"])
+@pytest.mark.parametrize("control", [CONTROL, LENIENT, CAPPED], ids=["ascent", "plausibility", "max_kl"])
 def test_constrained_logits(hook_point, control):
     """Processors act on the controlled logits."""
     model, base, head = build(hook_point, control)
@@ -643,11 +661,52 @@ def test_constrained_logits(hook_point, control):
         mask = torch.full_like(logits, -math.inf).index_fill(1, torch.tensor(allowed), 0)
         return (logits + mask).argmax(-1)
 
-    # With plausibility no token may be left, where the two constraints contradict each other.
     if not control.plausibility:
         expected = expect(among_allowed)
         output = generate(model, ids, prefix_allowed_tokens_fn=lambda batch, tokens: allowed)
         assert output.tolist() == expected.tolist()
+
+
+@every_hook_point
+@pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_beams": 2}], ids=["greedy", "sampling", "beams"])
+def test_constraints_that_leave_no_plausible_token_are_an_error(hook_point, mode):
+    model, base, _ = build(hook_point, replace(CONTROL, plausibility=1.0))  # leaves the most likely token alone
+    ids = prompts(2)
+    banned = base(ids).logits[:, -1].argmax(-1).tolist()
+    with pytest.raises(ValueError, match="no token to draw for row 0"):
+        generate(model, ids, suppress_tokens=banned, **mode)
+    assert generate(model, ids, suppress_tokens=banned, control=False).shape == (2, ids.shape[1] + NEW)
+
+
+@pytest.mark.parametrize("control", [ADVANTAGE, replace(ADVANTAGE, max_kl=0.2)], ids=["advantage", "max_kl"])
+def test_calls_of_the_lm_head_beside_the_model_s_forwards_are_the_base_s(control):
+    """As loops make them that contrast layers (DoLa) or draft by the model's own LM head (MTP, DFlash)."""
+    model, base, _ = build("lm_head", control)
+    ids, seen = prompts(2), []
+
+    def loop(model, input_ids, **kwargs):
+        output = model(input_ids, output_hidden_states=True)
+        early = output.hidden_states[1][:, -1]
+        seen.append((model.lm_head(early), nn.functional.linear(early, model.lm_head.weight), output.logits))
+        return input_ids
+
+    model.generate(ids, custom_generate=loop, max_new_tokens=2)
+    ((beside, expected, logits),) = seen
+    assert torch.equal(beside, expected)
+    torch.testing.assert_close(logits, model(ids).logits)
+    assert not torch.allclose(logits, base(ids).logits)
+
+
+def test_a_loop_that_never_runs_the_whole_model_is_controlled_at_the_lm_head():
+    model, _, _ = build("lm_head", ADVANTAGE)
+    ids, seen = prompts(2), []
+
+    def loop(model, input_ids, **kwargs):
+        seen.append(model.lm_head(model.model(input_ids)[0]))
+        return input_ids
+
+    model.generate(ids, custom_generate=loop, max_new_tokens=2)
+    torch.testing.assert_close(seen[0], model(ids).logits)
 
 
 def test_a_processor_sees_the_controlled_logits():
@@ -857,6 +916,13 @@ def test_only_the_last_hidden_state_shows_the_edit(hook_point, plausibility):
     if hook_point == "decoder_layer":
         logits = base.lm_head(last).masked_fill(torch.isinf(controlled.logits), -math.inf)
         torch.testing.assert_close(logits, controlled.logits, **EXACT)
+    with torch.no_grad():
+        as_tuple = model(ids, output_hidden_states=True, return_dict=False)
+        chosen = [model(ids, output_hidden_states=which).hidden_states for which in (1, [0, 3])]
+    assert all(map(torch.equal, next(part for part in as_tuple if isinstance(part, tuple)), controlled.hidden_states))
+    for states, wanted in zip(chosen, ((1,), (0, 3)), strict=True):
+        assert [number for number, state in enumerate(states) if state is not None] == list(wanted)
+        assert all(torch.equal(states[number], controlled.hidden_states[number]) for number in wanted)
 
 
 @every_hook_point

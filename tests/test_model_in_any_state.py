@@ -23,6 +23,7 @@ from hf_recontrol.data.states import StateStore
 from .conftest import make_llama
 from .tiny_models import left_pad, prompts, tiny_head, tiny_model
 from .tiny_tokenizer import tiny_tokenizer
+from .versions import traces_transformers
 
 STATIC = ControlConfig("static", 0.5)
 TEXTS = ["w5 w6", "w7 w8 w9", "w10"]
@@ -190,3 +191,37 @@ def test_adapters_with_trainable_tokens_are_looked_at():
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]))
     with pytest.raises(ValueError, match="An adapter acts"):
         hidden(model, rollouts)
+
+
+@pytest.mark.parametrize("layer", [-1, 2], ids=["last", "by number"])
+def test_layers_that_are_taken_out_are_no_draft(layer):
+    base = tiny_model("llama")
+    head = tiny_head(base, "decoder_layer", layer)
+    model = ReControlForCausalLM.from_model(base, head, ControlConfig(step_size=0.5, num_steps=4))
+    ids = prompts(1, 5)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
+    if layer == 2:
+        with pytest.raises(ValueError, match="reads decoder layer 2"):
+            model(ids)
+        return
+    logits = model(ids).logits
+    assert model.hook_point.layer == 1
+    with model.disable_control():
+        assert not torch.allclose(logits, model(ids).logits)
+
+
+@traces_transformers
+@pytest.mark.parametrize("how", ["forward", "module"])
+@pytest.mark.parametrize("hook_point", ["lm_head", "decoder_layer"])
+def test_values_of_a_model_that_is_compiled_whole(how, hook_point):
+    base = tiny_model("llama")
+    model = ReControlForCausalLM.from_model(base, tiny_head(base, hook_point))
+    ids = prompts(1, 5)
+    expected = model.values(ids)
+    if how == "forward":
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    else:
+        model.compile(fullgraph=True, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(model.values(ids), expected)
+        model(ids)

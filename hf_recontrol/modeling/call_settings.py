@@ -32,6 +32,8 @@ class Call:
     # How many rows beams or num_return_sequences made of each prompt.
     expansion: int = 1
     generating: bool = False
+    # Whether the model has run: what then calls its LM head alone makes drafts, or contrasts of layers.
+    has_run: bool = False
 
 
 def checked_weights(weights: Mapping[str, float | Sequence[float]]) -> HeadWeights:

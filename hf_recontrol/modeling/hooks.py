@@ -1,4 +1,4 @@
-"""The hooks that edit the state where heads act, from one forward's start to its end; and those that read it."""
+"""The hooks that edit the state where heads act, from one forward's start to its end."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ def _put_back(hidden: torch.Tensor, edited: torch.Tensor, logits_to_keep: int | 
     return result
 
 
+def _controlled_half(states: Any, num_rows: int) -> Any:
+    """One part of a model's output: those of the hidden states that are of a doubled batch, of its second half."""
+    if not isinstance(states, tuple):
+        return states
+    # Hidden states that were not asked for are `None`, and attentions have another dimension.
+    doubled = [isinstance(x, torch.Tensor) and (x.ndim, len(x)) == (3, 2 * num_rows) for x in states]
+    return tuple(x[num_rows:] if is_doubled else x for x, is_doubled in zip(states, doubled, strict=True))
+
+
 @dataclass
 class _Forward:
     """One forward of the model in progress, from its pre-hook to its post-hook."""
@@ -56,8 +65,8 @@ class _Forward:
     logits_to_keep: int | torch.Tensor
     # Whether the hook point was reached.
     edited: bool = False
-    # Whether base and controlled states went on together, as a doubled batch.
-    doubled: bool = False
+    # Rows of base states that went on together with as many controlled ones, as a doubled batch.
+    doubled: int = 0
     # Which of the states whose logits are kept are edited, where that differs by row.
     controlled: torch.Tensor | None = None
 
@@ -79,7 +88,6 @@ class ControlHooks:
 
     def __init__(self, model: PreTrainedModel, head: nn.Module, hook_point: HookPoint, control: ControlConfig):
         self.settings = CallSettings(Controller(head), hook_point, control)
-        self.num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
         self.knows_logits_to_keep = model._supports_logits_to_keep()
         self._thread = threading.local()
         # On the model, and on the module at the hook point.
@@ -144,9 +152,15 @@ class ControlHooks:
             handle.remove()
         self._handles, self._handles_there = [], []
 
-    def _has_all_layers(self, model: PreTrainedModel) -> bool:
-        """False while an early-exit draft runs the first layers only."""
-        return getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None) == self.num_layers
+    def _is_early_exit(self, model: PreTrainedModel) -> bool:
+        """Whether this is a draft, which runs the first of the decoder layers only: the others are still there."""
+        if self.hook_point.layer is None:
+            return False
+        try:
+            layers = model.get_submodule(self._path.rpartition(".")[0])
+        except AttributeError:  # replaced, as a whole
+            return False
+        return model.config.get_text_config(decoder=True).num_hidden_layers < len(layers)
 
     def _is_in_place(self, model: PreTrainedModel) -> bool:
         """Whether our hook is on the module that is at the hook point now; found without a search."""
@@ -163,7 +177,7 @@ class ControlHooks:
 
     def follow(self, model: PreTrainedModel) -> None:
         """Move our hook if the module it sat on has been replaced, as resizing embeddings or an adapter does."""
-        if (self.hook_point.layer is not None and not self._has_all_layers(model)) or self._is_in_place(model):
+        if self._is_early_exit(model) or self._is_in_place(model):
             return
         self.settings.hook_point = HookPoint.find(model, next(iter(self.settings.controller.heads.values())).config)
         for handle in self._handles_there:
@@ -209,11 +223,7 @@ class ControlHooks:
 
     def _edit(self, hidden: torch.Tensor, control: ControlConfig) -> torch.Tensor:
         """Edit states of shape (rows, positions, width) or, flattened by a bool mask, (states, width)."""
-        if hidden.shape[-1] != self.hook_point.width or hidden.ndim not in (2, 3):
-            raise ValueError(
-                f"At {self.hook_point} this model's states have shape {tuple(hidden.shape)}, the head reads "
-                f"(batch, positions, {self.hook_point.width}): this architecture cannot be controlled there."
-            )
+        self.hook_point.check_states(hidden)
         step_size, weights = self._asked(hidden, control)
         forward = self.forward
         if forward is not None:
@@ -252,7 +262,7 @@ class ControlHooks:
                 "`plausibility` and `max_kl` compare base and controlled logits behind the model's forward: call "
                 "`model(...)`, not `model.forward(...)` or a part of the model."
             )
-        forward.doubled = True
+        forward.doubled = len(base)
         return torch.cat([base, controlled])
 
     def begin_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -274,6 +284,8 @@ class ControlHooks:
         call = self.settings.current
         if not self.hook_point.is_last and not self.knows_logits_to_keep and call is not None and call.generating:
             logits_to_keep = 1  # what generate would have asked for
+        if call is not None:
+            call.has_run = True
         self._thread.forward = _Forward(0 if logits_to_keep is None else logits_to_keep)
         control = self.settings.active_control()
         if control is not None and not torch.compiler.is_compiling():
@@ -302,19 +314,26 @@ class ControlHooks:
         edited = self._with_base(hidden, edited, control)
         return type(output)([edited, *output[1:]]) if isinstance(output, (tuple, list)) else edited
 
+    def _control_at_head(self) -> ControlConfig | None:
+        if not self.in_use:
+            return None
+        call = self.settings.current
+        is_beside = self.forward is None and call is not None and call.generating and call.has_run
+        return None if is_beside else self.settings.active_control()
+
     def edit_head_input(self, lm_head: nn.Module, args: tuple):
         """Pre-hook of the LM head: edit all states that reach it."""
-        control = self.settings.active_control() if self.in_use else None
+        control = self._control_at_head()
         if control is None:
             return None
         return (self._with_base(args[0], self._edit(args[0], control), control), *args[1:])
 
     def shift_logits(self, lm_head: nn.Module, args: tuple, output: torch.Tensor):
         """Post-hook of the LM head: add the heads' token bias to the logits of all edited states."""
-        control = self.settings.active_control() if self.in_use else None
+        control = self._control_at_head()
         if control is None or not self.settings.controller.shifts_tokens(control, self.settings.active_weights()):
             return None
-        doubled = self.forward is not None and self.forward.doubled
+        doubled = self.forward is not None and self.forward.doubled > 0
         base, logits = output.chunk(2) if doubled else (None, output)
         logits = self.settings.controller.shifted(
             logits, control, *self._asked(logits, control), prepared=self.settings.current is not None
@@ -328,22 +347,21 @@ class ControlHooks:
         control = self.settings.active_control()
         if forward is None or output is None or control is None:
             return None
-        if not forward.edited and self._has_all_layers(model):
+        if not forward.edited and not self._is_early_exit(model):
             raise RuntimeError(
                 f"Control did not reach its hook point, {self.hook_point}: this forward passes by the module there, "
                 "as kernels do that read the LM head's weight instead of calling it. Turn them off."
             )
-        if not forward.doubled:
+        if forward.doubled == 0:
             return None
-        logits = output[0] if isinstance(output, tuple) else output.logits
-        base, logits = logits.chunk(2)
+        is_tuple = isinstance(output, tuple)
+        base, logits = (output[0] if is_tuple else output.logits).chunk(2)
         logits = guarded_logits(base, logits, control.plausibility, control.max_kl, forward.controlled)
-        if isinstance(output, tuple):
-            return (logits, *output[1:])
+        if is_tuple:
+            return (logits, *(_controlled_half(part, forward.doubled) for part in output[1:]))
         output.logits = logits
-        if self.hook_point.layer is not None and output.get("hidden_states") is not None:
-            *earlier, last = output.hidden_states
-            output.hidden_states = (*earlier, last.chunk(2)[1])
+        if output.get("hidden_states") is not None:
+            output.hidden_states = _controlled_half(output.hidden_states, forward.doubled)
         return output
 
 
@@ -362,37 +380,3 @@ def read_edits(model: nn.Module) -> AbstractContextManager[list[tuple[torch.Tens
     """
     hooks: ControlHooks = getattr(model, "_recontrol", None)
     return hooks.collect_edits()
-
-
-@contextmanager
-def read_states(hook_point: HookPoint, keep_logits: bool = False) -> Iterator[list[torch.Tensor]]:
-    """
-    Collect the states at a hook point, of shape `(batch, positions, width)`, one tensor for each forward in the block.
-
-    Unless `keep_logits`, the LM head is handed one position only where it is the hook point, so that a long forward
-    makes no vocabulary-sized tensor for each position: then the logits of forwards inside the block are of no use.
-    Under control the states are those before the edit. At the LM head only the positions of `logits_to_keep` are seen.
-    Forwards of other threads are left alone.
-    """
-    states: list[torch.Tensor] = []
-    reader = threading.get_ident()
-
-    def read_head_input(module, args):
-        if threading.get_ident() != reader:
-            return None
-        states.append(args[0])
-        return None if keep_logits else (args[0][:, :1], *args[1:])
-
-    def read_layer_output(module, args, output):
-        if threading.get_ident() == reader:
-            states.append(output[0] if isinstance(output, (tuple, list)) else output)
-
-    # First, so that what is read is the base's state, also under control.
-    if hook_point.layer is None:
-        handle = hook_point.module.register_forward_pre_hook(read_head_input, prepend=True)
-    else:
-        handle = hook_point.module.register_forward_hook(read_layer_output, prepend=True)
-    try:
-        yield states
-    finally:
-        handle.remove()
