@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from ..data.fingerprints import stable_number
 from ..data.rollouts import Rollout
+from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.hook_points import HookPoint, find_lm_head, read_states
 from ..utils.files import atomic_path
 from .directions import directions, mean_rows
@@ -45,17 +46,23 @@ class StateKeeper(LogitsProcessor):
             The LM head's rows, if the directions are kept too.
         temperature (`float`):
             What the batch is sampled at.
-        checks (`bool`, *optional*, defaults to `False`):
-            Whether the scores are compared with what the LM head makes of the states, where these are its input.
+        logits_of (function, *optional*):
+            What the LM head makes of states, where these are its input: the scores are compared with it.
 
     Attributes:
         is_all_of_logits (`bool`):
             Whether the scores were found to be that, and nothing else.
     """
 
-    def __init__(self, hook_point: HookPoint, weight: torch.Tensor | None, temperature: float, checks: bool = False):
+    def __init__(
+        self,
+        hook_point: HookPoint,
+        weight: torch.Tensor | None,
+        temperature: float,
+        logits_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
         self._hook_point, self._weight, self._temperature = hook_point, weight, temperature
-        self._checks, self._is_lost = checks, False
+        self._logits_of, self._is_lost = logits_of, False
         self.is_all_of_logits = False
         self._seen: list[torch.Tensor] = []
         self._hidden: list[torch.Tensor] = []
@@ -69,15 +76,15 @@ class StateKeeper(LogitsProcessor):
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self._checks and not self._seen:
+        if self._logits_of is not None and not self._seen:
             # Code that was compiled before looks for no new hook, and some models call no module.
             self._is_lost, self.is_all_of_logits = True, False
         if self._is_lost:
             return scores
         # A copy: of a prompt's forward only the last position is to stay in memory.
         state = self._seen[-1][:, -1:].clone()
-        if self._checks and not self._hidden:
-            self.is_all_of_logits = are_same(self._hook_point.module(state)[:, -1], scores)
+        if self._logits_of is not None and not self._hidden:
+            self.is_all_of_logits = are_same(self._logits_of(state)[:, -1], scores)
         self._hidden.append(state[:, 0])
         self._seen.clear()
         if self._weight is not None:
@@ -137,13 +144,19 @@ class KeptInMemory:
     """
 
     def __init__(self, model: PreTrainedModel):
+        self._model = model
         self._hook_point = HookPoint(find_lm_head(model), None, model.config.get_text_config().hidden_size, True)
         self._found: dict[int, torch.Tensor] = {}
         self._num_bytes = 0
 
     def keeper(self, temperature: float) -> StateKeeper:
         """For the states of one batch."""
-        return StateKeeper(self._hook_point, None, temperature, checks=True)
+        return StateKeeper(self._hook_point, None, temperature, self._logits_of)
+
+    def _logits_of(self, states: torch.Tensor) -> torch.Tensor:
+        # A block of its own, since what a generation makes of the LM head beside its forwards is the base's.
+        with self._model.use_control(None) if isinstance(self._model, ReControlForCausalLM) else nullcontext():
+            return self._hook_point.module(states)
 
     def take(self, number: int, keeper: StateKeeper, rollouts: Sequence[Rollout]) -> None:
         """Keep the states of a batch's rollouts."""

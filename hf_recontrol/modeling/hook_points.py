@@ -230,7 +230,6 @@ def read_states(hook_point: HookPoint, keep_logits: bool = False) -> Iterator[li
     def read_head_input(module, args):
         if threading.get_ident() != reader:
             return None
-        hook_point.check_states(args[0])
         states.append(args[0])
         return None if keep_logits else (args[0][:, :1], *args[1:])
 
