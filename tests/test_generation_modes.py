@@ -74,6 +74,12 @@ def padded_prompts(lengths=(4, 7)):
     return left_pad([prompts(1, length, seed=length)[0] for length in lengths])
 
 
+def test_logits_that_cannot_be_drawn_from_are_told():
+    model, _, _ = build("lm_head")
+    with pytest.raises(FloatingPointError, match=r"`step_size` 0.5 is too large for this head, or the temperature"):
+        generate(model, prompts(2), do_sample=True, temperature=1e-310)
+
+
 @every_hook_point
 @pytest.mark.parametrize("control", [CONTROL, PLAUSIBLE, CAPPED], ids=["ascent", "plausibility", "max_kl"])
 def test_greedy(hook_point, control):

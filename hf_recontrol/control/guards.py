@@ -177,3 +177,28 @@ class AnyTokenLeft(LogitsProcessor):
                 f"{left.tolist().index(False)}: lower `plausibility`, or loosen the constraints."
             )
         return scores
+
+
+class FiniteLogits(LogitsProcessor):
+    """
+    The last processor of a generation that samples: raises `FloatingPointError` where control left no distribution,
+    before the draw, which some devices do not survive.
+
+    Args:
+        step_size (`float`):
+            The largest in force.
+    """
+
+    def __init__(self, step_size: float):
+        self.step_size = step_size
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """`scores`, of shape `(rows, vocabulary)`, as they are."""
+        # False of NaN too. A row without a token is no matter of finiteness.
+        if not (scores.amax(-1) < math.inf).all():
+            raise FloatingPointError(
+                "Under control the logits, divided by the temperature, hold NaN or leave the range of "
+                f"{scores.dtype}: `step_size` {self.step_size:g} is too large for this head, or the temperature too "
+                "low."
+            )
+        return scores

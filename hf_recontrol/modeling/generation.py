@@ -17,7 +17,7 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..configuration import ControlConfig
-from ..control.guards import AnyTokenLeft
+from ..control.guards import AnyTokenLeft, FiniteLogits
 from ..heads.value_head import in_eval
 from .call_settings import HeadWeights
 from .hooks import ControlHooks
@@ -64,7 +64,7 @@ class ControlledGenerationMixin:
 
         Raises:
             `ValueError`: if the head, the control and the generation mode do not go together.
-            `FloatingPointError`: if a state is not finite, or control made it so.
+            `FloatingPointError`: if a state is not finite, or control made it so, or the logits that are drawn from.
         """
         self._recontrol.follow(self)
         with self._recontrol.call(control, value_heads, generating=True):
@@ -140,10 +140,14 @@ class ControlledGenerationMixin:
         settings = self._recontrol.settings
         call, active = settings.current, settings.active_control()
         # What continuous batching records in a CUDA graph cannot raise.
-        if call is not None and call.generating and active is not None and active.plausibility > 0:
+        if call is None or not call.generating or active is None:
+            return processors
+        if active.plausibility > 0:
             ends = [generation_config._eos_token_tensor, generation_config._pad_token_tensor]
             ends = [end.flatten() for end in ends if end is not None]
             processors.append(AnyTokenLeft(generation_config.num_beams or 1, input_ids_seq_length or 0, ends))
+        if generation_config.do_sample:
+            processors.append(FiniteLogits(active.largest_step_size))
         return processors
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
