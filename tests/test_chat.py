@@ -16,8 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from rich.cells import cell_len
+from transformers import GenerationConfig
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
+from hf_recontrol.cli.chat import Chat
+from hf_recontrol.settings import TemplateSettings
 
 from .fresh import RECONTROL, run_fresh
 from .tiny_models import tiny_head, tiny_model
@@ -109,6 +112,14 @@ def test_both_answers_strengths_heads_and_what_is_wrong(folder):
     assert "default=1\nother=0\n" in output and "default=0\nother=0.5\n" in output and "'nobody'" in output
     assert "Answers as the base." in output and "What was said is forgotten." in output
     assert "/clear" in output.split("other=0.5")[1]  # the help
+
+
+def test_a_token_without_an_embedding_is_told():
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.add_tokens(["<extra>"])
+    chat = Chat(tiny_model("llama"), tokenizer, TemplateSettings(), GenerationConfig(max_new_tokens=2), "on", 0)
+    with pytest.raises(ValueError, match="'<extra>' has the id 97"):
+        chat.encode([{"role": "user", "content": "w5 <extra>"}])
 
 
 def test_without_a_chat_template_and_wrong_words(folder):

@@ -26,6 +26,13 @@ def test_each_head_is_a_model_and_the_first_one_is_the_base_s():
     assert served.read("org/base:plain", {}) == (ControlConfig(), {"plain": 1.0})
 
 
+def test_a_head_that_recommends_a_strength_for_each_prompt_cannot_be_served():
+    listed = {"default": ValueHeadConfig(8, hook_point="lm_head", control=ControlConfig(step_size=[0.1, 0.2]))}
+    with pytest.raises(ValueError, match="'default' recommends a `step_size` for each prompt"):
+        RequestSettings("org/base", listed)
+    assert RequestSettings("org/base", listed, ASCENT).read(None, {}).control == ASCENT
+
+
 def test_a_request_changes_what_its_head_recommends():
     served = settings()
     assert served.read(None, {"control": {"step_size": 1}}).control == ControlConfig(step_size=1.0)

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 from hf_recontrol import ControlConfig, ReControlForCausalLM
 from hf_recontrol.collection import sampling
 from hf_recontrol.collection.rollouts import generate_rollouts, pad_batch, write_rollouts
-from hf_recontrol.collection.sampling import RowSampler, cut_response, response_seed
+from hf_recontrol.collection.sampling import RowSampler, StopStrings, cut_response, response_seed
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.stage_folder import read_manifest
@@ -115,6 +115,13 @@ def test_rows_that_stop_early_hold_no_padding(settings):
         assert rollout.finished == any(stop in text for stop in stops)
         assert not any(stop in tokenizer.decode(rollout.completion_ids[:-1]) for stop in stops)
         assert rollout.finished or len(rollout.completion_ids) == 8
+
+
+def test_a_stop_string_is_seen_inside_many_tokens_at_once(tokenizer):
+    """As drafts come."""
+    ids = torch.tensor([[9, 9, 5, 9, *[7] * 30]])
+    criterion = StopStrings(tokenizer, ["w9"], 2)
+    assert [bool(criterion(ids[:, :length], None)) for length in (3, 34, 35)] == [False, True, False]
 
 
 def test_a_stop_string_with_a_tokenizer_of_whole_words(model, tokenizer):

@@ -19,13 +19,16 @@ import openai
 import pytest
 import torch
 import uvicorn
-from transformers import StoppingCriteria
+from tokenizers import Tokenizer, decoders, models
+from transformers import ByT5Tokenizer, StoppingCriteria
 from transformers.cli.serving import chat_completion, completion, server, utils
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, encode_prompt
+from hf_recontrol.data.templating import PromptEncoder
 from hf_recontrol.integrations.request_settings import RequestSettings
 from hf_recontrol.integrations.server import gate
 from hf_recontrol.integrations.server.app import build_app, listen
+from hf_recontrol.integrations.server.generation import _Decoder
 
 from .fresh import RECONTROL, run_fresh
 from .tiny_models import tiny_head, tiny_model
@@ -34,6 +37,7 @@ from .tiny_tokenizer import byte_tokenizer, chatml_tokenizer, tiny_tokenizer
 COMMAND = str(Path(sys.executable).with_name("recontrol"))
 KEY = "a-key-of-tests"
 ASCENT, ADVANTAGE = ControlConfig(step_size=2.0, num_steps=5), ControlConfig("advantage", 6.0)
+BAD_CALL = '<tool_call>{"name": 1, "arguments": {}}</tool_call>'
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 MESSAGES = [{"role": "user", "content": "w7 w8 w9"}]
 
@@ -312,6 +316,9 @@ def draws(text, tokenizer, monkeypatch, model):
         ("<think>hm</think>so <tool_call>7</tool_call><|im_end|>", "so <tool_call>7</tool_call>", "hm", []),
         ('<tool_call>{"name": "f"', '<tool_call>{"name": "f"', "", []),
         ("so STOP <tool_call>{bad</tool_call>", "so ", "", []),
+        ("<think>hm</think>\n\n ok\n", "\n\n ok\n", "hm", []),
+        ('so<tool_call>{"name": "f", "arguments": {}}</tool_call> then', "so then", "", [("f", "{}")]),
+        (BAD_CALL, BAD_CALL, "", []),
     ],
 )
 def test_thoughts_and_tool_calls_are_read_whatever_a_model_writes(
@@ -329,6 +336,116 @@ def test_thoughts_and_tool_calls_are_read_whatever_a_model_writes(
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == reasoning
     streamed = [call.function for delta in deltas for call in delta.tool_calls or []]
     assert [(function.name, function.arguments) for function in streamed] == calls
+
+
+def told_of(served, **asked):
+    """(text, why it ended, tokens of the answer), of a whole answer and of its stream."""
+    asked = {"model": "base", "prompt": "w7", "temperature": 0} | asked
+    whole = served.client.completions.create(**asked)
+    chunks = list(served.client.completions.create(stream=True, **asked))
+    text = "".join(chunk.choices[0].text for chunk in chunks)
+    return [
+        (text, choice.finish_reason, usage.completion_tokens)
+        for text, choice, usage in (
+            (whole.choices[0].text, whole.choices[0], whole.usage),
+            (text, chunks[-1].choices[0], chunks[-1].usage),
+        )
+    ]
+
+
+def test_an_answer_is_cut_only_if_it_would_go_on(served, monkeypatch):
+    draws("w7 w8 <end>", served.tokenizer, monkeypatch, served.model)
+    served.model.generation_config.eos_token_id = 2
+    for asked, said in (
+        ({"max_tokens": 9}, ("w7 w8", "stop", 3)),
+        ({"max_tokens": 3}, ("w7 w8", "stop", 3)),
+        ({"max_tokens": 2}, ("w7 w8", "length", 2)),
+        ({"max_tokens": 2, "stop": " w8"}, ("w7", "stop", 2)),
+        ({"max_tokens": 3, "stop": "<end>"}, ("w7 w8", "stop", 3)),
+    ):
+        assert told_of(served, **asked) == [said, said], asked
+
+
+def test_an_answer_ends_where_the_tokenizer_says_if_the_base_does_not(serve):
+    model = controlled()
+    model.generation_config.eos_token_id = None
+    model.generation_config.suppress_tokens = [token for token in range(97) if token != 2]
+    assert told_of(serve(model), max_tokens=4) == [("", "stop", 1)] * 2
+
+
+def test_drafts_are_counted_one_by_one(serve):
+    model = controlled()
+    # Repeats itself, so that drafts are right.
+    model.generation_config.suppress_tokens = [token for token in range(97) if token != 9]
+    usual = told_of(serve(model), max_tokens=20)
+    model.generation_config.prompt_lookup_num_tokens = 10
+    served = serve(model)
+    words = " ".join(["w9"] * 20)
+    assert told_of(served, max_tokens=20) == usual == [(words, "length", 20)] * 2
+    for text, reason, _ in told_of(served, max_tokens=20, stop="w9 w9 w9"):
+        assert (text, reason) == ("", "stop")
+
+
+def test_bytes_that_make_no_character_do_not_end_a_stream():
+    bytes_, letters = [f"<0x{byte:02X}>" for byte in range(256)], ["a", "▁b"]
+    vocabulary = {token: number for number, token in enumerate([*bytes_, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], byte_fallback=True))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(parts)
+
+    def said(ids):
+        decoder = _Decoder(skip_special_tokens=True)
+        return "".join([*(decoder.step(tokenizer, token) or "" for token in ids), decoder.rest(tokenizer)])
+
+    assert said([0xC3, 0xA9, 0xC3, 257, 256, 0xC3]) == "é� ba�"
+    for text in ("a|é", "漢|▁b|a|漢", "🎉|a"):
+        ids = [
+            token for word in text.split("|") for token in ([vocabulary[word]] if word in letters else word.encode())
+        ]
+        assert said(ids) == tokenizer.decode(ids)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        ids = torch.randint(0xC0, 258, (12,), generator=generator).tolist()
+        assert said(ids).count("a") == ids.count(256)
+
+
+def test_a_token_without_an_embedding_is_refused_and_what_it_left_is_forgotten(serve):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    served = serve(controlled(vocab_size=258), tokenizer)
+    with pytest.raises(openai.BadRequestError, match="'<extra>' has the id 258, the model has embeddings for 258"):
+        served.complete(prompt="a<extra>")
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "a<extra>"}
+    with pytest.raises(openai.BadRequestError, match="<extra>"):
+        served.chat(messages=[system, user])
+    served.chat(messages=[user | {"content": "a"}], max_tokens=1)
+
+
+def test_a_prompt_that_takes_long_to_read_holds_nobody_up(served, monkeypatch):
+    inner, begun, hold = PromptEncoder.encode, threading.Event(), threading.Event()
+
+    def slow(self, row):
+        begun.set()
+        assert hold.wait(30)
+        return inner(self, row)
+
+    monkeypatch.setattr(PromptEncoder, "encode", slow)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(served.complete)
+        try:
+            assert begun.wait(30)
+            assert raw(served, "/v1/models", method="GET")[0] == 200
+            with pytest.raises(openai.BadRequestError):
+                served.complete(n=2)
+        finally:
+            hold.set()
+        assert waiting.result() == served.expected("w7 w8 w9", ASCENT)
+
+
+def test_what_needs_python_for_each_token_is_not_served():
+    with pytest.raises(ValueError, match=r"ByT5Tokenizer.*written in Python"):
+        Served(tokenizer=ByT5Tokenizer())
 
 
 def test_a_stream_says_that_it_ends(served):
@@ -401,6 +518,21 @@ def test_what_cannot_be_done_is_refused_in_words(served, fields, said, stream):
     assert served.complete() == served.expected("w7 w8 w9", ASCENT)
 
 
+def test_fields_that_are_null_and_a_prompt_in_a_list_say_nothing_else(served):
+    asked = {"model": "base", "temperature": 0, "max_tokens": 12, "odd": None}
+    for prompt in ("w7 w8 w9", ["w7 w8 w9"]):
+        status, answer = raw(served, "/v1/completions", json.dumps(asked | {"prompt": prompt}).encode(), "POST")
+        assert (status, answer["choices"][0]["text"]) == (200, served.expected("w7 w8 w9", ASCENT))
+
+
+def test_a_body_without_its_header_is_told_which(served):
+    place = http.client.HTTPConnection("127.0.0.1", served.client.base_url.port, timeout=30)
+    place.request("POST", "/v1/completions", body=BODY)
+    answer = place.getresponse()
+    assert answer.status == 400 and "Content-Type" in json.loads(answer.read())["error"]["message"]
+    place.close()
+
+
 @pytest.mark.parametrize("fields", [{"prompt": ""}, {"prompt": ["w7", "w8"]}, {"suffix": "w9"}, {"echo": True}])
 def test_completions_refuse_what_they_cannot_do(served, fields):
     with pytest.raises(openai.BadRequestError):
@@ -448,6 +580,16 @@ def test_a_strength_beyond_the_dtype_fails_this_request_alone(served):
         served.complete(**fields)
     with pytest.raises(openai.APIError):
         served.complete(stream=True, **fields)
+    assert served.complete() == served.expected("w7 w8 w9", ASCENT)
+
+
+def test_logits_that_cannot_be_drawn_from_fail_this_request_alone(served):
+    fields = {"control": {"method": "static", "step_size": 1e33}, "max_tokens": 4, "temperature": 1e-9}
+    with pytest.raises(openai.BadRequestError, match="step_size"):
+        served.complete(**fields)
+    with pytest.raises(openai.APIError) as failed:
+        served.complete(stream=True, **fields)
+    assert "step_size" in str(failed.value.body)
     assert served.complete() == served.expected("w7 w8 w9", ASCENT)
 
 
@@ -517,6 +659,64 @@ def test_a_whole_answer_that_the_client_leaves_ends_the_work(served, monkeypatch
         assert begun.wait(30)
     assert ended.wait(30)
     assert lengths[0] < 30
+    monkeypatch.undo()
+    assert served.complete() == served.expected("w7 w8 w9", ASCENT)
+
+
+def test_a_whole_answer_that_the_client_left_before_its_turn_is_not_begun(served, monkeypatch):
+    model_type, read = type(served.model), []
+    inner, begun, hold, gone = model_type.generate, threading.Event(), threading.Event(), threading.Event()
+
+    def held(self, *args, **kwargs):
+        begun.set()
+        assert hold.wait(30)
+        read.append(kwargs["input_ids"].shape[-1])
+        return inner(self, *args, **kwargs)
+
+    end = gate.Gone._wait
+
+    async def noted(self):
+        message = await end(self)
+        gone.set()
+        return message
+
+    monkeypatch.setattr(model_type, "generate", held)
+    monkeypatch.setattr(gate.Gone, "_wait", noted)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(served.complete)
+        assert begun.wait(30)
+        place = http.client.HTTPConnection("127.0.0.1", served.client.base_url.port, timeout=30)
+        place.request("POST", "/v1/completions", body=BODY, headers={"Content-Type": "application/json"})
+        time.sleep(0.3)
+        place.close()
+        assert gone.wait(30)
+        hold.set()
+        assert first.result() == served.complete(max_tokens=12)
+    assert len(read) == 2
+
+
+def test_an_answer_that_cannot_be_told_is_drawn_no_further(served, monkeypatch, recontrol_warnings):
+    model_type = type(served.model)
+    inner, ended, lengths = model_type.generate, threading.Event(), []
+
+    def slow(self, *args, streamer=None, **kwargs):
+        put = streamer.put
+        streamer.put = lambda value: (time.sleep(0.1), put(value))
+        try:
+            lengths.append(inner(self, *args, streamer=streamer, **kwargs).shape[-1])
+        finally:
+            ended.set()
+
+    def broken(self, *args, **kwargs):
+        raise TypeError("no chunk")
+
+    monkeypatch.setattr(model_type, "generate", slow)
+    monkeypatch.setattr(completion.CompletionHandler, "_build_chunk_sse", broken)
+    body = json.dumps({"model": "base", "prompt": "w7", "stream": True, "max_tokens": 60}).encode()
+    with begun(served, body, f"Content-Length: {len(body)}") as place, place.makefile("rb") as answer:
+        assert b"[DONE]" not in answer.read()
+    assert ended.wait(30)
+    assert all(length < 30 for length in lengths)
     monkeypatch.undo()
     assert served.complete() == served.expected("w7 w8 w9", ASCENT)
 
@@ -753,7 +953,7 @@ class Process:
 
     def end(self, number):
         self.process.send_signal(number)
-        self.process.communicate(timeout=60)
+        self.said = "".join(self.process.communicate(timeout=60))
         return self.process.returncode
 
 
@@ -770,7 +970,8 @@ def test_the_command_serves_named_heads_and_comes_back_after_a_kill(folder):
     again = Process(*words, "--port", port)
     with again.client() as client:
         assert client.completions.create(model="base:polite", prompt="w7 w8", temperature=0).choices[0].text == before
-    assert again.end(signal.SIGTERM) in (0, -signal.SIGTERM)
+    assert again.end(signal.SIGINT) == 0
+    assert "resume" not in again.said
 
 
 def test_a_head_alone_names_its_base_and_its_control_can_be_changed(folder):

@@ -176,11 +176,15 @@ class Chat:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
 
     def encode(self, asked: str | list[dict[str, str]]) -> Tensor:
-        """What is asked as token ids (1, T); `ValueError` where no answer fits behind them."""
+        """What is asked as token ids (1, T); `ValueError` where the base does not know one, or no answer fits."""
         import torch
 
-        ids = torch.tensor([self.encoder.encode({"prompt": asked})], device=self.model.device)
+        from ..collection.sampling import check_embedded
+
+        encoded = self.encoder.encode({"prompt": asked})
         self.encoder.report()
+        check_embedded(self.model, self.tokenizer, encoded)
+        ids = torch.tensor([encoded], device=self.model.device)
         room = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if room is not None and ids.shape[1] + self.config.max_new_tokens > room:
             raise ValueError(

@@ -186,15 +186,18 @@ class StopStrings(StoppingCriteria):
         self.tokenizer, self.stop_strings, self.prompt_width = tokenizer, stop_strings, prompt_width
         # Each token spells a byte at least.
         self.tail = max(len(stop.encode()) for stop in stop_strings) + _BOUNDARY
+        self._seen = prompt_width
 
-    def ends(self, ids: Sequence[int]) -> bool:
-        """Whether the last of these tokens completes a stop string, if none before has."""
-        text = self.tokenizer.decode(ids[-self.tail :])
+    def ends(self, ids: Sequence[int], new: int = 1) -> bool:
+        """Whether one of the last `new` tokens completes a stop string, if none before has."""
+        text = self.tokenizer.decode(ids[-self.tail - new + 1 :])
         return any(stop in text for stop in self.stop_strings)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        rows = input_ids[:, self.prompt_width :][:, -self.tail :].tolist()
-        return torch.tensor([self.ends(row) for row in rows], device=input_ids.device)
+        # Drafts come several at once.
+        new, self._seen = max(1, input_ids.shape[1] - self._seen), input_ids.shape[1]
+        rows = input_ids[:, self.prompt_width :][:, -self.tail - new + 1 :].tolist()
+        return torch.tensor([self.ends(row, new) for row in rows], device=input_ids.device)
 
 
 def cut_response(
@@ -247,13 +250,18 @@ def encode_all(
     return encoded, bad
 
 
-def _check_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], max_new_tokens: int
-) -> None:
+def check_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None:
+    """Raise `ValueError` if the model has no embedding of one of these tokens."""
     size = vocabulary_size(model)
     if max(ids) >= size:
         known = tokenizer.convert_ids_to_tokens(max(ids))
         raise ValueError(f"the token {known!r} has the id {max(ids)}, {few_embeddings(size)}")
+
+
+def _check_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], max_new_tokens: int
+) -> None:
+    check_embedded(model, tokenizer, ids)
     room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if room is not None and len(ids) + max_new_tokens > room:
         raise ValueError(

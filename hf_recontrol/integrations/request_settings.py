@@ -42,7 +42,8 @@ class RequestSettings:
             `ControlConfig()`.
 
     Raises:
-        `ValueError`: if there is no head, or a name cannot stand in a model's name.
+        `ValueError`: if there is no head, a name cannot stand in a model's name, or a head recommends a step size for
+        each prompt.
     """
 
     def __init__(self, base: str, heads: Mapping[str, ValueHeadConfig], control: ControlConfig | None = None):
@@ -55,6 +56,12 @@ class RequestSettings:
         self.heads = dict(heads)
         if control is not None:
             self.heads[self.first] = replace(heads[self.first], control=control)
+        for name, config in self.heads.items():
+            if config.control is not None and config.control.per_row:
+                raise ValueError(
+                    f"The head {name!r} recommends a `step_size` for each prompt, and a request has one prompt: let "
+                    "it recommend one number, or, for the first head, name one (`--step-size`)."
+                )
 
     @property
     def models(self) -> list[str]:

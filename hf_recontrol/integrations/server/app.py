@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from contextlib import suppress
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.server import build_server
 
@@ -65,8 +67,16 @@ def build_app(
             What they must bring as `Authorization: Bearer`, but for `/health`.
         max_body_bytes (`int`), max_requests (`int`):
             Bytes of a request, and requests at once, those that wait included.
+
+    Raises:
+        `ValueError`: for a tokenizer whose text cannot be streamed.
     """
-    state, stops = State(), take_over(model)
+    if not isinstance(getattr(tokenizer, "_tokenizer", None), Tokenizer):
+        raise ValueError(
+            f"This base's tokenizer ({type(tokenizer).__name__}) is written in Python, and only those of the "
+            "tokenizers library stream text: serve a base that has a `tokenizer.json`."
+        )
+    state, stops = State(), take_over(model, tokenizer)
     chat, completion = (kind(model, tokenizer, settings, state, stops) for kind in (Chat, Completion))
     app = build_server(
         _Models(settings),
@@ -86,6 +96,9 @@ def build_app(
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request: Request, error: RequestValidationError):
+        kind = request.headers.get("content-type")
+        if kind is None or "json" not in kind:
+            return error_response(400, f"The header `Content-Type` must be `application/json`, got {kind!r}.")
         return error_response(400, "The body must be a JSON object.")
 
     async def failed(request: Request, error: Exception):
@@ -116,4 +129,6 @@ def serve(app: FastAPI, place: socket.socket) -> None:
     """Serve until the process is told to end (Ctrl-C, SIGTERM); answers that are being drawn are finished first."""
     # transformers warns of each request that comes in.
     logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
-    uvicorn.Server(uvicorn.Config(app, log_level="info")).run(sockets=[place])
+    # uvicorn passes Ctrl-C on once it has ended.
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, log_level="info")).run(sockets=[place])

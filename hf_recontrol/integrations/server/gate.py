@@ -102,7 +102,8 @@ class Gone:
         return await asyncio.shield(self._waiting)
 
     def end(self) -> None:
-        """The request is answered."""
+        """The request is answered, or its answer has failed."""
+        self.flag.set()
         self._waiting.cancel()
 
 

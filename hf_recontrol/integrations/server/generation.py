@@ -7,12 +7,15 @@ import copy
 import json
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from fastapi import HTTPException
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.cli.serving.utils import (
     DirectStreamer,
@@ -24,7 +27,7 @@ from transformers.cli.serving.utils import (
 )
 from transformers.utils import logging
 
-from ...collection.sampling import StopStrings
+from ...collection.sampling import StopStrings, end_token_ids, listed_ids
 from ..request_settings import Asked
 from .responses import TolerantParser, held_back
 
@@ -69,6 +72,10 @@ class RequestModel:
 
     def generate(self, tokenizer: PreTrainedTokenizerBase, **kwargs) -> torch.Tensor:
         """Draw an answer under the request's control. Without a seed of the request each answer has a new one."""
+        if self.gone is not None and self.gone.is_set():
+            if (streamer := kwargs.get("streamer")) is not None:
+                streamer.end()
+            return kwargs["input_ids"]
         criteria: list[StoppingCriteria] = [] if self.gone is None else [_NobodyWaits(self.gone)]
         if self.stops:
             criteria.append(StopStrings(tokenizer, self.stops, kwargs["input_ids"].shape[-1]))
@@ -76,6 +83,15 @@ class RequestModel:
         # Here, in the thread that draws: transformers' server seeds where requests arrive, beside other answers.
         torch.manual_seed(secrets.randbits(63) if self.seed is None else self.seed)
         return self.model.generate(control=self.asked.control, value_heads=self.asked.weights, **kwargs)
+
+    def note_end(self, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, drawn: Sequence[int]) -> None:
+        """
+        Make room behind an answer that ended by itself: transformers' handlers say that one was cut which is as long
+        as its config allows.
+        """
+        text = tokenizer.decode(drawn) if self.stops else ""
+        if set(drawn[-1:]) & set(listed_ids(config.eos_token_id)) or any(stop in text for stop in self.stops):
+            config.max_new_tokens = len(drawn) + 1
 
     def fit(self, config: GenerationConfig, length: int) -> None:
         """Cut an answer's length to the room behind a prompt of `length` tokens; 400 if a longer one was asked for."""
@@ -101,16 +117,17 @@ class _NobodyWaits(StoppingCriteria):
         return torch.full((len(input_ids),), self._gone.is_set(), device=input_ids.device)
 
 
-def take_over(model: PreTrainedModel) -> list[str]:
+def take_over(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
     Make a model's own generation config one under which each request gets one answer, drawn token by token and as it
-    is streamed; `generate` fills a request's config from it. Returns the stop strings that it held: transformers'
-    criterion for these looks at the prompt too, and cannot read every tokenizer's vocabulary.
+    is streamed, up to an end; `generate` fills a request's config from it. Returns the stop strings that it held:
+    transformers' criterion for these looks at the prompt too, and cannot read every tokenizer's vocabulary.
     """
     config = copy.deepcopy(model.generation_config)
     stops = config.stop_strings or []
     for name in _OTHER_MODES:
         setattr(config, name, None)
+    config.eos_token_id = end_token_ids(model, tokenizer) or None
     model.generation_config = config
     return [stops] if isinstance(stops, str) else list(stops)
 
@@ -122,33 +139,56 @@ def cut_at_stops(text: str, stops: Sequence[str]) -> str:
 
 
 class _Decoder:
-    """tokenizers' `DecodeStream`, and what it keeps back at the end: a character of which not all bytes came."""
+    """tokenizers' `DecodeStream`, for whatever bytes a model draws."""
 
-    def __init__(self, stream, skip_special_tokens: bool):
-        self._stream, self._skip_special_tokens = stream, skip_special_tokens
-        self._ids: list[int] = []
-        self._said = 0
+    def __init__(self, skip_special_tokens: bool):
+        self._skip_special_tokens = skip_special_tokens
+        self._begin()
 
-    def step(self, tokenizer, token: int) -> str | None:
-        # Drafts come several at once.
-        self._ids += token if isinstance(token, list) else [token]
-        text = self._stream.step(tokenizer, token)
-        self._said += len(text or "")
+    def _begin(self) -> None:
+        self._stream = DecodeStream([], skip_special_tokens=self._skip_special_tokens)
+        # Tokens whose text has not come yet: of a character not all bytes have.
+        self._waiting: list[int] = []
+        self._has_said = False
+
+    def step(self, tokenizer: Tokenizer, token: int) -> str | None:
+        """The text that a token completes, if any."""
+        self._waiting.append(token)
+        try:
+            text = self._stream.step(tokenizer, token)
+        except Exception:  # tokenizers has no other kind
+            if not self._has_said:
+                raise
+            # Bytes that make no character take those before them along: what was said of these would not be said now.
+            waiting = self._waiting
+            self._begin()
+            return "".join(self.step(tokenizer, each) or "" for each in waiting) or None
+        if text is not None:
+            self._waiting, self._has_said = [], True
         return text
 
-    def rest(self, tokenizer) -> str:
-        return tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)[self._said :]
+    def rest(self, tokenizer: Tokenizer) -> str:
+        """At the end: what is left of a character of which not all bytes came."""
+        return tokenizer.decode(self._waiting, skip_special_tokens=self._skip_special_tokens)
 
 
 class _Streamer(DirectStreamer):
     """Text as it is drawn, up to a stop string: what may be the beginning of one waits for the next token."""
 
-    def __init__(self, *args, stops: Sequence[str], **kwargs):
+    def __init__(self, *args, stops: Sequence[str], at_end: Callable[[list[int]], None], **kwargs):
         self._stops, self._waiting, self._is_cut = stops, "", False
+        # Told of all tokens.
+        self._at_end, self._drawn = at_end, []
         super().__init__(*args, **kwargs)
         if self._parser is not None:
             self._parser = TolerantParser(self._parser, self._tokenizer)
-        self._decode_stream = _Decoder(self._decode_stream, skip_special_tokens=self._parser is None)
+        self._decode_stream = _Decoder(skip_special_tokens=self._parser is None)
+
+    def put(self, value: torch.Tensor) -> None:
+        """As the base class; also for drafts, which come several at once, as a row."""
+        if not self._first:
+            self._drawn += value.flatten().tolist()
+        super().put(value.flatten())
 
     def end(self) -> None:
         """As the base class; first what waits for bytes that do not come."""
@@ -156,6 +196,7 @@ class _Streamer(DirectStreamer):
             items = [rest] if self._parser is None else response_events_to_chunks(self._parser.feed(rest))
             for item in items:
                 self._enqueue(item)
+        self._at_end(self._drawn)
         super().end()
 
     def _enqueue(self, item) -> None:
@@ -184,7 +225,8 @@ class Manager(GenerateManager):
         model.fit(gen_config, inputs["input_ids"].shape[-1])
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
-        streamer = _Streamer(tokenizer, loop, queue, response_parser=response_parser, stops=model.stops)
+        at_end = partial(model.note_end, gen_config, processor)
+        streamer = _Streamer(tokenizer, loop, queue, response_parser=response_parser, stops=model.stops, at_end=at_end)
 
         def run() -> None:
             try:
@@ -204,8 +246,9 @@ class Manager(GenerateManager):
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         """As the base class; the text ends before a stop string."""
         model.fit(gen_config, inputs["input_ids"].shape[-1])
-        text, *rest = await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
-        return cut_at_stops(text, model.stops), *rest
+        text, length, drawn = await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
+        model.note_end(gen_config, processor, drawn.tolist())
+        return cut_at_stops(text, model.stops), length, drawn
 
 
 class State(GenerationState):

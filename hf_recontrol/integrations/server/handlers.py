@@ -8,6 +8,7 @@ is refused.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 from collections.abc import AsyncGenerator, Sequence
@@ -26,7 +27,7 @@ from ...data.templating import mentions, unknown_arguments
 from ..request_settings import FIELDS, RequestSettings, UnknownModel
 from .gate import GONE, error_response
 from .generation import INTERNAL, TOLD, RequestModel, cut_at_stops
-from .prompts import Prompts, chat_messages
+from .prompts import Encoded, Prompts
 
 logger = logging.get_logger(__name__)
 
@@ -89,9 +90,11 @@ class _Strict:
         super().__init__(None, state)
         self.served, self.tokenizer, self.settings = model, tokenizer, settings
         # Those of the base's own, where a request names none.
-        self.stops, self.prompts = stops, Prompts(tokenizer)
+        self.stops, self.prompts = stops, Prompts(model, tokenizer)
         self.model_manager = self
+        # Of one request.
         self.view: RequestModel | None = None
+        self.encoded: Encoded | None = None
 
     @staticmethod
     def get_model_modality(model: RequestModel, processor: PreTrainedTokenizerBase) -> Modality:
@@ -115,6 +118,8 @@ class _Strict:
         own = copy.copy(self)
         own.model_manager = own
         own.view = own.read(body)
+        # A long prompt takes seconds, in which others' answers go on.
+        own.encoded = await asyncio.to_thread(own.encode, body)
         answer = await super(_Strict, own).handle_request(own.cleaned(body), request_id)
         if isinstance(answer, StreamingResponse):
             answer.body_iterator = _with_end(answer.body_iterator)
@@ -123,7 +128,7 @@ class _Strict:
     def read(self, body: dict) -> RequestModel:
         """Check a request's fields; the model as it wants it."""
         known = {*self._takes, *_ONLY, *_INDIFFERENT, *_NUMBERS, *FIELDS, "model", "stream", "stop", "vllm_xargs"}
-        if unknown := sorted(set(body) - known):
+        if unknown := sorted(name for name in set(body) - known if body[name] is not None):
             _refuse(f"Unknown fields {unknown}. There are: {', '.join(sorted(known - _ONLY.keys()))}.")
         for name, allowed in _ONLY.items():
             value = body.get(name)
@@ -157,6 +162,10 @@ class _Strict:
             raise ValueError(f"{twice} stand both in the body and in `vllm_xargs`: name them once.")
         return extra | {name: body[name] for name in FIELDS if name in body}
 
+    def encode(self, body: dict) -> Encoded:
+        """The request's prompt."""
+        raise NotImplementedError
+
     def cleaned(self, body: dict) -> dict[str, Any]:
         """The fields that transformers' handler is to see."""
         kept = {*self._takes, "model", "stream", "temperature", "top_p"}
@@ -166,7 +175,7 @@ class _Strict:
         pass
 
     def _resolve_model(self, body: dict):
-        return body.get("model") or self.settings.base, self.view, self.prompts
+        return body.get("model") or self.settings.base, self.view, self.encoded
 
     def _build_generation_config(
         self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False
@@ -220,10 +229,13 @@ class Chat(_Strict, ChatCompletionHandler):
             _refuse("This base's chat template knows no `tools`: say what there is in a message.")
         return view
 
+    def encode(self, body: dict) -> Encoded:
+        return self.prompts.of_chat(body["messages"], body.get("tools"), body.get("chat_template_kwargs"))
+
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict], modality: Modality) -> list[dict]:
-        """Messages as templates read them."""
-        return chat_messages(messages)
+        """Messages that were encoded already, so that they are read no more."""
+        return messages
 
     def _build_completion(self, request_id: str, content: str, *args, **kwargs) -> dict:
         # A response template reads the tokens, beyond a stop string too.
@@ -237,9 +249,20 @@ class Completion(_Strict, CompletionHandler):
     _length = _COMPLETION_LENGTH
 
     def read(self, body: dict) -> RequestModel:
-        if not isinstance(body.get("prompt"), str):
+        if not isinstance(self._prompt(body), str):
             _refuse("`prompt` must be one text.")
         return super().read(body)
+
+    @staticmethod
+    def _prompt(body: dict) -> Any:
+        prompt = body.get("prompt")
+        return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+
+    def encode(self, body: dict) -> Encoded:
+        return self.prompts.of_text(self._prompt(body))
+
+    def cleaned(self, body: dict) -> dict[str, Any]:
+        return super().cleaned(body) | {"prompt": self._prompt(body)}
 
 
 async def _with_end(parts: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:

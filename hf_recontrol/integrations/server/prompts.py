@@ -3,76 +3,83 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from fastapi import HTTPException
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.chat_parsing import ResponseParser
 
-from ...data.prompts import Prompt
+from ...collection.sampling import check_embedded
 from ...data.templating import PromptEncoder, message_text
 from ...settings import TemplateSettings
-from .responses import UNREADABLE, TolerantParser, read_message
+from .responses import TolerantParser, read_message
 
 
 class Prompts:
     """
-    What transformers' handlers call a processor: the tokenizer, but that prompts become token ids as in training.
-    transformers' server takes special tokens that a message mentions as such, leaves out what it does not know of a
-    message, and begins a text twice that begins with BOS.
+    Makes token ids of requests' prompts as in training, in any thread. transformers' server takes special tokens that
+    a message mentions as such, leaves out what it does not know of a message, and begins a text twice that begins with
+    BOS.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._inner = tokenizer
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self._model, self._own = model, tokenizer
         self._of_chats = PromptEncoder(tokenizer, TemplateSettings())
         self._of_texts = PromptEncoder(tokenizer, TemplateSettings(prompt_format="formatted"))
+        # An encoder's notes are of one prompt.
+        self._turn = threading.Lock()
+
+    def of_text(self, text: str) -> Encoded:
+        """A completion's prompt: it is in the model's format."""
+        return self._encoded(self._of_texts, {"prompt": text})
+
+    def of_chat(self, messages: list[dict], tools: list[dict] | None, arguments: dict[str, Any] | None) -> Encoded:
+        """A chat's prompt, with `arguments` of the template."""
+        row = {"prompt": chat_messages(messages), "tools": tools or None, "chat_template_kwargs": arguments or None}
+        return self._encoded(self._of_chats, row)
+
+    def _encoded(self, encoder: PromptEncoder, row: dict[str, Any]) -> Encoded:
+        with self._turn:
+            try:
+                ids = encoder.encode(row)
+                check_embedded(self._model, self._own, ids)
+            except ValueError as error:
+                raise _no_prompt(error) from error
+            finally:
+                lost = encoder.take_lost()
+        if lost is not None:
+            raise _no_prompt(lost)
+        ids = torch.tensor([ids])
+        return Encoded(self._own, BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
+
+
+def _no_prompt(why: Any) -> HTTPException:
+    return HTTPException(400, f"This cannot be a prompt of the model: {why}")
+
+
+class Encoded:
+    """What transformers' handlers call a processor: the tokenizer, but that a request's prompt is encoded already."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, inputs: BatchEncoding):
+        self._inner, self._inputs = tokenizer, inputs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def __call__(self, text: str, return_tensors: str) -> BatchEncoding:
-        """A completion's prompt: it is in the model's format."""
-        return _encoded(self._of_texts, text, {})
+    def __call__(self, *args, **kwargs) -> BatchEncoding:
+        return self._inputs
 
-    def apply_chat_template(
-        self,
-        messages: list[dict],
-        *,
-        tools: list[dict] | None,
-        add_generation_prompt: bool,
-        tokenize: bool,
-        return_dict: bool,
-        return_tensors: str,
-        load_audio_from_video: bool = False,
-        **chat_template_kwargs,
-    ) -> BatchEncoding:
-        """A chat's prompt."""
-        return _encoded(
-            self._of_chats, messages, {"tools": tools or None, "chat_template_kwargs": chat_template_kwargs or None}
-        )
+    def apply_chat_template(self, *args, **kwargs) -> BatchEncoding:
+        """The prompt."""
+        return self._inputs
 
     def parse_response(self, ids: Sequence[int], template: dict, *, prefix: str, tools: list[dict] | None) -> dict:
-        """The parts of an answer, as the tokenizer finds them; where it cannot, as the answer's stream has them."""
-        try:
-            message = self._inner.parse_response(ids, template, prefix=prefix, tools=tools)
-            if all(call["function"].keys() >= {"name", "arguments"} for call in message.get("tool_calls") or []):
-                return message
-        except UNREADABLE:
-            pass
+        """The parts of an answer, as its stream has them."""
         parser = TolerantParser(ResponseParser(template, prefix=prefix, tools=tools), self._inner._tokenizer)
         return read_message(self._inner.decode(ids), parser)
-
-
-def _encoded(encoder: PromptEncoder, prompt: Prompt, options: dict[str, Any]) -> BatchEncoding:
-    try:
-        ids = torch.tensor([encoder.encode({"prompt": prompt} | options)])
-    except ValueError as error:
-        raise HTTPException(400, f"This cannot be a prompt of the model: {error}") from error
-    if (lost := encoder.take_lost()) is not None:
-        raise HTTPException(400, f"This cannot be a prompt of the model: {lost}")
-    return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def chat_messages(messages: list[dict]) -> list[dict]:

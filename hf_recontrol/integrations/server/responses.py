@@ -9,8 +9,16 @@ from tokenizers import Tokenizer
 from transformers.cli.serving.utils import ReasoningText, ToolCall, response_events_to_chunks
 from transformers.utils.chat_parsing import ResponseParser
 
-# What transformers' parsers raise at a tool call that is none, or is cut by the answer's end.
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+# What is raised at a tool call that is none, or is cut by the answer's end.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+
+
+def _items(events: list[dict[str, Any]]) -> list[str | ToolCall]:
+    """What events tell a client; `TypeError` for a call that names no function."""
+    items = response_events_to_chunks(events)
+    if any(isinstance(item, ToolCall) and not isinstance(item.name, str) for item in items):
+        raise TypeError("A tool call's name is no text.")
+    return items
 
 
 def held_back(text: str, marks: Sequence[str]) -> int:
@@ -48,8 +56,8 @@ class TolerantParser:
             return self._as_text()
         try:
             events = self._parser.feed(character)
-            response_events_to_chunks(events)
-        except UNREADABLE:
+            _items(events)
+        except _UNREADABLE:
             return self._as_text()
         for event in events:
             if event["type"] == "region_chunk" and not event.get("dirty"):
@@ -65,8 +73,8 @@ class TolerantParser:
             return {}, [{"type": "region_chunk", "field": "content", "text": self._waiting}]
         try:
             message, events = self._parser.finalize()
-            response_events_to_chunks(events)
-        except UNREADABLE:
+            _items(events)
+        except _UNREADABLE:
             events = self._as_text()
             return {}, [*events, {"type": "region_chunk", "field": "content", "text": self._waiting}]
         return message, events
@@ -86,7 +94,7 @@ class TolerantParser:
 def read_message(text: str, parser: TolerantParser) -> dict[str, Any]:
     """A whole answer, special tokens spelled out, as its stream would have it."""
     events = [*parser.initial_events, *parser.feed(text), *parser.finalize()[1]]
-    items = response_events_to_chunks(events)
+    items = _items(events)
     calls = [item for item in items if isinstance(item, ToolCall)]
     return {
         "content": "".join(item for item in items if type(item) is str),
