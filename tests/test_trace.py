@@ -414,6 +414,10 @@ def test_files(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"data\.json is no trace"):
             write_trace(found, "data.html")
         assert Path("data.json").read_text() == text and not Path("data.html").exists()
+    Path("mine.html").write_bytes(b"<p>\xffmine")
+    with pytest.raises(OSError, match=r"mine\.html is no trace"):
+        write_trace(found, "mine.html")
+    assert Path("mine.html").read_bytes() == b"<p>\xffmine" and not Path("mine.json").exists()
     with pytest.raises(OSError, match="is a file"):
         write_trace(found, "data.json/below")
     Path("folder.html").mkdir()

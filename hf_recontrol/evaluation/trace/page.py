@@ -15,6 +15,8 @@ from .script import SCRIPT
 
 _PAGE, _JSON = ".html", ".json"
 _NAME = "trace"
+# By which a page is known again.
+_MARK = 'type="application/json" id="trace"'
 
 _STYLE = (
     f"\n:root{{--low:{LOW};--high:{HIGH};--opacity:{OPACITY}}}"
@@ -92,7 +94,7 @@ def check_trace_output(output: str | os.PathLike) -> tuple[Path, Path]:
     The page and the JSON file that [`write_trace`] writes.
 
     Raises:
-        `OSError`: if they cannot be written, or a file that is no trace has the name of the JSON file.
+        `OSError`: if they cannot be written, or a file that is no trace has the name of one of them.
     """
     output = Path(output)
     if output.suffix.lower() in (_PAGE, _JSON):
@@ -103,6 +105,8 @@ def check_trace_output(output: str | os.PathLike) -> tuple[Path, Path]:
         check_target(path)
     if record.exists() and not _is_trace(record):
         raise OSError(f"{record} is no trace, and the JSON of the new one would replace it: name another output.")
+    if page.exists() and _MARK not in page.read_text(encoding="utf-8", errors="replace"):
+        raise OSError(f"{page} is no trace, and the page of the new one would replace it: name another output.")
     return page, record
 
 
@@ -129,7 +133,7 @@ def write_trace(trace: Trace, output: str | os.PathLike) -> tuple[Path, Path]:
         The paths of the page and of the JSON file.
 
     Raises:
-        `OSError`: if they cannot be written, or a file that is no trace has the name of the JSON file.
+        `OSError`: if they cannot be written, or a file that is no trace has the name of one of them.
     """
     page, record = check_trace_output(output)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +156,7 @@ def trace_page(trace: Trace) -> str:
         _SIDES.format(
             base=_side("base", "Base", trace.base), controlled=_side("controlled", "Controlled", trace.controlled)
         ),
-        f'<script type="application/json" id="trace">{data}</script>',
+        f"<script {_MARK}>{data}</script>",
     ]
     return html_page("What control did", _STYLE, content, SCRIPT)
 
