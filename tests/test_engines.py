@@ -1,6 +1,7 @@
 """Rollouts that another program draws: a server with token ids (`tests/vllm` has the same of vLLM itself)."""
 
 import json
+import os
 import sys
 import threading
 import time
@@ -10,14 +11,17 @@ from contextlib import contextmanager
 import pytest
 import torch
 from transformers import GenerationConfig
+from typer.testing import CliRunner
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, RolloutSettings
 from hf_recontrol.cli import stages
+from hf_recontrol.cli.app import app
 from hf_recontrol.collection import rollouts as rollouts_module
 from hf_recontrol.collection.engines import endpoint
 from hf_recontrol.collection.engines.client import openai_client
 from hf_recontrol.collection.engines.endpoint import EndpointEngine
 from hf_recontrol.collection.engines.engine import EngineSampling
+from hf_recontrol.collection.engines.vllm_engine import _runs_own_code
 from hf_recontrol.collection.rollouts import write_rollouts
 from hf_recontrol.collection.sampling import sampling_config
 from hf_recontrol.data.prompts import load_prompts
@@ -363,6 +367,28 @@ def test_arguments_that_a_server_does_not_take_say_so(tmp_path, model, tokenizer
     with pytest.raises(ValueError, match=message):
         write(tmp_path, model, tokenizer, server, engine_arguments=arguments)
     assert not list(tmp_path.iterdir()) and not server.requests
+
+
+def test_what_an_engine_does_not_take_is_known_before_the_base_is_loaded(tmp_path, server):
+    wrong = {"engine": server.url, "engine_arguments": {"dtype": "bfloat16"}}
+    with pytest.raises(ValueError, match="know no 'dtype'"):
+        fit("absent/base", PROMPTS, lambda prompts, completions: [0.0] * len(prompts), tmp_path / "run", **wrong)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5"}\n')
+    words = ["rollout", "-m", "absent/base", "--prompts", tmp_path / "prompts.jsonl", "-o", tmp_path / "rollouts"]
+    words += ["--engine", server.url, "--engine-arguments", '{"dtype": "bfloat16"}']
+    with pytest.raises(ValueError, match="know no 'dtype'"):
+        CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+
+
+def test_vllm_gets_what_reaches_the_base(monkeypatch):
+    """The token, which stands in no argument; and that the base's own code is trusted, where it was."""
+    monkeypatch.setenv("HF_TOKEN", "another")
+    settings = stages._RolloutCommandSettings(engine="vllm", token="a-token")
+    assert stages._for_engine(settings, "base", None).engine_arguments == {}
+    assert os.environ["HF_TOKEN"] == "a-token"
+    theirs = type("Their", (), {"__module__": "transformers_modules.base.modeling"})
+    controlled = type("Controlled", (theirs,), {})
+    assert _runs_own_code(object(), controlled()) and not _runs_own_code(object(), "transformers_modules")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..settings import LoadingSettings
+from ..settings import LoadingSettings, SourceSettings
 from ..utils.choices import CONTROL_METHODS
 
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ def load_controlled(
 
     found, wanted = resolve_controlled(head, base, changes, settings)
     return load_base(found.base, settings, found.value_head, wanted)
+
+
+def share_token(settings: SourceSettings) -> None:
+    """Let programs that this one starts find the token, which no argument of theirs may show."""
+    if settings.token is not None:
+        os.environ["HF_TOKEN"] = settings.token
 
 
 def named_heads(given: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:

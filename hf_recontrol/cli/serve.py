@@ -20,6 +20,7 @@ from .controlled import (
     load_controlled,
     named_heads,
     resolve_controlled,
+    share_token,
 )
 from .options import with_settings
 
@@ -167,8 +168,7 @@ def _serve_on_vllm(
             param_hint=f"--{unknown[0].replace('_', '-')}",
         )
     found, wanted = resolve_controlled(next(iter(heads.values())), base, changes, settings)
-    if settings.token is not None:
-        os.environ["HF_TOKEN"] = settings.token
+    share_token(settings)
     revision = settings.revision or found.revision
     more = [
         *([] if revision is None else ["--revision", revision]),

@@ -22,6 +22,7 @@ from ..settings import (
 )
 from ..utils.setting_fields import settings_class
 from .app import app, is_main_process, own_command, print_json
+from .controlled import share_token
 from .options import HeadOption, ModelOption, PromptsOption, RewardOption, merged_inputs, with_settings
 
 
@@ -48,6 +49,8 @@ def fit(
 
     given = {"model": model, "prompts": prompts, "reward": reward, "output": output}
     inputs = merged_inputs(inputs, given, {name: f"--{name}" for name in given})
+    if settings.engine == "vllm":
+        share_token(settings)
     figures = run_fit(**inputs, settings=settings, command=own_command())
     if is_main_process():
         _print_figures(figures)
@@ -83,6 +86,7 @@ def rollout(
 
     Example: `recontrol rollout -m org/base --prompts prompts.jsonl -o run/rollouts --temperature 0.9`
     """
+    from ..collection.engines import check_engine
     from ..collection.rollouts import write_rollouts
     from ..data.prompts import load_prompts
     from ..data.stage_folder import MANIFEST_NAME
@@ -93,6 +97,7 @@ def rollout(
     rows = load_prompts(prompts, settings)
     check_target(output / MANIFEST_NAME)
     settings = _for_engine(settings, model, head)
+    check_engine(settings)
     base, tokenizer = load_base(model, settings, head)
     control = False if head is None else base.control
     counts = write_rollouts(output, base, tokenizer, rows, settings, control=control)
@@ -106,6 +111,8 @@ def _for_engine(settings: _RolloutCommandSettings, base: str, head: str | None) 
 
     if settings.engine == OWN_ENGINE:
         return settings
+    if settings.engine == "vllm":
+        share_token(settings)
     if settings.device is None and settings.device_map is None:
         settings = replace(settings, device="cpu")
     if head is None or settings.engine != "vllm":

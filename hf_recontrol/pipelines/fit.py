@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..collection.engines import check_engine
 from ..collection.kept_states import remove_kept
 from ..collection.rollouts import write_rollouts
 from ..collection.scoring.labels import label_rollouts
@@ -182,6 +183,7 @@ def _check(prompts: Prompts, settings: FitSettings, processes: Processes) -> Non
         import pyarrow  # noqa: F401
     check_training(settings, processes)
     check_same_weights(settings, settings)
+    check_engine(settings)
     if settings.keep_states and settings.critic_layer is not None:
         raise ValueError("`keep_states` keeps no critic's layer: leave one of the two (`critic_layer`) out.")
     # The split itself says what is wrong with it.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -72,20 +73,27 @@ class EndpointEngine(Engine):
         # Another address may have the same model: `check_model` looks.
         return {"name": "endpoint"}
 
-    def check_arguments(self) -> None:
-        if unknown := sorted(self.arguments.keys() - _Arguments.__dataclass_fields__.keys()):
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
+        if unknown := sorted(arguments.keys() - _Arguments.__dataclass_fields__.keys()):
             raise ValueError(
                 f"`engine_arguments` of a server know no {unknown[0]!r}: there are "
                 f"{', '.join(_Arguments.__dataclass_fields__)}."
             )
-        self._given = _Arguments(**self.arguments)
+        _Arguments(**arguments)
+        with needs_extra("compare", "A server as engine"):
+            import openai  # noqa: F401
+
+    def check_control(self) -> None:
         if self.is_controlled:
             raise ValueError(
                 "Whether a server's heads are the same cannot be seen from here, so it draws for the base alone: for "
                 "responses under a control take `engine='vllm'`."
             )
-        with needs_extra("compare", "A server as engine"):
-            import openai  # noqa: F401
+
+    @cached_property
+    def _given(self) -> _Arguments:
+        return _Arguments(**self.arguments)
 
     @contextmanager
     def running(self, longest: int) -> Iterator[None]:

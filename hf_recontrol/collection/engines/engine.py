@@ -162,7 +162,8 @@ class Engine(ABC):
         self.sampling = replace(sampling, stop_token_ids=ends)
         self.control = control_settings(model, control)
         self._control = control
-        self.check_arguments()
+        self.check_arguments(self.arguments)
+        self.check_control()
 
     @property
     def is_controlled(self) -> bool:
@@ -174,11 +175,19 @@ class Engine(ABC):
     def settings(self) -> dict[str, Any]:
         """What responses depend on of the engine, as JSON: the same distribution is drawn from in other ways."""
 
+    @classmethod
     @abstractmethod
-    def check_arguments(self) -> None:
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
         """
         Raises:
             `ValueError`: for arguments that it does not take. `ImportError`: names the extra.
+        """
+
+    @abstractmethod
+    def check_control(self) -> None:
+        """
+        Raises:
+            `ValueError`: for a control that it cannot draw under.
         """
 
     @abstractmethod

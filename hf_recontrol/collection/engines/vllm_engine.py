@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
@@ -40,6 +40,17 @@ def _wake_if_dead(core: Any, over: Event) -> None:
             return answers.put_nowait(EngineDeadError())
 
 
+def _hold_heads(arguments: Mapping[str, Any]) -> bool:
+    """Whether an engine's arguments are those of `recontrol_engine_args`."""
+    return arguments.get("load_format") == "recontrol"
+
+
+def _runs_own_code(*parts: Any) -> bool:
+    """Whether one of these was loaded from code in its own repo, which transformers keeps as modules of this name."""
+    kinds = [kind for part in parts for kind in type(part).__mro__]
+    return any(kind.__module__.partition(".")[0] == "transformers_modules" for kind in kinds)
+
+
 class VLLMEngine(Engine):
     """vLLM in this process (its workers in others, as it likes). One process runs it; `tensor_parallel_size` and the
     like spread the model."""
@@ -51,14 +62,14 @@ class VLLMEngine(Engine):
 
     @property
     def _has_heads(self) -> bool:
-        """Whether the engine's arguments are those of `recontrol_engine_args`."""
-        return self.arguments.get("load_format") == "recontrol"
+        return _hold_heads(self.arguments)
 
-    def check_arguments(self) -> None:
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
         with needs_extra("vllm", "`engine='vllm'`"):
             if find_spec("vllm") is None:
                 raise ImportError("vllm")
-        taken = sorted(self.arguments.keys() & (_OURS.keys() - ({"model"} if self._has_heads else set())))
+        taken = sorted(arguments.keys() & (_OURS.keys() - ({"model"} if _hold_heads(arguments) else set())))
         if taken:
             raise ValueError(f"`engine_arguments` must not hold {taken[0]!r}: {_OURS[taken[0]]}.")
         if Processes().count > 1:
@@ -66,6 +77,8 @@ class VLLMEngine(Engine):
                 "vLLM is started by one process: without `accelerate launch`, with `tensor_parallel_size` or "
                 "`data_parallel_size` of `vllm serve` and its URL as `engine`."
             )
+
+    def check_control(self) -> None:
         if self.is_controlled and not self._has_heads:
             raise ValueError(
                 "Responses under a control need an engine with the heads: `recontrol rollout --head`, or "
@@ -89,6 +102,8 @@ class VLLMEngine(Engine):
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "max_model_len": longest + self.sampling.max_tokens,
         }
+        if _runs_own_code(self.model, self.model.config, self.tokenizer):
+            wanted["trust_remote_code"] = True
         if current_platform.is_cpu():
             # vLLM moves the noise of a response back where its prompt is read in pieces, which no CPU's generator can.
             wanted["enable_chunked_prefill"] = False
