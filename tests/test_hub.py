@@ -1,6 +1,7 @@
 """Push to and load from a Hub: the real huggingface_hub, in processes of their own, against a server of ours."""
 
 import json
+import re
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from hf_recontrol import ReControlForCausalLM, ValueHead, ValueHeadConfig
+from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHead, ValueHeadConfig
 from hf_recontrol.heads.seen_prompts import SeenPrompts
 
 from .conftest import STRONG, make_head, make_llama
@@ -95,6 +96,22 @@ def test_a_pushed_head_loads_in_a_fresh_process_as_it_was(hub, run, tmp_path):
         run, {"pretrained_model_name_or_path": "me/head"}, endpoint=hub.endpoint, home="fresh", HF_HUB_OFFLINE="1"
     )
     assert offline == loaded
+
+
+def test_the_commands_take_a_head_at_its_revision(hub, run, tmp_path):
+    for branch, step_size in (("main", 1.0), ("v2", 2.0)):
+        head = make_head(base_model_name_or_path="org/base", control=ControlConfig(step_size=step_size))
+        head.save_pretrained(tmp_path / branch)
+        hub.put("me/head", tmp_path / branch, branch=branch)
+    ask = (
+        "from hf_recontrol.cli.controlled import resolve_controlled\n"
+        "from hf_recontrol.settings import LoadingSettings\n"
+        "for base in (None, 'org/base'):\n"
+        "    for revision in (None, 'v2'):\n"
+        "        print('FOUND', resolve_controlled('me/head', base, {}, LoadingSettings(), revision)[1].step_size)\n"
+    )
+    found = re.findall(r"FOUND (\S+)", run(PRELUDE + ask, endpoint=hub.endpoint))
+    assert found == ["1.0", "2.0"] * 2
 
 
 def test_a_pushed_model_draws_the_same_tokens_in_a_fresh_process_with_an_empty_cache(hub, run, tmp_path, input_ids):

@@ -1001,6 +1001,7 @@ def test_a_key_that_is_empty_is_no_open_door(folder):
     [
         (("--value-head", "a=", "--port", "0"), "NAME=HEAD"),
         (("--value-head", "x", "--value-head", "y", "--port", "0"), "each name once"),
+        (("--value-head", "{ascent}", "--value-head", "b={ascent}", "--head-revision", "v2"), "of one head"),
         (("--value-head", "a b={ascent}", "--port", "0"), "letters"),
         (("--value-head", "a:b={ascent}", "--port", "0"), "letters"),
         (("--value-head", "{ascent}", "--api-key", " ", "--port", "0"), "empty"),

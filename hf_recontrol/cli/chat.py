@@ -12,7 +12,15 @@ import typer
 from ..settings import LoadingSettings, SamplingSettings, SeedSettings, TemplateSettings
 from ..utils.setting_fields import settings_class
 from .app import app
-from .controlled import HeadArgument, MaxKLOption, MethodOption, StepSizeOption, load_controlled, named_heads
+from .controlled import (
+    HeadArgument,
+    HeadRevisionOption,
+    MaxKLOption,
+    MethodOption,
+    StepSizeOption,
+    load_controlled,
+    named_heads,
+)
 from .options import with_settings
 
 if TYPE_CHECKING:
@@ -239,6 +247,7 @@ def chat(
         list[str] | None,
         typer.Option("--value-head", help="NAME=HEAD: one more head, which /heads gives a weight. May be repeated."),
     ] = None,
+    head_revision: HeadRevisionOption = None,
     method: MethodOption = None,
     step_size: StepSizeOption = None,
     max_kl: MaxKLOption = None,
@@ -254,7 +263,7 @@ def chat(
 
     named = named_heads(more or [], taken=("default",))
     changes = {"method": method, "step_size": step_size, "max_kl": max_kl}
-    controlled, tokenizer = load_controlled(head, model, changes, settings)
+    controlled, tokenizer = load_controlled(head, model, changes, settings, head_revision)
     for name, source in named.items():
         controlled.add_value_head(name, source, token=settings.token)
     controlled.check_same_for_all_prompts(controlled.control)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..heads.resolution import HeadAndBase
 
 HeadArgument = Annotated[str, typer.Argument(help="Head: a folder or a Hub repo.")]
+HeadRevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the head's repo.", show_default="its main branch")
+]
 MethodOption = Annotated[
     Literal[CONTROL_METHODS] | None,
     typer.Option(
@@ -39,15 +42,19 @@ TargetOption = Annotated[list[float] | None, typer.Option(help="Value to approac
 
 
 def resolve_controlled(
-    head: str, base: str | None, changes: dict[str, Any], settings: LoadingSettings
+    head: str,
+    base: str | None,
+    changes: dict[str, Any],
+    settings: LoadingSettings,
+    head_revision: str | None = None,
 ) -> tuple[HeadAndBase, ControlConfig]:
     """A head and its base (by default that which the head names), and what the head recommends with `changes`."""
     from ..heads.resolution import resolve_head_and_base
 
     # What was not given is `None`, or empty.
     changes = {name: value for name, value in changes.items() if value not in (None, [])}
-    names = [head] if base is None else [base, head]
-    found = resolve_head_and_base(*names, token=settings.token)
+    names, revision = ([head], "revision") if base is None else ([base, head], "value_head_revision")
+    found = resolve_head_and_base(*names, token=settings.token, **{revision: head_revision})
     wanted = found.value_head.config.changed_control(changes)
     if found.value_head.config.control is None and "step_size" not in changes:
         typer.echo(f"This head recommends no control, so this is {wanted}: try `--step-size`.", err=True)
@@ -55,12 +62,16 @@ def resolve_controlled(
 
 
 def load_controlled(
-    head: str, base: str | None, changes: dict[str, Any], settings: LoadingSettings
+    head: str,
+    base: str | None,
+    changes: dict[str, Any],
+    settings: LoadingSettings,
+    head_revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What [`resolve_controlled`] finds, as a model under control; and its tokenizer."""
     from ..pipelines.loading import load_base
 
-    found, wanted = resolve_controlled(head, base, changes, settings)
+    found, wanted = resolve_controlled(head, base, changes, settings, head_revision)
     return load_base(found.base, settings, found.value_head, wanted)
 
 

@@ -12,6 +12,7 @@ from ..utils.setting_fields import settings_class
 from .app import app, print_json
 from .controlled import (
     HeadArgument,
+    HeadRevisionOption,
     MaxKLOption,
     MethodOption,
     NumStepsOption,
@@ -40,6 +41,7 @@ def generate(
     head: HeadArgument,
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Base; default: the one the head names.")] = None,
+    head_revision: HeadRevisionOption = None,
     method: MethodOption = None,
     step_size: StepSizeOption = None,
     num_steps: NumStepsOption = None,
@@ -61,7 +63,7 @@ def generate(
     changes |= {"plausibility": plausibility, "max_kl": max_kl}
     # A dialogue that was typed up to the middle of an answer is to be gone on with.
     prompts = load_prompts(prompt, on_answers="keep")
-    controlled, tokenizer = load_controlled(head, model, changes, settings)
+    controlled, tokenizer = load_controlled(head, model, changes, settings, head_revision)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": settings.seed}
     sampling |= {"prompt_format": settings.prompt_format, "chat_template_kwargs": settings.chat_template_kwargs}
     answers = generate_rollouts(controlled, tokenizer, prompts, control=controlled.control, **sampling)
@@ -83,6 +85,7 @@ def trace(
         str | None,
         typer.Option("--base", "--model", "-m", help="Base model: a folder or a Hub name; default: the head's."),
     ] = None,
+    head_revision: HeadRevisionOption = None,
     method: MethodOption = None,
     step_size: StepSizeOption = None,
     num_steps: NumStepsOption = None,
@@ -116,7 +119,7 @@ def trace(
     rewards = list(named_rewards(reward, prompts.columns).values()) if reward else None
     changes = {"method": method, "step_size": step_size, "num_steps": num_steps, "target": target}
     changes |= {"plausibility": plausibility, "max_kl": max_kl}
-    controlled, tokenizer = load_controlled(head, base, changes, settings)
+    controlled, tokenizer = load_controlled(head, base, changes, settings, head_revision)
     found = run_trace(controlled, tokenizer, prompt, settings, reward=rewards)
     page, record = write_trace(found, output)
     count = len(found.controlled.tokens)

@@ -12,6 +12,7 @@ import typer
 from ..settings import LoadingSettings
 from .app import app
 from .controlled import (
+    HeadRevisionOption,
     MaxKLOption,
     MethodOption,
     NumStepsOption,
@@ -56,6 +57,7 @@ def serve(
     engine: Annotated[
         Literal["transformers", "vllm"], typer.Option(help="transformers: one answer at a time; vllm: many at once.")
     ] = "transformers",
+    head_revision: HeadRevisionOption = None,
     method: MethodOption = None,
     step_size: StepSizeOption = None,
     num_steps: NumStepsOption = None,
@@ -98,6 +100,8 @@ def serve(
     if engine == "transformers" and vllm_argument:
         raise typer.BadParameter(f"are for `--engine vllm`, got {vllm_argument[0]!r}", param_hint="arguments")
     heads = named_heads(value_head or [base])
+    if head_revision is not None and (len(heads) > 1 or engine == "vllm"):
+        raise typer.BadParameter("is of one head, with `--engine transformers`", param_hint="--head-revision")
     changes = {"method": method, "step_size": step_size, "num_steps": num_steps}
     changes |= {"plausibility": plausibility, "max_kl": max_kl}
     place = {"base": base if value_head else None, "host": host, "port": port, "api_key": api_key}
@@ -108,6 +112,7 @@ def serve(
         _serve_on_vllm(heads, changes, settings, name=served_model_name, more=vllm_argument or [], **place)
     else:
         limits = {"max_body_bytes": max_body_bytes or _BODY_BYTES, "max_requests": max_requests or _REQUESTS}
+        place["head_revision"] = head_revision
         _serve_on_transformers(heads, changes, settings, name=served_model_name, **limits, **place)
 
 
@@ -119,6 +124,7 @@ def _serve_on_transformers(
     host: str,
     port: int,
     api_key: str | None,
+    head_revision: str | None,
     name: str | None,
     max_body_bytes: int,
     max_requests: int,
@@ -131,7 +137,7 @@ def _serve_on_transformers(
     listener = listen(host, port)
     (first, source), *others = heads.items()
     loaded = {other: ValueHead.from_pretrained(place, token=settings.token) for other, place in others}
-    model, tokenizer = load_controlled(source, base, changes, settings)
+    model, tokenizer = load_controlled(source, base, changes, settings, head_revision)
     if first != "default":
         model.add_value_head(first, model.value_head)
         model.set_value_heads({first: 1.0})
