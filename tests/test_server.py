@@ -695,32 +695,6 @@ def test_a_whole_answer_that_the_client_left_before_its_turn_is_not_begun(served
     assert len(read) == 2
 
 
-def test_an_answer_that_cannot_be_told_is_drawn_no_further(served, monkeypatch, recontrol_warnings):
-    model_type = type(served.model)
-    inner, ended, lengths = model_type.generate, threading.Event(), []
-
-    def slow(self, *args, streamer=None, **kwargs):
-        put = streamer.put
-        streamer.put = lambda value: (time.sleep(0.1), put(value))
-        try:
-            lengths.append(inner(self, *args, streamer=streamer, **kwargs).shape[-1])
-        finally:
-            ended.set()
-
-    def broken(self, *args, **kwargs):
-        raise TypeError("no chunk")
-
-    monkeypatch.setattr(model_type, "generate", slow)
-    monkeypatch.setattr(completion.CompletionHandler, "_build_chunk_sse", broken)
-    body = json.dumps({"model": "base", "prompt": "w7", "stream": True, "max_tokens": 60}).encode()
-    with begun(served, body, f"Content-Length: {len(body)}") as place, place.makefile("rb") as answer:
-        assert b"[DONE]" not in answer.read()
-    assert ended.wait(30)
-    assert all(length < 30 for length in lengths)
-    monkeypatch.undo()
-    assert served.complete() == served.expected("w7 w8 w9", ASCENT)
-
-
 def test_key_sizes_and_numbers_of_requests_are_limited(monkeypatch):
     served = Served(api_key=KEY, max_body_bytes=2000, max_requests=2)
     try:

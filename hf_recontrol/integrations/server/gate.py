@@ -102,8 +102,7 @@ class Gone:
         return await asyncio.shield(self._waiting)
 
     def end(self) -> None:
-        """The request is answered, or its answer has failed."""
-        self.flag.set()
+        """The request is answered."""
         self._waiting.cancel()
 
 
