@@ -13,10 +13,12 @@ from hf_recontrol import ControlConfig, ReControlForCausalLM, ReControlLogitsPro
 from hf_recontrol.collection.rollouts import generate_rollouts
 from hf_recontrol.collection.states import collect_states
 from hf_recontrol.data.processes import Processes, float64_device
+from hf_recontrol.data.states import StateStore
 from hf_recontrol.evaluation.metrics import kl_divergence
 from hf_recontrol.training import trainer
 from hf_recontrol.training.advantage import AdvantageModel, AdvantageTargets, AdvantageTrainer, _fit_constant
 from hf_recontrol.training.held_out import split_by_prompt
+from hf_recontrol.training.targets import Episodes
 from hf_recontrol.training.value import measure_value_head, train_value_head
 
 from .away import device_without_float64
@@ -95,9 +97,9 @@ def test_the_closed_form_and_all_figures_on_a_device_without_float64():
     states = episodes(60)
     states.tokens = torch.randint(7, (len(states.hidden),), generator=torch.Generator().manual_seed(0))
     head, _ = train_value_head(states, replace(CONFIG, static_vector=True, token_bias_size=7), num_epochs=1)
-    store = trainer.StateStore.of(states)
+    store = StateStore.of(states)
     parts = [
-        trainer.Episodes(store, part, head, ["hidden", "directions", "tokens"], False)
+        Episodes(store, part, head, ["hidden", "directions", "tokens"], False)
         for part in split_by_prompt(store.prompts, 0.2, 0)
     ]
 

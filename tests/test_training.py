@@ -5,6 +5,7 @@ import math
 import pickle
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,10 @@ from hf_recontrol import ValueHeadConfig, ValueSettings
 from hf_recontrol.data.states import States, StateStore, StateWriter
 from hf_recontrol.training import trainer
 from hf_recontrol.training.advantage import fit_advantage
+from hf_recontrol.training.critic import train_critic
 from hf_recontrol.training.held_out import _warnings, split_by_prompt
-from hf_recontrol.training.value import ValueTrainer, train_value_head
+from hf_recontrol.training.targets import Episodes
+from hf_recontrol.training.value import ValueTrainer, measure_value_head, train_value_head
 
 # With so few held-out responses training warns, rightly.
 pytestmark = pytest.mark.usefixtures("recontrol_warnings")
@@ -168,15 +171,30 @@ def test_checkpoints_of_another_training_are_not_taken_for_this_one_s(tmp_path):
         ({"states": change(states, rewards=-states.rewards)}, "episodes"),
         ({"td_lambda": 0.5}, "td_lambda"),
         ({"learning_rate": 1e-3}, "learning_rate"),
+        ({"config": replace(CONFIG, activation="silu")}, "activation"),
+        ({"scaling": "scalar"}, "scaling"),
     ]:
-        changed = {"states": states, **options} | changed
+        changed = {"states": states, "config": CONFIG, **options} | changed
         with pytest.raises(ValueError, match=f"made with other settings: .*{said}"):
-            train_value_head(changed.pop("states"), CONFIG, output_dir=tmp_path, **changed)
+            train_value_head(output_dir=tmp_path, **changed)
     with pytest.raises(ValueError, match=r"made with other settings: .*AdvantageTrainer"):
         fit_advantage(head, states, output_dir=tmp_path)
     fit_advantage(head, states, output_dir=tmp_path / "g", advantage_num_epochs=1)
     with pytest.raises(ValueError, match="gae_lambda"):
         fit_advantage(head, states, output_dir=tmp_path / "g", advantage_num_epochs=1, gae_lambda=0.3)
+    critic, _ = train_critic(states, CONFIG)
+    with pytest.raises(ValueError, match=r"critic was None"):
+        fit_advantage(head, states, critic=critic, output_dir=tmp_path / "g", advantage_num_epochs=1)
+    other, _ = train_value_head(states, CONFIG, seed=1, **options)
+    with pytest.raises(ValueError, match=r"start\.value was"):
+        fit_advantage(other, states, output_dir=tmp_path / "g", advantage_num_epochs=1)
+
+
+def test_after_a_training_that_diverged_another_learning_rate_is_no_other_training(tmp_path):
+    with pytest.raises(ValueError, match="diverged"):
+        train_value_head(episodes(80), CONFIG, output_dir=tmp_path, num_epochs=2, learning_rate=1e30)
+    head, _ = train_value_head(episodes(80), CONFIG, output_dir=tmp_path, num_epochs=2, learning_rate=1e-3)
+    assert all(torch.isfinite(tensor).all() for tensor in head.state_dict().values())
 
 
 @pytest.mark.parametrize("name", ["load_best_model_at_end", "greater_is_better", "metric_for_best_model"])
@@ -208,6 +226,61 @@ def test_truncated_responses_can_be_left_open():
         centred = head.rewards(head(states.hidden[last])).detach() - states.rewards[finished]
         errors[name] = float(centred.var())
     assert errors["open"] < 0.5 * errors["anchored"]
+
+
+def test_where_an_open_response_breaks_off_no_advantage_is_known():
+    """Whatever was drawn there: its direction and its token are not held against a target."""
+    states = change(episodes(200), finished=torch.arange(200) % 4 > 0)
+    states = change(states, tokens=torch.arange(len(states.hidden)) % 7, vocabulary_size=7)
+    last = (states.lengths.cumsum(0) - 1)[~states.finished]
+    odd = change(states, directions=states.directions.clone(), tokens=states.tokens.clone())
+    odd.directions[last] = 1e3
+    odd.tokens[last] = 0
+    config = replace(CONFIG, static_vector=True, token_bias_size=7)
+    head, _ = train_value_head(states, config, open_truncated=True, num_epochs=2)
+    found = []
+    for each in (states, odd):
+        own = deepcopy(head)
+        figures = fit_advantage(own, each, open_truncated=True, advantage_num_epochs=1)
+        found.append([*own.parameters(), torch.tensor(figures["advantage_error"])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_figures_of_a_discounted_value_are_of_the_discounted_reward():
+    states = episodes()
+    head, figures = train_value_head(states, CONFIG, td_lambda=1.0, discount=0.5, **FAST)
+    assert figures["value_error"] < 0.6
+    _, held_out = split_by_prompt(states.prompts, 0.1, 0)
+    store = StateStore.of(states)
+    lengths = states.lengths[held_out]
+    left = torch.cat([torch.arange(length - 1, -1, -1) for length in lengths.tolist()])
+    rewards = (states.rewards[held_out, 0] - head.config.reward_mean) / head.config.reward_std
+    returns = torch.repeat_interleave(rewards, lengths) * 0.5**left
+    values = head(store.gather("hidden", held_out))[:, 0].detach()
+    expected = float((values - returns).square().sum() / returns.square().sum())
+    assert figures["value_error"] == pytest.approx(expected, rel=1e-4)
+    first = lengths.cumsum(0) - lengths
+    expected = float((values - returns)[first].square().sum() / returns[first].square().sum())
+    assert figures["by_position"][0]["error"] == pytest.approx(expected, rel=1e-4)
+    assert measure_value_head(head, states, held_out, discount=0.5)["value_error"] == figures["value_error"]
+
+
+def test_long_and_wide_episodes_are_read_by_fewer_at_once_to_the_same_end(monkeypatch):
+    states = episodes(40)
+    head, _ = train_value_head(states, CONFIG, num_epochs=1)
+
+    def everything():
+        own = deepcopy(head)
+        figures = fit_advantage(own, states, advantage_num_epochs=0)
+        values = [measure_value_head(head, states)["value_error"], figures["constant_error"]]
+        return torch.cat([own.advantage_mlp.layers[-1].bias.detach(), torch.tensor(values)])
+
+    expected, read = everything(), []
+    monkeypatch.setattr("hf_recontrol.training.targets._NUMBERS_AT_ONCE", 3 * 8 * WIDTH)
+    fetch = Episodes.__getitems__
+    monkeypatch.setattr(Episodes, "__getitems__", lambda self, these: read.append(len(these)) or fetch(self, these))
+    torch.testing.assert_close(everything(), expected)
+    assert max(read) == 3
 
 
 def test_mixed_precision_schedules_and_trackers_are_the_trainer_s(tmp_path):
@@ -369,6 +442,8 @@ def change(states: States, **changes) -> States:
         (lambda s: s, {"td_lambda": 1.5}, "td_lambda"),
         (lambda s: s, {"scaling": "other"}, "scaling"),
         (lambda s: s, {"learning_rate": 1e30}, "diverged"),
+        (lambda s: s, {"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay .*num_decay_steps"),
+        (lambda s: s, {"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr .*min_lr"),
     ],
 )
 def test_data_and_settings_that_cannot_work_are_errors(make, kwargs, error):

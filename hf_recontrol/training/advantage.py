@@ -18,12 +18,13 @@ from ..data.processes import Processes, Progress
 from ..data.states import States, StateStore
 from ..heads.value_head import ValueHead
 from ..settings import AdvantageSettings
+from ..utils.code_fingerprints import model_fingerprint
 from .critic import critic_values
 from .held_out import split_by_prompt
 from .ridge import Moments, ridge
-from .targets import episode_mask, pad_episodes, value_differences
+from .targets import Episodes, episode_mask, pad_episodes, value_differences
 from .token_bias import TokenSums, check_tokens, token_means
-from .trainer import Episodes, EpisodeTrainer, check_training, own_randomness, training_options
+from .trainer import EpisodeTrainer, check_training, own_randomness, shape_of, training_options
 
 logger = logging.get_logger(__name__)
 
@@ -56,15 +57,20 @@ class AdvantageModel(nn.Module):
         return advantage if tokens is None else advantage + head.token_bias[tokens]
 
 
-def _read(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What an [`AdvantageModel`] reads of a batch."""
-    return {name: batch[name] for name in ("hidden", "directions", "tokens") if name in batch}
+def _with_target(batch: dict[str, torch.Tensor]) -> torch.Tensor | slice:
+    """Which states of a batch have a target: of what follows the last one of an open response nothing is known."""
+    if "open_ended" not in batch:
+        return slice(None)
+    known = torch.ones(int(batch["lengths"].sum()), dtype=torch.bool, device=batch["lengths"].device)
+    known[batch["lengths"].cumsum(0)[batch["open_ended"]] - 1] = False
+    return known
 
 
 class AdvantageTargets:
     """
-    The targets of batches of episodes, one after the other: `(states,)`, summed over the objectives. They are of a
-    batch's own `values` or, where it has none, of V's.
+    What an [`AdvantageModel`] reads of the states of a batch of episodes that have a target, one after the other, and
+    the targets: `(states,)`, summed over the objectives. They are of a batch's own `values` or, where it has none, of
+    V's.
 
     Args:
         gae_lambda, discount (`float`):
@@ -80,7 +86,9 @@ class AdvantageTargets:
         self.baseline: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
-    def __call__(self, head: ValueHead, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(
+        self, head: ValueHead, batch: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         flat = batch["values"] if "values" in batch else head(batch["hidden"]).float()
         differences = value_differences(
             pad_episodes(flat, batch["lengths"]),
@@ -90,12 +98,14 @@ class AdvantageTargets:
             discount=self.discount,
             open_ended=batch.get("open_ended"),
         )
-        targets = differences.sum(-1)[episode_mask(batch["lengths"])]
+        chosen = _with_target(batch)
+        read = {name: batch[name][chosen] for name in ("hidden", "directions", "tokens") if name in batch}
+        targets = differences.sum(-1)[episode_mask(batch["lengths"])][chosen]
         if self.baseline is None:
-            return targets
+            return read, targets
         # The dtype first: not every device knows float64.
         weight, constant = (x.to(targets.dtype).to(targets.device) for x in self.baseline)
-        return targets - head.scaled(batch["hidden"]).to(targets) @ weight - constant
+        return read, targets - head.scaled(read["hidden"]).to(targets) @ weight - constant
 
     def moments(
         self,
@@ -104,9 +114,10 @@ class AdvantageTargets:
         inputs: Callable[[dict[str, torch.Tensor]], torch.Tensor],
         processes: Processes,
     ) -> Moments:
-        """Those of what is taken of each batch, `(states, hidden_size)`, and its targets."""
+        """Those of what is taken of the states with a target, `(states, hidden_size)`, and their targets."""
         device = next(head.parameters()).device
-        rows = ((inputs(batch), self(head, batch)[:, None]) for _, batch in _on(device, episodes, processes))
+        read = (self(head, batch) for _, batch in _on(device, episodes, processes))
+        rows = ((inputs(states), targets[:, None]) for states, targets in read)
         return Moments.of(rows, (episodes.store.hidden_size, 1), device, processes)
 
     def take_off_what_states_explain(
@@ -118,8 +129,8 @@ class AdvantageTargets:
         tokens that are drawn there.
         """
 
-        def scaled(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            return head.scaled(batch["hidden"]).detach()
+        def scaled(read: dict[str, torch.Tensor]) -> torch.Tensor:
+            return head.scaled(read["hidden"]).detach()
 
         fitted, measured = (self.moments(head, part, scaled, processes) for part in (train, held_out))
         weight = ridge(fitted.around(fitted.x, fitted.y), measured.around(fitted.x, fitted.y))
@@ -130,7 +141,7 @@ def _on(
     device: torch.device, episodes: Episodes, processes: Processes
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """As [`Episodes.batches`], of this process's share, on a device."""
-    for numbers, batch in episodes.batches(64, processes):
+    for numbers, batch in episodes.batches(processes):
         yield numbers, {name: value.to(device) for name, value in batch.items()}
 
 
@@ -153,7 +164,8 @@ class AdvantageTrainer(EpisodeTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch of whole episodes."""
         head = self.accelerator.unwrap_model(model).head
-        targets, advantage = self.targets(head, inputs), model(**_read(inputs))
+        read, targets = self.targets(head, inputs)
+        advantage = model(**read)
         loss = (advantage - targets).square().sum() / self.normaliser(inputs)
         return (loss, advantage) if return_outputs else loss
 
@@ -166,8 +178,8 @@ class AdvantageTrainer(EpisodeTrainer):
         sums = torch.zeros(6, dtype=torch.float64)
         for _, batch in _on(device, self.held_out, self.processes):
             # The CPU first: not every device knows float64.
-            target = self.targets(head, batch).cpu().double()
-            advantage = model(**_read(batch)).cpu().double()
+            read, target = self.targets(head, batch)
+            target, advantage = target.cpu().double(), model(**read).cpu().double()
             products = (advantage, target, advantage.square(), target.square(), advantage * target)
             sums += torch.stack([torch.tensor(float(len(target))).double(), *(x.sum() for x in products)])
         count, a, t, aa, tt, at = torch.stack(self.processes.gather(sums)).sum(0).tolist()
@@ -212,7 +224,8 @@ def fit_advantage(
     Returns:
         On the held-out prompts (which also chose the penalty and the epoch): `advantage_correlation` and
         `constant_correlation`, with their targets, of g and of b, each with c; `advantage_error` and
-        `constant_error`, mean squared, relative to that of 0; `log`, the Trainer's log. Of g only where there is one.
+        `constant_error`, mean squared, relative to that of 0; `log`, the Trainer's log. Of g only where there is one,
+        with `warnings`, which are also logged.
 
     Raises:
         `ValueError`: if the head has neither part, or the states have no directions, lack the tokens of a token bias
@@ -255,6 +268,12 @@ def fit_advantage(
             targets=AdvantageTargets(settings.gae_lambda, settings.discount),
             patience=settings.advantage_patience,
             progress=progress,
+            # Of V and the critic, which the targets are of.
+            start={
+                "head": shape_of(head),
+                "value": model_fingerprint(head.value_mlp),
+                "critic": critic and model_fingerprint(critic),
+            },
         )
         constant = _fit_constant(trainer, head, train, held_out)
         figures = {}
@@ -302,10 +321,14 @@ def _left_to_tokens(trainer: AdvantageTrainer, train: Episodes) -> list[TokenSum
     folds = [TokenSums.zeros(head.config.token_bias_size) for _ in range(_FOLDS)]
     fold_of = train.store.prompts[train.episodes].unique(return_inverse=True)[1] % _FOLDS
     for numbers, batch in _on(device, train, trainer.processes):
-        left = (trainer.targets(head, batch) - model(**_read(batch))).cpu()
-        own = torch.repeat_interleave(fold_of[numbers], batch["lengths"].cpu())
+        read, targets = trainer.targets(head, batch)
+        left, tokens = (targets - model(**read)).cpu(), read["tokens"].cpu()
+        counts = batch["lengths"].cpu()
+        if "open_ended" in batch:
+            counts = counts - batch["open_ended"].cpu().long()
+        own = torch.repeat_interleave(fold_of[numbers], counts)
         for number, fold in enumerate(folds):
-            fold.add(batch["tokens"][own == number].cpu(), left[own == number])
+            fold.add(tokens[own == number], left[own == number])
     return [TokenSums(*(trainer.processes.sum(x) for x in (fold.count, fold.left))) for fold in folds]
 
 
@@ -314,10 +337,12 @@ def _fit_rest(trainer: AdvantageTrainer, head: ValueHead, constant_error: float,
     before = deepcopy(head.advantage_mlp.state_dict())
     if not (num_epochs > 0 and trainer.fit() and trainer.state.best_metric < constant_error):
         head.advantage_mlp.load_state_dict(before)
-    figures = trainer.figures()
-    if figures["advantage_correlation"] < _USELESS and trainer.processes.index == 0:
-        logger.warning(
+    figures, warnings = trainer.figures(), []
+    if figures["advantage_correlation"] < _USELESS:
+        warnings.append(
             f"On held-out prompts g's correlation with its targets is {figures['advantage_correlation']:.3f}: "
             "the advantage edit can hardly steer. Use more rollouts, or another control."
         )
-    return figures
+    for warning in warnings if trainer.processes.index == 0 else ():
+        logger.warning(warning)
+    return figures | {"warnings": warnings}

@@ -15,12 +15,9 @@ from ..data.states import States, StateStore, places
 from ..heads.value_head import ValueHead
 from ..settings import ValueSettings
 from .ridge import Moments, ridge
-from .targets import episode_mask, pad_episodes, td_targets
-from .trainer import Episodes
+from .targets import Episodes, episode_mask, episodes_at_once, pad_episodes, td_targets
 from .value import check_states, measure, new_head, sides
 
-# Numbers that are read at once, and episodes at most.
-_NUMBERS_AT_ONCE, _EPISODES_AT_ONCE = 2**26, 64
 # The reward of the response so far is one number among hundreds and says more than any other: in a smaller unit it is
 # penalised less.
 _PREFIX_UNIT = 0.1
@@ -142,13 +139,8 @@ def train_critic(
     with torch.no_grad():
         layer.weight.copy_(weight.T)
         layer.bias.copy_(fitted.y - fitted.x @ weight.double())
-    figures = measure(critic, parts[1], processes)
+    figures = measure(critic, parts[1], processes, settings.discount)
     return critic.cpu(), figures
-
-
-def _at_once(store: StateStore) -> int:
-    """How many episodes are read at once."""
-    return max(1, min(_EPISODES_AT_ONCE, _NUMBERS_AT_ONCE // (int(store.lengths.max()) * store.hidden_size)))
 
 
 @torch.no_grad()
@@ -156,7 +148,7 @@ def _rows(
     critic: ValueHead, episodes: Episodes, discount: float, processes: Processes
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What the critic reads at each state of this process's share, in its units, and the discounted reward."""
-    for _, batch in episodes.batches(_at_once(episodes.store), processes):
+    for _, batch in episodes.batches(processes):
         lengths = batch["lengths"]
         nothing = torch.zeros(*episode_mask(lengths).shape, batch["rewards"].shape[1])
         targets = td_targets(nothing, batch["rewards"], lengths, 1.0, discount=discount)[episode_mask(lengths)]
@@ -168,7 +160,7 @@ def critic_values(critic: ValueHead, store: StateStore, processes: Processes) ->
     """Standardised values of each episode's states, `(states, objectives)` each."""
     wide, critic = CriticStore(store), critic.to(processes.device)
     values: list[torch.Tensor] = []
-    for episodes in torch.arange(len(wide)).split(_at_once(wide)):
+    for episodes in torch.arange(len(wide)).split(episodes_at_once(wide)):
         flat = critic(wide.gather("hidden", episodes).to(processes.device)).float().cpu()
         values += flat.split(wide.lengths[episodes].tolist())
     critic.cpu()

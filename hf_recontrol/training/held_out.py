@@ -58,7 +58,14 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(a @ b) / norm if norm > 0 else 0.0
 
 
-def episode_summaries(values: torch.Tensor, rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def _steps(lengths: torch.Tensor) -> torch.Tensor:
+    """Which states are at [`POSITIONS`]: `(episodes, len(POSITIONS))`."""
+    return (torch.tensor(POSITIONS, device=lengths.device) * (lengths[:, None] - 1)).round().long()
+
+
+def episode_summaries(
+    values: torch.Tensor, rewards: torch.Tensor, lengths: torch.Tensor, discount: float = 1.0
+) -> torch.Tensor:
     """
     What the figures need of each episode.
 
@@ -66,15 +73,17 @@ def episode_summaries(values: torch.Tensor, rewards: torch.Tensor, lengths: torc
         values (`torch.Tensor` of shape `(episodes, longest, objectives)`), rewards (`(episodes, objectives)`),
         lengths:
             Padded standardised values, standardised rewards, number of states.
+        discount (`float`, *optional*, defaults to 1.0):
+            γ: k states before the last one V stands for `γ^k` of the reward.
 
     Returns:
         `torch.Tensor` of shape `(episodes, len(POSITIONS) * objectives + 1)`: values at [`POSITIONS`], and the squared
         error summed over states and objectives.
     """
-    steps = (torch.tensor(POSITIONS, device=lengths.device) * (lengths[:, None] - 1)).round().long()
-    at_positions = values.gather(1, steps[..., None].expand(-1, -1, values.shape[-1]))
-    inside = torch.arange(values.shape[1], device=lengths.device)[None] < lengths[:, None]
-    squared = ((values - rewards[:, None]).square().sum(-1) * inside).sum(1)
+    at_positions = values.gather(1, _steps(lengths)[..., None].expand(-1, -1, values.shape[-1]))
+    left = lengths[:, None] - 1 - torch.arange(values.shape[1], device=lengths.device)
+    returns = rewards[:, None] * discount ** left.clamp(min=0)[..., None]
+    squared = ((values - returns).square().sum(-1) * (left >= 0)).sum(1)
     return torch.cat([at_positions.flatten(1), squared[:, None]], dim=1)
 
 
@@ -85,10 +94,11 @@ def value_figures(
     prompts: torch.Tensor,
     reward_mean: torch.Tensor,
     reward_std: torch.Tensor,
+    discount: float = 1.0,
 ) -> dict[str, Any]:
     """
-    Figures of V on held-out episodes. Errors are mean squared errors to the final reward, relative to those of the
-    training episodes' mean reward (the constant baseline, 1).
+    Figures of V on held-out episodes. Errors are mean squared errors to the final reward (discounted, if γ is below
+    1), relative to those of the training episodes' mean reward (the constant baseline, 1).
 
     Args:
         summaries (`torch.Tensor`):
@@ -97,6 +107,8 @@ def value_figures(
             Standardised rewards `(episodes, objectives)`, number of states, number of the prompt.
         reward_mean, reward_std (`torch.Tensor` of shape `(objectives,)`):
             The reward's units.
+        discount (`float`, *optional*, defaults to 1.0):
+            The γ that V was trained with, and the summaries made.
 
     Returns:
         `value_error` along the whole response, `value_error_last`, `correlation_first`, `correlation_last`,
@@ -107,13 +119,14 @@ def value_figures(
     """
     count, objectives = rewards.shape
     values = summaries[:, :-1].reshape(count, len(POSITIONS), objectives)
-    constant = rewards.square().sum().clamp(min=1e-12)
-    errors = (values - rewards[:, None]).square().sum((0, 2)) / constant
-    realised = rewards.sum(-1)
-    correlations = [correlation(values[:, i].sum(-1), realised) for i in range(len(POSITIONS))]
+    returns = rewards[:, None] * discount ** (lengths[:, None] - 1 - _steps(lengths))[..., None]
+    errors = (values - returns).square().sum((0, 2)) / returns.square().sum((0, 2)).clamp(min=1e-12)
+    correlations = [correlation(values[:, i].sum(-1), returns[:, i].sum(-1)) for i in range(len(POSITIONS))]
+    # Of all states of an episode, the sum of the squared discounts.
+    weights = (discount ** (2 * torch.arange(int(lengths.max()), device=lengths.device))).cumsum(0)[lengths - 1]
     baselines = {"constant": 1.0, "prompt_mean": _leave_one_out_error(rewards, prompts)}
     figures = {
-        "value_error": float(summaries[:, -1].sum() / (rewards.square().sum(-1) * lengths).sum().clamp(min=1e-12)),
+        "value_error": float(summaries[:, -1].sum() / (rewards.square().sum(-1) * weights).sum().clamp(min=1e-12)),
         "value_error_last": float(errors[-1]),
         "correlation_first": correlations[0],
         "correlation_last": correlations[-1],

@@ -33,6 +33,8 @@ FIGURES_NAME = "training.json"
 CRITIC_FIGURES = ("value_error", "value_error_last", "correlation_last")
 # What a head was trained with, in the folder of its checkpoints.
 _SETTINGS_NAME = "settings.json"
+# Its parts: the checkpoints of V, which is trained first.
+_VALUE_FOLDER = "value"
 
 
 def _states_id(folder: str | os.PathLike) -> str:
@@ -101,13 +103,22 @@ def train_head(
         lock = lock_folder(work)
     with lock:
         if processes.index == 0:
-            if (work / _SETTINGS_NAME).exists():
+            if (work / _SETTINGS_NAME).exists() and _holds_training(output):
                 check_settings(output, read_json(work / _SETTINGS_NAME), known)
+            elif (work / _VALUE_FOLDER).exists():
+                shutil.rmtree(work / _VALUE_FOLDER)
             write_json(work / _SETTINGS_NAME, known)
         processes.wait()
         if not (output / FIGURES_NAME).exists():
             _train_both(output, store, config, settings, processes, progress, _record(states, store, command))
     return read_json(output / FIGURES_NAME)["figures"]
+
+
+def _holds_training(output: Path) -> bool:
+    """Whether anything was trained there that goes on: a head, V, or an epoch of it."""
+    work = output / "training"
+    finished = ((output / CONFIG_NAME), *work.glob(f"*/{CONFIG_NAME}"))
+    return any(path.exists() for path in finished) or any(work.glob("*/checkpoint-*"))
 
 
 def _head_config(store: StateStore, settings: HeadSettings) -> ValueHeadConfig:
@@ -198,7 +209,7 @@ def _train_both(
         return made, figures
 
     work = output / "training"
-    head, figures = once(train_value_head, "value head", output_dir=work / "value", progress=shown("value head"))
+    head, figures = once(train_value_head, "value head", output_dir=work / _VALUE_FOLDER, progress=shown("value head"))
     curves = {"value": figures.pop("log")}
     if config.static_vector:
         critic = None
@@ -209,6 +220,7 @@ def _train_both(
             head, store, settings, critic=critic, output_dir=work / "advantage", progress=shown("advantage")
         )
         curves["advantage"] = found.pop("log")
+        found["warnings"] = figures["warnings"] + found.get("warnings", [])
         figures |= found
         if head.config.token_bias_size is not None and not head.token_bias.any():
             head = head.without_token_bias()

@@ -1,8 +1,83 @@
-"""The targets of training, over ragged episodes without a loop over tokens: TD(λ) for V, GAE(λ) for the advantage."""
+"""Whole episodes in batches, and their targets without a loop over tokens: TD(λ) for V, GAE(λ) for the advantage."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Sequence
+
 import torch
+from torch.utils.data import Dataset
+
+from ..data.processes import Processes
+from ..data.states import StateStore
+from ..heads.value_head import ValueHead
+
+# Numbers that are read at once (256 MB), and episodes at most.
+_NUMBERS_AT_ONCE, _EPISODES_AT_ONCE = 2**26, 64
+
+
+def episodes_at_once(store: StateStore, num_tensors: int = 1, most: int = _EPISODES_AT_ONCE) -> int:
+    """How many whole episodes are read at once, `num_tensors` as wide as a state of each: fewer of what is large."""
+    longest = int(store.lengths.max()) * store.hidden_size * num_tensors
+    return max(1, min(most, _NUMBERS_AT_ONCE // longest))
+
+
+class Episodes(Dataset):
+    """
+    Whole episodes of a store, fetched a batch at a time: `hidden` (and `directions`) of shape `(states, hidden_size)`,
+    and `tokens` of shape `(states,)`, one episode after the other, as far as they are named, with `lengths`,
+    standardised `rewards`, `open_ended` and, where they are given, the `values` of each state.
+    """
+
+    def __init__(
+        self,
+        store: StateStore,
+        episodes: torch.Tensor,
+        head: ValueHead,
+        names: list[str],
+        open_ended: bool,
+        values: Sequence[torch.Tensor] | None = None,
+    ):
+        self.store, self.episodes, self.names, self.open_ended = store, episodes, names, open_ended
+        self.values = values
+        self.mean, self.std = (
+            torch.tensor(x, dtype=torch.float64) for x in (head.config.reward_mean, head.config.reward_std)
+        )
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def rewards(self, episodes: torch.Tensor) -> torch.Tensor:
+        """Standardised rewards of episodes of the store, in float32."""
+        return ((self.store.rewards[episodes].double() - self.mean) / self.std).float()
+
+    def fingerprint(self) -> str:
+        """What tells them from other episodes: their prompts, lengths and rewards, and the states of the first."""
+        store = self.store
+        parts = [store.prompts[self.episodes], store.lengths[self.episodes], self.rewards(self.episodes)]
+        parts += [store.gather(name, self.episodes[:1]).float() for name in self.names]
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        chosen = self.episodes[torch.as_tensor(indices)]
+        batch = {name: self.store.gather(name, chosen) for name in self.names}
+        batch |= {"lengths": self.store.lengths[chosen], "rewards": self.rewards(chosen)}
+        if self.values is not None:
+            batch["values"] = torch.cat([self.values[i] for i in chosen.tolist()])
+        return batch | ({"open_ended": ~self.store.finished[chosen]} if self.open_ended else {})
+
+    def batches(self, processes: Processes) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """(numbers of the episodes, batch) of this process's share, in order; as many as [`episodes_at_once`]."""
+        numbers = torch.arange(len(self))[processes.index :: processes.count]
+        size = episodes_at_once(self.store, len(set(self.names) - {"tokens"}))
+        for part in numbers.split(size) if len(numbers) else ():
+            yield part, self.__getitems__(part.tolist())
 
 
 def pad_episodes(flat: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

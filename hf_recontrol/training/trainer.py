@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -16,20 +15,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..data.processes import Processes, Progress, progress_bar
 from ..data.stage_folder import check_settings
-from ..data.states import StateStore
 from ..heads.value_head import ValueHead
 from ..settings import INDIFFERENT, TrainingSettings
 from ..utils.checks import check_choice
 from ..utils.extras import needs_extra
 from ..utils.files import make_folder, read_json, write_json
+from .targets import Episodes
 
 with needs_extra("train", "Training"):
-    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+    from transformers import (
+        EarlyStoppingCallback,
+        Trainer,
+        TrainerCallback,
+        TrainerState,
+        TrainingArguments,
+        get_scheduler,
+    )
     from transformers.integrations import get_reporting_integration_callbacks
     from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_callback import PrinterCallback
@@ -42,65 +47,6 @@ logging.get_logger("transformers.trainer_utils").addFilter(lambda record: "mtime
 
 # What a training was of, beside its checkpoints.
 _KNOWN_NAME = "training.json"
-
-
-class Episodes(Dataset):
-    """
-    Whole episodes of a store, fetched a batch at a time: `hidden` (and `directions`) of shape `(states, hidden_size)`,
-    and `tokens` of shape `(states,)`, one episode after the other, as far as they are named, with `lengths`,
-    standardised `rewards`, `open_ended` and, where they are given, the `values` of each state.
-    """
-
-    def __init__(
-        self,
-        store: StateStore,
-        episodes: torch.Tensor,
-        head: ValueHead,
-        names: list[str],
-        open_ended: bool,
-        values: Sequence[torch.Tensor] | None = None,
-    ):
-        self.store, self.episodes, self.names, self.open_ended = store, episodes, names, open_ended
-        self.values = values
-        self.mean, self.std = (
-            torch.tensor(x, dtype=torch.float64) for x in (head.config.reward_mean, head.config.reward_std)
-        )
-
-    def __len__(self) -> int:
-        return len(self.episodes)
-
-    def rewards(self, episodes: torch.Tensor) -> torch.Tensor:
-        """Standardised rewards of episodes of the store, in float32."""
-        return ((self.store.rewards[episodes].double() - self.mean) / self.std).float()
-
-    def fingerprint(self) -> str:
-        """What tells them from other episodes: their prompts, lengths and rewards, and the states of the first."""
-        store = self.store
-        parts = [store.prompts[self.episodes], store.lengths[self.episodes], self.rewards(self.episodes)]
-        parts += [store.gather(name, self.episodes[:1]).float() for name in self.names]
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part.contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        chosen = self.episodes[torch.as_tensor(indices)]
-        batch = {name: self.store.gather(name, chosen) for name in self.names}
-        batch |= {"lengths": self.store.lengths[chosen], "rewards": self.rewards(chosen)}
-        if self.values is not None:
-            batch["values"] = torch.cat([self.values[i] for i in chosen.tolist()])
-        return batch | ({"open_ended": ~self.store.finished[chosen]} if self.open_ended else {})
-
-    def batches(self, size: int, processes: Processes | None = None) -> Iterator[tuple[torch.Tensor, dict]]:
-        """(numbers of the episodes, batch), in order; of this process's share if `processes` is given."""
-        numbers = torch.arange(len(self))
-        if processes is not None:
-            numbers = numbers[processes.index :: processes.count]
-        for part in numbers.split(size) if len(numbers) else ():
-            yield part, self.__getitems__(part.tolist())
 
 
 class EpisodeTrainer(Trainer):
@@ -126,8 +72,9 @@ class EpisodeTrainer(Trainer):
             Epochs without a better one before training stops.
         progress (`Callable[[int, int], None]`, *optional*):
             Called with (steps done, steps in all) instead of showing a bar.
-        targets (`dict`, *optional*):
-            What else the result depends on, as JSON: another run does not go on from checkpoints of this one.
+        targets (`dict`, *optional*), start (`dict`, *optional*):
+            What else the result depends on, as JSON: how the targets are made, and what training starts from. Another
+            run does not go on from checkpoints of this one.
     """
 
     def __init__(
@@ -141,12 +88,14 @@ class EpisodeTrainer(Trainer):
         patience: int | None = None,
         progress: Progress | None = None,
         targets: dict[str, Any] | None = None,
+        start: dict[str, Any] | None = None,
     ):
         known = {
             "trainer": f"{type(self).__module__}.{type(self).__qualname__}",
             "options": {name: value for name, value in options.items() if name not in INDIFFERENT},
             "patience": patience,
             "targets": targets or {},
+            "start": start or {},
             "episodes": [train.fingerprint(), held_out.fingerprint()],
         }
         self._known = json.loads(json.dumps(known, default=str))
@@ -201,7 +150,13 @@ class EpisodeTrainer(Trainer):
             self._load_best_model()
         else:
             self.train(resume_from_checkpoint=checkpoint)
-        return self.state.best_metric is not None and np.isfinite(self.state.best_metric)
+        found = self.state.best_metric is not None and bool(np.isfinite(self.state.best_metric))
+        if not found and self.processes.index == 0:
+            # Nothing to go on from: the next run may have other settings.
+            _remove_checkpoints(Path(self.args.output_dir))
+            (Path(self.args.output_dir) / _KNOWN_NAME).unlink(missing_ok=True)
+        self.processes.wait()
+        return found
 
     def _check_folder(self) -> None:
         """Raise unless a folder's checkpoints, if there are any, are of this very training."""
@@ -255,6 +210,12 @@ class _Report(TrainerCallback):
         # Early stopping may have come before the last step.
         self._advance(state.max_steps - state.global_step)
         self._bar.__exit__(None, None, None)
+
+
+def shape_of(head: ValueHead) -> dict[str, Any]:
+    """What a head is before any training, as JSON."""
+    names = ("head_sizes", "activation", "advantage_sizes", "static_vector", "token_bias_size")
+    return {name: getattr(head.config, name) for name in names}
 
 
 def training_options(
@@ -357,9 +318,28 @@ def check_training(settings: TrainingSettings, processes: Processes) -> None:
     options = training_options(settings, os.curdir, learning_rate=1.0, num_epochs=1, weight_decay=0.0)
     del options["batch_size"]
     try:
-        _training_arguments(options, "error", processes)
+        made = _training_arguments(options, "error", processes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`training_arguments` cannot be used: {error}") from error
+    _check_schedule(made)
+
+
+def _check_schedule(arguments: TrainingArguments) -> None:
+    """Raise `ValueError` if the schedule of the learning rate cannot be made, as Trainer makes it."""
+    steps = 100
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The schedule {arguments.lr_scheduler_type.value} (`lr_scheduler_type`) cannot be made: {error}. Give "
+            "what it needs as `lr_scheduler_kwargs` in `training_arguments`, or take another one."
+        ) from error
 
 
 def last_checkpoint(folder: Path, processes: Processes) -> str | None:
@@ -368,6 +348,11 @@ def last_checkpoint(folder: Path, processes: Processes) -> str | None:
         _drop_unfinished_checkpoints(folder)
     processes.wait()
     return get_last_checkpoint(folder) if folder.is_dir() else None
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(path)
 
 
 def _drop_unfinished_checkpoints(folder: Path) -> None:

@@ -19,21 +19,20 @@ from ..data.states import States, StateStore
 from ..heads.value_head import ValueHead
 from ..settings import ValueSettings
 from .held_out import POSITIONS, episode_summaries, split_by_prompt, value_figures
-from .targets import episode_mask, pad_episodes, td_targets
+from .targets import Episodes, episode_mask, episodes_at_once, pad_episodes, td_targets
 from .trainer import (
-    Episodes,
     EpisodeTrainer,
     TrainerCallback,
     check_training,
     own_randomness,
+    shape_of,
     training_options,
 )
 
 logger = logging.get_logger(__name__)
 
-# Episodes whose states are summed up, or measured, at once.
+# Episodes whose states are summed up at once, at most.
 _EPISODES_AT_ONCE = 16
-_EPISODES_MEASURED = 64
 # Relative to a feature's mean square: below this, what is left of a feature that never varies is rounding.
 _ROUNDING = 1e-12
 
@@ -99,29 +98,39 @@ class ValueTrainer(EpisodeTrainer):
 
     def figures(self) -> dict[str, Any]:
         """Those of [`value_figures`]."""
-        return measure(self.accelerator.unwrap_model(self.model).head, self.held_out, self.processes)
+        return measure(self.accelerator.unwrap_model(self.model).head, self.held_out, self.processes, self.discount)
 
 
 @torch.no_grad()
-def measure(head: ValueHead, episodes: Episodes, processes: Processes) -> dict[str, Any]:
+def measure(head: ValueHead, episodes: Episodes, processes: Processes, discount: float) -> dict[str, Any]:
     """The figures of V on episodes, each process measuring its share; the same in every process."""
     device = next(head.parameters()).device
     width = len(POSITIONS) * head.config.num_objectives + 1
     own = [(torch.empty(0).long(), torch.empty(0, width))]
-    for numbers, batch in episodes.batches(_EPISODES_MEASURED, processes):
+    for numbers, batch in episodes.batches(processes):
         values = pad_episodes(head(batch["hidden"].to(device)).float().cpu(), batch["lengths"])
-        own.append((numbers, episode_summaries(values, batch["rewards"], batch["lengths"])))
+        own.append((numbers, episode_summaries(values, batch["rewards"], batch["lengths"], discount)))
     gathered = torch.empty(len(episodes), width)
     for found, summaries in processes.gather(tuple(map(torch.cat, zip(*own, strict=True)))):
         gathered[found] = summaries
     store, chosen = episodes.store, episodes.episodes
     return value_figures(
-        gathered, episodes.rewards(chosen), store.lengths[chosen], store.prompts[chosen], episodes.mean, episodes.std
+        gathered,
+        episodes.rewards(chosen),
+        store.lengths[chosen],
+        store.prompts[chosen],
+        episodes.mean,
+        episodes.std,
+        discount,
     )
 
 
 def measure_value_head(
-    head: ValueHead, states: States | StateStore | str | os.PathLike, episodes: torch.Tensor | None = None
+    head: ValueHead,
+    states: States | StateStore | str | os.PathLike,
+    episodes: torch.Tensor | None = None,
+    *,
+    discount: float = 1.0,
 ) -> dict[str, Any]:
     """
     What V of a head is worth on responses, see [`value_figures`].
@@ -133,6 +142,8 @@ def measure_value_head(
             Episodes with their rewards, read where the head reads.
         episodes (`torch.Tensor`, *optional*):
             Numbers of the episodes to measure, for instance those that [`split_by_prompt`] holds out. Defaults to all.
+        discount (`float`, *optional*, defaults to 1.0):
+            The γ that V was trained with.
 
     Raises:
         `ValueError`: if the states are not those that the head reads, or lack a reward.
@@ -140,7 +151,7 @@ def measure_value_head(
     store = StateStore.of(states)
     check_states(store, head.config)
     episodes = torch.arange(len(store)) if episodes is None else episodes
-    return measure(head, Episodes(store, episodes, head, ["hidden"], open_ended=False), Processes())
+    return measure(head, Episodes(store, episodes, head, ["hidden"], open_ended=False), Processes(), discount)
 
 
 class _TargetUpdate(TrainerCallback):
@@ -229,7 +240,7 @@ def new_head(
         return head
     count, total, squares = 0, torch.zeros(store.hidden_size).double(), torch.zeros(store.hidden_size).double()
     shift = None
-    for part in train.split(_EPISODES_AT_ONCE):
+    for part in train.split(episodes_at_once(store, 2, _EPISODES_AT_ONCE)):
         hidden = store.gather("hidden", part).double()
         # Sums of squares around a state, not around 0, so that a large mean does not swallow a small spread.
         shift = hidden[0].clone() if shift is None else shift
@@ -322,6 +333,7 @@ def fit_values(
             target_update=settings.target_update,
             patience=settings.patience,
             progress=progress,
+            start={"head": shape_of(head), "scaling": settings.scaling},
         )
         if not trainer.fit():
             raise ValueError("Training diverged (the held-out error is not a number): lower `learning_rate`.")
