@@ -1,5 +1,6 @@
 """Rewards of the response so far: what is scored, where it is kept, and what the states say of it."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from hf_recontrol import (
     write_rollouts,
     write_states,
 )
+from hf_recontrol.collection.scoring.rewards import ColumnReward
 
 from .hub_server import TOKEN
 from .tiny_models import tiny_model
@@ -247,6 +249,35 @@ def test_a_reward_that_needs_whole_texts_says_so():
         score_rollouts([rollout(5)], whole_only, prefix_every=2, tokenizer=TOKENIZER)
     with pytest.raises(ValueError, match="tokenizer"):
         score_rollouts([rollout(5)], words, prefix_every=2)
+
+
+def test_no_more_parts_are_made_than_go_into_a_call():
+    """All parts of a response together are quadratic in its length."""
+    alive = []
+
+    def reward(completions):
+        alive.append(sum(isinstance(each, Rollout) for each in gc.get_objects()))
+        return [float(len(text)) for text in completions]
+
+    before = sum(isinstance(each, Rollout) for each in gc.get_objects())
+    score_rollouts([rollout(80), rollout(79)], reward, prefix_every=1, tokenizer=TOKENIZER)
+    assert len(alive) == 1 + 5 and max(alive) - before < 2 * 32 + 2 * 3
+
+
+@pytest.mark.parametrize("rewards", [["score"], ["score", "other"]])
+def test_columns_alone_have_nothing_to_say_of_the_response_so_far(folder, tmp_path, rewards):
+    columns = [ColumnReward(name) for name in rewards]
+    given = [rollout(5, columns={"score": 1.0, "other": 2.0})]
+    with pytest.raises(ValueError, match="whatever the response so far is"):
+        score_rollouts(given, *columns, prefix_every=2, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match="whatever the response so far is"):
+        label_rollouts(folder[1], columns, prefix_every=2, tokenizer=TOKENIZER)
+    prompts = [{"prompt": f"w{i}", "score": i, "other": -i} for i in range(5, 45)]
+    with pytest.raises(ValueError, match="whatever the response so far is"):
+        fit(folder[0], prompts, rewards, tmp_path / "run", tokenizer=TOKENIZER, prefix_every=2, quiet=True)
+    assert not (tmp_path / "run").exists()
+    [scored] = score_rollouts(given, words, *columns, prefix_every=2, tokenizer=TOKENIZER)
+    assert scored.prefix_rewards[0][1:] == scored.reward[1:]
 
 
 @pytest.fixture

@@ -228,19 +228,34 @@ def test_a_reward_that_counts_its_calls_is_still_the_same(folder):
         label_rollouts(folder, [judge])
 
 
-def test_a_reward_that_cannot_be_known_is_scored_once_with_a_warning_and_then_asks_for_a_name(folder, monkeypatch):
-    warnings = []
-    monkeypatch.setattr("hf_recontrol.collection.scoring.labels.logger.warning", warnings.append)
+def test_scores_of_a_reward_that_cannot_be_known_are_kept_with_a_warning(folder, recontrol_warnings):
+    judge = Judge(1)
+    judge.lock = threading.Lock()
+    counts = label_rollouts(folder, [judge])
+    assert len(recontrol_warnings) == 1 and "Judge.fingerprint = 'version 1'" in recontrol_warnings[0]
+    scored = load_rollouts(folder)
+    judge.threshold = 5
+    assert label_rollouts(folder, [judge]) == counts and load_rollouts(folder) == scored
+    assert len(recontrol_warnings) == 2 and "are kept" in recontrol_warnings[1]
+    judge.fingerprint = "version 1"
+    with pytest.raises(ValueError, match="--again"):
+        label_rollouts(folder, [judge])
+    label_rollouts(folder, [judge], again=True)
+    label_rollouts(folder, [judge])
+    assert len(recontrol_warnings) == 2
+
+
+def test_what_cannot_be_known_to_be_the_same_reward_does_not_go_on_with_a_scoring(folder, recontrol_warnings):
+    """Half of the scores of one reward and half of another are no reward at all."""
     judge = Judge(1)
     judge.lock = threading.Lock()
     label_rollouts(folder, [judge])
-    assert len(warnings) == 1 and "Judge.fingerprint = 'version 1'" in warnings[0]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
     with pytest.raises(ValueError, match=r"cannot be known later: it holds an object of _thread\.lock.*--again"):
         label_rollouts(folder, [judge])
-    judge.fingerprint = "version 1"
     label_rollouts(folder, [judge], again=True)
     label_rollouts(folder, [judge])
-    assert len(warnings) == 1
 
 
 def test_a_column_and_our_own_rewards_have_one():

@@ -1,5 +1,6 @@
 """Rollouts to states."""
 
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -256,12 +257,35 @@ def test_every_kth_state_is_kept_counted_back_from_the_last(rollouts, tmp_path):
             assert torch.equal(some.gather(name, torch.tensor([episode])), whole.flip(0)[::3].flip(0))
 
 
-def test_a_budget_sets_how_many_states_are_kept(rollouts, tmp_path):
+@pytest.mark.parametrize("share", [0.9, 0.45, 0.3])
+def test_a_budget_is_kept_with_as_many_states_as_fit(rollouts, tmp_path, recontrol_warnings, share):
     model, folder = rollouts
     full = write_states(tmp_path / "all", model, folder, **at(WITH_ADVANTAGE))["bytes"]
-    part = write_states(tmp_path / "some", model, folder, **at(WITH_ADVANTAGE), max_gigabytes=0.45 * full / 1e9)
-    store = StateStore.open(tmp_path / "some")
-    assert store.read_at["every"] == 3 and part["bytes"] < 0.5 * full
+    part = write_states(tmp_path / "some", model, folder, **at(WITH_ADVANTAGE), max_gigabytes=share * full / 1e9)
+    every = StateStore.open(tmp_path / "some").read_at["every"]
+    denser = write_states(tmp_path / "denser", model, folder, **at(WITH_ADVANTAGE), every=every - 1)
+    assert part["bytes"] <= share * full < denser["bytes"]
+    [said] = recontrol_warnings
+    assert f"one state in {every} is kept" in said and "advantage part" in said
+
+
+def test_a_budget_that_nothing_fits_into_is_told(rollouts, tmp_path):
+    model, folder = rollouts
+    with pytest.raises(ValueError, match="one state of each response takes"):
+        write_states(tmp_path / "some", model, folder, **at(WITH_ADVANTAGE), max_gigabytes=1e-9)
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_states_are_read(
+    rollouts, tmp_path, monkeypatch, recontrol_warnings
+):
+    model, folder = rollouts
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free._replace(free=1000))
+    monkeypatch.setattr("hf_recontrol.collection.states._Reader.read", None)
+    with pytest.raises(TypeError):
+        write_states(tmp_path / "states", model, folder, **at(WITH_ADVANTAGE))
+    [said] = recontrol_warnings
+    assert "has 1e-06 GB left" in said
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])

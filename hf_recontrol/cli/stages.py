@@ -195,7 +195,8 @@ def states(
 
     Example: `recontrol states run/rollouts -m org/base -o run/states`
     """
-    from ..collection.states import int8_error, write_states
+    from ..collection.state_sizes import int8_error
+    from ..collection.states import write_states
     from ..data.rollouts import rollout_parts
     from ..data.stage_folder import MANIFEST_NAME
     from ..pipelines.loading import load_as_sampled

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from transformers.utils import logging
+
+from .sampling import reshaped_by
+
+logger = logging.get_logger(__name__)
 
 
 def mean_rows(logits: torch.Tensor, temperature: float, weight: torch.Tensor) -> torch.Tensor:
@@ -42,3 +49,13 @@ def directions(token_ids: list[int], mean: torch.Tensor, weight: torch.Tensor) -
         `torch.Tensor` of shape `(tokens, hidden_size)`, in float32.
     """
     return weight[torch.tensor(token_ids, device=weight.device, dtype=torch.long)].float() - mean
+
+
+def warn_of_other_draws(generation_config: dict[str, Any], with_directions: bool) -> None:
+    """Warn where w̄ is not that of the distribution which tokens are drawn from, if directions are read."""
+    reshaped = reshaped_by(generation_config)
+    if with_directions and reshaped:
+        logger.warning(
+            f"The responses are not drawn from the whole distribution ({', '.join(reshaped)}), but the advantage part "
+            "is fitted as if they were: sample with a temperature alone for it."
+        )

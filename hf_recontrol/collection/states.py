@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -28,14 +27,20 @@ from ..modeling.hooks import follow
 from ..settings import HookPointSettings, StatesSettings
 from ..utils.files import atomic_path
 from .batches import as_sampled, control_of, forward_batches, recorded_control, teacher_forced
-from .directions import directions, mean_rows
+from .directions import directions, mean_rows, warn_of_other_draws
 from .kept_states import KEPT_FOLDER, KeptStates, has_kept, kept_settings
-from .sampling import reshaped_by
+from .state_sizes import count_states, int8_error, smallest_every, warn_of_full_disk
 
 logger = logging.get_logger(__name__)
 
 # Beyond this share of the features' spread int8 is not worth what it saves.
 _LARGE_INT8_ERROR = 0.05
+
+# What is said of few states where there are directions.
+_THINNED = (
+    "The static vector and the advantage part lose by it, more than V: each token that is kept is held against what "
+    "all tokens up to the next one changed. For them fewer responses with all their states are better."
+)
 
 # (number of the rollout, what was read of it by the names of [`States`]).
 ReadStates = Iterator[tuple[int, dict[str, torch.Tensor]]]
@@ -93,6 +98,10 @@ class _Reader:
     def vocabulary(self) -> dict[str, int]:
         """How many rows the LM head has, if directions are read."""
         return {} if self.weight is None else {"vocabulary_size": len(self.weight)}
+
+    def bytes_a_state(self, dtype: str) -> int:
+        """What is stored of one token, in this dtype."""
+        return sum(self.widths.values()) * getattr(torch, dtype).itemsize
 
     def check(self, rollouts: Sequence[Rollout]) -> None:
         """Raise `ValueError` if rollouts are of another model."""
@@ -239,12 +248,19 @@ def write_states(
     _check_rewards(rollouts, parts, manifest["rewards"])
     reader = _Reader(model, settings, recorded_control(manifest), settings.critic_layer)
     _warn_of_mismatch(reader, manifest["settings"])
-    known = _stage_settings(reader, manifest, settings)
+    known = _stage_settings(reader, manifest, settings, parts)
     kept = _usable_kept(reader, Path(rollouts), manifest["settings"])
     stage = StageFolder(folder, "states", known, len(parts), ".safetensors")
     with stage:
         if stage.is_counted():
             return stage.counts()
+        if known["every"] > settings.every and reader.weight is not None and stage.processes.index == 0:
+            logger.warning(
+                f"To fit into {settings.max_gigabytes:g} GB, one state in {known['every']} is kept. {_THINNED}"
+            )
+        if stage.processes.index == 0:
+            missing = [path for index, path in enumerate(parts) if not stage.part_path(index).is_file()]
+            warn_of_full_disk(stage.path, missing, reader.bytes_a_state(known["dtype"]), known["every"])
         make_small = partial(
             episode_tensors,
             every=known["every"],
@@ -296,13 +312,15 @@ def _write_part(
                 writer.write(name, i, values[name][chosen])
 
 
-def _stage_settings(reader: _Reader, manifest: dict, settings: StatesSettings) -> dict[str, Any]:
+def _stage_settings(
+    reader: _Reader, manifest: dict, settings: StatesSettings, parts: Sequence[Path]
+) -> dict[str, Any]:
     """Everything that the stored states depend on."""
-    stored = getattr(torch, settings.states_dtype) if settings.states_dtype != "auto" else reader.model.dtype
-    every = settings.every
+    dtype, every = settings.states_dtype, settings.every
+    if dtype == "auto":
+        dtype = str(reader.model.dtype).removeprefix("torch.")
     if settings.max_gigabytes is not None:
-        size = manifest["counts"]["tokens"] * sum(reader.widths.values()) * stored.itemsize
-        every = max(every, math.ceil(size / (settings.max_gigabytes * 1e9)))
+        every = max(every, smallest_every(parts, reader.bytes_a_state(dtype), settings.max_gigabytes))
     return {
         **reader.model_settings,
         "rollouts": hashlib.sha256(json.dumps(manifest["parts"], sort_keys=True).encode()).hexdigest(),
@@ -310,7 +328,7 @@ def _stage_settings(reader: _Reader, manifest: dict, settings: StatesSettings) -
         "layer": settings.layer,
         "tensors": [*reader.widths, "tokens"],
         **({} if settings.critic_layer is None else {"critic_layer": settings.critic_layer}),
-        "dtype": str(stored).removeprefix("torch."),
+        "dtype": dtype,
         "every": every,
         **reader.control,
     }
@@ -328,12 +346,7 @@ def _warn_of_mismatch(reader: _Reader, sampled: dict) -> None:
             f"{sampled['model'] or 'The base'} is not what it was when the responses were sampled: its weights or its "
             "dtype are others. What a token's direction is to be held against is the policy that drew it."
         )
-    reshaped = reshaped_by(sampled["generation_config"])
-    if reader.weight is not None and reshaped:
-        logger.warning(
-            f"The responses were not drawn from the whole distribution ({', '.join(reshaped)}), but the advantage "
-            "part is fitted as if they were: sample with a temperature alone for it."
-        )
+    warn_of_other_draws(sampled["generation_config"], reader.weight is not None)
 
 
 def _usable_kept(reader: _Reader, rollouts: Path, sampled: dict) -> Callable[[int], KeptStates | None]:
@@ -353,7 +366,7 @@ def _usable_kept(reader: _Reader, rollouts: Path, sampled: dict) -> Callable[[in
 def _finish(stage: StageFolder, manifest: dict, rollouts: str | os.PathLike) -> dict[str, float]:
     source = {name: manifest.get(name) for name in ("rewards", "dataset", "counts", "head_sources")}
     source["sampling"] = manifest["settings"]["generation_config"]
-    counts = stage.finish(_count_part, {"source": source})
+    counts = stage.finish(count_states, {"source": source})
     if not counts.get("states"):
         raise ValueError(f"No scored rollout in {rollouts} has a token: nothing to learn from.")
     error = int8_error(counts)
@@ -362,11 +375,6 @@ def _finish(stage: StageFolder, manifest: dict, rollouts: str | os.PathLike) -> 
             f"int8 keeps these states badly: its error is {error:.1%} of each feature's spread. Use bfloat16."
         )
     return counts
-
-
-def int8_error(counts: dict[str, float]) -> float:
-    """Root mean square error of int8 states, relative to each feature's spread, by the counts of [`write_states`]."""
-    return (counts.get("int8_squared_error", 0) / counts["states"]) ** 0.5
 
 
 def _check_rewards(rollouts: str | os.PathLike, parts: Sequence[Path], names: Sequence[str]) -> None:
@@ -385,16 +393,3 @@ def _check_rewards(rollouts: str | os.PathLike, parts: Sequence[Path], names: Se
                 f"others, or leave this one out: `recontrol label {rollouts} --reward ... --again`, and then the same "
                 "command with these rewards, if it takes any."
             )
-
-
-def _count_part(path: Path) -> dict[str, float]:
-    states = States.open(path)
-    size = sum(
-        tensor.numel() * tensor.element_size()
-        for tensor in (states.hidden, states.directions, states.context)
-        if tensor is not None
-    )
-    counts = {"episodes": len(states.lengths), "states": len(states.hidden), "bytes": size}
-    if states.int8_error is not None:
-        counts["int8_squared_error"] = float(states.int8_error) ** 2 * len(states.hidden)
-    return counts

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -66,18 +67,21 @@ class Rollout:
     prefix_rewards: list[list[float]] | None = None
 
 
-def responses_so_far(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, every: int) -> list[Rollout]:
+def numbers_so_far(rollout: Rollout, every: int) -> range:
+    """After how many tokens there is a response so far: after every k-th one but the last."""
+    return range(every, len(rollout.completion_ids), every)
+
+
+def responses_so_far(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, every: int) -> Iterator[Rollout]:
     """The response after every k-th token but the last one, as rollouts that are not finished."""
     ids = rollout.completion_ids
-    return [
-        replace(
+    for count in numbers_so_far(rollout, every):
+        yield replace(
             rollout,
             completion=_decoded(ids[:count], rollout, tokenizer),
             completion_ids=ids[:count],
             finished=False,
         )
-        for count in range(every, len(ids), every)
-    ]
 
 
 def _decoded(ids: list[int], rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -227,6 +231,14 @@ def columns_of(parts: Iterable[Path]) -> set[str]:
 def count_rollouts(path: Path) -> int:
     """How many rollouts a Parquet file holds, by its footer."""
     return _parquet().parquet.read_metadata(path).num_rows
+
+
+def response_lengths(path: Path) -> np.ndarray:
+    """How many tokens each response with a reward in a Parquet file of rollouts has; nothing else is read."""
+    pa = _parquet()
+    table = pa.parquet.read_table(path, columns=["completion_ids", "reward"])
+    with_reward = table.filter(table["reward"].is_valid())
+    return np.array([len(ids) for ids in with_reward["completion_ids"]], dtype=np.int64)
 
 
 def scoring_of(path: Path) -> int | None:

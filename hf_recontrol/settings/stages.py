@@ -148,7 +148,8 @@ class SeedSettings(Settings):
 
     seed: int = setting(
         0,
-        "Seed of everything random: the same settings and seed give the same responses and the same head.",
+        "Seed of everything random: the same settings and seed give the same responses and the same head, on the same "
+        "kind of device (a CPU and an accelerator draw different noise).",
         low=0,
         high=2**32 - 1,
     )
@@ -266,7 +267,7 @@ class LabelSettings(ScoringSettings):
         None,
         "Also score the response so far after every k-th token, for the critic: a static vector and g learn far more "
         "from as many responses. It takes a reward that says something of half a sentence, and length / k more of its "
-        "calls. 8 is a good first try.",
+        "calls. 8 is a good first try. A column beside such a reward gives its one number to every part.",
         low=1,
         default_text="whole responses alone",
     )
@@ -287,11 +288,16 @@ class StatesSettings(HookPointSettings):
     )
     every: int = setting(
         1,
-        "Keep every k-th state, counted back from the last one. Neighbours say nearly the same, so disk is saved.",
+        "Keep every k-th state, counted back from the last one, to save disk: neighbours say nearly the same to V. "
+        "The static vector and the advantage part lose by it, as a token is then held against what k tokens changed.",
         low=1,
     )
     max_gigabytes: float | None = setting(
-        None, "Keep as many states as fit into so many 10⁹ bytes.", above=0, default_text="no limit"
+        None,
+        "Keep as many states as fit into so many 10⁹ bytes: every k-th, which costs the static vector and the "
+        "advantage part what `every` says.",
+        above=0,
+        default_text="no limit",
     )
 
     def __post_init__(self):

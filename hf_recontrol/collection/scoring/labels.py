@@ -25,7 +25,15 @@ from ...data.rollouts import (
 from ...data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
 from ...settings import ScoringSettings
 from ...utils.checks import check_choice
-from .responses import NO_PREFIX, check_prefixes, fingerprints_of, noting_calls, scored_rollouts, what_is_left_out
+from .responses import (
+    NO_PREFIX,
+    check_parts,
+    check_prefixes,
+    fingerprints_of,
+    noting_calls,
+    scored_rollouts,
+    what_is_left_out,
+)
 from .rewards import RewardFunction, by_name, check_reward, objective_names
 
 logger = logging.get_logger(__name__)
@@ -64,13 +72,15 @@ def label_rollouts(
 
     Raises:
         `ValueError`: as [`score_rollouts`]; if the rollouts have other rewards already (also those of a function of
-        the same name that does or holds something else) and `again` is not set; if a file is damaged. `OSError`: as
-        [`read_manifest`].
+        the same name that does or holds something else) and `again` is not set; if a file is damaged. Of a function
+        of which that cannot be known a finished scoring is kept, with a warning, and one that was stopped is refused.
+        `OSError`: as [`read_manifest`].
     """
     if not isinstance(rewards, dict):
         rewards = by_name(rewards)
     check_choice("combine_rewards", combine_rewards, ScoringSettings.choices("combine_rewards"))
     check_prefixes(prefix_every, tokenizer)
+    check_parts(rewards.values(), prefix_every)
     if not rewards:
         raise ValueError("No reward is given, so there is nothing to score with.")
     folder, names = Path(folder), objective_names(list(rewards), combine_rewards)
@@ -84,10 +94,13 @@ def label_rollouts(
             raise ValueError(f"The rollouts in {folder} are not finished: run the same `recontrol rollout` again.")
         scoring = known.get("scoring", 0)
         found = {name: known.get(name) for name in wanted}
-        if scoring in scorings and (found != wanted or unknown) and not again:
-            raise ValueError(_other_rewards(folder, found, wanted, unknown, combine_rewards))
         finished = known["complete"] and known.get("rewards") is not None
+        # What cannot be known to be the same reward must not go on with half of the responses; all are of one reward.
+        if scoring in scorings and (found != wanted or (unknown and not finished)) and not again:
+            raise ValueError(_other_rewards(folder, found, wanted, unknown, combine_rewards))
         if finished and not again:
+            if unknown and stage.processes.index == 0:
+                logger.warning(f"The scores in {folder} are kept. {unknown}")
             return stage.counts()
         columns = columns_of(map(stage.part_path, range(stage.num_parts)))
         for function in rewards.values():

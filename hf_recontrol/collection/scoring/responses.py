@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from numbers import Real
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...data.prompts import BadRow, Prompts, report_bad_rows
-from ...data.rollouts import Rollout, is_decoded_by, responses_so_far
+from ...data.rollouts import Rollout, is_decoded_by, numbers_so_far, responses_so_far
 from ...settings import ScoringSettings
 from ...utils.checks import check_choice, check_int
 from ...utils.code_fingerprints import UnknownStateError
@@ -170,6 +171,7 @@ def score_rollouts(
     """
     check_choice("combine_rewards", combine_rewards, ScoringSettings.choices("combine_rewards"))
     check_prefixes(prefix_every, tokenizer)
+    check_parts(rewards, prefix_every)
     if not rollouts or not rewards:
         raise ValueError(f"Nothing to score: {len(rollouts)} rollouts, {len(rewards)} reward functions.")
     if not all(map(callable, rewards)):
@@ -220,6 +222,16 @@ def check_prefixes(prefix_every: int | None, tokenizer: PreTrainedTokenizerBase 
         raise ValueError("To score the response so far (`prefix_every`), give the `tokenizer` of the responses too.")
 
 
+def check_parts(rewards: Iterable[RewardFunction], prefix_every: int | None) -> None:
+    """Raise `ValueError` if the response so far is to be scored, and no reward looks at the response."""
+    rewards = list(rewards)
+    if prefix_every is not None and rewards and all(isinstance(function, ColumnReward) for function in rewards):
+        raise ValueError(
+            "A column holds one number for a row, whatever the response so far is: leave `prefix_every` out, or give "
+            "a reward that scores texts too."
+        )
+
+
 def _with_prefixes(
     rollouts: Sequence[Rollout],
     scored_by: Sequence[list[bool]],
@@ -238,19 +250,20 @@ def _with_prefixes(
             f"The tokenizer does not make the texts of {source} of their tokens, so what they were after some of them "
             "is not known: give that of the base which drew them."
         )
-    parts = [[] if r.reward is None else responses_so_far(r, tokenizer, every) for r in rollouts]
-    together = [part for own in parts for part in own]
+    # Made a call at a time: all parts of long responses are many times what the responses are.
+    together = (part for r in rollouts if r.reward is not None for part in responses_so_far(r, tokenizer, every))
     # A function that copes with a call for all responses copes with so many parts of them.
     at_once = max(len(rollouts), _PARTS_AT_ONCE)
-    calls = [together[start : start + at_once] for start in range(0, len(together), at_once)]
+    calls = iter(lambda: list(islice(together, at_once)), [])
     names = _columns_of(rollouts)
     scores = (values for call in calls for values in _called_so_far(call, rewards, source, names))
     result = []
-    for rollout, own, functions in zip(rollouts, parts, scored_by, strict=True):
+    for rollout, functions in zip(rollouts, scored_by, strict=True):
         known = {}
-        for part, values in zip(own, scores, strict=False):
+        counts = () if rollout.reward is None else numbers_so_far(rollout, every)
+        for count, values in zip(counts, scores, strict=False):
             if values is not None and [value is not None for value in values] == functions:
-                known[len(part.completion_ids)] = _reward_of(values, combine_rewards)
+                known[count] = _reward_of(values, combine_rewards)
         result.append(replace(rollout, prefix_tokens=list(known), prefix_rewards=list(known.values())))
     return result
 
