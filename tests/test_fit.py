@@ -8,6 +8,7 @@ import unicodedata
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hf_recontrol import (
     ControlConfig,
@@ -22,8 +23,8 @@ from hf_recontrol import (
 from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
-from hf_recontrol.data.states import StateStore
-from hf_recontrol.pipelines.fit import fit
+from hf_recontrol.data.states import States, StateStore
+from hf_recontrol.pipelines.fit import _held_out, fit
 from hf_recontrol.pipelines.run_report import _examples
 from hf_recontrol.training.stage import train_head
 
@@ -304,6 +305,62 @@ def test_train_head_goes_on_from_v_when_it_is_done(base, tmp_path, monkeypatch):
     for name, value in figures["figures"].items():
         if isinstance(value, float):
             assert again["figures"][name] == pytest.approx(value, abs=1e-5)
+
+
+def test_after_a_training_that_diverged_the_same_folder_takes_another_learning_rate(base, tmp_path):
+    with pytest.raises(ValueError, match="diverged"):
+        run(base, tmp_path, learning_rate=1e30)
+    run(base, tmp_path)
+    assert (tmp_path / "head" / "config.json").is_file()
+
+
+def test_a_g_that_can_hardly_steer_is_told_where_the_figures_are(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_recontrol.training.advantage._USELESS", 2.0)
+    figures = run(base, tmp_path)
+    [said] = [each for each in figures["warnings"] if "can hardly steer" in each]
+    assert said in ValueHead.from_pretrained(tmp_path / "head").config.training.warnings
+    assert "can hardly steer" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_prompts_to_choose_a_control_on_come_from_all_of_the_file(tmp_path):
+    """Of a file of two kinds of prompts, one after the other, both kinds are among them."""
+    texts = [f"w{kind} w{i}" for kind in (5, 6) for i in range(10, 90)]
+    prompts = load_prompts(texts)
+    hashes = torch.tensor([prompt_hash(text) for text in texts])
+    states = States(torch.zeros(160, 2), torch.ones(160).long(), torch.zeros(160, 1), hashes)
+    (tmp_path / "states").mkdir()
+    save_file(
+        {name: getattr(states, name) for name in ("hidden", "lengths", "rewards", "prompts", "finished")},
+        tmp_path / "states" / "part-00000.safetensors",
+        {"hf_recontrol": "{}"},
+    )
+    manifest = {"format_version": 1, "kind": "states", "complete": True, "parts": {"part-00000.safetensors": ""}}
+    (tmp_path / "states" / "manifest.json").write_text(json.dumps(manifest))
+    few = _held_out(tmp_path, prompts, FitSettings(validation_split=0.2))
+    assert len(few) == 32 and few.numbers == sorted(few.numbers)
+    many = _held_out(tmp_path, prompts, FitSettings(validation_split=0.6))
+    assert len(many) == 64 and many.numbers == sorted(many.numbers)
+    kinds = [row["prompt"].split()[0] for row in many.rows]
+    assert 16 < kinds.count("w5") < 48
+    assert _held_out(tmp_path, prompts, FitSettings(validation_split=0.6)).numbers == many.numbers
+
+
+def test_what_open_truncated_needs_is_asked_before_anything_is_scored(base, tmp_path):
+    def never(completions, **columns):
+        assert completions == ["I do not know."] * len(completions)
+        return [1.0 for _ in completions]
+
+    # A token that the base does not have.
+    base.generation_config.eos_token_id = 500
+    with pytest.raises(ValueError, match=r"none of these 80 does.*max_new_tokens"):
+        run(base, tmp_path, reward=never, open_truncated=True)
+
+
+def test_draws_that_are_not_of_the_whole_distribution_are_told_before_any(base, tmp_path, recontrol_warnings):
+    with pytest.raises(ValueError, match="the model has room for"):
+        run(base, tmp_path, top_p=0.5, prompts=[*PROMPTS, "w0 " * 100])
+    assert any("top_p=0.5" in said for said in recontrol_warnings)
+    assert not list((tmp_path / "rollouts").glob("part-*"))
 
 
 def test_a_prompt_is_the_same_however_it_was_stored():

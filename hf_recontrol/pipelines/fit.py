@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..collection.directions import warn_of_other_draws
 from ..collection.engines import check_engine
 from ..collection.kept_states import remove_kept
 from ..collection.rollouts import write_rollouts
+from ..collection.sampling import sampling_config
 from ..collection.scoring.labels import label_rollouts
-from ..collection.scoring.responses import check_rows, finite_reward, try_rewards
+from ..collection.scoring.responses import check_parts, check_rows, finite_reward, try_rewards
 from ..collection.scoring.rewards import ColumnReward, RewardFunction, named_rewards
 from ..collection.states import write_states
 from ..configuration import ValueHeadConfig
@@ -27,6 +30,7 @@ from ..data.stage_folder import MANIFEST_NAME, shared_folder
 from ..data.states import StateStore
 from ..evaluation.data_curve import MIN_PROMPTS, data_curve
 from ..evaluation.recommendation import recommend_control
+from ..evaluation.strength import NUM_RESPONSES
 from ..heads.base_model import check_nameable
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
@@ -106,6 +110,7 @@ def fit(
     rows = load_prompts(prompts, settings)
     rewards = named_rewards(reward, rows.columns)
     check_rows(rewards, rows, settings.on_bad_rows, settings.combine_rewards)
+    check_parts(rewards.values(), settings.prefix_every)
     for name, function in rewards.items():
         if isinstance(function, ColumnReward):
             numbers = [finite_reward(row.get(function.column)) for row in rows.rows]
@@ -120,6 +125,9 @@ def fit(
     with shared_folder(output):
         base, tokenizer = _base(model, tokenizer, settings)
         given, settings = settings, _for_base(base, settings)
+        if processes.index == 0 and not (output / "rollouts" / MANIFEST_NAME).exists():
+            drawn = sampling_config(base, tokenizer, settings).to_diff_dict()
+            warn_of_other_draws(drawn, settings.with_directions)
         # Of a run that is refused later nothing is written, of one that is killed what it was to be.
         if processes.index == 0 and not (output / "rollouts" / MANIFEST_NAME).exists():
             save_run(output, model, prompts, reward, list(rewards.values()), given, tokenizer_given)
@@ -151,7 +159,7 @@ def _run_stages(
     # Once states are being written no part of the rollouts is missing.
     keep_states = settings.keep_states and not (output / "states" / MANIFEST_NAME).is_file()
     with display(stages, quiet or processes.index > 0) as show:
-        write_rollouts(
+        counts = write_rollouts(
             output / "rollouts",
             base,
             tokenizer,
@@ -161,6 +169,11 @@ def _run_stages(
             keep_states=keep_states,
             progress=show("rollouts"),
         )
+        if settings.open_truncated and not counts["finished"]:
+            raise ValueError(
+                f"`open_truncated` needs responses that end by themselves, and none of these {counts['rollouts']} "
+                "does: leave it out, or sample anew with a larger `max_new_tokens`."
+            )
         label_rollouts(
             output / "rollouts",
             rewards,
@@ -305,7 +318,10 @@ def _recommend(
 
 
 def _held_out(output: Path, prompts: Prompts, settings: FitSettings) -> Prompts:
-    """The prompts that were held out of training, each once."""
+    """
+    The prompts that were held out of training, each once; of more than a control is chosen on, so many at random: a
+    file may hold one kind of prompt after the other.
+    """
     store = StateStore.open(output / "states")
     _, episodes = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
     wanted = set(store.prompts[episodes].tolist())
@@ -314,4 +330,6 @@ def _held_out(output: Path, prompts: Prompts, settings: FitSettings) -> Prompts:
         if number in wanted:
             wanted.remove(number)
             chosen.append(index)
+    if len(chosen) > NUM_RESPONSES:
+        chosen = sorted(random.Random(settings.seed).sample(chosen, NUM_RESPONSES))
     return prompts.take(chosen)
