@@ -103,10 +103,10 @@ def train_head(
         lock = lock_folder(work)
     with lock:
         if processes.index == 0:
-            if (work / _SETTINGS_NAME).exists() and _holds_training(output):
+            if not _holds_training(output):
+                shutil.rmtree(work / _VALUE_FOLDER, ignore_errors=True)
+            elif (work / _SETTINGS_NAME).exists():
                 check_settings(output, read_json(work / _SETTINGS_NAME), known)
-            elif (work / _VALUE_FOLDER).exists():
-                shutil.rmtree(work / _VALUE_FOLDER)
             write_json(work / _SETTINGS_NAME, known)
         processes.wait()
         if not (output / FIGURES_NAME).exists():
