@@ -463,6 +463,8 @@ def test_prompts_that_cannot_be_used_are_left_out_of_all_rows_alike(place, recon
     (place / "prompts.jsonl").write_text("".join(rows))
     with pytest.raises(ValueError, match="room for 64"):
         run()
+    with pytest.raises(ValueError, match="it has 5 tokens, `max_prompt_tokens` is 1"):
+        run(max_prompt_tokens=1)
     instruction = {"kind": "prompting", "instruction": "w1 " * 12}
     run(on_bad_rows="skip", controls=["base", instruction, "advantage"])
     numbers = {

@@ -500,6 +500,16 @@ def test_prompts_too_long_for_the_model_can_be_left_out(model, tokenizer, tmp_pa
     assert read_manifest(tmp_path / "r", "rollouts", "")["bad_rows"] == 1
 
 
+def test_prompts_longer_than_asked_for_can_be_left_out(model, tokenizer, tmp_path, recontrol_warnings):
+    prompts, options = load(["w5", "w6 " * 30, "w7 " * 10]), {"max_new_tokens": 4, "max_prompt_tokens": 10}
+    with pytest.raises(ValueError, match=r"prompt 1: it has 30 tokens, `max_prompt_tokens` is 10"):
+        generate_rollouts(model, tokenizer, prompts, **options)
+    counts = write_rollouts(tmp_path / "r", model, tokenizer, prompts, **options, on_bad_rows="skip")
+    assert counts["rollouts"] == 2 and "it has 30 tokens" in recontrol_warnings[0]
+    with pytest.raises(ValueError, match="max_prompt_tokens was 10, is 9"):
+        write_rollouts(tmp_path / "r", model, tokenizer, prompts, **options | {"max_prompt_tokens": 9})
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [

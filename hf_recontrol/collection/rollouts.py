@@ -264,7 +264,7 @@ def draw_rollouts(
         keep = None  # rows of a beam search change places, and what is compiled is not read
     sampler = _Sampler(model, tokenizer, config, _checked_control(model, control), reweigh)
     encoder = PromptEncoder(tokenizer, settings)
-    encoded, bad = encode_all(encoder, model, prompts, range(len(prompts)), config.max_new_tokens)
+    encoded, bad = encode_all(encoder, model, prompts, range(len(prompts)), config.max_new_tokens, settings)
     report_bad_rows(bad, "error", can_skip=False)
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(settings.num_samples)]
     with progress_bar("rollouts", len(rows), progress) as advance:
@@ -366,7 +366,7 @@ def _write_parts(
     # The prompts of finished parts too, so that the count of bad rows does not depend on earlier stops.
     needed = sorted({i for part in parts.values() for i, _ in part})
     max_new_tokens = sampler.config.max_new_tokens
-    encoded, bad = encode_all(encoder, sampler.model, prompts, needed, max_new_tokens)
+    encoded, bad = encode_all(encoder, sampler.model, prompts, needed, max_new_tokens, settings)
     report_bad_rows(bad, settings.on_bad_rows)
     missing = stage.missing_parts()
     total = sum(len(part) for part in parts.values())

@@ -231,15 +231,22 @@ def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
 
 
 def encode_all(
-    encoder: PromptEncoder, model: PreTrainedModel, prompts: Prompts, indices: Sequence[int], max_new_tokens: int
+    encoder: PromptEncoder,
+    model: PreTrainedModel,
+    prompts: Prompts,
+    indices: Sequence[int],
+    max_new_tokens: int,
+    settings: SamplingSettings,
 ) -> tuple[dict[int, list[int]], list[BadRow]]:
-    """(token ids of each prompt that the model can take, bad rows)."""
+    """(token ids of each prompt that the model can take and that is no longer than asked for, bad rows)."""
     encoded: dict[int, list[int]] = {}
     bad = []
     for i in indices:
         try:
             ids = encoder.encode(prompts.rows[i])
             _check_ids(model, encoder.tokenizer, ids, max_new_tokens)
+            if len(ids) > (settings.max_prompt_tokens or len(ids)):
+                raise ValueError(f"it has {len(ids)} tokens, `max_prompt_tokens` is {settings.max_prompt_tokens}")
             # Stored with the response: what cannot be is known before there is one.
             json.dumps(prompts.rows[i])
         except (TypeError, ValueError) as error:
@@ -343,6 +350,7 @@ def draw_settings(
         "num_samples": settings.num_samples,
         "generation_config": drawn,
         "seed": settings.seed,
+        **({} if settings.max_prompt_tokens is None else {"max_prompt_tokens": settings.max_prompt_tokens}),
     }
 
 

@@ -165,6 +165,13 @@ class SamplingSettings(SeedSettings, ForwardSettings, TemplateSettings):
         "teach more than further responses to old ones.",
         low=1,
     )
+    max_prompt_tokens: int | None = setting(
+        None,
+        "A prompt of more tokens cannot be used, see `on_bad_rows`: one that is far longer than all others decides "
+        "how much memory its batch takes.",
+        low=1,
+        default_text="as many as the model has room for",
+    )
     max_new_tokens: int | None = setting(
         None,
         "Tokens drawn at most for each response. Take the length that the head will be used at.",

@@ -205,13 +205,14 @@ def usable_prompts(bench: Bench, rows: Sequence[Row], prompts: Prompts, on_bad_r
         return prompts
     drawer, most = Drawer(bench), sampling_config(bench.model, bench.tokenizer, bench.sampling).max_new_tokens
     encoder = drawer.encoder
-    usable, bad = encode_all(encoder, bench.model, prompts, range(len(prompts)), most)
+    usable, bad = encode_all(encoder, bench.model, prompts, range(len(prompts)), most, bench.sampling)
     report_bad_rows(bad, on_bad_rows)
     instructed = {
         (row.entry.instruction, row.entry.instruction_role): row for row in rows if row.entry.instruction is not None
     }
     for (_, role), row in instructed.items():
-        encoded, bad = encode_all(encoder, bench.model, drawer.asked(row, prompts), sorted(usable), most)
+        asked = drawer.asked(row, prompts)
+        encoded, bad = encode_all(encoder, bench.model, asked, sorted(usable), most, bench.sampling)
         report_bad_rows(bad, on_bad_rows)
         if encoded and all(ids == usable[i] for i, ids in encoded.items()):
             raise ValueError(
