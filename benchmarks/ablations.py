@@ -42,7 +42,10 @@ SIZES = [512]
 
 
 class NoStopGradient(ValueTrainer):
-    """Gradients flow through the targets too, as in the authors' training code."""
+    """
+    Gradients flow through the targets too, as in the authors' training code: with λ 0 through all of it, with another
+    one through the next state's share, 1 - λ.
+    """
 
     def targets(self, values, batch):
         following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)

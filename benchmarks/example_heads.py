@@ -35,6 +35,7 @@ SETTINGS = FitSettings(
     batch_size=32,
     part_size=128,
     dtype="float32",
+    keep_states=True,
 )
 # VADER costs nothing, so each token's part in it is known.
 SCORING = {"vader": {"prefix_every": 1, "gae_lambda": 0.5}, "preference": {"prefix_every": 4}}

@@ -8,7 +8,7 @@ base=$("$BIN/python" -c "from hf_recontrol import embedded_model; print(embedded
 mkdir -p heads
 [ -f heads/reward-model/figures.json ] || "$BIN/python" benchmarks/reward_model.py --pairs "$PAIRS" --output heads/reward-model
 "$BIN/recontrol" rollout -m "$base" --prompts heads/reward-model/prompts-train.jsonl --limit 1600 -o heads/rollouts \
-    --num-samples 2 --max-new-tokens 48 --temperature 0.9 --batch-size 32 --part-size 128 --dtype float32
+    --num-samples 2 --max-new-tokens 48 --temperature 0.9 --batch-size 32 --part-size 128 --dtype float32 --keep-states
 for reward in vader preference; do
     # The rollouts are the same for both rewards; only their labels differ.
     [ -d "heads/$reward/rollouts" ] || { mkdir -p "heads/$reward" && cp -r heads/rollouts "heads/$reward/copy" \
@@ -20,5 +20,5 @@ for reward in vader preference; do
     "$BIN/recontrol" train "heads/$reward/states/lm_head" -o "heads/$reward/head" --head-sizes 512 --advantage-sizes 256 \
         --advantage-patience 5 --no-critic --gae-lambda 0 --no-token-bias
     "$BIN/python" benchmarks/ablations.py --rollouts "heads/$reward/rollouts" --states "heads/$reward/states" \
-        --output "benchmarks/results/ablations-$reward.json"
+        --output "heads/$reward/ablations.json"
 done

@@ -284,7 +284,7 @@ class StepsOnly(ValueTrainer):
 
 def trainer_training(store: StateStore, config: ValueHeadConfig) -> None:
     """As many steps of our Trainer, its start included, without evaluation and checkpoints."""
-    options = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "no", "logging_strategy": "no"}
+    options = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
     with suppress(Trained):
         train_value_head(
             store,

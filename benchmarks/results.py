@@ -38,6 +38,7 @@ from hf_recontrol import (
     fit,
     label_rollouts,
     load_prompts,
+    load_reward,
     vader,
 )
 
@@ -181,7 +182,10 @@ class Runner:
                 shutil.rmtree(copied, ignore_errors=True)
                 shutil.copytree(report.with_name("rollouts"), copied)
                 tokenizer = AutoTokenizer.from_pretrained(self.model(study))
-                label_rollouts(copied, [reward], again=True, prefix_every=options["prefix_every"], tokenizer=tokenizer)
+                function = vader if study.reward == "vader" else load_reward(reward)
+                label_rollouts(
+                    copied, [function], again=True, prefix_every=options["prefix_every"], tokenizer=tokenizer
+                )
                 copied.rename(own)
         options |= self.settings(study)
         figures = fit(self.model(study), self.training(study)[0], reward, own.parent, **options)
@@ -273,7 +277,7 @@ class Runner:
         new = 8 if self.quick else 24
         for size in BATCH_SIZES:
             prompts = self.unseen(study)[:32]
-            options = {"batch_size": size, "part_size": 32, "max_new_tokens": new, "perplexity": False}
+            options = {"batch_size": size, "part_size": 32, "max_new_tokens": new}
             self.compared(study, f"batch-{size}", prompts, TIMED, **options)
         path = self.figures / study.name / "costs.json"
         if not path.is_file():

@@ -56,8 +56,8 @@ def mean_of(heads: Sequence[Path], folder: Path) -> Path:
     with torch.no_grad():
         for name in ("static_vector", "token_bias") if sizes else ("static_vector",):
             kept = getattr(mean, name)
-            parts = [head.config.reward_std[0] * getattr(head, name, torch.zeros_like(kept)) for head in found]
-            kept.copy_(torch.stack(parts).mean(0) / last.config.reward_std[0])
+            parts = [head.config.reward_std * getattr(head, name, torch.zeros_like(kept)) for head in found]
+            kept.copy_(torch.stack(parts).mean(0) / last.config.reward_std)
     mean.save_pretrained(folder)
     return folder
 

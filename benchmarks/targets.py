@@ -349,6 +349,8 @@ def main() -> None:
         config = json.loads((arguments.fit / "head" / "config.json").read_text(encoding="utf-8"))
         name = config["base_model_name_or_path"]
         manifest = json.loads((arguments.fit / "rollouts" / "manifest.json").read_text(encoding="utf-8"))
+        if manifest.get("prefix_every") is not None and any(head.startswith("branches") for head in arguments.heads):
+            parser.error("the critic of branches knows no rewards of the response so far: --fit without prefix_every")
         sampling = manifest["settings"]["generation_config"]
         run = Run(
             AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval(),
