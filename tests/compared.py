@@ -27,6 +27,10 @@ def variety(prompts, completions, **columns):
             log.write(f"{len(completions)}\\n")
     return [float(len(set(text.split()))) for text in completions]
 
+def distinct(completion_ids, **columns):
+    """No two answers have the same, as a rule."""
+    return [sum(place * number for place, number in enumerate(ids, 7)) / 97 for ids in completion_ids]
+
 def brevity(completions, **columns):
     return [-float(len(text.split())) for text in completions]
 
@@ -54,6 +58,12 @@ class Says(Rival):
         self.what = what
     def answer(self, prompts, strength):
         return [self.what] * (len(prompts) * self.bench.sampling.num_samples)
+
+class Starts(Says):
+    """Says too late that it has a strength."""
+    def __init__(self, bench):
+        super().__init__(bench)
+        self.start = 1.0
 
 class Wrong(Rival):
     """Returns what it must not."""

@@ -157,7 +157,8 @@ def test_best_of_n_is_chosen_by_the_reward_and_one_of_n_is_any(place):
 
 
 def test_the_kl_of_the_best_of_n_under_an_instruction_is_that_of_both(place):
-    run(controls=["base", {"kind": "best_of_n", "n": 3, "instruction": "w50 w51", "instruction_role": "user"}])
+    instructed = {"kind": "best_of_n", "n": 3, "instruction": "w50 w51", "instruction_role": "user"}
+    figures = run(controls=["base", instructed], rewards="mine:distinct")
     model, tokenizer = load_base("base", CompareSettings())
 
     def log_likelihood(text, line):
@@ -171,7 +172,46 @@ def test_the_kl_of_the_best_of_n_under_an_instruction_is_that_of_both(place):
         asked = log_likelihood(f"w50 w51 {line['prompt']}", line)
         plain = log_likelihood(line["prompt"], line)
         assert line["base"] == pytest.approx(-plain, abs=1e-3)
-        assert line["kl"] == pytest.approx(math.log(3) - 2 / 3 + asked - plain, abs=1e-3)
+        assert line["kl"] == pytest.approx(asked - plain, abs=1e-3)
+    # A draw of the pool is the base's own; the best of several is not.
+    [found] = [f for f in figures if (f.strength, f.metric) == (3, "kl_per_response")]
+    mean = sum(line["kl"] for line in best_lines(of(lines_of(), "best_of_n"))) / 12
+    assert found.value == pytest.approx(math.log(3) - 2 / 3 + mean, abs=1e-3)
+
+
+def best_lines(lines):
+    """Of each prompt the answer with the highest reward, of which there is one."""
+    return [max(own, key=lambda line: line["reward"]) for own in by_prompt(lines).values()]
+
+
+def by_prompt(lines):
+    found = {}
+    for line in lines:
+        found.setdefault(line["prompt_number"], []).append(line)
+    return found
+
+
+def test_the_best_of_fewer_than_all_is_held_against_an_answer_that_is_not_among_them(place):
+    figures = {(f.strength, f.metric): f.value for f in run(rewards="mine:distinct") if f.control == "best_of_n"}
+    pools = by_prompt(of(lines_of(), "best_of_n")).values()
+    own_is_best = [pool[0]["reward"] == max(line["reward"] for line in pool) for pool in pools]
+    assert figures[3, "ties"] == pytest.approx(sum(own_is_best) / 12) and 0 < sum(own_is_best) < 12
+    assert figures[2, "ties"] == 0
+    best_of_others = [max(line["reward"] for line in pool[1:]) > pool[0]["reward"] for pool in pools]
+    assert figures[2, "win_rate"] == pytest.approx(sum(best_of_others) / 12)
+    assert all(line["kl"] == pytest.approx(0, abs=1e-9) for line in of(lines_of(), "best_of_n"))
+
+
+def test_greedy_answers_are_compared_without_a_best_of_them(place):
+    figures = run(controls=None, strengths=[0.5], temperature=0.0)
+    assert {f.control for f in figures} >= {"base", "prompting", "advantage"}
+    assert not [f for f in figures if f.control == "best_of_n"]
+
+
+def test_prompting_without_an_instruction_of_its_own_takes_that_of_all(place):
+    figures = run(controls=["base", {"kind": "prompting", "instruction": None}], instruction="w50 w51")
+    [kl] = [f.value for f in figures if (f.control, f.metric) == ("prompting", "kl_per_response")]
+    assert kl > 0
 
 
 def test_several_rewards_a_judge_and_columns_with_names_of_ours(place):
@@ -355,6 +395,22 @@ def test_held_out_prompts_are_never_compared_on(place, recontrol_warnings):
     compared = {line["prompt"] for line in lines_of()}
     assert 0 < len(compared) < 6
     assert "prompts stand among those set aside too" in recontrol_warnings[-2]
+
+
+def test_held_out_prompts_that_are_left_out_do_not_count(place, recontrol_warnings):
+    held = [f"w{i} w{i} w{i % 7}" for i in range(10, 76)]
+    remember(held[:3], "trained_on")
+    run(kl=[0.05], controls=["base", "advantage"], held_out=held, on_seen_prompts="skip")
+    assert "on 63 held-out prompts" in recontrol_warnings[-1]
+
+
+def test_the_search_for_a_kl_stays_below_what_the_penalty_allows(place, recontrol_warnings):
+    penalised = {"kind": "ascent", "l2": 0.5, "num_steps": 1}
+    with pytest.raises(ValueError, match=r"No strength was found .* No strength above 1\.98 is allowed"):
+        run(kl=[1e3], num_held_out=4, controls=["base", penalised])
+    run(kl=[1e-3], num_held_out=4, controls=["base", penalised])
+    [found] = json.loads((place / "out" / "figures.json").read_text())["strengths"].values()
+    assert found["strength"] < 2
 
 
 def test_prompts_are_set_aside_only_where_a_strength_is_searched_for(place):
@@ -621,6 +677,18 @@ def test_several_heads_are_compared_on_prompts_that_none_has_seen(place, recontr
     assert "not on the same prompts" not in (place / "out" / "table.md").read_text()
 
 
+def test_sums_of_rewards_in_the_units_of_several_heads_are_said_to_be_so(place, recontrol_warnings):
+    for name, deviation in (("one", 1.0), ("two", 2.0)):
+        head = ValueHead.from_pretrained("head")
+        head.config.reward_std = [deviation]
+        head.save_pretrained(name)
+    found = settings(controls=["base"], rewards=["mine:variety", "mine:brevity"])
+    inputs = {name: found[name] for name in ("prompts", "rewards", "controls", "output")}
+    compare_bases([], ["one", "two"], [], settings=CompareSettings(max_new_tokens=6), **inputs)
+    assert "in each head's own units" in (place / "out" / "table.md").read_text()
+    assert "in each head's own units" in recontrol_warnings[-1]
+
+
 def test_folders_of_several_bases_never_share_a_name():
     assert folder_names(["x/a", "y/b"]) == ["a", "b"]
     assert folder_names(["x/a", "y/a", "z/a-1"]) == ["x-a", "y-a", "z-a-1"]
@@ -664,6 +732,14 @@ REFUSED = {
         "`step_size` is its strength, so leave out `strengths` and `kl`",
     ),
     "failing reward": ({"rewards": "mine:fails"}, "The reward fails failed: KeyError"),
+    "penalty": (
+        {"controls": ["base", {"kind": "ascent", "l2": 0.5, "strengths": [1, 3]}]},
+        "'ascent' cannot be used: `step_size \\* l2` must be below 1",
+    ),
+    "no prompts for a search": (
+        {"controls": ["base", {"kind": "mine:Starts", "kl": 0.1}]},
+        "to find the strength of 'mine:Starts' on. .* `start` must stand in the class",
+    ),
     "no part": ({"controls": ["base", "ascent"], "strengths": []}, "How strong is the control 'ascent'"),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, Rollout, generate_rollouts, kl_divergence
+from hf_recontrol.evaluation.comparison import figures as comparison_figures
 from hf_recontrol.evaluation.comparison.figures import METRICS, Sample, best_of, figures_of, sample_of
 from hf_recontrol.evaluation.comparison.plots import write_plots
 from hf_recontrol.evaluation.comparison.scores import best_places, coherence_scorer, matched_references, wins
@@ -191,6 +192,25 @@ def test_what_a_judge_refuses_pulls_no_best_of_n_towards_a_tie(n):
     assert (found.value, found.count) == (pytest.approx(np.mean(expected)), 2)
 
 
+def test_a_best_of_n_is_held_against_an_answer_that_is_not_among_its_own():
+    """As one that is drawn anew would be: the best of n of one distribution wins n / (n + 1) of the time."""
+    count, size = 4000, 4
+    rewards = np.random.default_rng(0).normal(size=(count, size))
+    won, tied = wins(rewards.ravel().tolist(), rewards[:, :1].repeat(size, 1).ravel().tolist(), [False] * rewards.size)
+    prompts, first = np.repeat(range(count), size), np.tile([True, False, False, False], count)
+    pool, against = (
+        sample("p", rewards.ravel(), prompts, win_rate=won, ties=tied),
+        sample("b", rewards[:, 0], win_rate=[0.5] * count, ties=[1] * count),
+    )
+    for n in (1, 2, 3):
+        found = {f.metric: f for f in figures_of([best_of(pool, n, first)], against, count)}
+        assert found["win_rate"].value == pytest.approx(n / (n + 1), abs=0.02)
+        assert found["ties"].value == 0
+    found = {f.metric: f for f in figures_of([best_of(pool, size, first)], against, count)}
+    assert found["win_rate"].value == pytest.approx(1 - 1 / (2 * size), abs=0.02)
+    assert found["ties"].value == pytest.approx(1 / size, abs=0.02)
+
+
 def test_a_best_of_n_counts_where_answers_that_lack_a_number_can_never_be_it():
     own = {"win_rate": [0.5, math.nan, 1.0], "coherence": [math.nan, 0.5, 0.7]}
     pool, against = sample("p", [0.0, None, 2.0], [0] * 3, **own), sample("b", [0.0], win_rate=[0.5], coherence=[1])
@@ -204,7 +224,9 @@ def test_a_best_of_n_counts_where_answers_that_lack_a_number_can_never_be_it():
 # Metrics by hand.
 
 
-def test_the_worst_tenth_by_hand():
+@pytest.mark.parametrize("at_once", [1, 1000, 10**7])
+def test_the_worst_tenth_by_hand(at_once, monkeypatch):
+    monkeypatch.setattr(comparison_figures, "_AT_ONCE", at_once)
     rewards = np.arange(25.0)[::-1]
     found = figure("reward_worst_tenth", [sample("a", rewards)], sample("b", rewards + 1), 25)
     assert found.value == pytest.approx((0 + 1 + 0.5 * 2) / 2.5)
@@ -248,9 +270,14 @@ def test_an_answer_without_tokens_counts_and_a_policy_that_nobody_knows_has_no_k
 
 
 def test_wins_and_ties_by_hand():
-    won, tied = wins([1.0, 2.0, 0.0, None], [1.0, 1.0, 1.0, 1.0])
+    won, tied = wins([1.0, 2.0, 0.0, None], [1.0, 1.0, 1.0, 1.0], [False] * 4)
     assert won == [0.5, 1.0, 0.0, None]
     assert tied == [1.0, 0.0, 0.0, None]
+
+
+def test_one_text_ties_with_itself_whatever_its_batch_makes_of_its_score():
+    won, tied = wins([1.0 + 1e-7, 1.0 + 1e-7, None], [1.0, 1.0, None], [True, False, True])
+    assert (won, tied) == ([0.5, 1.0, None], [1.0, 0.0, None])
 
 
 def rollout(prompt_number=0, sample=0, completion="w1", ids=(7,), **more):

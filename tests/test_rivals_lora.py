@@ -194,6 +194,26 @@ def test_an_adapter_of_another_model_is_refused(trained):
 
 
 @pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            "changes lm_head, whose weight is also that of",
+        ),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "more than a sum of weights"),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "set `merge: false`"),
+    ],
+)
+def test_what_merging_would_change_is_refused(lora, message, trained, tmp_path):
+    bench = trained[0]
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, **lora)
+    peft.get_peft_model(copy.deepcopy(bench.model), adapter).save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(ValueError, match=message):
+        make_rival("lora_dpo", bench, {"adapter": str(tmp_path)}).prepare()
+    make_rival("lora_dpo", bench, {"adapter": str(tmp_path), "merge": False}).prepare()
+
+
+@pytest.mark.parametrize(
     ("family", "dtype", "error"),
     [("gpt2", torch.float32, 1e-5), ("gemma2", torch.float64, 1e-6), ("llama", torch.bfloat16, None)],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from ..collection.kept_states import KeptInMemory
 from ..collection.rollouts import draw_rollouts
 from ..collection.sampling import sampling_config
 from ..configuration import ControlConfig
+from ..data.fingerprints import prompt_hash
 from ..data.processes import no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.rollouts import Rollout
@@ -167,10 +169,17 @@ def control_at_kl(
         last[:] = [(kl_with_interval(responses, nats), responses)]
         return last[0][0][0]
 
-    step_size = strength_at_kl(on_its_own, start.step_size, target_kl, on_the_base_s, tolerance, max_samplings)
+    step_size = strength_at_kl(
+        on_its_own, start.step_size, target_kl, on_the_base_s, tolerance, max_samplings, step_size_limit(start)
+    )
     [(measured, responses)] = last
     num_prompts = len({rollout.prompt_number for rollout in responses})
     return KLMatch(replace(start, step_size=step_size), *measured, num_prompts, len(responses)), responses
+
+
+def step_size_limit(control: ControlConfig) -> float:
+    """The largest that a control's L2 penalty allows, a little less for what rounding adds; infinite without one."""
+    return 0.99 / control.l2 if control.method == "ascent" and control.l2 > 0 else math.inf
 
 
 def for_a_guess(responses: Sequence[Rollout]) -> list[Rollout]:
@@ -187,7 +196,8 @@ def kl_with_interval(rollouts: Sequence[Rollout], nats: Sequence[float]) -> tupl
     """
     sums: dict[int, list[float]] = {}
     for rollout, kl in zip(rollouts, nats, strict=True):
-        of_prompt = sums.setdefault(rollout.prompt_number, [0.0, 0.0])
+        # Equal prompts tell no more than one.
+        of_prompt = sums.setdefault(prompt_hash(rollout.prompt), [0.0, 0.0])
         of_prompt[0] += kl
         of_prompt[1] += len(rollout.completion_ids)
     numerators, tokens = ([pair[i] for pair in sums.values()] for i in range(2))
@@ -203,14 +213,17 @@ def strength_at_kl(
     on_the_base_s: Callable[[float], float] | None = None,
     tolerance: float = 0.1,
     max_samplings: int = 6,
+    largest: float = math.inf,
 ) -> float:
     """
     [`find_strength`] on a policy's own responses, which is what counts. If the KL is also to be had on responses of
     the base, the search comes near it there first, where it costs next to nothing.
     """
     if on_the_base_s is not None:
-        start = find_strength(on_the_base_s, start, target_kl, tolerance)
-    return find_strength(on_its_own, start, target_kl, tolerance, max_samplings)
+        # What a few responses of the base do not allow, its own may: an instruction or a guard counts more on others'.
+        with suppress(UnreachableKLError):
+            start = find_strength(on_the_base_s, start, target_kl, tolerance, largest=largest)
+    return find_strength(on_its_own, start, target_kl, tolerance, max_samplings, largest)
 
 
 def check_target(target: float) -> None:
@@ -224,8 +237,17 @@ def _check_start(control: ControlConfig) -> None:
         raise ValueError(f"`control` must start from one step size above 0, got {control}.")
 
 
+class UnreachableKLError(ValueError):
+    """No strength was found that moves the policy by so much."""
+
+
 def find_strength(
-    kl_at: Callable[[float], float], start: float, target: float, tolerance: float = 0.1, max_measurements: int = 20
+    kl_at: Callable[[float], float],
+    start: float,
+    target: float,
+    tolerance: float = 0.1,
+    max_measurements: int = 20,
+    largest: float = math.inf,
 ) -> float:
     """
     The strength at which a policy is `target` nats a token from the base.
@@ -242,12 +264,15 @@ def find_strength(
             How far the KL may be off, relative to `target`.
         max_measurements (`int`, *optional*, defaults to 20):
             Strengths tried at most.
+        largest (`float`, *optional*, defaults to infinity):
+            No strength beyond this one is tried.
 
     Raises:
         `ValueError`: if `target` is not above 0, or no strength is found that reaches it.
     """
     check_target(target)
-    low, high = -math.inf, math.inf  # logarithms of strengths on either side of the target
+    # Logarithms of strengths on either side of the target.
+    low, high = -math.inf, math.log(largest)
     log_strength, slope, before = math.log(start), _EXPECTED_SLOPE, None
     for _ in range(max_measurements):
         candidate = float(f"{math.exp(log_strength):.3g}")
@@ -268,7 +293,8 @@ def find_strength(
         log_strength += max(-_LARGEST_MOVE, min(_LARGEST_MOVE, move))
         if not low < log_strength < high:
             log_strength = (low + high) / 2
-    raise ValueError(
+    said = "" if math.isinf(largest) else f" No strength above {largest:.3g} is allowed."
+    raise UnreachableKLError(
         f"No strength was found that moves the policy by {target:g} nats a token: {math.exp(before[0]):.3g} moves it "
-        f"by {math.exp(before[1]):.3g}."
+        f"by {math.exp(before[1]):.3g}.{said}"
     )

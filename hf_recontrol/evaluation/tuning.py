@@ -149,7 +149,7 @@ def rows_to_try(bench: Bench, settings: TuneSettings, former: ControlConfig | No
                 try:
                     rival = make_rival(entry.kind, bench, said | {"step_size": control.step_size})
                     for step_size in settings.step_sizes:
-                        replace(control, step_size=step_size)
+                        rival.check_strength(step_size)
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"The control {name!r} cannot be tried: {error}") from error
                 rows += [Row(entry, rival, step_size) for step_size in sorted(set(settings.step_sizes))]

@@ -34,6 +34,7 @@ from ..evaluation.unseen import TRAINED_ON, heads_of, unlearnt, unseen
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import HELD_OUT_PROMPTS, CompareSettings
 from ..utils.code_fingerprints import UnknownStateError
+from ..utils.extras import needs_extra
 from ..utils.files import check_target
 from .loading import base_with_head
 
@@ -108,6 +109,9 @@ def compare(
         settings = replace(settings, kl=(_DEFAULT_KL,))
     output = Path(output)
     check_target(output / TABLE_NAME)
+    with needs_extra("compare", "A comparison"):
+        import matplotlib  # noqa: F401
+        import pyarrow  # noqa: F401
     entries = None if controls is None else entries_of(controls, settings)
     with_head = head is not None or isinstance(base, ReControlForCausalLM)
     finds_strengths = (bool(settings.kl) and with_head) if entries is None else needs_search(entries, settings)
@@ -147,6 +151,11 @@ def compare(
         if entries is None:
             entries = entries_of(default_controls(bench), settings)
         rows = rows_of(entries, bench, settings)
+        if not len(held) and (searched := [row.entry.name for row in rows if row.target_kl is not None]):
+            raise ValueError(
+                f"No prompts are left to find the strength of {searched[0]!r} on. If it is a class of your own, its "
+                "`start` must stand in the class; else name other prompts (`held_out`), or give it `strengths`."
+            )
         for row in rows:
             test = unlearnt(test, row.rival.learnt, f"what {row.entry.name!r} is", settings.on_seen_prompts)
         if (
@@ -159,6 +168,11 @@ def compare(
                 "draws several: name another control."
             )
         test, held = (usable_prompts(bench, rows, part, settings.on_bad_rows) for part in (test, held))
+        if finds_strengths and len(held) < HELD_OUT_PROMPTS:
+            logger.warning(
+                f"Strengths are found on {len(held)} held-out prompts: of fewer than {HELD_OUT_PROMPTS} the KL is not "
+                "well known."
+            )
         progress = no_progress if quiet else None
         with shared_folder(output):
             rows, matches = with_strengths(output, rows, bench, held, progress)
@@ -202,11 +216,6 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings, finds_stren
         if not kept:
             raise ValueError("Every prompt is among those set aside: give more prompts, or name others (`held_out`).")
         test = test.take(kept)
-    if len(held) < HELD_OUT_PROMPTS:
-        logger.warning(
-            f"Strengths are found on {len(held)} held-out prompts: of fewer than {HELD_OUT_PROMPTS} the KL is not "
-            "well known."
-        )
     return test, held
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -89,7 +90,8 @@ def compare_bases(
             base, prompts, output=Path(output) / name, settings=settings, head=head, rollouts=folder, **inputs
         )
     if Processes().index == 0:
-        _write(make_folder(Path(output)), list(found))
+        of_several = any(f.metric.startswith("reward ") for figures in found.values() for f in figures)
+        _write(make_folder(Path(output)), list(found), loaded if of_several else [])
     Processes().wait()
     return found
 
@@ -108,7 +110,7 @@ def _names(sources: Sequence[str]) -> list[str]:
     return [f"{name}-{number}" for number, name in enumerate(short, 1)]
 
 
-def _write(output: Path, names: Sequence[str]) -> None:
+def _write(output: Path, names: Sequence[str], summed_by: Sequence[ValueHead]) -> None:
     lines: list[dict[str, Any]] = []
     for name in names:
         with (output / name / FIGURES_NAME).open(encoding="utf-8", newline="") as file:
@@ -117,12 +119,18 @@ def _write(output: Path, names: Sequence[str]) -> None:
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
-    counts = {name: read_json(output / name / FIGURES_JSON_NAME)["prompts"] for name in names}
+    about = {name: read_json(output / name / FIGURES_JSON_NAME) for name in names}
     unlike = []
-    if len(set(counts.values())) > 1:
-        said = ", ".join(f"{name} on {count}" for name, count in counts.items())
-        unlike = [f"These comparisons are not on the same prompts ({said}): do not hold one against another.\n"]
-        logger.warning(unlike[0].strip())
+    if len({each["prompts_fingerprint"] for each in about.values()}) > 1:
+        said = ", ".join(f"{name} on {each['prompts']}" for name, each in about.items())
+        unlike.append(f"These comparisons are not on the same prompts ({said}): do not hold one against another.\n")
+    if len({json.dumps([head.config.reward_mean, head.config.reward_std]) for head in summed_by}) > 1:
+        unlike.append(
+            "`reward`, the sum of several rewards, is in each head's own units: hold the rewards one by one against "
+            "those of another head, not their sums.\n"
+        )
+    for said in unlike:
+        logger.warning(said.strip())
     tables = [f"## {name}\n\n{(output / name / TABLE_NAME).read_text(encoding='utf-8')}" for name in names]
     with atomic_path(output / TABLE_NAME) as temporary:
         temporary.write_text("\n".join(unlike + tables), encoding="utf-8")

@@ -17,7 +17,7 @@ from ...settings import CompareSettings
 from ...utils.files import atomic_path
 from ..judges.person import PersonJudge
 from ..judges.scoring import JudgeScoring
-from ..rivals.plain import BestOfN
+from ..rivals.plain import BestOfN, best_of_n_kl
 from ..rivals.rival import Bench
 from ..unseen import has_no_record, heads_of, seen_among
 from .answers import load_answers
@@ -65,10 +65,17 @@ def write_results(
         for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True):
             own |= judging.scores(row.entry.name, row.strength, rollouts, held_against)
     held_by = best_places(held_against, others["reward"]) if isinstance(rows[reference].rival, BestOfN) else None
+    # Of each row which answers are the very ones that they are held against: the base's own in a pool of the base.
+    same: list[np.ndarray] = []
     for (rollouts, _), own in zip(loaded, numbers, strict=True):
         places = matched_references(rollouts, held_against, held_by)
+        matched = [held_against[place] for place in places]
+        alike = [one.completion == other.completion for one, other in zip(rollouts, matched, strict=True)]
+        is_sample = [one.sample == other.sample for one, other in zip(rollouts, matched, strict=True)]
+        same.append(np.array(alike) & np.array(is_sample))
         if "win_rate" not in own:
-            own["win_rate"], own["ties"] = wins(own[judged_by], [others[judged_by][place] for place in places])
+            others_score = [others[judged_by][place] for place in places]
+            own["win_rate"], own["ties"] = wins(own[judged_by], others_score, alike)
     judged = None if judging is None else judging.counts()
     places = {number: place for place, number in enumerate(prompts.numbers)}
     drawn = [
@@ -76,19 +83,20 @@ def write_results(
         for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True)
     ]
     samples: list[Sample] = []
-    for row, sample in zip(rows, drawn, strict=True):
+    for row, sample, in_both in zip(rows, drawn, same, strict=True):
         is_pool = isinstance(row.rival, BestOfN)
-        samples += [best_of(sample, n) for n in range(1, row.rival.pool + 1)] if is_pool else [sample]
+        samples += [best_of(sample, n, in_both) for n in range(1, row.rival.pool + 1)] if is_pool else [sample]
     said = np.array(prompt_hashes(prompts))
     figures = figures_of(samples, _against(samples, drawn[reference], rows[reference]), len(prompts), said)
     if Processes().index == 0:
         lines: list[tuple[str, float | None, list[Rollout], Scores]] = [
-            (row.entry.name, row.strength, rollouts, own)
+            (row.entry.name, row.strength, rollouts, _of_each(row, own))
             for row, (rollouts, _), own in zip(rows, loaded, numbers, strict=True)
         ]
         write_answers(output / ANSWERS_NAME, lines)
         about = {
             "prompts": len(prompts),
+            "prompts_fingerprint": prompts.fingerprint,
             "against": settings.against,
             "strengths": matches,
             "controls": [
@@ -130,6 +138,14 @@ def _against(samples: Sequence[Sample], drawn: Sample, row: Row) -> Sample:
     if not isinstance(row.rival, BestOfN):
         return drawn
     return next(s for s in samples if s.control == row.entry.name and s.strength == row.rival.pool)
+
+
+def _of_each(row: Row, numbers: Scores) -> Scores:
+    """A row's numbers of its answers. Of a pool's answers the KL is until here that of the best of all."""
+    if not isinstance(row.rival, BestOfN):
+        return numbers
+    of_best = best_of_n_kl(row.rival.pool)
+    return numbers | {"kl": [None if kl is None else kl - of_best for kl in numbers["kl"]]}
 
 
 def _matched(name: str, match: dict[str, Any]) -> str:

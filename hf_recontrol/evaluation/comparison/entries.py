@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...collection.sampling import sampling_config
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...settings import CompareSettings
 from ...utils.checks import check_choice, check_json, check_number
@@ -90,8 +91,13 @@ def needs_search(entries: Sequence[Entry], settings: CompareSettings) -> bool:
 
 
 def default_controls(bench: Bench) -> list[dict[str, Any]]:
-    """The base, prompting, best of 4, and each method that the head has, the simplest first."""
-    controls = [{"kind": "base"}, {"kind": "prompting"}, {"kind": "best_of_n", "n": 4}]
+    """
+    The base, prompting, best of 4 (not of greedy answers, which are all the same), and each method that the head has,
+    the simplest first.
+    """
+    controls = [{"kind": "base"}, {"kind": "prompting"}]
+    if sampling_config(bench.model, bench.tokenizer, bench.sampling).do_sample:
+        controls.append({"kind": "best_of_n", "n": 4})
     if isinstance(bench.model, ReControlForCausalLM):
         methods = [control.method for control in candidates(bench.model.value_head)]
         controls += [{"kind": KIND_OF_METHOD[method]} for method in methods]
@@ -131,7 +137,9 @@ def _entry(number: int, item: Any, settings: CompareSettings) -> Entry:
     name = item.get("name", item["kind"])
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise ValueError(f"`controls[{number}]`: `name` must be a text on one line that is not empty, got {name!r}.")
-    instruction = item.get("instruction", settings.instruction if item["kind"] == "prompting" else None)
+    instruction = item.get("instruction")
+    if instruction is None and item["kind"] == "prompting":
+        instruction = settings.instruction
     role = item.get("instruction_role", "system")
     if instruction is not None and not (isinstance(instruction, str) and instruction.strip()):
         raise ValueError(f"The control {name!r}: `instruction` must be a text that is not empty.")
@@ -167,20 +175,21 @@ def rows_of(entries: Sequence[Entry], bench: Bench, settings: CompareSettings) -
     rows = []
     for entry in entries:
         rival_class(entry.kind)
+        strengths = entry.strengths or (() if entry.kl else settings.strengths)
         try:
             rival = make_rival(entry.kind, bench, entry.settings)
+            for strength in () if rival.start is None else strengths:
+                rival.check_strength(strength)
         except (TypeError, ValueError) as error:
             raise ValueError(f"The control {entry.name!r} cannot be used: {error}") from error
         if rival.start is None:
             if entry.strengths or entry.kl:
                 raise ValueError(f"The control {entry.name!r} has no strength: leave out its `strengths` or `kl`.")
             rows.append(Row(entry, rival))
-        elif entry.strengths:
-            rows += [Row(entry, rival, strength) for strength in entry.strengths]
+        elif strengths:
+            rows += [Row(entry, rival, strength) for strength in strengths]
         elif entry.kl or settings.kl:
             rows += [Row(entry, rival, None, target) for target in entry.kl or settings.kl]
-        elif settings.strengths:
-            rows += [Row(entry, rival, strength) for strength in settings.strengths]
         else:
             own = getattr(rival, "strength", None)
             if own is None:

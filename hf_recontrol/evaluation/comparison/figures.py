@@ -135,26 +135,38 @@ TIMED_UNDER = "timed_under"
 _BY_NATURE_MISSING = ("reward", "coherence")
 
 
-def best_of(pool: Sample, n: int) -> Sample:
+def best_of(pool: Sample, n: int, held_against: np.ndarray | None = None) -> Sample:
     """
     The best of n of a pool of the base's answers, by `reward`: answers without one are never the best.
+
+    Of a pool that holds the very answer that all are held against, the win rate and the ties of the best of fewer than
+    all are those of the other answers: one that is drawn anew is not among them either.
 
     A prompt has a number only where all answers of its pool have one that may be the best of any n. What is missing
     is not so by chance: the base's own answer ties with itself and needs no verdict, so that a judge which refuses all
     else would put every best of n at a tie.
+
+    Args:
+        held_against (`numpy.ndarray`, *optional*):
+            Of each answer whether it is that one, as booleans.
     """
-    weights, rewards = np.zeros(len(pool.prompts)), pool.values["reward"]
-    for prompt in np.unique(pool.prompts):
-        own = np.flatnonzero(pool.prompts == prompt)
-        ranked = np.where(np.isnan(rewards[own]), -np.inf, rewards[own])
-        weights[own] = best_of_n_weights(ranked, n)
+    rewards, prompts = pool.values["reward"], np.unique(pool.prompts)
+    ranked = np.where(np.isnan(rewards), -np.inf, rewards)
+    weights = np.zeros(len(rewards))
+    against_others = {name: pool.values[name].copy() for name in ("win_rate", "ties") if name in pool.values}
+    for own in (np.flatnonzero(pool.prompts == prompt) for prompt in prompts):
+        weights[own] = best_of_n_weights(ranked[own], n)
+        others = own if held_against is None else own[~held_against[own]]
+        if n <= len(others) < len(own):
+            for values in against_others.values():
+                values[own] = best_of_n_weights(ranked[others], n) @ np.nan_to_num(values[others])
     # Until here the pool's KL is that of its best of all.
     largest = best_of_n_kl(int(np.bincount(pool.prompts).max()))
     more = {"kl": pool.values["kl"] - largest + best_of_n_kl(n), "seconds": pool.values["seconds"] * n}
-    values, may_win = pool.values | more, ~np.isnan(rewards) | (weights > 0)
+    values, may_win = pool.values | against_others | more, ~np.isnan(rewards) | (weights > 0)
     for name in values:
         if not name.startswith(_BY_NATURE_MISSING):
-            gaps = np.bincount(pool.prompts, np.isnan(values[name]) & may_win) > 0
+            gaps = np.bincount(pool.prompts, np.isnan(pool.values[name]) & may_win) > 0
             values[name] = np.where(gaps[pool.prompts], math.nan, values[name])
     return Sample(pool.control, float(n), pool.prompts, weights, values)
 
@@ -170,6 +182,8 @@ _NO_METRICS = ("kl", "base", TIMED_UNDER)
 # The answers of a part share one time, so that prompts say nothing of how certain it is.
 _OF_PARTS = ("seconds", "tokens_per_second")
 _WORST_TENTH = "reward_worst_tenth"
+# Numbers in memory at once.
+_AT_ONCE = 4_000_000
 
 
 def _sums(sample: Sample, metric: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -267,8 +281,12 @@ def _worst_tenth(sample: Sample, chosen: np.ndarray) -> np.ndarray:
     rewards = sample.values["reward"]
     known = np.flatnonzero(~np.isnan(rewards) & (sample.weights > 0))
     order = known[np.argsort(rewards[known], kind="stable")]
-    weights = chosen[:, sample.prompts[order]] * sample.weights[order]
-    before = np.cumsum(weights, axis=1) - weights
-    used = np.clip(0.1 * weights.sum(1, keepdims=True) - before, 0, weights)
-    with np.errstate(invalid="ignore"):
-        return (used @ rewards[order]) / used.sum(1)
+    found = []
+    # A few choices at a time: each takes a number for every answer.
+    for few in np.array_split(chosen, min(len(chosen), 1 + len(chosen) * len(order) // _AT_ONCE)):
+        weights = few[:, sample.prompts[order]] * sample.weights[order]
+        before = np.cumsum(weights, axis=1) - weights
+        used = np.clip(0.1 * weights.sum(1, keepdims=True) - before, 0, weights)
+        with np.errstate(invalid="ignore"):
+            found.append((used @ rewards[order]) / used.sum(1))
+    return np.concatenate(found)

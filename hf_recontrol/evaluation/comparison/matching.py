@@ -154,7 +154,9 @@ def _match(
     try:
         start = row.rival.start
         near = None if row.rival.policy(start) is None else kl_on_the_base_s
-        strength = strength_at_kl(kl_on_its_own, start, row.target_kl, near, _TOLERANCE, _MAX_SAMPLINGS)
+        strength = strength_at_kl(
+            kl_on_its_own, start, row.target_kl, near, _TOLERANCE, _MAX_SAMPLINGS, row.rival.largest
+        )
     except ValueError as error:
         said = f"The control {row.entry.name!r} at {row.target_kl:g} nats a token: {error}"
         if row.entry.instruction is not None:

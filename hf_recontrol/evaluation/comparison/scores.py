@@ -193,9 +193,17 @@ def with_reward(bench: Bench, found: Scores) -> Scores:
     return found | {"reward": [None if None in each else standardised(bench, each) for each in values]}
 
 
-def wins(own: Sequence[float | None], other: Sequence[float | None]) -> tuple[list[float | None], list[float | None]]:
-    """Of answers and what each is held against, by their scores: (1 above it, 0.5 a tie, 0 below it; 1 a tie)."""
-    pairs = list(zip(own, other, strict=True))
+def wins(
+    own: Sequence[float | None], other: Sequence[float | None], alike: Sequence[bool]
+) -> tuple[list[float | None], list[float | None]]:
+    """
+    Of answers and what each is held against, by their scores: (1 above it, 0.5 a tie, 0 below it; 1 a tie).
+
+    Args:
+        alike (sequence of `bool`):
+            Whether the two are one text: then they tie. A model's number of a text depends on its batch, by rounding.
+    """
+    pairs = [(b if same else a, b) for a, b, same in zip(own, other, alike, strict=True)]
     known = [None not in pair for pair in pairs]
     won = [(0.5 if a == b else float(a > b)) if both else None for (a, b), both in zip(pairs, known, strict=True)]
     return won, [None if each is None else float(each == 0.5) for each in won]

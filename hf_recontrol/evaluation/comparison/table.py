@@ -85,12 +85,9 @@ def _is_shown(control: str, strength: float, rows: Iterable[tuple[str, float]]) 
 def _cell(values: tuple[float, float, float] | None, digits: int, with_interval: bool, sign: str = "") -> str:
     if values is None:
         return ""
-    value, low, high = values
-    text = f"{value:{sign}.{digits}f}"
-    if not with_interval:
-        return text
-    ends = (f"{end:{sign}.{digits}f}" if math.isfinite(end) else "?" for end in (low, high))
-    return f"{text} [{', '.join(ends)}]"
+    # Adding 0 takes the sign off what is rounded to -0.
+    value, *ends = (f"{round(x, digits) + 0.0:{sign}.{digits}f}" if math.isfinite(x) else "?" for x in values)
+    return f"{value} [{', '.join(ends)}]" if with_interval else value
 
 
 def _wide(rows: dict, rewards: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from ...configuration import ControlConfig
 from ...data.fingerprints import control_settings
 from ...data.prompts import Prompts
 from ..likelihoods import acts_only_at_head
+from ..strength import step_size_limit
 from .rival import Answer, Bench, Rival
 
 # Below what any penalty allows.
@@ -45,14 +46,17 @@ class Control(Rival):
         with bench.model.use_control(control):
             pass  # raises where the head has no such part
         self.control = control
-        if control.method == "ascent" and control.l2 > 0:
-            self.start = min(self.start, 0.5 / control.l2)
+        self.largest = step_size_limit(control)
+        self.start = min(self.start, self.largest / 2)
         self.only_at_head = self.draws_from_base_states = acts_only_at_head(bench.model, control)
         self.strength = control.step_size if same or "step_size" in settings else None
 
     def at(self, strength: float | None) -> ControlConfig:
         """The control at a strength."""
         return self.control if strength is None else replace(self.control, step_size=strength)
+
+    def check_strength(self, strength: float) -> None:
+        self.at(strength)
 
     def answer(self, prompts: Prompts, strength: float | None) -> list[Answer]:
         return [Answer(rollout) for rollout in self.bench.draw(prompts, self.at(strength))]

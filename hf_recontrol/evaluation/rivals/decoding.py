@@ -231,7 +231,7 @@ class RewardDecoding(ControlledDecoding):
     """
     Controlled decoding with the reward itself, see [`ControlledDecoding`]: `v_y` is the reward of the text so far with
     `y` at its end, as if the response ended there (several rewards: their sum in standard deviations; without a head
-    the plain reward).
+    the plain reward). Under an instruction the reward is told the prompt with it, where answers are scored without.
 
     A step costs `top_k` rewards for each response, and no further forward of the base.
     """

@@ -264,6 +264,23 @@ def _adapter_layers(model: PreTrainedModel, path: Path, merge: bool) -> dict[str
             parameter.requires_grad_(wanted)
     if outcome.unexpected_keys:
         raise ValueError(f"The adapter in {path} is of another model: here is no {outcome.unexpected_keys[0]}.")
-    if merge and not all(type(layer) is Linear and not config.use_dora for layer in layers.values()):
+    if merge and not all(type(layer) is Linear for layer in layers.values()):
         raise ValueError(f"The adapter in {path} cannot be merged into these weights: set `merge: false`.")
+    if merge and (config.use_dora or config.lora_bias):
+        raise ValueError(f"The adapter in {path} is more than a sum of weights (DoRA, a bias): set `merge: false`.")
+    if merge and (tied := _tied(model, layers)):
+        raise ValueError(
+            f"The adapter in {path} changes {tied[0]}, whose weight is also that of {tied[1]}: merged it would change "
+            "both. Set `merge: false`."
+        )
     return layers
+
+
+def _tied(model: PreTrainedModel, layers: dict[str, nn.Module]) -> tuple[str, str] | None:
+    """A layer and another module with the same weight, by their names, if there are such."""
+    own = {id(layer.get_base_layer().weight): name for name, layer in layers.items()}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if name != (layer := own.get(id(weight), name)):
+            return layer, name
+    return None

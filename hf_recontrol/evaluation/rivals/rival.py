@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -105,6 +106,8 @@ class Rival(ABC):
     Attributes:
         start (`float`, *optional*):
             A strength from which the search for a given KL starts; `None`: it has no strength, so it is measured once.
+        largest (`float`):
+            The strength that such a search does not go beyond.
         only_at_head (`bool`):
             Whether its policy differs from the base at the LM head alone, see [`likelihoods`].
         draws_from_base_states (`bool`):
@@ -115,6 +118,7 @@ class Rival(ABC):
     """
 
     start: float | None = None
+    largest: float = math.inf
     only_at_head: bool = False
     draws_from_base_states: bool = False
     learnt: frozenset[int] = frozenset()
@@ -135,8 +139,13 @@ class Rival(ABC):
 
         Returns:
             `bench.sampling.num_samples` answers to each prompt, which follow each other, in the order of `prompts`:
-            [`Answer`]s, [`Rollout`]s, or texts alone: one counts as finished if it is shorter than `max_new_tokens`.
+            [`Answer`]s, [`Rollout`]s, or texts alone: one counts as finished if it is shorter than `max_new_tokens`,
+            and a token that ended it is not known, so that its length and KL are without.
         """
+
+    def check_strength(self, strength: float) -> None:
+        """Raises `ValueError` for a strength that it cannot have: called before any work."""
+        return None
 
     def prepare(self) -> None:
         """What must be done once before it can answer, such as training: not timed. In each process."""
