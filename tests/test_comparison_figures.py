@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import scipy.stats
 import torch
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM, Rollout, generate_rollouts, kl_divergence
+from hf_recontrol.collection import batches as response_batches
 from hf_recontrol.evaluation.comparison import figures as comparison_figures
 from hf_recontrol.evaluation.comparison.figures import METRICS, Sample, best_of, figures_of, sample_of
 from hf_recontrol.evaluation.comparison.plots import write_plots
@@ -441,6 +443,21 @@ def test_one_forward_for_base_and_policy_gives_what_two_give(family):
         assert len(calls) - twice == twice // 2
     if family in ("gemma2", "cohere", "granite"):
         assert len(calls) - twice == twice
+
+
+@pytest.mark.parametrize("at_once", [1, 8000, 10**9])
+def test_no_forward_keeps_more_logits_than_fit_into_memory(at_once, monkeypatch):
+    monkeypatch.setattr(response_batches, "_LOGITS_AT_ONCE", at_once)
+    model, sizes = tiny_model("llama"), []
+    asked = [[*range(10, 10 + length)] for length in (2, 3, 20, 4, 9)]
+    drawn = [replace(rollout(i, ids=range(40, 46)), prompt_ids=ids) for i, ids in enumerate(asked)]
+    alone = [likelihoods(model, [one])[0].base for one in drawn]
+    likelihoods(model, drawn, batch_size=5)  # first finds out whether the model reads what it is padded with
+    with model.register_forward_hook(lambda module, args, output: sizes.append(output.logits.numel())):
+        found = likelihoods(model, drawn, batch_size=5)
+    assert len(sizes) == {1: 5, 8000: 3, 10**9: 1}[at_once]
+    assert all(size <= max(at_once, 7 * model.config.vocab_size) for size in sizes)
+    assert [each.base for each in found] == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_mean_log_ratio_of_samples_is_the_kl():

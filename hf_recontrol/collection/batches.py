@@ -17,6 +17,9 @@ from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..modeling.generation import check_causal, input_device, read_padding, with_positions
 
+# Numbers: a GiB in float32, and a few times that with what is made of them.
+_LOGITS_AT_ONCE = 2**28
+
 
 def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, side: str, device) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` of shape `(rows, longest)`, padded on `side`."""
@@ -68,10 +71,16 @@ def teacher_forced(
 
 
 def forward_batches(
-    model: PreTrainedModel, rollouts: Sequence[Rollout], batch_size: int
+    model: PreTrainedModel, rollouts: Sequence[Rollout], batch_size: int, keep_logits: bool = True
 ) -> tuple[list[list[int]], bool]:
     """
     Which rollouts go through one forward, in an order that wastes little on padding.
+
+    Args:
+        batch_size (`int`):
+            How many at most: fewer where logits are kept that would take more than a GiB.
+        keep_logits (`bool`, *optional*, defaults to `True`):
+            Whether logits of whole responses are kept.
 
     Returns:
         The numbers of each batch's rollouts, and whether a layer is controlled that others follow: its edits reach
@@ -99,7 +108,22 @@ def forward_batches(
         (prompt if edits_reach_on else 0, length if reads_padding else 0)
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
-    return batches(lengths, batch_size, apart), edits_reach_on
+    found = batches(lengths, batch_size, apart)
+    if keep_logits:
+        first = prompts if model._supports_logits_to_keep() else [1] * len(prompts)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        found = [part for batch in found for part in _of_bounded_logits(batch, first, lengths, vocabulary)]
+    return found, edits_reach_on
+
+
+def _of_bounded_logits(
+    batch: list[int], prompts: Sequence[int], lengths: Sequence[int], vocabulary: int
+) -> list[list[int]]:
+    """A batch in parts: all of one keep logits from the end of its shortest prompt to that of its longest row."""
+    width = max(lengths[row] for row in batch) - min(prompts[row] for row in batch) + 1
+    parts = -(-len(batch) * width * vocabulary // _LOGITS_AT_ONCE)
+    size = max(1, len(batch) // parts)
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
 def control_of(rollouts: Sequence[Rollout]) -> dict[str, Any]:

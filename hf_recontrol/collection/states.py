@@ -117,7 +117,8 @@ class _Reader:
         """The states of each rollout, in the order of [`forward_batches`]."""
         follow(self.model)
         with as_sampled(self.model, self.control), in_eval(self.model):
-            together, edits_reach_on = forward_batches(self.model, rollouts, self.batch_size)
+            keeps_logits = self.hook_point.layer is None
+            together, edits_reach_on = forward_batches(self.model, rollouts, self.batch_size, keeps_logits)
             for batch in together:
                 chosen = [rollouts[i] for i in batch]
                 for i, rollout, read in zip(batch, chosen, self._forward(chosen, edits_reach_on), strict=True):

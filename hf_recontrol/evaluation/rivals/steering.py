@@ -113,7 +113,7 @@ class SteeringVector(Rival):
         """The layer's output, `(width,)`, averaged over the tokens of each response, then over these."""
         model, total = self.bench.model, 0.0
         with base_only(model), in_eval(model):
-            together, _ = forward_batches(model, rollouts, self.bench.sampling.batch_size)
+            together, _ = forward_batches(model, rollouts, self.bench.sampling.batch_size, keep_logits=False)
             for batch in together:
                 chosen = [rollouts[i] for i in batch]
                 inputs, drawn_from = teacher_forced(model, chosen, keep_logits=False)
