@@ -9,7 +9,8 @@ from transformers import GenerationConfig, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 from hf_recontrol import ControlConfig, ReControlForCausalLM
 from hf_recontrol.collection import sampling
 from hf_recontrol.collection.rollouts import generate_rollouts, pad_batch, write_rollouts
-from hf_recontrol.collection.sampling import RowSampler, StopStrings, cut_response, response_seed
+from hf_recontrol.collection.sampling import RowSampler, response_seed
+from hf_recontrol.collection.stop_strings import StopStrings, cut_response
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.stage_folder import read_manifest

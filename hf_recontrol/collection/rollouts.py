@@ -45,8 +45,6 @@ from .kept_states import (
 from .sampling import (
     Reweighing,
     RowSampler,
-    StopStrings,
-    cut_response,
     draw_settings,
     draw_with,
     encode_all,
@@ -56,6 +54,7 @@ from .sampling import (
     sampling_config,
     temperature_of,
 )
+from .stop_strings import StopStrings, cut_response
 
 logger = logging.get_logger(__name__)
 

@@ -21,12 +21,12 @@ from ..batches import teacher_forced
 from ..sampling import (
     TOP_K_WHERE_UNSET,
     changes_nothing,
-    cut_response,
     listed_ids,
     response_seed,
     temperature_of,
     vocabulary_size,
 )
+from ..stop_strings import cut_response
 
 # Of each of so many prompts so many greedy tokens are compared with the model's own.
 _PROBES, _PROBE_TOKENS = 4, 16

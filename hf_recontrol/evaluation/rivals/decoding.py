@@ -14,8 +14,6 @@ from transformers.cache_utils import Cache
 from ...collection.rollouts import draw_rollouts
 from ...collection.sampling import (
     Reweighing,
-    StopStrings,
-    cut_response,
     draws_from_policy,
     listed_ids,
     sampling_config,
@@ -23,6 +21,7 @@ from ...collection.sampling import (
 )
 from ...collection.scoring.responses import scored_rollouts
 from ...collection.scoring.rewards import note_calls, reward_fingerprint
+from ...collection.stop_strings import StopStrings, cut_response
 from ...data.fingerprints import head_fingerprint
 from ...data.processes import no_progress
 from ...data.prompts import Prompts

@@ -27,7 +27,8 @@ from transformers.cli.serving.utils import (
 )
 from transformers.utils import logging
 
-from ...collection.sampling import StopStrings, end_token_ids, listed_ids
+from ...collection.sampling import end_token_ids, listed_ids
+from ...collection.stop_strings import StopStrings
 from ..request_settings import Asked
 from .responses import TolerantParser, held_back
 
