@@ -32,6 +32,29 @@ TITLES = {
     "harmfulqa": "HarmfulQA, out of distribution",
     "grid": "step size by steps",
 }
+# What other scripts printed of a study's head, by their files among the figures: title, and what it is.
+FURTHER = {
+    "bounds-vader.md": (
+        "smollm2, vader: what keeps a token's shift from gaining more",
+        "What shifts of the drawn tokens gain at a small KL, on prompts that they were not learned on, in deviations "
+        "of the reward for the root of a nat an answer (nothing is sampled for it). Beside those that are learned "
+        "stand shifts that no head can know: a token's valence in VADER's own lexicon, and shifts times the slope of "
+        "VADER's score at the response so far. "
+        "`python benchmarks/bounds.py --fit results/smollm2-vader/fit --gae-lambda 0.5`.",
+    ),
+    "rounds-vader.md": (
+        "smollm2, vader: a second round",
+        "A head fitted anew to as many responses under the control that the first one recommends, in place of it; and "
+        "the mean of both heads' static vectors and token biases. "
+        "`python benchmarks/rounds.py --fit results/smollm2-vader/fit --rewards results/reward-model --output rounds "
+        "--rounds 2`.",
+    ),
+    "guards-vader.md": (
+        "smollm2, vader: 20 times the recommended strength, under guards",
+        "The head of `examples/heads`. `python benchmarks/guards.py --rewards results/reward-model --output guards "
+        "--only vader`.",
+    ),
+}
 REWARDS = {
     "vader": "Reward: VADER sentiment; judge: the preference reward model",
     "preference": "Reward: the preference reward model; judge: 1 less the probability of offensive language",
@@ -291,6 +314,9 @@ def page(kept: Path, parts: Mapping[str, Sequence[str]], folder: Path) -> str:
             text += [f"## {base}, {reward}: the data", *curve, ""]
         if timed := [*by_batch(study), *costs(study)]:
             text += [f"## {base}, {reward}: time and memory", *timed, ""]
+    for file, (title, about) in FURTHER.items():
+        if (kept / file).is_file():
+            text += [f"## {title}", "", about, "", (kept / file).read_text(encoding="utf-8").strip(), ""]
     if PUBLISHED.is_file():
         text.append(PUBLISHED.read_text(encoding="utf-8").strip())
     return "\n".join(text).strip() + "\n"
