@@ -94,12 +94,16 @@ def test_prompts_to_find_a_strength_on_may_come_as_everywhere_else(kind, tmp_pat
 
 
 def test_the_interval_of_a_kl_is_over_prompts():
-    rollouts = [replace(rollout, prompt_number=number) for number in (7, 8) for rollout in some_rollouts()]
-    kl, low, high = kl_with_interval(rollouts, [3.0, 8.0, 5.0, 6.0, 16.0, 10.0])
+    asked = {7: "w5", 8: "w6"}
+    rollouts = [replace(r, prompt=asked[n], prompt_number=n) for n in asked for r in some_rollouts()]
+    nats = [3.0, 8.0, 5.0, 6.0, 16.0, 10.0]
+    kl, low, high = kl_with_interval(rollouts, nats)
     tokens = sum(len(rollout.completion_ids) for rollout in some_rollouts())
     # Both prompts, or one of them twice.
     assert (kl, low, high) == pytest.approx((24 / tokens, 16 / tokens, 32 / tokens))
     assert kl_with_interval(some_rollouts()[:1], [1.0])[1:] == (-math.inf, math.inf)
+    # Equal prompts tell no more than one, whatever their numbers.
+    assert kl_with_interval([replace(r, prompt="w5") for r in rollouts], nats)[1:] == (-math.inf, math.inf)
     with pytest.raises(ValueError, match="No response has a token"):
         kl_with_interval([replace(some_rollouts()[0], completion_ids=[])], [0.0])
 

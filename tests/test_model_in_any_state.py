@@ -214,6 +214,7 @@ def test_layers_that_are_taken_out_are_no_draft(layer):
 @pytest.mark.parametrize("how", ["forward", "module"])
 @pytest.mark.parametrize("hook_point", ["lm_head", "decoder_layer"])
 def test_values_of_a_model_that_is_compiled_whole(how, hook_point):
+    torch._dynamo.reset()
     base = tiny_model("llama")
     model = ReControlForCausalLM.from_model(base, tiny_head(base, hook_point))
     ids = prompts(1, 5)
