@@ -684,6 +684,19 @@ def test_constraints_that_leave_no_plausible_token_are_an_error(hook_point, mode
     assert generate(model, ids, suppress_tokens=banned, control=False).shape == (2, ids.shape[1] + NEW)
 
 
+@pytest.mark.parametrize("seed", [7, 17, 50])
+def test_positions_behind_a_rejected_draft_need_no_plausible_token(seed):
+    base = tiny_model("llama", dtype=torch.float32)
+    model = ReControlForCausalLM.from_model(base, tiny_head(base, "lm_head"))
+    ids = prompts(1, 12, seed=seed)
+    ids = torch.cat([ids, ids[:, :6]], dim=1)  # something to look up
+    # Where the base would end there is next to nothing else that is plausible, and it must not end.
+    ends = {"eos_token_id": list(range(5, 45)), "pad_token_id": 0, "min_new_tokens": 10, "max_new_tokens": 10}
+    asked = {"control": replace(ADVANTAGE, step_size=0.5, plausibility=0.6), "do_sample": False} | ends
+    plain = model.generate(ids, **asked)
+    assert model.generate(ids, **asked, prompt_lookup_num_tokens=4).tolist() == plain.tolist()
+
+
 @pytest.mark.parametrize("control", [ADVANTAGE, replace(ADVANTAGE, max_kl=0.2)], ids=["advantage", "max_kl"])
 def test_calls_of_the_lm_head_beside_the_model_s_forwards_are_the_base_s(control):
     """As loops make them that contrast layers (DoLa) or draft by the model's own LM head (MTP, DFlash)."""

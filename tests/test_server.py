@@ -583,6 +583,20 @@ def test_a_strength_beyond_the_dtype_fails_this_request_alone(served):
     assert served.complete() == served.expected("w7 w8 w9", ASCENT)
 
 
+def test_a_request_that_leaves_no_token_is_told_so():
+    model = controlled()
+    model.generation_config.min_new_tokens, model.generation_config.eos_token_id = 8, list(range(5, 60))
+    served = Served(model)
+    try:
+        with pytest.raises(openai.BadRequestError, match="lower `plausibility`"):
+            served.complete(control={"plausibility": 1.0})
+        with pytest.raises(openai.APIError) as failed:
+            served.complete(stream=True, control={"plausibility": 1.0})
+        assert "lower `plausibility`" in str(failed.value.body)
+    finally:
+        served.close()
+
+
 def test_logits_that_cannot_be_drawn_from_fail_this_request_alone(served):
     fields = {"control": {"method": "static", "step_size": 1e33}, "max_tokens": 4, "temperature": 1e-9}
     with pytest.raises(openai.BadRequestError, match="step_size"):

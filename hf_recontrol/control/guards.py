@@ -143,10 +143,14 @@ def _largest_within(
     return torch.where(fits, one, low)
 
 
+class NoTokenLeftError(ValueError):
+    """A mask and other constraints leave no token to draw."""
+
+
 class AnyTokenLeft(LogitsProcessor):
     """
-    The last processor of a generation with a mask: raises `ValueError` where the mask and other constraints leave no
-    token to draw. transformers would draw token 0, or fail without a reason.
+    The last processor of a generation with a mask: raises [`NoTokenLeftError`] where the mask and other constraints
+    leave no token to draw. transformers would draw token 0, or fail without a reason.
 
     Args:
         num_beams (`int`):
@@ -171,7 +175,7 @@ class AnyTokenLeft(LogitsProcessor):
             # Of a row that has ended nothing is drawn.
             left = left | torch.isin(input_ids[:, -1], torch.cat([end.to(input_ids.device) for end in self.ends]))
         if not left.all():
-            raise ValueError(
+            raise NoTokenLeftError(
                 "`plausibility` and the constraints of this call (`min_new_tokens`, `suppress_tokens`, "
                 "`prefix_allowed_tokens_fn`, ...) together leave no token to draw for row "
                 f"{left.tolist().index(False)}: lower `plausibility`, or loosen the constraints."

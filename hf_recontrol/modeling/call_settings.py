@@ -34,6 +34,8 @@ class Call:
     generating: bool = False
     # Whether the model has run: what then calls its LM head alone makes drafts, or contrasts of layers.
     has_run: bool = False
+    # Whether drafts are verified, or made: then processors also see positions from which nothing is drawn.
+    has_drafts: bool = False
 
 
 def checked_weights(weights: Mapping[str, float | Sequence[float]]) -> HeadWeights:

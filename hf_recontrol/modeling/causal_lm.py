@@ -258,7 +258,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
     ) -> torch.Tensor:
         """
         V at every position of the base's (uncontrolled) states, in the reward's own units, without dropout. A padded
-        row has the values of the row alone: positions come from the mask, as in `generate`.
+        row has the values of the row alone: positions come from the mask, as in `generate`. Not
+        while another thread compiles the model: that fails where hooks come and go.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`), attention_mask (*optional*, same shape), kwargs:

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMode
 
 from ..configuration import ControlConfig
 from ..control.guards import AnyTokenLeft, FiniteLogits
@@ -142,7 +143,7 @@ class ControlledGenerationMixin:
         # What continuous batching records in a CUDA graph cannot raise.
         if call is None or not call.generating or active is None:
             return processors
-        if active.plausibility > 0:
+        if active.plausibility > 0 and not call.has_drafts:
             ends = [generation_config._eos_token_tensor, generation_config._pad_token_tensor]
             ends = [end.flatten() for end in ends if end is not None]
             processors.append(AnyTokenLeft(generation_config.num_beams or 1, input_ids_seq_length or 0, ends))
@@ -152,7 +153,10 @@ class ControlledGenerationMixin:
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         hooks = self._recontrol
-        active = hooks.settings.active_control()
+        active, call = hooks.settings.active_control(), hooks.settings.current
+        if call is not None:
+            is_verified = generation_mode == GenerationMode.ASSISTED_GENERATION
+            call.has_drafts = is_verified or bool(generation_config.is_assistant)
         if active is not None and active.plausibility > 0 and generation_config.guidance_scale not in (None, 1):
             raise ValueError(
                 "`plausibility` forbids tokens, which so have no logits for `guidance_scale` to take differences of: "

@@ -29,13 +29,14 @@ from transformers.utils import logging
 
 from ...collection.sampling import end_token_ids, listed_ids
 from ...collection.stop_strings import StopStrings
+from ...control.guards import NoTokenLeftError
 from ..request_settings import Asked
 from .responses import TolerantParser, held_back
 
 logger = logging.get_logger(__name__)
 
 # What may be said to a client of an error while an answer was drawn: these name a setting of the request.
-TOLD = (FloatingPointError,)
+TOLD = (FloatingPointError, NoTokenLeftError)
 # What makes `generate` search, return several answers or something else than tokens, or stop in a way of its own.
 _OTHER_MODES = (
     "num_beams",
