@@ -128,8 +128,7 @@ def fit(
         if processes.index == 0 and not (output / "rollouts" / MANIFEST_NAME).exists():
             drawn = sampling_config(base, tokenizer, settings).to_diff_dict()
             warn_of_other_draws(drawn, settings.with_directions)
-        # Of a run that is refused later nothing is written, of one that is killed what it was to be.
-        if processes.index == 0 and not (output / "rollouts" / MANIFEST_NAME).exists():
+            # Of a run that is refused later nothing is written, of one that is killed what it was to be.
             save_run(output, model, prompts, reward, list(rewards.values()), given, tokenizer_given)
         figures = _run_stages(output, base, tokenizer, rows, rewards, settings, processes, quiet, command)
         if processes.index == 0:
