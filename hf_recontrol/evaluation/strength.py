@@ -210,19 +210,19 @@ def strength_at_kl(
     on_its_own: Callable[[float], float],
     start: float,
     target_kl: float,
-    on_the_base_s: Callable[[float], float] | None = None,
+    roughly: Callable[[float], float] | None = None,
     tolerance: float = 0.1,
     max_samplings: int = 6,
     largest: float = math.inf,
 ) -> float:
     """
-    [`find_strength`] on a policy's own responses, which is what counts. If the KL is also to be had on responses of
-    the base, the search comes near it there first, where it costs next to nothing.
+    [`find_strength`] on a policy's own responses, which is what counts. If the KL is also to be had `roughly`, on
+    responses of the base or on few of its own, the search comes near it there first, where it costs little.
     """
-    if on_the_base_s is not None:
-        # What a few responses of the base do not allow, its own may: an instruction or a guard counts more on others'.
+    if roughly is not None:
+        # What a few responses do not allow, all of its own may: an instruction or a guard counts more on others'.
         with suppress(UnreachableKLError):
-            start = find_strength(on_the_base_s, start, target_kl, tolerance, largest=largest)
+            start = find_strength(roughly, start, target_kl, tolerance, largest=largest)
     return find_strength(on_its_own, start, target_kl, tolerance, max_samplings, largest)
 
 

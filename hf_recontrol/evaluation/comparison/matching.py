@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +131,17 @@ def _match(
 ) -> dict[str, Any]:
     last: list[tuple[float, float, float]] = []
     drawn, few = [0], for_a_guess(of_base)
+    asked = {rollout.prompt_number for rollout in few}
+    few_prompts = held_out.take(index for index, number in enumerate(held_out.numbers) if number in asked)
 
-    def kl_on_its_own(strength: float) -> float:
-        if max_responses is not None and drawn[0] + len(of_base) > max_responses:
+    def kl_on_its_own(strength: float, prompts: Prompts = held_out) -> float:
+        count = len(of_base) * len(prompts) // len(held_out)
+        if max_responses is not None and drawn[0] + count > max_responses:
             raise _SpentError(
                 "no responses are left to find its strength with; raise the budget, or try fewer controls"
             )
-        drawn[0] += len(of_base)
-        answers, found, _ = drawer.draw(replace(row, strength=strength), held_out)
+        drawn[0] += count
+        answers, found, _ = drawer.draw(replace(row, strength=strength), prompts)
         kls = [kl_of(row, answer, likelihood) for answer, likelihood in zip(answers, found, strict=True)]
         if None in kls:
             raise ValueError(
@@ -153,7 +157,9 @@ def _match(
 
     try:
         start = row.rival.start
-        near = None if row.rival.policy(start) is None else kl_on_the_base_s
+        # Whose policy cannot be read on others' responses is asked for few of its own first: they may cost much.
+        unread = row.rival.policy(start) is None
+        near = partial(kl_on_its_own, prompts=few_prompts) if unread else kl_on_the_base_s
         strength = strength_at_kl(
             kl_on_its_own, start, row.target_kl, near, _TOLERANCE, _MAX_SAMPLINGS, row.rival.largest
         )
