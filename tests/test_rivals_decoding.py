@@ -9,6 +9,7 @@ from hf_recontrol import ControlConfig, ReControlForCausalLM, load_prompts
 from hf_recontrol.collection.sampling import response_seed
 from hf_recontrol.evaluation.comparison.answers import Drawer, kl_of
 from hf_recontrol.evaluation.comparison.entries import Entry, Row
+from hf_recontrol.evaluation.comparison.matching import with_strengths
 from hf_recontrol.evaluation.rivals.kinds import make_rival
 from hf_recontrol.evaluation.rivals.rival import Bench
 from hf_recontrol.evaluation.strength import find_strength
@@ -174,6 +175,26 @@ def test_it_becomes_the_base_with_the_same_noise_and_a_kl_is_matched(tmp_path, k
 
     assert nats(1e-9) == pytest.approx(0.0, abs=1e-5)
     assert nats(find_strength(nats, rival.start, 0.05)) == pytest.approx(0.05, rel=0.1)
+
+
+def test_its_strength_is_looked_for_on_few_prompts_first(tmp_path):
+    bench = bench_of(controlled(), tmp_path, batch_size=24)
+    rival, asked = make_rival("cd", bench, {}), []
+    held_out = load_prompts([f"w{number} w5" for number in range(10, 34)])
+
+    def answer(prompts, strength, drawn=rival.answer):
+        asked.append(prompts.numbers)
+        return drawn(prompts, strength)
+
+    rival.answer = answer
+    row = Row(Entry("far", "cd"), rival, None, target_kl=0.4)
+    [found], _ = with_strengths(tmp_path, [row], bench, held_out)
+    counts = [len(numbers) for numbers in asked]
+    few = counts.count(3)
+    assert few > 1 and counts == [3] * few + [24] * (len(counts) - few)
+    answers = rival.answer(held_out, found.strength)
+    tokens = sum(len(each.kl) for each in answers)
+    assert sum(sum(each.kl) for each in answers) / tokens == pytest.approx(0.4, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["cd_prefix", "cd"])
