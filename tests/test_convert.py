@@ -138,3 +138,18 @@ def test_nothing_in_the_file_is_run(tmp_path, monkeypatch):
     assert not Path("touched").exists()
     with pytest.raises(OSError, match="is no file"):
         convert_checkpoint("absent.pth")
+
+
+def test_the_base_is_named_so_that_any_folder_finds_it_and_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(ThreeLayers(16, 24).state_dict(), "value.pth")
+    Path("models/base").mkdir(parents=True)
+    Path("models/base/config.json").write_text('{"model_type": "llama"}')
+    head = convert_checkpoint("value.pth", base_model="models/base")
+    assert head.config.base_model_name_or_path == str(tmp_path / "models/base")
+    with pytest.raises(OSError, match="not a head's"):
+        head.save_pretrained("models/base")
+    command = [COMMAND, "convert", "value.pth", "-o", "models/base"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and "not a head's" in done.stderr
+    assert Path("models/base/config.json").read_text() == '{"model_type": "llama"}'

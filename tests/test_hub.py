@@ -597,6 +597,30 @@ def test_a_folder_of_this_machine_is_not_pushed_as_the_base(hub, run, tmp_path):
     assert json.loads((tmp_path / "head" / "config.json").read_text())["base_model_name_or_path"]
 
 
+def test_a_push_replaces_no_model(hub, run, tmp_path):
+    make_head().save_pretrained(tmp_path / "head")
+    model = {"config.json": b'{"model_type": "llama", "hidden_size": 16}', "model.safetensors": b"weights"}
+    files = model | {f"inside/{name}": content for name, content in model.items()}
+    hub.repos["me/model"] = Repo(branches={"main": dict(files)})
+    script = (
+        PRELUDE
+        + """
+head = ValueHead.from_pretrained(sys.argv[1])
+for kwargs in ({}, {"subfolder": "inside"}, {"revision": "new"}, {"create_pr": True}):
+    try:
+        head.push_to_hub("me/model", **kwargs)
+    except OSError as error:
+        assert "'me/model' holds a config.json that is not a head's" in str(error), error
+        print("REFUSED")
+head.push_to_hub("me/model", subfolder="head")
+"""
+    )
+    assert run(script, str(tmp_path / "head"), endpoint=hub.endpoint).split().count("REFUSED") == 4
+    branches = hub.repos["me/model"].branches
+    assert set(branches) == {"main"} and files.items() <= branches["main"].items()
+    assert "head/model.safetensors" in branches["main"]
+
+
 def test_a_private_push_to_a_public_repo_is_refused(hub, run, tmp_path):
     make_head().save_pretrained(tmp_path / "head")
     hub.repos["me/head"] = Repo()
@@ -846,8 +870,9 @@ def test_a_record_of_prompts_that_cannot_be_had_is_no_head_without_one(hub, run,
     hub.repos["me/head"].branches["main"].pop("prompts.safetensors")
     (missing,) = load(run, {"pretrained_model_name_or_path": "me/head"}, endpoint=hub.endpoint)
     assert missing["is_oserror"] and "prompts.safetensors" in missing["text"] and "'me/head'" in missing["text"]
+    assert "Copy it from where the head came from" in missing["text"]
     (tmp_path / "head" / "prompts.safetensors").unlink()
-    with pytest.raises(OSError, match=r"No prompts\.safetensors in .*head"):
+    with pytest.raises(OSError, match=r"No prompts\.safetensors in .*head.* was trained on.*Copy it from where"):
         ValueHead.from_pretrained(tmp_path / "head")
 
 

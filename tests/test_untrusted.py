@@ -201,14 +201,14 @@ def test_links_lead_out_of_no_folder(files, tmp_path):
 def test_saving_writes_through_no_link(tmp_path):
     (tmp_path / "folder").mkdir()
     for name in ("config.json", "model.safetensors", "README.md"):
-        (tmp_path / name).write_bytes(b"precious")
+        (tmp_path / name).write_bytes(b'{"hidden_size": 7}')
         (tmp_path / "folder" / name).symlink_to(tmp_path / name)
     (tmp_path / "folder" / "README.md").unlink()
     (tmp_path / "folder" / "README.md").symlink_to(tmp_path / "absent")
     make_head().save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "absent").exists()
     for name in ("config.json", "model.safetensors", "README.md"):
-        assert (tmp_path / name).read_bytes() == b"precious"
+        assert (tmp_path / name).read_bytes() == b'{"hidden_size": 7}'
     ValueHead.from_pretrained(tmp_path / "folder")
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import hf_recontrol.heads.value_head
 from hf_recontrol import ControlConfig, ValueHead, ValueHeadConfig
 
-from .conftest import make_head
+from .conftest import make_head, make_llama
 
 ACTIVATIONS = ["relu", "silu", "gelu", "tanh"]
 REFERENCE = {
@@ -456,3 +456,28 @@ def test_a_head_saved_in_a_training_or_inference_state_is_the_same(tmp_path):
         head = make_head()
         head.save_pretrained(tmp_path)
     assert_same_head(ValueHead.from_pretrained(tmp_path), head)
+
+
+def test_a_head_replaces_a_head_and_never_a_model(tmp_path):
+    make_llama().save_pretrained(tmp_path / "base")
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder, config in (
+        (tmp_path / "base", None),
+        (other, '{"_class_name": "Pipeline"}'),
+        (other, "[1"),
+        (other, ""),
+    ):
+        if config is not None:
+            (folder / "config.json").write_text(config)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(OSError, match=r"config\.json that is not a head's.*name another folder"):
+            make_head().save_pretrained(folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    for seed in (1, 2):
+        make_head(seed=seed).save_pretrained(tmp_path / "head")
+    # Also where another release wrote it.
+    config = tmp_path / "head" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"format_version": 99}))
+    make_head(seed=3).save_pretrained(tmp_path / "head")
+    assert_same_head(ValueHead.from_pretrained(tmp_path / "head"), make_head(seed=3))

@@ -143,10 +143,11 @@ def convert(
     """
     from ..configuration import ControlConfig
     from ..heads.convert import convert_checkpoint
-    from ..heads.hub import CONFIG_NAME
+    from ..heads.hub import CONFIG_NAME, check_no_model
     from ..utils.files import check_target
 
     check_target(output / CONFIG_NAME)
+    check_no_model(output)
     if (output / CONFIG_NAME).exists():
         raise ValueError(f"{output} holds a head already: name another folder.")
     control = None if step_size is None else ControlConfig(step_size=step_size, num_steps=num_steps)

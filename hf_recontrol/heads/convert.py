@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..configuration import ControlConfig, ValueHeadConfig
+from .hub import portable_name
 from .value_head import ValueHead
 
 # `fc1.weight`, ... (RE-Control, whose two-layer network has fc1 and fc3) or `layers.0.weight`, `layers.2.weight`, ...
@@ -46,7 +47,7 @@ def convert_checkpoint(
         head_sizes=hidden,
         num_objectives=outputs,
         hook_point="lm_head",
-        base_model_name_or_path=base_model,
+        base_model_name_or_path=None if base_model is None else portable_name(base_model),
         base_model_revision=base_model_revision,
         control=control,
     )

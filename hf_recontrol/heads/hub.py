@@ -25,10 +25,18 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .._version import __version__
+from .seen_prompts import PROMPTS_NAME
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
+# What is said of a file that a head can be thought to do without.
+_WHAT_FOR = {
+    PROMPTS_NAME: (
+        f", and {CONFIG_NAME} says that the head has one: it tells which prompts the head was trained on, so that "
+        "nothing is measured on them. Copy it from where the head came from, beside the other files"
+    )
+}
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _LOG_IN = "If the repo is private or gated, log in with `hf auth login` or pass `token`"
 _REMEDIES = {
@@ -69,7 +77,7 @@ def find_file(
             return path
         if not folder.is_dir():
             raise OSError(f"{folder} is not a folder: name the folder that holds {filename}.")
-        message = f"No {filename} in {folder}"
+        message = f"No {filename} in {folder}{_WHAT_FOR.get(filename, '')}"
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
         if filename == WEIGHTS_NAME and pickles:
             message += f". {', '.join(pickles)} would have to be unpickled, which could run code: save as safetensors"
@@ -97,7 +105,7 @@ def find_file(
             "could not be reached or was not to be asked. Check the name and the connection."
         ) from error
     except EntryNotFoundError as error:
-        raise OSError(f"The Hub repo {name_or_path!r} has no {where}.") from error
+        raise OSError(f"The Hub repo {name_or_path!r} has no {where}{_WHAT_FOR.get(filename, '')}.") from error
 
 
 def _check_subfolder(name_or_path: str, subfolder: str) -> None:
@@ -173,6 +181,28 @@ def is_repo_id(name: str) -> bool:
     return True
 
 
+def check_no_model(folder: Path) -> None:
+    """
+    Raise `OSError` if a folder holds the `config.json` of something else than a head, such as the head's own base:
+    saving a head there would replace that file and the weights beside it.
+    """
+    path = folder / CONFIG_NAME
+    if path.is_file() and not _is_of_head(path.read_text(encoding="utf-8", errors="replace")):
+        raise OSError(
+            f"{folder} holds a {CONFIG_NAME} that is not a head's, such as that of a model. A head saved there would "
+            f"replace it, and {WEIGHTS_NAME} too: name another folder."
+        )
+
+
+def _is_of_head(config: str) -> bool:
+    """Whether the text of a `config.json` is that of a head, of whatever release."""
+    try:
+        values = json.loads(config)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and "hidden_size" in values and not {"model_type", "architectures"} & values.keys()
+
+
 def portable_name(name_or_path: str) -> str | None:
     """A base model's name as a head records it: a local folder by its whole path, so that any folder finds it."""
     if not name_or_path:
@@ -210,8 +240,8 @@ def push_folder(
         [`~huggingface_hub.CommitInfo`]
 
     Raises:
-        `OSError`: if the Hub refuses, or cannot be reached; names the repo and says what to do. The repo's files and
-        branches are then as they were; a repo that had to be created stays, empty.
+        `OSError`: if the Hub refuses, or cannot be reached, or what is there is no head; names the repo and says what
+        to do. The repo's files and branches are then as they were; a repo that had to be created stays, empty.
     """
     _check_subfolder(repo_id, subfolder)
     api = HfApi(token=token, library_name="hf-recontrol", library_version=__version__)
@@ -227,7 +257,14 @@ def push_folder(
         # What a pull request has is there already, and is no branch.
         is_branch = not create_pr and not (revision or "").startswith("refs/")
         with _branch(api, repo_id, revision if is_branch else None):
-            old_card = _card_of(repo_id, subfolder, revision, token)
+            old_config, old_card = (
+                _text_of(name, repo_id, subfolder, revision, token) for name in (CONFIG_NAME, CARD_NAME)
+            )
+            if old_config is not None and not _is_of_head(old_config):
+                raise OSError(
+                    f"{repo_id!r} holds a {CONFIG_NAME} that is not a head's, such as that of a model. A head pushed "
+                    f"there would replace it, and {WEIGHTS_NAME} too: name another repo, or a `subfolder`."
+                )
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -259,12 +296,13 @@ def _branch(api: HfApi, repo_id: str, branch: str | None) -> Iterator[None]:
         raise
 
 
-def _card_of(repo_id: str, subfolder: str, revision: str | None, token: str | bool | None) -> str | None:
+def _text_of(name: str, repo_id: str, subfolder: str, revision: str | None, token: str | bool | None) -> str | None:
+    """What a file of a repo says, if it is there."""
     try:
-        # By force: else a card in the cache, or none, would be the answer where the Hub gives no answer.
-        card = hf_hub_download(
-            repo_id, CARD_NAME, subfolder=subfolder or None, revision=revision, token=token, force_download=True
+        # By force: else a file in the cache, or none, would be the answer where the Hub gives no answer.
+        file = hf_hub_download(
+            repo_id, name, subfolder=subfolder or None, revision=revision, token=token, force_download=True
         )
     except EntryNotFoundError:
         return None
-    return Path(card).read_text(encoding="utf-8", errors="replace")
+    return Path(file).read_text(encoding="utf-8", errors="replace")

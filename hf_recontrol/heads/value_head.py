@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..configuration import ValueHeadConfig
 from ..utils.files import atomic_path, make_folder
 from .card import is_untouched, model_card, write_card
-from .hub import CONFIG_NAME, WEIGHTS_NAME, find_file, is_repo_id, portable_name, push_folder
+from .hub import CONFIG_NAME, WEIGHTS_NAME, check_no_model, find_file, is_repo_id, portable_name, push_folder
 from .seen_prompts import NEXT_PROMPTS_NAME, PROMPTS_NAME, SeenPrompts
 
 logger = logging.get_logger(__name__)
@@ -150,10 +150,12 @@ class ValueHead(nn.Module):
         complete or absent, also when the write is interrupted.
 
         Raises:
-            `ValueError`: if the head holds NaN or infinite values. `OSError`: if the folder cannot be written.
+            `ValueError`: if the head holds NaN or infinite values. `OSError`: if the folder cannot be written, or
+            holds a model, such as the head's own base.
         """
         self.check_finite()
         folder = make_folder(save_directory)
+        check_no_model(folder)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         seen = self.seen_prompts
         config = replace(self.config, prompts_digest=None if seen is None else seen.digest())
@@ -256,8 +258,8 @@ class ValueHead(nn.Module):
             [`~huggingface_hub.CommitInfo`]
 
         Raises:
-            `ValueError`: if the head holds NaN or infinite values. `OSError`: if the Hub refuses or cannot be reached;
-            what the repo held is then as it was.
+            `ValueError`: if the head holds NaN or infinite values. `OSError`: if the Hub refuses or cannot be reached,
+            or the repo holds a model there; what the repo held is then as it was.
         """
         with tempfile.TemporaryDirectory() as folder:
             self._pushed().save_pretrained(folder)

@@ -17,7 +17,7 @@ from ..configuration import TrainingRecord, ValueHeadConfig
 from ..data.processes import Processes, Progress
 from ..data.stage_folder import check_settings, lock_folder, read_manifest
 from ..data.states import StateStore
-from ..heads.hub import CONFIG_NAME
+from ..heads.hub import CONFIG_NAME, check_no_model
 from ..heads.seen_prompts import SeenPrompts
 from ..heads.value_head import ValueHead
 from ..settings import INDIFFERENT, AdvantageSettings, HeadSettings, TrainSettings, ValueSettings
@@ -97,6 +97,7 @@ def train_head(
     lock = nullcontext()
     if processes.index == 0:
         check_target(output / CONFIG_NAME)
+        check_no_model(output)
         if (output / CONFIG_NAME).exists() and not (work / _SETTINGS_NAME).exists():
             raise ValueError(f"{output} holds a head that was not trained there: name another folder.")
         make_folder(work)
