@@ -96,7 +96,10 @@ def check_base(name_or_path: str | os.PathLike, **options) -> None:
     """
     path = Path(name_or_path)
     if not path.is_dir() and not is_repo_id(str(name_or_path)):
-        raise OSError(f"The base model {name_or_path} is no folder, and not the name of a Hub repo.")
+        raise OSError(
+            f"The base model {name_or_path} is no folder, and not the name of a Hub repo. If it has moved, name where "
+            "it is now."
+        )
     try:
         config = ValueHeadConfig.from_json_file(path / CONFIG_NAME)
     except (OSError, ValueError):

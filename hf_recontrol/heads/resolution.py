@@ -47,8 +47,8 @@ def resolve_head_and_base(
             As for [`ValueHead.from_pretrained`]: `token`, `cache_dir`, ...
 
     Raises:
-        `OSError`: if files cannot be loaded. `ValueError`: if the head does not say which base it is for, or is from
-        the Hub and names a folder of this machine.
+        `OSError`: if files cannot be loaded, or the base is a folder that is not there. `ValueError`: if the head does
+        not say which base it is for, or is from the Hub and names a folder of this machine.
     """
     if value_head is not None:
         head = value_head
@@ -80,15 +80,18 @@ def base_of_head(head: ValueHead, name_or_path: str | os.PathLike | None = None)
 
     Raises:
         `ValueError`: if it does not say which base it is for, or is from the Hub and names a folder of this machine.
+        `OSError`: if it names a folder that is not there.
     """
     base = head.config.base_model_name_or_path
     named = "The head" if name_or_path is None else f"The head {name_or_path!s}"
     shown = "head" if name_or_path is None else repr(str(name_or_path))
-    remedy = f"name the base yourself, such as `from_pretrained('org/base', value_head={shown})`."
+    remedy = f"name the base yourself, such as `from_pretrained('org/base', value_head={shown})` (`--model`)."
     if base is None:
         raise ValueError(f"{named} does not say which model it is for: {remedy}")
     # What is both, a name on the Hub and a folder here, would be loaded from the folder.
     is_here = name_or_path is None or os.path.exists(name_or_path)
     if not is_here and (not is_repo_id(base) or os.path.exists(base)):
         raise ValueError(f"{named} comes from the Hub and names a base that does not, {base!r}: {remedy}")
+    if not is_repo_id(base) and not os.path.isdir(base):
+        raise OSError(f"{named} was trained for a base in the folder {base}, which is not there: {remedy}")
     return HeadAndBase(head, base, head.config.base_model_revision, "")
