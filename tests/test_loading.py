@@ -7,7 +7,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaForSequenceClassification, QuantoConfig
 
-from hf_recontrol import FitSettings, LoadingSettings, ReControlForCausalLM, ValueHead, fit, generate_rollouts
+from hf_recontrol import (
+    FitSettings,
+    LoadingSettings,
+    ReControlForCausalLM,
+    ValueHead,
+    fit,
+    generate_rollouts,
+)
 from hf_recontrol.cli.app import own_command
 from hf_recontrol.collection.scoring.rewards import load_reward
 from hf_recontrol.heads.base_model import load_base_model
@@ -161,7 +168,7 @@ def test_a_comparison_takes_the_base_at_the_revision_that_its_head_names(monkeyp
     head.config.base_model_name_or_path, head.config.base_model_revision = "org/base", "c0ffee"
     asked = []
 
-    def load(name, settings, value_head=None):
+    def load(name, settings, value_head=None, tokenizer=None):
         asked.append((name, settings.revision))
         return tiny_model("llama"), tiny_tokenizer()
 
@@ -289,3 +296,23 @@ def test_lm_eval_takes_no_token_since_it_would_write_it_down(llama):
 
     with pytest.raises(TypeError, match="set HF_TOKEN"):
         ReControlLM(str(llama), value_head="me/head", token=TOKEN)
+
+
+def test_a_base_that_was_given_is_afterwards_in_the_mode_it_was_in():
+    model = tiny_model("llama", torch.float32).train()
+    frozen = model.model.layers[0].eval()
+    for head in (None, tiny_head(model)):
+        with base_with_head(model, head, tiny_tokenizer(), LoadingSettings()) as (used, _):
+            assert not any(part.training for part in used.modules())
+        assert model.training and not frozen.training and not frozen.mlp.training and model.model.layers[1].training
+
+
+def test_a_head_whose_base_has_moved_says_how_to_name_it(tmp_path):
+    head = tiny_head(tiny_model("llama"))
+    head.config.base_model_name_or_path = str(tmp_path / "gone")
+    head.save_pretrained(tmp_path / "head")
+    said = r"gone, which is not there: name the base yourself, .*value_head='.*head'.*--model"
+    with pytest.raises(OSError, match=said):
+        ReControlForCausalLM.from_pretrained(tmp_path / "head")
+    with pytest.raises(OSError, match=said), base_with_head(None, tmp_path / "head", None, LoadingSettings()):
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from ..evaluation.data_curve import MIN_PROMPTS, data_curve
 from ..evaluation.recommendation import recommend_control
 from ..evaluation.strength import NUM_RESPONSES
 from ..heads.base_model import check_nameable
-from ..heads.value_head import ValueHead
+from ..heads.hub import check_no_model
+from ..heads.value_head import ValueHead, in_eval
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..modeling.generation import check_causal
 from ..modeling.hook_points import HookPoint, lm_head_rows
@@ -41,11 +43,11 @@ from ..training.held_out import split_by_prompt
 from ..training.stage import FIGURES_NAME, train_head
 from ..training.trainer import check_training
 from ..utils.extras import needs_extra
-from ..utils.files import check_target, read_json, write_json
+from ..utils.files import read_json, write_json
 from ..utils.setting_fields import Settings
 from .display import display
 from .loading import check_same_weights, load_base
-from .run_file import save_run
+from .run_file import check_run_folder, save_run
 from .run_report import write_run_report
 
 logger = logging.get_logger(__name__)
@@ -121,9 +123,12 @@ def fit(
     if not (output / "rollouts" / MANIFEST_NAME).exists():
         try_rewards(rewards, rows, settings.on_bad_rows, settings.prefix_every)
     if processes.index == 0:
-        check_target(output / "report.html")
-    with shared_folder(output):
+        check_run_folder(output, settings)
+        check_no_model(output / "head")
+    with ExitStack() as stack:
+        stack.enter_context(shared_folder(output))
         base, tokenizer = _base(model, tokenizer, settings)
+        stack.enter_context(in_eval(base))
         given, settings = settings, _for_base(base, settings)
         if processes.index == 0 and not (output / "rollouts" / MANIFEST_NAME).exists():
             drawn = sampling_config(base, tokenizer, settings).to_diff_dict()
@@ -235,11 +240,10 @@ def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
 
 def _base(model, tokenizer, settings: FitSettings):
     if not isinstance(model, PreTrainedModel):
-        base, own = load_base(model, settings)
-        return base, tokenizer or own
+        return load_base(model, settings, tokenizer=tokenizer)
     if tokenizer is None:
         raise ValueError("A loaded model needs its `tokenizer` too.")
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def _data_curve(output: Path, settings: FitSettings) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..data.processes import device_of
 from ..data.stage_folder import read_manifest
 from ..heads.base_model import check_base, load_base_model, naming
 from ..heads.resolution import base_of_head, revision_named
-from ..heads.value_head import ValueHead
+from ..heads.value_head import ValueHead, in_eval
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..settings import EngineSettings, LoadingSettings, SourceSettings
 
@@ -58,9 +58,10 @@ def load_base(
     settings: LoadingSettings,
     value_head: nn.Module | str | os.PathLike | None = None,
     control: ControlConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    A base model, controlled by a head if one is given or named, and its tokenizer.
+    A base model, controlled by a head if one is given or named, and its tokenizer, unless another one is given.
 
     Raises:
         `OSError`, `ValueError`: as [`load_base_model`]; if there is no such device.
@@ -70,7 +71,8 @@ def load_base(
         if not isinstance(value_head, nn.Module):
             value_head = ValueHead.from_pretrained(value_head, token=settings.token)
         settings = replace(settings, revision=settings.revision or revision_named(value_head, name_or_path))
-    tokenizer = load_tokenizer(name_or_path, settings)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name_or_path, settings)
     arguments: dict[str, Any] = base_source(settings) | {"trust_remote_code": settings.trust_remote_code}
     arguments["dtype"] = settings.dtype
     if settings.device_map is not None:
@@ -112,9 +114,10 @@ def base_with_head(
         if tokenizer is None:
             raise ValueError("A loaded model needs its tokenizer: give it (`tokenizer=`).")
         if head is None:
-            yield base, tokenizer
+            with in_eval(base):
+                yield base, tokenizer
             return
-        with without_heads(base):
+        with in_eval(base), without_heads(base):
             model = ReControlForCausalLM.from_model(base, head)
             try:
                 yield model, tokenizer
@@ -129,8 +132,7 @@ def base_with_head(
         place = (head.source or {}).get("pretrained_model_name_or_path")
         found = base_of_head(head, place)
         base, settings = found.base, replace(settings, revision=settings.revision or found.revision)
-    model, own = load_base(base, settings, head)
-    yield model, own if tokenizer is None else tokenizer
+    yield load_base(base, settings, head, tokenizer=tokenizer)
 
 
 def tokenizer_as_sampled(

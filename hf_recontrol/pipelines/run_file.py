@@ -13,12 +13,17 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..collection.scoring.rewards import ColumnReward
+from ..data.stage_folder import MANIFEST_NAME
 from ..settings import FitSettings, LoadingSettings
-from ..utils.files import atomic_path
+from ..utils.files import atomic_path, check_target
 from ..utils.setting_fields import Settings
 from ..utils.yaml_files import read_yaml, yaml_text
 
 RUN_NAME = "fit.yaml"
+_REPORT_NAME = "report.html"
+# A generation config that was given as an object.
+_DRAWING_NAME = "generation_config.json"
+_HEADING = "# The settings of this run."
 _PACKAGE = __name__.partition(".")[0]
 # What a run works on, beside its settings.
 RUN_INPUTS = {"model": "text", "prompts": "text", "reward": "texts", "output": "text"}
@@ -73,6 +78,29 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
+def check_run_folder(output: Path, settings: FitSettings) -> None:
+    """
+    Check that a run replaces no file in its folder that is somebody else's, such as the file of settings that it was
+    started with.
+
+    Raises:
+        `OSError`: if it would, or its report cannot be written; names the file.
+    """
+    check_target(output / _REPORT_NAME)
+    own, others = output / RUN_NAME, []
+    is_run = own.is_file() and own.read_text(encoding="utf-8", errors="replace").startswith(_HEADING)
+    if own.exists() and not is_run:
+        others = [RUN_NAME]
+    elif not is_run and not (output / "rollouts" / MANIFEST_NAME).exists():
+        names = [_REPORT_NAME] + [_DRAWING_NAME] * hasattr(settings.generation_config, "to_json_file")
+        others = [name for name in names if (output / name).exists()]
+    if others:
+        raise OSError(
+            f"{output / others[0]} was not written by a run, and this one would replace it: give the file another "
+            "name, or name another `output`."
+        )
+
+
 def save_run(
     output: Path,
     model: Any,
@@ -113,7 +141,7 @@ def save_run(
     if any(not isinstance(reward, str) for reward in rewards):
         notes.append("`reward` was given in Python: this file makes a new run, the same Python call resumes this one.")
     if hasattr(settings.generation_config, "to_json_file"):
-        settings.generation_config.to_json_file(output / "generation_config.json")
+        settings.generation_config.to_json_file(output / _DRAWING_NAME)
         settings = replace(settings, generation_config=str(output.absolute()))
     settings = replace(settings, generation_config=_name(settings.generation_config))
     named = {
@@ -123,7 +151,7 @@ def save_run(
         "output": str(output.absolute()),
     }
     notes += [f"`{name}` was given in Python and has no name here: add it." for name in named if named[name] is None]
-    lines = ["# The settings of this run. To repeat it: recontrol fit --config fit.yaml --output another-folder"]
+    lines = [f"{_HEADING} To repeat it: recontrol fit --config fit.yaml --output another-folder"]
     lines += [f"# {note}" for note in notes]
     values = {name: value for name, value in named.items() if value is not None} | settings.to_dict()
     values = json.loads(json.dumps(values, default=_plain))
