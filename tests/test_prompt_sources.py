@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hf_recontrol import CompareSettings
 from hf_recontrol.data.prompts import load_prompts
+from hf_recontrol.pipelines.compare import _prompts
 
 CHAT = [{"role": "system", "content": "be [brief]"}, {"role": "user", "content": 'it\'s "w5"'}]
 ANSWER = {"role": "assistant", "content": "w9"}
@@ -114,3 +116,36 @@ def test_a_damaged_line_of_names_is_named(tmp_path):
 def test_blanks_before_quotation_marks(tmp_path, text, rows):
     (tmp_path / "p.csv").write_text(text)
     assert [(row["prompt"], row["x"]) for row in load_prompts(tmp_path / "p.csv").rows] == rows
+
+
+def test_settings_of_data_sets_are_refused_where_they_say_nothing(tmp_path):
+    rows = {"prompt": ["w5", "w6"]}
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w5"}\n')
+    whole = datasets.Dataset.from_dict(rows)
+    whole.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(test=whole).save_to_disk(tmp_path / "splits")
+    for source in (tmp_path / "p.jsonl", whole, rows, ["w5"], whole.to_pandas(), tmp_path / "saved"):
+        for name, value in (("split", "test"), ("config_name", "en"), ("streaming", True)):
+            with pytest.raises(ValueError, match=rf"`{name}={value!r}` .* has no effect on"):
+                load_prompts(source, **{name: value})
+    for source in (datasets.DatasetDict(test=whole), tmp_path / "splits"):
+        assert len(load_prompts(source, split="test")) == 2
+        with pytest.raises(ValueError, match=r"`config_name='en'` .* has no effect on"):
+            load_prompts(source, split="test", config_name="en")
+    named = datasets.Dataset.from_dict(rows, split="test")
+    assert len(load_prompts(named, split="test")) == 2
+    with pytest.raises(ValueError, match=r"`split='validation'` .* has no effect on"):
+        load_prompts(named, split="validation")
+
+
+def test_of_two_sources_a_setting_may_be_for_one():
+    splits = datasets.DatasetDict(test=datasets.Dataset.from_dict({"prompt": ["w5", "w6"]}))
+    settings = CompareSettings(split="test")
+    for prompts, held in ((splits, ["w7"]), (["w7"], splits), (load_prompts(["w7"]), ["w8"])):
+        found = _prompts(prompts, held, settings, True)
+        assert [len(each) for each in found] == [
+            len(load_prompts(p, settings)) if p is splits else 1 for p in (prompts, held)
+        ]
+    for held in (None, ["w8"]):
+        with pytest.raises(ValueError, match=r"`split='test'` .* has no effect on"):
+            _prompts(["w7"], held, settings, True)

@@ -514,9 +514,12 @@ def test_other_things_that_are_no_prompts(tmp_path):
         load_prompts({"prompt": ["w5", "w6"], "x": [1]})
     with write(tmp_path / "p.jsonl").open() as file, pytest.raises(TypeError, match="an open file: name it instead"):
         load_prompts(file)
-    for name in ("", "How do I boil an egg?", "no/such/name", "a\0b"):
-        with pytest.raises(OSError, match="neither a file of prompts"):
+    for name in ("", "How do I boil an egg?", "no/such/name", "a\0b", "Why is the sky blue? " * 99, "egg"):
+        with pytest.raises(OSError, match=r"neither a file of prompts.*`\[prompt\]`") as caught:
             load_prompts(name)
+        assert len(str(caught.value)) < 1000
+    with pytest.raises(OSError, match="is no file"):
+        load_prompts("Why is the sky blue? " * 99 + ".json")
     with pytest.raises(ValueError, match="no split 'train', it has"):
         load_prompts(datasets.DatasetDict(test=datasets.Dataset.from_dict(COLUMNS)))
 

@@ -41,6 +41,15 @@ def test_prompt_order_and_samples_of_one_prompt_follow_each_other(model, tokeniz
     assert len({tuple(r.completion_ids) for r in rollouts}) > 3, "samples of one prompt differ"
 
 
+def test_prompts_may_come_as_everywhere_else(model, tokenizer, tmp_path, recontrol_warnings):
+    write_rollouts(tmp_path / "one", model, tokenizer, load_prompts(PROMPTS), max_new_tokens=3)
+    given = [*PROMPTS, ""]
+    with pytest.raises(ValueError, match="row 3: the prompt is empty"):
+        write_rollouts(tmp_path / "two", model, tokenizer, given, max_new_tokens=3)
+    write_rollouts(tmp_path / "two", model, tokenizer, given, max_new_tokens=3, on_bad_rows="skip")
+    assert load_rollouts(tmp_path / "two") == load_rollouts(tmp_path / "one")
+
+
 def test_the_same_seed_gives_the_same_rollouts_and_leaves_the_global_generator_alone(model, tokenizer):
     before = torch.get_rng_state()
     first = generate_rollouts(model, tokenizer, PROMPTS, max_new_tokens=6, seed=3)

@@ -242,9 +242,7 @@ def generate_rollouts(
     """
     settings = SamplingSettings.of(settings, changes)
     check_type(model)
-    if not isinstance(prompts, Prompts):
-        prompts = load_prompts(prompts)
-    return draw_rollouts(model, tokenizer, prompts, settings, control, progress)
+    return draw_rollouts(model, tokenizer, load_prompts(prompts), settings, control, progress)
 
 
 def draw_rollouts(
@@ -274,7 +272,7 @@ def write_rollouts(
     folder: str | os.PathLike,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Prompts,
+    prompts: Prompts | Sequence[Prompt | dict[str, Any]],
     settings: RolloutSettings | None = None,
     *,
     control: ControlConfig | bool = False,
@@ -304,6 +302,7 @@ def write_rollouts(
         As [`generate_rollouts`] and [`StageFolder`]; `ValueError` also if an adapter acts in the model.
     """
     settings = RolloutSettings.of(settings, changes)
+    prompts = load_prompts(prompts, on_bad_rows=settings.on_bad_rows)
     check_nameable(model)
     config = sampling_config(model, tokenizer, settings)
     wanted = _checked_control(model, control)

@@ -10,10 +10,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..heads.hub import is_repo_id
 from ..settings import PromptSettings
 from ..utils.extras import needs_extra
 from .text_files import BadRow, LeftOut, LocatedRows, check_names, csv_rows, json_file, json_lines
 
+# What a folder holds that a data set was saved to, one of a single split or of several.
+_SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
+# Settings that say which rows of a data set are read, and how.
+_OF_DATA_SETS = ("split", "config_name", "streaming")
+# Characters of a text that an error repeats.
+_SHOWN = 80
 # Columns of chats, in which a null of Arrow is a key that only other rows have.
 CHAT_COLUMNS = ("messages", "tools", "chat_template_kwargs")
 
@@ -32,8 +39,17 @@ def located_rows(source: Any, settings: PromptSettings, left_out: LeftOut) -> Lo
             Gets the columns that cannot be read.
 
     Raises:
-        `TypeError`: for what holds no rows in an order. `OSError`, `ValueError`: names the file.
+        `TypeError`: for what holds no rows in an order. `OSError`, `ValueError`: names the file; if a setting has no
+        effect on it.
     """
+    if isinstance(source, (str, os.PathLike)):
+        _check_name(source)
+    if unused := without_effect(source, settings):
+        name = source if isinstance(source, (str, os.PathLike)) else f"prompts in a {type(source).__name__}"
+        raise ValueError(
+            f"`{unused[0]}={getattr(settings, unused[0])!r}` says how a data set is loaded by its name, and has no "
+            f"effect on {name}: leave it out, and give the rows that are wanted."
+        )
     if isinstance(source, (str, os.PathLike)):
         return _named_rows(source, settings, left_out)
     if hasattr(source, "column_names") and hasattr(source, "with_format"):
@@ -50,6 +66,42 @@ def located_rows(source: Any, settings: PromptSettings, left_out: LeftOut) -> Lo
     if not _is_sequence(source):
         raise TypeError(f"Prompts must be {_TAKEN}; got {type(source).__name__}{_remedy(source)}.")
     return ((f"row {i}", _row(row, f"row {i}")) for i, row in enumerate(source))
+
+
+def without_effect(source: Any, settings: PromptSettings) -> list[str]:
+    """Those of the settings that are not their defaults, and that say nothing of this source."""
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        used = _OF_DATA_SETS
+        if path.is_file() or (path / _SAVED).is_file():
+            used = ()
+        elif (path / _SAVED_SPLITS).is_file():
+            used = ("split",)
+    else:
+        is_data_set = hasattr(source, "column_names") and hasattr(source, "with_format")
+        # One of a single split may know which it is.
+        has_split = hasattr(source, "keys") or str(getattr(source, "split", None)) == settings.split
+        used = ("split",) if is_data_set and has_split else ()
+    default = PromptSettings()
+    return [name for name in _OF_DATA_SETS if name not in used and getattr(settings, name) != getattr(default, name)]
+
+
+def _suffix_of(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def _check_name(source: str | os.PathLike) -> None:
+    """Raise `OSError` for a text that names neither a file or folder nor anything on the Hub, such as a prompt."""
+    name = os.fspath(source)
+    shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+    # Not of `Path`: those fail where a text is longer than a name can be.
+    if not os.path.isfile(name) and _suffix_of(Path(name)) in _READERS:
+        raise OSError(f"{shown} is no file: name a file of prompts.")
+    if not os.path.exists(name) and not is_repo_id(name):
+        raise OSError(
+            f"{shown!r} is neither a file of prompts ({', '.join(_READERS)}) nor a data set that could be loaded: "
+            "there is no such folder, and the Hub has no such names. A prompt itself stands in a list: `[prompt]`."
+        )
 
 
 def _row(value: Any, location: str) -> Any:
@@ -194,13 +246,11 @@ _READERS = {
 
 def _named_rows(source: str | os.PathLike, settings: PromptSettings, left_out: LeftOut) -> LocatedRows:
     path = Path(source)
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    suffix = _suffix_of(path)
     if path.is_file():
         if suffix not in _READERS or (path.suffix == ".gz" and _READERS[suffix] is not json_lines):
             raise ValueError(f"{path}: expected a file that ends in {', '.join(_READERS)} or .jsonl.gz.")
         return _READERS[suffix](path, settings, left_out)
-    if suffix in _READERS:
-        raise OSError(f"{path} is no file: name a file of prompts.")
     return _dataset_rows(_load_dataset(path, os.fspath(source), settings), os.fspath(source), settings, left_out)
 
 
@@ -208,13 +258,14 @@ def _load_dataset(path: Path, name: str, settings: PromptSettings) -> Any:
     with needs_extra("train", "Loading data sets"):
         import datasets
     try:
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        if (path / _SAVED).is_file() or (path / _SAVED_SPLITS).is_file():
             return datasets.load_from_disk(name)
         return datasets.load_dataset(name, settings.config_name, split=settings.split, streaming=settings.streaming)
     # The library has errors of its own, and lets through those of many others.
     except Exception as error:
         raise OSError(
-            f"{name} is neither a file of prompts ({', '.join(_READERS)}) nor a data set that could be loaded: {error}"
+            f"{name} is neither a file of prompts ({', '.join(_READERS)}) nor a data set that could be loaded (a "
+            f"prompt itself stands in a list, `[prompt]`): {error}"
         ) from error
 
 

@@ -18,6 +18,7 @@ from ..data.fingerprints import prompt_hashes
 from ..data.processes import no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.stage_folder import shared_folder
+from ..data.tables import without_effect
 from ..evaluation.comparison.answers import draw_answers, usable_prompts
 from ..evaluation.comparison.assembly import TABLE_NAME, write_results
 from ..evaluation.comparison.entries import default_controls, entries_of, needs_search, rows_of, without_twins
@@ -32,7 +33,7 @@ from ..evaluation.rivals.plain import BestOfN
 from ..evaluation.rivals.rival import Bench
 from ..evaluation.unseen import TRAINED_ON, heads_of, unlearnt, unseen
 from ..modeling.causal_lm import ReControlForCausalLM
-from ..settings import HELD_OUT_PROMPTS, CompareSettings
+from ..settings import HELD_OUT_PROMPTS, CompareSettings, PromptSettings
 from ..utils.code_fingerprints import UnknownStateError
 from ..utils.extras import needs_extra
 from ..utils.files import check_target
@@ -187,11 +188,11 @@ def compare(
 
 def _prompts(prompts: Any, held_out: Any, settings: CompareSettings, finds_strengths: bool) -> tuple[Prompts, Prompts]:
     """(those that are compared on, those that strengths are found on: none if no strength is to be found)."""
-    test = load_prompts(prompts, settings)
+    test = _read(prompts, held_out, settings)
     if not finds_strengths:
         return test, test.take([])
     if held_out is not None:
-        held = load_prompts(held_out, settings)
+        held = _read(held_out, prompts, settings)
         seen = set(prompt_hashes(test))
         if shared := [n for n, said in zip(held.numbers, prompt_hashes(held), strict=True) if said in seen]:
             raise ValueError(
@@ -217,6 +218,14 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings, finds_stren
             raise ValueError("Every prompt is among those set aside: give more prompts, or name others (`held_out`).")
         test = test.take(kept)
     return test, held
+
+
+def _read(source: Any, other: Any, settings: CompareSettings) -> Prompts:
+    """Prompts from `source`, without the settings that say something of `other` alone, where the rest comes from."""
+    idle_there = () if isinstance(other, Prompts) else without_effect(other, settings)
+    defaults = PromptSettings()
+    elsewhere = {n: getattr(defaults, n) for n in without_effect(source, settings) if n not in idle_there}
+    return load_prompts(source, replace(settings, **elsewhere))
 
 
 def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> RewardFunction:
