@@ -1,5 +1,7 @@
 """What a request may say of control: the same names and the same refusals on every server."""
 
+from dataclasses import replace
+
 import pytest
 
 from hf_recontrol import ControlConfig, ValueHeadConfig
@@ -108,3 +110,15 @@ def test_another_method_needs_its_own_step_size():
     assert settings().read("org/base:polite", {"control": {"method": "ascent", "step_size": 0.1}}).control == (
         ControlConfig(method="ascent", step_size=0.1)
     )
+
+
+def test_what_a_control_would_not_use_is_refused():
+    served = settings()
+    for change in ({"num_steps": 200}, {"l2": 0.1}):
+        with pytest.raises(ValueError, match=f"`{next(iter(change))}` is for `method='ascent'`"):
+            served.read("org/base:polite", {"control": change})
+        assert served.read("org/base:default", {"control": change}).control == replace(ASCENT, **change)
+        again = {"method": "ascent", "step_size": 0.1, **change}
+        assert served.read("org/base:polite", {"control": again}).control == ControlConfig(**again)
+    # All of a control, as a client may keep it.
+    assert served.read("org/base:polite", {"control": ADVANTAGE.to_dict()}).control == ADVANTAGE
