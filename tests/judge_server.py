@@ -40,6 +40,8 @@ class JudgeServer(ThreadingHTTPServer):
             What the next calls get instead of a verdict: a status, one of `FAULTS`, a text.
         always:
             The same for all calls.
+        ends_by (`str`):
+            Why each reply ends.
         hold_after (`int`, *optional*):
             Calls beyond so many are not answered, until `release` is set.
     """
@@ -48,7 +50,7 @@ class JudgeServer(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.faults, self.always, self.hold_after = [], None, None
+        self.faults, self.always, self.hold_after, self.ends_by = [], None, None, "stop"
         self.lock, self.release = threading.Lock(), threading.Event()
         self.calls, self.probes, self.at_once, self.most_at_once = 0, 0, 0, 0
         self.begun, self.answered, self.keys = Counter(), Counter(), set()
@@ -91,7 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
         if text is None:
             text = "OK" if is_probe else f"Well. {judged_by_length(asked)}"
         reply = {
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+            "choices": [
+                {"index": 0, "finish_reason": self.server.ends_by, "message": {"role": "assistant", "content": text}}
+            ],
             "usage": {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107},
         }
         if status != 200:

@@ -19,7 +19,7 @@ from hf_recontrol import Judge, Question, Verdict, compare
 from hf_recontrol.data.rollouts import Rollout, save_rollouts
 from hf_recontrol.data.stage_folder import StageFolder
 from hf_recontrol.evaluation.comparison.scores import score_answers
-from hf_recontrol.evaluation.judges import language
+from hf_recontrol.evaluation.judges import language, scoring
 from hf_recontrol.evaluation.judges.cache import VerdictCache
 from hf_recontrol.evaluation.judges.kinds import judge_of
 from hf_recontrol.evaluation.judges.language import parsed
@@ -305,6 +305,29 @@ def test_a_wrong_endpoint_is_found_before_anything_is_drawn(server, place, alway
     assert KEY not in str(caught.value)
     assert not (place / "out").exists()
     assert (server.probes > 0, server.calls) == (True, 0)
+
+
+@pytest.mark.parametrize(("always", "ends_by", "said"), [(None, "length", "is cut off"), ("", "stop", "is empty")])
+def test_a_judge_whose_replies_have_no_room_is_found_before_anything_is_drawn(server, place, always, ends_by, said):
+    server.always, server.ends_by = always, ends_by
+    with pytest.raises(OSError, match=rf"{said}: .*`max_tokens: 4096` \(it is 256\)"):
+        compare(**settings(judge=given_for(server)), quiet=True)
+    assert not (place / "out").exists()
+
+
+def test_a_judge_that_is_never_understood_is_not_asked_everything(server, tmp_path):
+    pairs = [("w" * (i + 1), "other") for i in range(60)]
+    server.always = "<think>Both answers"
+    given = given_for(server, max_retries=0, concurrency=2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"first \d+ questions hold no verdict.*<think>Both.*`max_tokens`"):
+            judged(judge_of(given), tmp_path / "v", pairs)
+        assert 36 <= server.calls < 50
+        server.always = None if _ else server.always
+    # One that is understood now and then goes on.
+    server.faults = [None] + ["odd"] * 60
+    found, counts = judged(judge_of(given | {"concurrency": 1}), tmp_path / "other", pairs)
+    assert counts["unparsable"] == 31 == found["win_rate"].count(None)
 
 
 def test_what_has_judged_here_before_is_not_probed(server, tmp_path):
@@ -611,7 +634,8 @@ def test_compare_takes_scores_and_wins_from_a_judge_that_scores(server, place):
     assert "| judge |" in (place / "out/table.md").read_text()
 
 
-def test_a_judge_without_any_verdict_says_how_many_and_how_a_reply_begins(server, place):
+def test_a_judge_without_any_verdict_says_how_many_and_how_a_reply_begins(server, place, monkeypatch):
+    monkeypatch.setattr(scoring, "_UNREADABLE", 10**6)
     compare(**settings(judge=given_for(server)), quiet=True)
     server.always = f"I would say: {KEY} a good one. " + "word " * 100
     given = settings(judge=given_for(server, mode="score", api_key_env="OPENAI_API_KEY")) | {"quiet": True}
@@ -651,7 +675,10 @@ class Silent(Longer):
         return [None] * len(questions)
 
 
-def test_pairs_without_any_verdict_are_an_error_though_the_one_compared_against_ties_with_itself(server, place):
+def test_pairs_without_any_verdict_are_an_error_though_the_one_compared_against_ties_with_itself(
+    server, place, monkeypatch
+):
+    monkeypatch.setattr(scoring, "_UNREADABLE", 10**6)
     server.always = "<think>Both answers"
     with pytest.raises(ValueError, match=r"no verdict on any of the \d+ answers .*`max_tokens`"):
         compare(**settings(judge=given_for(server)), quiet=True)

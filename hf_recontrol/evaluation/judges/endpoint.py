@@ -152,7 +152,8 @@ class EndpointJudge(LanguageJudge):
         Ask something small.
 
         Raises:
-            `OSError`: names an endpoint that does not answer as it should. `ValueError`, `ImportError`: as `client`.
+            `OSError`: names an endpoint that does not answer as it should, or whose reply is cut off. `ValueError`,
+            `ImportError`: as `client`.
         """
         client = self.client
         from openai import APIStatusError
@@ -168,6 +169,13 @@ class EndpointJudge(LanguageJudge):
             raise OSError(
                 f"What the judge's endpoint at {client.base_url} answers is no chat completion: is `base_url` "
                 "right? It mostly ends in /v1."
+            )
+        said = getattr(getattr(found.choices[0], "message", None), "content", None)
+        is_cut = getattr(found.choices[0], "finish_reason", None) == "length"
+        if is_cut or not isinstance(said, str) or not said.strip():
+            raise OSError(
+                f"The judge {self.model} was asked for one word, and its reply is {'cut off' if is_cut else 'empty'}: "
+                f"a model that thinks first needs more room, such as `max_tokens: 4096` (it is {self.max_tokens})."
             )
 
     def verdicts(self, questions: Sequence[Question]) -> list[Verdict]:

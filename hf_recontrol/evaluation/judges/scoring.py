@@ -25,6 +25,12 @@ from .language import LanguageJudge
 logger = logging.get_logger(__name__)
 
 _PAIR_VALUES = (0.0, 0.5, 1.0)
+# A language model whose first so many replies cannot be read is asked no more.
+_UNREADABLE = 36
+_REMEDY = (
+    "Name another model, give its replies more room (`max_tokens`: a model that thinks first needs thousands) or "
+    "change `criteria`"
+)
 
 
 class JudgeScoring:
@@ -129,9 +135,17 @@ class JudgeScoring:
             text += f" One reply begins: {replies[0]!r}."
         if not is_language:
             return f"{text} Look at what its `verdicts` returns."
-        return (
-            f"{text} Name another model, give its replies more room (`max_tokens`) or change `criteria`; with more "
-            "`max_retries` the same questions are asked again."
+        return f"{text} {_REMEDY}; with more `max_retries` the same questions are asked again."
+
+    def _check_readable(self) -> None:
+        """Raise if a language model has been asked often, and nothing that it replied could be read."""
+        is_language = isinstance(self.judge, LanguageJudge)
+        if not is_language or len(self._used) < _UNREADABLE or any(v.why != UNPARSABLE for v in self._used.values()):
+            return
+        begun = [f" One begins: {reply!r}." for reply in self.judge.without_verdict]
+        raise ValueError(
+            f"The judge's replies to the first {len(self._used)} questions hold no verdict, so it is asked no more."
+            f"{''.join(begun)} {_REMEDY}."
         )
 
     def _scores(self, rollouts: list[Rollout], references: list[Rollout]) -> Scores:
@@ -185,6 +199,7 @@ class JudgeScoring:
                 for verdicts, calls in pool.map(self._ask, batches):
                     self._used |= verdicts
                     self._counts["new_calls"] += calls
+                    self._check_readable()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
