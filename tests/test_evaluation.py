@@ -10,6 +10,7 @@ import torch
 from hf_recontrol import ControlConfig, ReControlForCausalLM, SamplingSettings, generate_rollouts
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import Rollout
+from hf_recontrol.evaluation import strength
 from hf_recontrol.evaluation.metrics import diversity, kl_divergence
 from hf_recontrol.evaluation.strength import kl_with_interval, match_kl
 
@@ -27,6 +28,8 @@ def test_diversity_is_the_product_over_two_to_four_grams():
     assert diversity([""]) == 0.0
     with pytest.raises(ValueError, match="No texts"):
         diversity([])
+    with pytest.raises(TypeError, match=r"`diversity\(\[text\]\)`"):
+        diversity("a b c d e")
 
 
 def some_rollouts() -> list[Rollout]:
@@ -129,3 +132,15 @@ def test_a_kl_out_of_reach_is_an_error_and_leaves_the_control_as_it_was():
         with pytest.raises(ValueError, match="one step size above 0"):
             match_kl(model, tiny_tokenizer(), PROMPTS, ControlConfig(step_size=bad), 0.1, SAMPLING)
     assert model.control.step_size == 0.5
+
+
+def test_what_has_no_such_control_is_told_before_anything_is_drawn(monkeypatch):
+    monkeypatch.setattr(strength, "draw_rollouts", None)
+    base, start = tiny_model("llama"), ControlConfig("advantage", 1.0)
+    with pytest.raises(TypeError, match="must be a controlled model, got LlamaForCausalLM"):
+        match_kl(base, tiny_tokenizer(), PROMPTS, start, 0.1, SAMPLING)
+    with pytest.raises(TypeError, match="must be a controlled model, got LlamaForCausalLM"):
+        kl_divergence(base, some_rollouts())
+    model = ReControlForCausalLM.from_model(base, make_head(hidden_size=16, hook_point="lm_head"))
+    with pytest.raises(ValueError, match="needs a head with an advantage part"):
+        match_kl(model, tiny_tokenizer(), PROMPTS, start, 0.1, SAMPLING)

@@ -19,6 +19,7 @@ from hf_recontrol import (
     paired_interval,
     recommend_control,
 )
+from hf_recontrol.evaluation import recommendation
 from hf_recontrol.evaluation.recommendation import _chosen
 from hf_recontrol.pipelines.run_report import _compared
 
@@ -237,3 +238,18 @@ def stop_at_the_head(monkeypatch, run):
         patch.setattr(ValueHead, "save_pretrained", die)
         with pytest.raises(KeyboardInterrupt):
             run()
+
+
+def test_what_cannot_be_compared_is_told_before_anything_is_drawn(monkeypatch):
+    monkeypatch.setattr(recommendation, "draw_rollouts", None)
+    model = controlled(1, 1, 1)
+    for rewards, options, said in (
+        (lambda answers: answers, {}, "needs answers, which nothing provides"),
+        ("column:topic", {}, "no column 'topic'"),
+        ([3], {}, "functions or their names"),
+        (count_word, {"target_kl": 0.0}, "`target_kl` must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            recommend_control(model, tiny_tokenizer(), PROMPTS, rewards, SAMPLING, **options)
+    with pytest.raises(TypeError, match="must be a controlled model"):
+        recommend_control(model.unload(), tiny_tokenizer(), PROMPTS, count_word, SAMPLING)

@@ -124,6 +124,15 @@ def _of_states(
             return _likelihood(rollout, base, lm_head(states)[0])
 
 
+def check_controlled(model: object) -> None:
+    """Raise `TypeError` if a model has no head."""
+    if not isinstance(model, ReControlForCausalLM):
+        raise TypeError(
+            f"`model` must be a controlled model, got {type(model).__name__}: `ReControlForCausalLM.from_model(model, "
+            "value_head)` puts a head on it."
+        )
+
+
 def acts_only_at_head(model: PreTrainedModel, control: ControlConfig | None) -> bool:
     """Whether a control of a model's heads differs from the base at the LM head alone: guards act behind it."""
     return model.hook_point.layer is None and (control is None or not control.is_guarded)

@@ -13,7 +13,7 @@ from ..configuration import ValueHeadConfig
 from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..utils.files import without_place
-from .likelihoods import likelihoods_in_force
+from .likelihoods import check_controlled, likelihoods_in_force
 
 # NLTK's `wordpunct_tokenize`: runs of letters and digits, and runs of punctuation.
 _WORDS = re.compile(r"\w+|[^\w\s]+")
@@ -26,8 +26,10 @@ def diversity(texts: Sequence[str]) -> float:
     not comparable to the last digit.
 
     Raises:
-        `ValueError`: if there are no texts.
+        `ValueError`: if there are no texts. `TypeError`: for a single text.
     """
+    if isinstance(texts, str):
+        raise TypeError("`texts` must be a list of texts, got a single one: `diversity([text])`.")
     if not texts:
         raise ValueError("No texts to measure.")
     return sum(map(_diversity, texts)) / len(texts)
@@ -90,8 +92,10 @@ def kl_divergence(model: ReControlForCausalLM, rollouts: Sequence[Rollout], *, b
 
     Raises:
         `ValueError`: if no rollout has a token, settings hold one value for each prompt, or rollouts were sampled
-        under another control than that in force (those of the base alone go with any).
+        under another control than that in force (those of the base alone go with any). `TypeError`: if the model has
+        no head.
     """
+    check_controlled(model)
     used = [rollout for rollout in rollouts if rollout.completion_ids]
     if not used:
         raise ValueError("No rollout has a token to measure.")

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..collection.rollouts import draw_rollouts
 from ..collection.scoring.responses import score_rollouts
-from ..collection.scoring.rewards import RewardFunction
+from ..collection.scoring.rewards import RewardFunction, named_rewards
 from ..configuration import ControlConfig
 from ..data.processes import Progress, no_progress, progress_bar
 from ..data.prompts import Prompts
@@ -21,8 +21,9 @@ from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import SamplingSettings
 from .intervals import finite, paired_interval
+from .likelihoods import check_controlled
 from .metrics import summed_reward
-from .strength import control_at_kl, few_prompts
+from .strength import check_target, control_at_kl, few_prompts
 
 logger = logging.get_logger(__name__)
 
@@ -103,7 +104,7 @@ def recommend_control(
     model: ReControlForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts | Sequence,
-    rewards: RewardFunction | Sequence[RewardFunction],
+    rewards: str | RewardFunction | Sequence[str | RewardFunction],
     sampling: SamplingSettings | None = None,
     *,
     target_kl: float = 0.1,
@@ -126,8 +127,8 @@ def recommend_control(
         prompts ([`Prompts`], or what [`generate_rollouts`] takes):
             Prompts that the head was not trained on. The first 64 are used; of fewer prompts each is answered
             several times.
-        rewards (function or sequence of functions):
-            The rewards that it was trained on, in the order of its objectives.
+        rewards (`str`, function, or sequence of these):
+            The rewards that it was trained on, in the order of its objectives: as for [`load_reward`], or functions.
         sampling ([`SamplingSettings`], *optional*):
             How responses are drawn, `num_samples` aside.
         target_kl (`float`, *optional*, defaults to 0.1):
@@ -138,18 +139,20 @@ def recommend_control(
             Called with (done, total) instead of showing a bar.
 
     Raises:
-        `ValueError`: if no control reaches `target_kl`, or no response gets a reward. `RuntimeError`: if a reward
-        fails.
+        `ValueError`: if a reward cannot be used, no control reaches `target_kl`, or no response gets a reward.
+        `RuntimeError`: if a reward fails. `TypeError`: if the model has no head.
     """
+    check_controlled(model)
+    check_target(target_kl)
     head = model.value_head
-    rewards = [rewards] if callable(rewards) else list(rewards)
     prompts, sampling = few_prompts(model, tokenizer, prompts, sampling or SamplingSettings())
+    functions = named_rewards(rewards, prompts.columns).values()
     draw = partial(draw_rollouts, model, tokenizer, prompts, sampling, progress=no_progress)
 
     def scores(rollouts: list[Rollout]) -> list[Rollout]:
         return score_rollouts(
             rollouts,
-            *rewards,
+            *functions,
             on_bad_rows="skip",
             combine_rewards=combine_rewards,
             source="the responses under control",

@@ -23,7 +23,7 @@ from ..data.rollouts import Rollout
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import SamplingSettings
 from .intervals import ratio_interval
-from .likelihoods import acts_only_at_head, likelihoods_in_force
+from .likelihoods import acts_only_at_head, check_controlled, likelihoods_in_force
 from .metrics import kl_divergence
 
 logger = logging.get_logger(__name__)
@@ -104,11 +104,14 @@ def match_kl(
         [`KLMatch`]: the control, and the KL that it reached with its interval.
 
     Raises:
-        `ValueError`: if `target_kl` is not above 0, there are no prompts, or no step size is found that reaches the
-        KL.
+        `ValueError`: if `target_kl` is not above 0, the head cannot do what `control` asks for, there are no prompts,
+        or no step size is found that reaches the KL. `TypeError`: if the model has no head.
     """
+    check_controlled(model)
     check_target(target_kl)
     _check_start(control)
+    with model.use_control(control):
+        pass
     prompts, sampling = few_prompts(model, tokenizer, prompts, sampling or SamplingSettings())
     if len(prompts) < NUM_RESPONSES:
         logger.warning(

@@ -22,6 +22,7 @@ from ...data.rollouts import Rollout, responses_so_far
 from ...heads.hub import portable_name
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...settings import SamplingSettings, TraceSettings
+from ..likelihoods import check_controlled
 from .reading import check_readable, read_response, traced_heads
 from .record import Trace, TracedResponse
 
@@ -90,11 +91,7 @@ def trace(
         `FloatingPointError`: if states or logits are not finite.
     """
     settings = TraceSettings.of(settings, changes)
-    if not isinstance(model, ReControlForCausalLM):
-        raise TypeError(
-            f"A trace is of a controlled model, got {type(model).__name__}: `ReControlForCausalLM.from_model` puts a "
-            "head on it."
-        )
+    check_controlled(model)
     # A dialogue that was given up to the middle of an answer is to be gone on with.
     prompts = load_prompts([prompt], on_answers="keep")
     rewards = {} if reward is None else named_rewards(reward, prompts.columns)
