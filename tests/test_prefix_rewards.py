@@ -271,7 +271,7 @@ def test_columns_alone_have_nothing_to_say_of_the_response_so_far(folder, tmp_pa
     with pytest.raises(ValueError, match="whatever the response so far is"):
         score_rollouts(given, *columns, prefix_every=2, tokenizer=TOKENIZER)
     with pytest.raises(ValueError, match="whatever the response so far is"):
-        label_rollouts(folder[1], columns, prefix_every=2, tokenizer=TOKENIZER)
+        label_rollouts(folder[1], {each.column: each for each in columns}, prefix_every=2, tokenizer=TOKENIZER)
     prompts = [{"prompt": f"w{i}", "score": i, "other": -i} for i in range(5, 45)]
     with pytest.raises(ValueError, match="whatever the response so far is"):
         fit(folder[0], prompts, rewards, tmp_path / "run", tokenizer=TOKENIZER, prefix_every=2, quiet=True)

@@ -405,3 +405,17 @@ def test_a_row_without_the_column_of_a_reward_is_named():
     with pytest.raises(ValueError, match="prompt 7: the column score holds None"):
         check_rows(rewards, prompts, "error")
     check_rows(rewards, prompts, "skip")
+
+
+def test_a_folder_is_scored_by_rewards_as_all_else_takes_them(folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_reward.py").write_text("def ones(completions, **_):\n    return [1.0] * len(completions)\n")
+    for rewards, names in (
+        (length, ["length"]),
+        ("topic", ["topic"]),
+        (["own_reward:ones", length], ["ones", "length"]),
+    ):
+        label_rollouts(folder, rewards, again=True)
+        assert read_manifest(folder, "rollouts", "recontrol rollout")["rewards"] == names
+    with pytest.raises(ValueError, match="functions or their names"):
+        label_rollouts(folder, 3)

@@ -16,7 +16,7 @@ from hf_recontrol.collection.states import _Reader, collect_states, write_states
 from hf_recontrol.data.fingerprints import control_settings
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import Rollout, load_rollouts, rollout_parts
-from hf_recontrol.data.states import StateStore
+from hf_recontrol.data.states import States, StateStore
 from hf_recontrol.training.value import new_head
 
 from .conftest import at, make_head
@@ -372,7 +372,7 @@ def test_changed_rollouts_are_refused(rollouts, tmp_path):
 
 def test_unscored_and_empty_rollouts_are_errors():
     model = tiny_model("llama", dtype=torch.float32)
-    with pytest.raises(ValueError, match="no reward"):
+    with pytest.raises(ValueError, match="No rollout has a reward"):
         collect_states(model, [Rollout("w5", "", [5], [6], False)], **at(ValueHeadConfig(16)))
     with pytest.raises(ValueError, match="nothing to learn from"):
         collect_states(model, [Rollout("w5", "", [5], [], False, [1.0])], **at(ValueHeadConfig(16)))
@@ -382,3 +382,34 @@ def test_rollouts_of_another_vocabulary_are_an_error():
     rows = [Rollout("w5", "", [5, 400], [6], False, [1.0])]
     with pytest.raises(ValueError, match="vocabulary of 97"):
         collect_states(tiny_model("llama", dtype=torch.float32), rows, **at(ValueHeadConfig(16)))
+
+
+def test_states_of_other_shapes_are_refused_by_name():
+    whole = {"hidden": torch.zeros(5, 4), "lengths": torch.tensor([2, 3]), "rewards": torch.zeros(2, 1)}
+    whole |= {"prompts": torch.arange(2), "directions": torch.zeros(5, 4), "tokens": torch.zeros(5, dtype=torch.int64)}
+    assert States(**whole).finished.tolist() == [True, True]
+    for name, value in (
+        ("rewards", torch.zeros(2)),
+        ("rewards", torch.zeros(3, 1)),
+        ("rewards", [[0.0], [0.0]]),
+        ("hidden", torch.zeros(6, 4)),
+        ("hidden", torch.zeros(5)),
+        ("lengths", torch.tensor(5)),
+        ("lengths", [2, 3]),
+        ("prompts", torch.arange(3)),
+        ("finished", torch.ones(5, dtype=torch.bool)),
+        ("directions", torch.zeros(4, 4)),
+        ("context", torch.zeros(2, 4)),
+        ("tokens", torch.zeros(5, 1)),
+        ("prefix_rewards", torch.zeros(5)),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` must be a tensor of shape"):
+            States(**whole | {name: value})
+
+
+def test_responses_that_the_rewards_gave_no_number_for_are_left_out(recontrol_warnings):
+    model = tiny_model("llama", dtype=torch.float32)
+    rows = [Rollout(f"w{i}", "", [i], [6, 7], False, None if i == 6 else [float(i)]) for i in (5, 6, 7)]
+    read = collect_states(model, rows, **at(ValueHeadConfig(16)))
+    assert read.rewards.tolist() == [[5.0], [7.0]] and read.lengths.tolist() == [2, 2]
+    assert recontrol_warnings == ["1 of 3 rollouts have no reward and are left out."]

@@ -147,17 +147,12 @@ def label(
     Example: `recontrol label run/rollouts --reward hf_recontrol:vader`
     """
     from ..collection.scoring.labels import label_rollouts
-    from ..collection.scoring.rewards import named_rewards
-    from ..data.rollouts import columns_of
-    from ..data.stage_folder import read_manifest
     from ..pipelines.loading import tokenizer_as_sampled
 
-    read_manifest(rollouts, "rollouts", "recontrol rollout", complete=False)
-    columns = columns_of(sorted(rollouts.glob("part-*.parquet")))
     tokenizer = None if settings.prefix_every is None else tokenizer_as_sampled(model, settings, rollouts)
     counts = label_rollouts(
         rollouts,
-        named_rewards(reward, columns),
+        reward,
         again=again,
         on_bad_rows=settings.on_bad_rows,
         combine_rewards=settings.combine_rewards,

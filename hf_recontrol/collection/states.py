@@ -174,21 +174,24 @@ def collect_states(
         model ([`~transformers.PreTrainedModel`]):
             The base model, or a controlled one; with the heads that acted in sampling, under any name.
         rollouts (sequence of [`Rollout`]):
-            Scored rollouts.
+            Scored rollouts. Those without a token are left out, and those that the rewards gave no number for.
         settings ([`HookPointSettings`], *optional*), changes:
             Where to read; single settings as keywords.
 
     The mean row w̄ is taken at the rollout's sampling temperature (at 1 for greedy ones).
 
     Raises:
-        `ValueError`: if a rollout has no reward, there is none with a token, the LM head's weight cannot be read, or
+        `ValueError`: if no rollout has a reward, or none with one has a token, the LM head's weight cannot be read, or
         the model lacks a head that acted in sampling, an adapter acts in it, or they were sampled under several
         controls. `TypeError`: if the model is no [`~transformers.PreTrainedModel`].
     """
     settings = HookPointSettings.of(settings, changes)
-    if any(rollout.reward is None for rollout in rollouts):
-        raise ValueError("A rollout has no reward: score them first (`recontrol label`).")
-    rollouts = [rollout for rollout in rollouts if rollout.completion_ids]
+    scored = [rollout for rollout in rollouts if rollout.reward is not None]
+    if rollouts and not scored:
+        raise ValueError("No rollout has a reward: score them first (`score_rollouts`).")
+    if len(scored) < len(rollouts):
+        logger.warning(f"{len(rollouts) - len(scored)} of {len(rollouts)} rollouts have no reward and are left out.")
+    rollouts = [rollout for rollout in scored if rollout.completion_ids]
     if not rollouts:
         raise ValueError("No rollout has a token: nothing to learn from.")
     reader = _Reader(model, settings, control_of(rollouts))

@@ -34,14 +34,14 @@ from .responses import (
     scored_rollouts,
     what_is_left_out,
 )
-from .rewards import RewardFunction, by_name, check_reward, objective_names
+from .rewards import RewardFunction, check_reward, named_rewards, objective_names
 
 logger = logging.get_logger(__name__)
 
 
 def label_rollouts(
     folder: str | os.PathLike,
-    rewards: dict[str, RewardFunction] | Sequence[RewardFunction],
+    rewards: dict[str, RewardFunction] | str | RewardFunction | Sequence[str | RewardFunction],
     *,
     again: bool = False,
     on_bad_rows: str = "error",
@@ -57,8 +57,8 @@ def label_rollouts(
     Args:
         folder (`str` or `os.PathLike`):
             A finished folder of [`write_rollouts`].
-        rewards (`dict[str, RewardFunction]`, or sequence of functions):
-            The rewards, one objective each, by their names.
+        rewards (`str`, function, sequence of these, or `dict[str, RewardFunction]`):
+            As for [`load_reward`], or functions, one objective each; or functions by the names that they are to have.
         again (`bool`, *optional*, defaults to `False`):
             Replace the rewards of an earlier scoring. The same call resumes one that was stopped.
         on_bad_rows, combine_rewards, prefix_every, tokenizer (*optional*):
@@ -76,17 +76,18 @@ def label_rollouts(
         of which that cannot be known a finished scoring is kept, with a warning, and one that was stopped is refused.
         `OSError`: as [`read_manifest`].
     """
-    if not isinstance(rewards, dict):
-        rewards = by_name(rewards)
     check_choice("combine_rewards", combine_rewards, ScoringSettings.choices("combine_rewards"))
     check_prefixes(prefix_every, tokenizer)
-    check_parts(rewards.values(), prefix_every)
     if not rewards:
         raise ValueError("No reward is given, so there is nothing to score with.")
-    folder, names = Path(folder), objective_names(list(rewards), combine_rewards)
+    folder = Path(folder)
+    known = read_manifest(folder, "rollouts", "recontrol rollout", complete=False)
+    if not isinstance(rewards, dict):
+        rewards = named_rewards(rewards, columns_of(sorted(folder.glob("part-*.parquet"))))
+    check_parts(rewards.values(), prefix_every)
+    names = objective_names(list(rewards), combine_rewards)
     fingerprints, unknown = fingerprints_of(rewards)
     wanted = {"rewards": names, "fingerprints": fingerprints, "prefix_every": prefix_every}
-    known = read_manifest(folder, "rollouts", "recontrol rollout", complete=False)
     stage = StageFolder(folder, "rollouts", known["settings"], known["num_parts"], ".parquet")
     with stage:
         scorings = [scoring_of(path) for path in map(stage.part_path, range(stage.num_parts)) if path.is_file()]
