@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from hf_recontrol.utils.extras import needs_extra
+
 from .fresh import run_fresh
 
 SCRIPT = Path(__file__).with_name("import_all.py")
@@ -39,3 +43,12 @@ def test_an_import_that_touches_the_network_is_noticed():
     )
     code, _, error = run_fresh(script, (), online(), timeout=120)
     assert code != 0 and "touched the network: ['socket.__new__" in error
+
+
+def test_an_import_that_fails_for_another_reason_than_a_missing_package_says_why():
+    missing = r"^X needs `pip install 'hf_recontrol\[demo\]'` \(No module named 'no_such'\)\.$"
+    with pytest.raises(ImportError, match=missing), needs_extra("demo", "X"):
+        import no_such  # noqa: F401
+    broken = r"^X cannot import something that is installed: cannot import name 'no_such_name'"
+    with pytest.raises(ImportError, match=broken), needs_extra("demo", "X"):
+        from json import no_such_name  # noqa: F401

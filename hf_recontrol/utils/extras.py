@@ -18,9 +18,17 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
             What it is for, the beginning of the message: `"Training"`.
 
     Raises:
-        `ImportError`: names the command that installs the extra.
+        `ImportError`: names the command that installs the extra, and says what could not be imported.
     """
     try:
         yield
     except ImportError as error:
-        raise ImportError(f"{what} needs `pip install 'hf_recontrol[{extra}]'`.") from error
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        if isinstance(first, ModuleNotFoundError):
+            raise ImportError(f"{what} needs `pip install 'hf_recontrol[{extra}]'` ({first}).") from error
+        raise ImportError(
+            f"{what} cannot import something that is installed: {first}. Other releases may mend it: `pip install -U "
+            f"'hf_recontrol[{extra}]'`."
+        ) from error
