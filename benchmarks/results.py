@@ -9,7 +9,8 @@ What control is worth at a small scale: the studies of docs/results.md, and that
 Each study is a head (`recontrol fit`) and comparisons (`recontrol compare`) in a folder of its own in `--output`. All
 goes on where it was stopped. What they say goes to `--figures` (by default in `--output`); the page is made from that
 alone. `--pairs` as for `reward_model.py`, which is run first: it holds 200 prompts out of everything. `--harmfulqa`
-holds rows with a `prompt`. `--quick` does everything on a few prompts, to see that it runs.
+holds rows with a `prompt`, of which 200 are taken, spread evenly over the file. `--quick` does everything on a few
+prompts, to see that it runs.
 """
 
 from __future__ import annotations
@@ -155,9 +156,11 @@ class Runner:
     def rewards(self) -> Path:
         return self.output / "reward-model"
 
-    def prompts(self, file: Path, base: str, count: int) -> list[dict[str, str]]:
-        """Rows of a file, in the form that a base is asked in."""
-        texts = [row["prompt"] for row in load_prompts(file, limit=count).rows]
+    def prompts(self, file: Path, base: str, count: int, spread: bool = False) -> list[dict[str, str]]:
+        """The first rows of a file, or as many spread evenly over it, in the form that a base is asked in."""
+        found = load_prompts(file, limit=None if spread else count).rows
+        count = min(count, len(found))
+        texts = [found[i * len(found) // count if spread else i]["prompt"] for i in range(count)]
         return [{"prompt": f"\n\nHuman: {text}\n\nAssistant:" if base == "gemma" else text} for text in texts]
 
     def training(self, study: Study) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -232,8 +235,12 @@ class Runner:
         """
         Controls at the strengths that the first comparison found; under an instruction too, which has a KL of its own.
         """
-        path = self.figures / study.name / "comparison" / "strengths.json"
-        matches = json.loads(path.read_text(encoding="utf-8"))
+        here = self.output / study.name / "comparison" / "figures.json"
+        if here.is_file():
+            matches = json.loads(here.read_text(encoding="utf-8"))["strengths"]
+        else:
+            kept = self.figures / study.name / "comparison" / "strengths.json"
+            matches = json.loads(kept.read_text(encoding="utf-8"))
         found = {name.removesuffix(f" at KL {KLS[-1]:g}"): match["strength"] for name, match in matches.items()}
         return [
             control | ({"strengths": [found[control["kind"]]]} if control["kind"] in found else {})
@@ -261,10 +268,16 @@ class Runner:
         self.compared(study, "lora", self.unseen(study), controls)
 
     def elsewhere(self, study: Study) -> None:
-        """The same controls at the same strengths, on questions of another kind."""
+        """The same controls at the same strengths, on questions of another kind, of all the file's topics."""
         self.head(study)
-        prompts = self.prompts(self.harmfulqa, study.base, 16 if self.quick else 200)
+        prompts = self.prompts(self.harmfulqa, study.base, 16 if self.quick else 200, spread=True)
         self.compared(study, "harmfulqa", prompts, self.as_found(study, study.controls))
+
+    def other_noise(self, study: Study) -> None:
+        """The first comparison's rows once more, drawn with noise that no training response was drawn with."""
+        self.head(study)
+        controls = self.as_found(study, [{"kind": "base"}, *HEADS_OWN])
+        self.compared(study, "other-noise", self.unseen(study), controls, seed=1)
 
     def grid(self, study: Study) -> None:
         """Step sizes by numbers of steps."""
@@ -324,6 +337,7 @@ PARTS = {
     "rivals": (Runner.rivals, SMOLLM2),
     "lora": (Runner.lora, SMOLLM2),
     "harmfulqa": (Runner.elsewhere, SMOLLM2),
+    "other-noise": (Runner.other_noise, SMOLLM2),
     "grid": (Runner.grid, SMOLLM2[:1]),
     "times": (Runner.times, SMOLLM2[:1]),
 }

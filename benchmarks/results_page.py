@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,13 +23,14 @@ TABLE_1 = {
     "advantage": "advantage edit (ours)",
     "advantage + prompting": "advantage edit + prompting (ours)",
 }
-COLUMNS_1 = ("diversity", "coherence", "reward", "win_rate", "seconds")
+COLUMNS_1 = ("diversity", "coherence", "reward", "win_rate", "kl_per_response", "seconds")
 HEADS_OWN = ("static_vector", "advantage", "ascent")
 TITLES = {
     "comparison": "unseen prompts of HH-RLHF",
     "rivals": "what else learns from the same responses, or asks about each token",
     "lora": "an adapter trained by DPO on the same responses",
-    "against-static": "the head's methods against its static vector, at 0.1 nats a token",
+    "against-static": "the head's methods against its static vector, at some 0.1 nats a token",
+    "other-noise": "the same prompts with other noise",
     "harmfulqa": "HarmfulQA, out of distribution",
     "grid": "step size by steps",
 }
@@ -55,6 +57,17 @@ FURTHER = {
         "--only vader`.",
     ),
 }
+# What a table's title leaves open.
+NOTES = {
+    "rivals": "b, g and c learned from rewards of the response so far too; V, which `ascent` and `cd_prefix` follow, "
+    "and the steering vector have one reward of each response. Rivals have their default settings: none was tuned.",
+    "lora": "b, g and c learned from rewards of the response so far too; the adapter has the order of each prompt's "
+    "two responses. It has the default settings of `lora_dpo`: none was tuned.",
+    "other-noise": "Above, answers have the noise of seed 0, as the responses that the head was trained on: the n-th "
+    "prompt's answer has that of the n-th training prompt's first response. Here it is that of seed 1.",
+    "harmfulqa": "200 questions, spread evenly over the ten topics of the file. Strengths are those of the first "
+    "table.",
+}
 REWARDS = {
     "vader": "Reward: VADER sentiment; judge: the preference reward model",
     "preference": "Reward: the preference reward model; judge: 1 less the probability of offensive language",
@@ -64,7 +77,9 @@ INTRODUCTION = """# Results
 Made by `make results PAIRS=... HARMFULQA=...` (`benchmarks/results.py`): small models, short answers, small rewards,
 one seed. Every table is the `table.md` of one comparison; [comparing.md](comparing.md) says what its columns mean, and
 what KL is worth.
-Strengths were found on 64 held-out prompts, never by the reward. Differences are paired over prompts. Times in these
+Strengths were found on 64 held-out prompts, never by the reward, and meet their KL there within 10 %: controls of one
+KL may lie apart, so read the KL beside each reward. Differences are paired over prompts; their intervals are over
+these prompts, not over trainings of the head. The same 200 prompts have measured every version of it. Times in these
 tables are of a machine that did other work too.{times}
 
 The models: smollm2 is SmolLM2-135M-Instruct as `make demo` makes it, from a file of 4-bit weights (Q4_1), in float32:
@@ -72,9 +87,11 @@ not the weights on the Hub, on which nothing here was measured{gemma}.
 Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens to each.
 {scored}
 The preference reward model is a MiniLM of 6 layers, trained on the same pairs by `benchmarks/reward_model.py`: it
-ranks {accuracy:.0%} of {held_out_pairs} unseen pairs right, and its reward correlates with an answer's length by
-{correlation_with_length:.2f}. No judge here reads and understands: win rates are by the judge that is named above each
-table, this reward model, or a classifier of offensive language (the package `alt-profanity-check`).
+ranks {accuracy:.0%} of {held_out_pairs} unseen pairs right, where "the shorter one is better" has
+{accuracy_of_the_shorter:.0%}, and its reward correlates with an answer's length by {correlation_with_length:.2f}: it
+is a learned reward that is no lexicon, not a measure of what people prefer. No judge here reads and understands: win
+rates are by the judge that is named above each table, this reward model, or a classifier of offensive language (the
+package `alt-profanity-check`).
 """
 
 GEMMA = (
@@ -127,15 +144,21 @@ def in_short(kept: Path, names: Sequence[str]) -> list[str]:
         path = kept / name / "comparison" / "figures.csv"
         found = by_row(path) if path.is_file() else {}
         best = [(float(n), each) for (control, n), each in found.items() if control == "best_of_n"]
+        # The pool's own mean: the base's one answer to each prompt may be lucky, all of the pool less so.
+        one_of_pool = min(best, key=lambda pair: pair[0])[1] if best else {}
         for (control, _), each in found.items():
             if control not in HEADS_OWN:
                 continue
             gain, low, high = (float(each["reward"][f"difference{end}"]) for end in ("", "_low", "_high"))
-            as_good = [(n, one) for n, one in best if float(one["reward"]["difference"]) >= gain]
+            as_good = [
+                (n, each_of_n)
+                for n, each_of_n in best
+                if float(each_of_n["reward"]["value"]) - float(one_of_pool["reward"]["value"]) >= gain
+            ]
             n, nats = "more than " + f"{max(n for n, _ in best):.0f}" if best else "", ""
             if as_good:
-                least, one = min(as_good, key=lambda pair: pair[0])
-                n, nats = f"{least:.0f}", f"{float(one['kl_per_response']['value']):.2f}"
+                least, best_of_least = min(as_good, key=lambda pair: pair[0])
+                n, nats = f"{least:.0f}", f"{float(best_of_least['kl_per_response']['value']):.2f}"
             spent, judged = (float(each[metric]["value"]) for metric in ("kl_per_response", "win_rate"))
             if as_good:
                 cheap.append(float(nats) < spent)
@@ -148,13 +171,31 @@ def in_short(kept: Path, names: Sequence[str]) -> list[str]:
         "",
         "What one answer under control gains over one of the base on unseen prompts, at strengths found for some",
         "nats a token; and how many answers of the base must be drawn for the best of them, by the reward itself, to",
-        f"gain as much, at what KL.{cheaper}",
+        f"gain as much over the pool's mean, at what KL (by the means alone, without an interval).{cheaper}",
         "The win rate is the judge's, against the base.",
         "",
         "| study | control | Δ reward | KL an answer | best of n | its KL | win rate |",
         "|---|---|---:|---:|---:|---:|---:|",
         *lines,
         "",
+    ]
+
+
+def at_the_static_vectors_kl(study: Path) -> list[str]:
+    """What the other methods gain over the static vector at its larger KL, between their own two strengths."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for (control, _), each in by_row(study / "comparison" / "figures.csv").items():
+        if control in HEADS_OWN:
+            point = math.sqrt(float(each["kl_per_response"]["value"])), float(each["reward"]["value"])
+            curves.setdefault(control, []).append(point)
+    at, reward = curves.pop("static_vector")[-1]
+    shown = []
+    for control, [(near, low), (far, high)] in curves.items():
+        at_that_kl = low + (high - low) * (at - near) / (far - near)
+        shown.append(f"{control} {at_that_kl - reward:+.2f}")
+    return [
+        f"- At the static vector's {at**2:.2f} nats an answer, on a straight line through each one's two strengths "
+        f"in the first table, over the root of the KL (without an interval): {', '.join(shown)}."
     ]
 
 
@@ -175,10 +216,10 @@ def as_table_1(study: Path) -> list[str]:
     return [
         "",
         "The rows and columns of the paper's Table 1 at this scale. Strengths are those of about 0.1 nats a token",
-        "without an instruction:",
+        "without an instruction; with one the KL is larger:",
         "",
-        "| control | diversity | coherence | reward | win rate | s an answer |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| control | diversity | coherence | reward | win rate | KL an answer | s an answer |",
+        "|---|---:|---:|---:|---:|---:|---:|",
         *lines,
         "",
     ]
@@ -280,7 +321,11 @@ def not_run(kept: Path, parts: Mapping[str, Sequence[str]]) -> list[str]:
         missing = [part for part, file in files.items() if not (kept / name / file).is_file()]
         if missing:
             found.append(f"{name} ({'all' if missing == list(own) else ', '.join(missing)})")
-    return [f"**Not run yet**, of the parts that `benchmarks/results.py` names: {'; '.join(found)}.", ""] * bool(found)
+    found += [f"`{file}`" for file in FURTHER if not (kept / file).is_file()]
+    return [
+        f"**Not run yet**, of what `benchmarks/results.py` and the scripts named below make: {'; '.join(found)}.",
+        "",
+    ] * bool(found)
 
 
 def page(kept: Path, parts: Mapping[str, Sequence[str]], folder: Path) -> str:
@@ -307,8 +352,10 @@ def page(kept: Path, parts: Mapping[str, Sequence[str]], folder: Path) -> str:
             if (made / "table.md").is_file():
                 table = (made / "table.md").read_text(encoding="utf-8").strip()
                 against = "static_vector" if part == "against-static" else "the base"
-                text += [f"## {base}, {reward}: {title}", "", f"{REWARDS[reward]}.", "", table, ""]
-                text += [*in_words(made, against), ""]
+                about = f"{REWARDS[reward]}." + (f" {NOTES[part]}" if part in NOTES else "")
+                text += [f"## {base}, {reward}: {title}", "", about, "", table, ""]
+                text += [*in_words(made, against)]
+                text += [*(at_the_static_vectors_kl(study) if part == "against-static" else ()), ""]
                 if part != "against-static" and (made / "frontier.svg").is_file():
                     plot = os.path.relpath(made / "frontier.svg", folder)
                     text += [f"![Reward against nats an answer]({plot})", ""]

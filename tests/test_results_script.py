@@ -47,10 +47,11 @@ def run(*words, folder):
     assert code == 0, out + err
 
 
-FIRST = ("unseen prompts of HH-RLHF", "the head's methods against its static vector, at 0.1 nats a token")
+FIRST = ("unseen prompts of HH-RLHF", "the head's methods against its static vector, at some 0.1 nats a token")
 OTHERS = (
     "what else learns from the same responses, or asks about each token",
     "an adapter trained by DPO on the same responses",
+    "the same prompts with other noise",
     "HarmfulQA, out of distribution",
     "step size by steps",
     "time and memory",
