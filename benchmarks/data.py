@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from variants import Pool, keep, shape_of
+from variants import Pool, folder_of, keep, shape_of
 
 from hf_recontrol import (
     ValueHeadConfig,
@@ -85,9 +85,9 @@ def main() -> None:
     parser.add_argument("--gae-lambda", type=float, required=True)
     parser.add_argument("--folds", type=int, default=4)
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     trained = ValueHeadConfig.from_json_file(arguments.fit / "head" / "config.json")
     pool = Pool.of(arguments.fit, arguments.folds)
+    output = folder_of(arguments.output, pool)
     every = json.loads((arguments.fit / "rollouts" / "manifest.json").read_text(encoding="utf-8"))["prefix_every"]
     config = replace(shape_of(trained), token_bias_size=len(pool.rows))
     sample, prompts = samples_of(arguments.fit, pool), int(pool.prompt.max()) + 1
@@ -96,7 +96,7 @@ def main() -> None:
         found = []
         for fold in range(arguments.folds):
             of = f"{arguments.gae_lambda:g}, {count} prompts, {samples} samples, fold {fold} of {arguments.folds}"
-            kept = arguments.output / f"λ {of}.json"
+            kept = output / f"λ {of}.json"
             if not kept.is_file():
                 episodes = chosen(pool, sample, fold, count / prompts, samples)
                 scores = scores_of(pool, episodes, fold, config, arguments.gae_lambda, every)

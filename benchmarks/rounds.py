@@ -8,7 +8,7 @@ one of `reward_model.py`: its prompts train the later rounds, its unseen ones ar
 A round's head is used in place of the one before, on the base alone. Beside the rounds stands, for each, the mean of
 the static vectors and token biases of all rounds up to it: fitted to old and new responses, each under the policy that
 drew it; it has more responses than any one round, and `data.py` says what more of them are worth. Each round has noise
-of its own. All are compared with the base at equal KL. It goes on where it was stopped.
+of its own. All are compared with the base at about equal KL. It goes on where it was stopped.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ by the jackknife over prompts. It goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import hf_recontrol
 from hf_recontrol import (
     States,
     StateStore,
@@ -176,6 +178,19 @@ def shape_of(trained: ValueHeadConfig) -> ValueHeadConfig:
     )
 
 
+def folder_of(output: Path, pool: Pool) -> Path:
+    """Where what is measured of these states by this code is kept."""
+    digest = hashlib.sha256()
+    for tensor in (pool.store.rewards, pool.tokens, pool.hidden, pool.directions, pool.so_far):
+        if tensor is not None:
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    for file in sorted(Path(hf_recontrol.__file__).with_name("training").glob("*.py")):
+        digest.update(file.read_bytes())
+    folder = output / digest.hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def keep(path: Path, found: dict[str, Any]) -> None:
     """Write what was measured, whole or not at all."""
     unfinished = path.with_suffix(".unfinished")
@@ -216,9 +231,9 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=4)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     trained = ValueHeadConfig.from_json_file(arguments.fit / "head" / "config.json")
     pool = Pool.of(arguments.fit, arguments.folds)
+    output = folder_of(arguments.output, pool)
     scored_every = json.loads((arguments.fit / "rollouts" / "manifest.json").read_text(encoding="utf-8"))[
         "prefix_every"
     ]
@@ -227,7 +242,7 @@ def main() -> None:
     reference = None
     print(f"{len(pool.rewards)} responses\n\n| way | part | gain | difference |\n|---|---|---:|---:|")
     for way in ways:
-        found = [scores_of(way, pool, fold, config, arguments.output) for fold in range(arguments.folds)]
+        found = [scores_of(way, pool, fold, config, output) for fold in range(arguments.folds)]
         for part in ("static vector", "g"):
             earned = pool.earned([scores[part] for scores in found])
             reference = earned if reference is None else reference
