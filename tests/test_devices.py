@@ -126,6 +126,15 @@ def test_the_closed_form_and_all_figures_on_a_device_without_float64():
     assert figures == pytest.approx(expected[1], rel=1e-4) and error == pytest.approx(expected[2])
 
 
+@pytest.mark.parametrize("device", [None, "mps", "xpu"])
+def test_without_accelerate_a_process_takes_the_accelerator_that_torch_has(monkeypatch, device):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("hf_recontrol.data.processes.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: device is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device and torch.device(device))
+    assert Processes().device == torch.device(device or "cpu")
+
+
 class Several(trainer.TrainingArguments):
     """What a machine with 4 GPUs makes of them."""
 

@@ -43,7 +43,8 @@ class Processes:
         if not distributed and importlib.util.find_spec("accelerate") is None:
             self._state = None
             self.index, self.count = 0, 1
-            self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            has_one = torch.accelerator.is_available()
+            self.device = torch.accelerator.current_accelerator() if has_one else torch.device("cpu")
             return
         with needs_extra("train", "Work with several processes"):
             from accelerate import PartialState
