@@ -161,7 +161,7 @@ class TraceSettings(SeedSettings, TemplateSettings):
     )
     stop_strings: tuple[str, ...] = setting(
         (),
-        "Texts that end a turn, such as `\\n\\nHuman:` for a base model in a dialogue format.",
+        "Texts that end a turn, such as `\\n\\nHuman:` for a pretrained-only model that is prompted with dialogues.",
         escapes=True,
     )
     num_alternatives: int = setting(

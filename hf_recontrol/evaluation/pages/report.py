@@ -22,9 +22,10 @@ _READING = {
         "near 1 (nothing was learned), or rises while the loss falls (overfitting: more prompts or fewer epochs help)."
     ),
     "advantage": (
-        "g predicts how much each token changes V; its error is relative to always guessing no change (dashed). Most "
-        "of the change is chance, so even a good g stays near 1. Good: the error lies below 1 and falls or stays "
-        "flat. Bad: it lies above 1, or rises while the loss falls (overfitting)."
+        "g predicts how much each token changes the critic's value (V's own, if there is no critic), less what the "
+        "state alone explains. Its error is relative to always guessing no change (dashed). Most of the change is "
+        "chance, so even a good g stays near 1. Good: the error lies below 1 and falls or stays flat. Bad: it lies "
+        "above 1, or rises while the loss falls (overfitting)."
     ),
     "position": (
         "How well V foresees the final reward after a share of a held-out response. Good: the error starts near that "
