@@ -12,9 +12,10 @@ minutes on 2 cores.
 import sys
 from importlib.resources import files
 
+import torch
 from transformers import AutoTokenizer, set_seed
 
-from hf_recontrol import ReControlForCausalLM, fit, load_prompts, vader
+from hf_recontrol import ReControlForCausalLM, encode_prompt, fit, load_prompts, vader
 
 if len(sys.argv) < 3:
     sys.exit(__doc__)
@@ -37,8 +38,9 @@ print({name: value for name, value in figures.items() if isinstance(value, float
 
 model = ReControlForCausalLM.from_pretrained(f"{output}/head")
 tokenizer = AutoTokenizer.from_pretrained(base)
-chat = [{"role": "user", "content": "My flight was cancelled and I am stuck at the airport."}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+# As in training: through the chat template, or as a plain text where the base has none.
+prompt = torch.tensor([encode_prompt(tokenizer, "My flight was cancelled and I am stuck at the airport.")])
+sampled = {"max_new_tokens": 48, "do_sample": True, "temperature": 0.9, "top_k": 0}
 set_seed(0)
-answer = model.generate(**inputs, max_new_tokens=48, do_sample=True, temperature=0.9, top_k=0)  # as it was trained
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), **sampled)
+print(tokenizer.decode(answer[0, prompt.shape[1] :], skip_special_tokens=True))

@@ -3,7 +3,7 @@ Answer under control, with the head that `make demo` trained.
 
     python examples/quickstart.py [demo/head]
 
-Everything here works the same with a head and a base from the Hub.
+Everything here works the same with a head and a base from the Hub. The base must have a chat template.
 """
 
 import sys
@@ -30,7 +30,7 @@ for name, control in {
     "the same, guarded": replace(strong, plausibility=0.1),
 }.items():
     set_seed(0)
-    # The strength that a head recommends is measured at the temperature that it was trained at.
+    # The step size that a head recommends is measured at the temperature that it was trained at.
     sampled = {"max_new_tokens": 48, "do_sample": True, "temperature": 0.9, "top_k": 0}
     output = model.generate(**inputs, **sampled, control=control)
     print(f"--- {name}\n{tokenizer.decode(output[0, length:], skip_special_tokens=True)}")
