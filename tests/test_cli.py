@@ -114,6 +114,9 @@ def test_every_stage_from_prompts_to_controlled_text(base, tmp_path):
     ids = tiny_tokenizer()("w10 w11", return_tensors="pt")
     output = model.generate(**ids, control=ControlConfig("advantage", 1000.0), max_new_tokens=8, do_sample=False)
     assert tiny_tokenizer().decode(output[0, 2:], skip_special_tokens=True) == controlled_text
+    *kept, last = base_text.split()
+    cut = run("generate", tmp_path / "head", "w10 w11", "--compare", *strong, "--stop-strings", f"\\x20{last}")[0]
+    assert cut.splitlines()[2].split() == base_text.split()[: [*kept, last].index(last)]
 
 
 def test_label_finds_a_column_where_the_first_part_holds_no_rows(tmp_path, monkeypatch, recontrol_warnings):

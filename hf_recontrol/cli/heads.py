@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..settings import LoadingSettings, SeedSettings, TemplateSettings, TraceSettings
+from ..settings import LoadingSettings, SeedSettings, StopSettings, TemplateSettings, TraceSettings
 from ..utils.setting_fields import settings_class
 from .app import app, print_json
 from .controlled import (
@@ -25,7 +25,7 @@ from .options import with_settings
 
 
 @settings_class("Options")
-class _GenerateCommandSettings(SeedSettings, TemplateSettings, LoadingSettings):
+class _GenerateCommandSettings(SeedSettings, TemplateSettings, StopSettings, LoadingSettings):
     """What `recontrol generate` can be told of how it computes."""
 
 
@@ -66,6 +66,7 @@ def generate(
     controlled, tokenizer = load_controlled(head, model, changes, settings, head_revision)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": settings.seed}
     sampling |= {"prompt_format": settings.prompt_format, "chat_template_kwargs": settings.chat_template_kwargs}
+    sampling["stop_strings"] = settings.stop_strings
     answers = generate_rollouts(controlled, tokenizer, prompts, control=controlled.control, **sampling)
     bases = generate_rollouts(controlled, tokenizer, prompts, **sampling) if compare else [None] * len(answers)
     for answer, base in zip(answers, bases, strict=True):

@@ -26,6 +26,7 @@ from .stages import (
     SeedSettings,
     SourceSettings,
     StatesSettings,
+    StopSettings,
     TemplateSettings,
 )
 from .training import (

@@ -9,7 +9,15 @@ from typing import Any, Literal
 from ..utils.checks import check_choice, check_number
 from ..utils.choices import CONTROL_METHODS
 from ..utils.setting_fields import number_of_text, setting, settings_class
-from .stages import LoadingSettings, PromptSettings, SamplingSettings, ScoringSettings, SeedSettings, TemplateSettings
+from .stages import (
+    LoadingSettings,
+    PromptSettings,
+    SamplingSettings,
+    ScoringSettings,
+    SeedSettings,
+    StopSettings,
+    TemplateSettings,
+)
 
 # What a comparison works on, beside its settings.
 COMPARE_INPUTS = {
@@ -152,17 +160,12 @@ class TuneSettings(AnswerSettings):
 
 
 @settings_class("Trace")
-class TraceSettings(SeedSettings, TemplateSettings):
+class TraceSettings(SeedSettings, TemplateSettings, StopSettings):
     """How the two responses of a trace are drawn, and how much is told of each token."""
 
     max_new_tokens: int = setting(128, "Tokens drawn at most for each response.", low=1)
     temperature: float = setting(
         0.0, "Sampling temperature of both responses, which are drawn with the same noise; 0 is greedy.", low=0
-    )
-    stop_strings: tuple[str, ...] = setting(
-        (),
-        "Texts that end a turn, such as `\\n\\nHuman:` for a pretrained-only model that is prompted with dialogues.",
-        escapes=True,
     )
     num_alternatives: int = setting(
         5, "How many of the likeliest tokens of the base, and of those under control, are told at each place.", low=1

@@ -156,7 +156,18 @@ class SeedSettings(Settings):
 
 
 @settings_class("Sampling")
-class SamplingSettings(SeedSettings, ForwardSettings, TemplateSettings):
+class StopSettings(Settings):
+    """Where a response ends, beside the model's own end tokens."""
+
+    stop_strings: tuple[str, ...] = setting(
+        (),
+        "Texts that end a turn, such as `\\n\\nHuman:` for a pretrained-only model that is prompted with dialogues.",
+        escapes=True,
+    )
+
+
+@settings_class("Sampling")
+class SamplingSettings(SeedSettings, ForwardSettings, TemplateSettings, StopSettings):
     """How responses are drawn."""
 
     num_samples: int = setting(
@@ -192,11 +203,6 @@ class SamplingSettings(SeedSettings, ForwardSettings, TemplateSettings):
         low=0,
         high=1,
         default_text="the generation config's, else the whole distribution",
-    )
-    stop_strings: tuple[str, ...] = setting(
-        (),
-        "Texts that end a turn, such as `\\n\\nHuman:` for a pretrained-only model that is prompted with dialogues.",
-        escapes=True,
     )
     generation_config: Any = setting(
         None,
