@@ -716,6 +716,7 @@ REFUSED = {
     "odd kl": ({"controls": ["base", {"kind": "advantage", "kl": "much"}]}, "'advantage': `kl` must be a list of num"),
     "no strength": ({"controls": [{"kind": "base", "strengths": [1]}]}, "'base' has no strength"),
     "against": ({"against": "nobody"}, "`against` names the control 'nobody', which is not among"),
+    "kind and against": ({"controls": ["statc"]}, "no control of the kind 'statc'"),
     "against several": ({"against": "advantage"}, "`against` names 'advantage', which has 2 strengths"),
     "both": ({"kl": [0.1], "strengths": [1.0]}, "`strengths` and `kl`"),
     "few": ({"kl": [0.1], "controls": ["base", "advantage"]}, "There are 12 prompts, and 64 are to be set aside"),

@@ -255,6 +255,11 @@ def test_a_run_replaces_no_file_of_somebody_else_s(base, tmp_path):
     with pytest.raises(OSError, match="not a head's"):
         run(base, output)
     assert {path.name for path in output.rglob("*")} == {"head", "config.json"}
+    base.save_pretrained(tmp_path / "base")
+    before = sorted(tmp_path.joinpath("base").rglob("*"))
+    with pytest.raises(ValueError, match="the base's own folder"):
+        fit(tmp_path / "base", ["w5", "w6"], variety, tmp_path / "base", tokenizer=tiny_tokenizer())
+    assert sorted(tmp_path.joinpath("base").rglob("*")) == before
 
 
 def test_a_base_without_a_tokenizer_takes_the_one_that_is_given(base, tmp_path):

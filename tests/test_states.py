@@ -399,12 +399,16 @@ def test_states_of_other_shapes_are_refused_by_name():
         ("prompts", torch.arange(3)),
         ("finished", torch.ones(5, dtype=torch.bool)),
         ("directions", torch.zeros(4, 4)),
+        ("directions", torch.zeros(5, 3)),
         ("context", torch.zeros(2, 4)),
         ("tokens", torch.zeros(5, 1)),
         ("prefix_rewards", torch.zeros(5)),
     ):
         with pytest.raises(ValueError, match=f"`{name}` must be a tensor of shape"):
             States(**whole | {name: value})
+    for name in ("lengths", "prompts", "tokens"):
+        with pytest.raises(ValueError, match=f"`{name}` must hold integers"):
+            States(**whole | {name: whole[name].float()})
 
 
 def test_responses_that_the_rewards_gave_no_number_for_are_left_out(recontrol_warnings):

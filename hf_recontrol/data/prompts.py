@@ -376,7 +376,8 @@ def load_prompts(source: Any, settings: PromptSettings | None = None, **changes)
             hint = " `--prompt-column chosen --on-answers cut` takes the prompts of such pairs."
         elif {"role", "content"} <= found:
             hint = " If these are the messages of one chat, give a list of chats: `[chat]`."
-        raise ValueError(f"{name} has no column {column!r}, it has {sorted(found)}: name the column.{hint}")
+        how = "name the column (`prompt_column`, `--prompt-column`)."
+        raise ValueError(f"{name} has no column {column!r}, it has {sorted(found)}: {how}{hint}")
     report_bad_rows(bad, settings.on_bad_rows if rows else "error", can_skip=bool(rows))
     for left, reason in left_out.items():
         logger.warning(f"The column {left!r} is left out: {reason}.")

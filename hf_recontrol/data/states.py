@@ -73,7 +73,7 @@ class States:
             Root mean square error of int8 states, relative to each feature's spread.
 
     Raises:
-        `ValueError`: if a tensor has another shape; names it.
+        `ValueError`: if a tensor has another shape, or no integers where they belong; names it.
     """
 
     hidden: torch.Tensor
@@ -101,11 +101,12 @@ class States:
     int8_error: torch.Tensor | None = None
 
     def __post_init__(self):
-        check_shapes({"lengths": self.lengths}, _SHAPES, {})
+        check_shapes({"hidden": self.hidden, "lengths": self.lengths}, _SHAPES, {})
         if self.finished is None:
             self.finished = torch.ones(len(self.lengths), dtype=torch.bool)
         given = {name: value for name in _SHAPES if (value := getattr(self, name)) is not None}
-        check_shapes(given, _SHAPES, {"episodes": len(self.lengths), _STATES: int(self.lengths.sum())})
+        sizes = {"episodes": len(self.lengths), _STATES: int(self.lengths.sum()), "hidden_size": self.hidden.shape[1]}
+        check_shapes(given, _SHAPES, sizes, integers=("lengths", "prompts", "tokens"))
 
     def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows of `"hidden"`, `"directions"` or `"context"` in float32, or of `"tokens"`; only these are read."""
@@ -167,10 +168,8 @@ class StateStore:
         Raises:
             `OSError`, `ValueError`: if it holds no finished states, or a file is missing or cut off; names it.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder, "states", "recontrol states")
-        parts = []
-        for name in sorted(manifest["parts"]):
+        folder, parts = Path(folder), []
+        for name in sorted(read_manifest(folder, "states", "recontrol states")["parts"]):
             if not (folder / name).is_file():
                 raise OSError(f"{folder} lacks {name}, which its {MANIFEST_NAME} names: run `recontrol states` again.")
             parts.append(States.open(folder / name))

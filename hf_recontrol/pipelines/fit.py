@@ -122,6 +122,8 @@ def fit(
     _check(rows, settings, processes)
     if not (output / "rollouts" / MANIFEST_NAME).exists():
         try_rewards(rewards, rows, settings.on_bad_rows, settings.prefix_every)
+    if isinstance(model, (str, os.PathLike)) and output.exists() and os.path.exists(model) and output.samefile(model):
+        raise ValueError(f"`output` is the base's own folder, {output}: name another one.")
     if processes.index == 0:
         check_run_folder(output, settings)
         check_no_model(output / "head")

@@ -62,9 +62,14 @@ def check_widths(name: str, value: Any) -> list[int]:
     return list(value)
 
 
-def check_shapes(values: Mapping[str, Any], shapes: Mapping[str, Sequence[str]], sizes: Mapping[str, int]) -> None:
+def check_shapes(
+    values: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, int],
+    integers: Sequence[str] = (),
+) -> None:
     """
-    Raise unless each value is a tensor of its shape.
+    Raise unless each value is a tensor of its shape, and one of integers where it must be.
 
     Args:
         values (`dict[str, Any]`):
@@ -73,6 +78,8 @@ def check_shapes(values: Mapping[str, Any], shapes: Mapping[str, Sequence[str]],
             What the dimensions of each are called.
         sizes (`dict[str, int]`):
             How large those dimensions are of which it is known.
+        integers (sequence of `str`, *optional*):
+            Names of those that hold integers.
     """
     for name, value in values.items():
         found, named = getattr(value, "shape", None), shapes[name]
@@ -81,6 +88,10 @@ def check_shapes(values: Mapping[str, Any], shapes: Mapping[str, Sequence[str]],
         wanted = ", ".join(f"{sizes[each]} {each}" if each in sizes else each for each in named)
         got = type(value).__name__ if found is None else f"one of shape {tuple(found)}"
         raise ValueError(f"`{name}` must be a tensor of shape ({wanted}), got {got}.")
+    for name in integers:
+        dtype = getattr(values.get(name), "dtype", None)
+        if dtype is not None and (dtype.is_floating_point or dtype.is_complex):
+            raise ValueError(f"`{name}` must hold integers, got {dtype}.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

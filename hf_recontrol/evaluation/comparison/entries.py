@@ -124,6 +124,9 @@ def entries_of(controls: Sequence[Any], settings: CompareSettings) -> list[Entry
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"Two controls have the name {twice[0]!r}: give each a `name` of its own.")
     if settings.against not in names:
+        # What is misspelt is the better reason.
+        for entry in entries:
+            rival_class(entry.kind)
         raise ValueError(
             f"`against` names the control {settings.against!r}, which is not among {', '.join(map(repr, names))}."
         )
