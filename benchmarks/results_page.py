@@ -95,8 +95,8 @@ package `alt-profanity-check`).
 """
 
 GEMMA = (
-    "; gemma is Gemma-3-270M, a pretrained-only model, from 4-bit weights too (Q4_K_M), in float32, asked in HH-RLHF's "
-    "form of a dialogue; its heads are of 512 prompts, those of smollm2 of 1,024"
+    "; gemma is Gemma-3-270M, a pretrained-only model, from 4-bit weights too (Q4_K_M), in float32, asked in "
+    "HH-RLHF's form of a dialogue; its heads are of 512 prompts, those of smollm2 of 1,024"
 )
 
 
