@@ -435,7 +435,7 @@ def change(states: States, **changes) -> States:
         (lambda s: change(s, rewards=torch.ones_like(s.rewards)), {}, "All rewards are equal"),
         (lambda s: change(s, rewards=s.rewards * math.nan), {}, "rewards hold NaN"),
         (lambda s: change(s, hidden=s.hidden * math.inf), {}, "states hold NaN"),
-        (lambda s: change(s, hidden=s.hidden[:, :3]), {}, "3 wide"),
+        (lambda s: change(s, hidden=s.hidden[:, :3], directions=s.directions[:, :3]), {}, "3 wide"),
         (lambda s: change(s, rewards=s.rewards.expand(-1, 2)), {}, "2 rewards"),
         (lambda s: change(s, prompts=torch.zeros_like(s.prompts)), {}, "cannot be split"),
         (lambda s: change(s, hook_point="decoder_layer"), {}, "were read at"),

@@ -20,7 +20,7 @@ _SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
 # Settings that say which rows of a data set are read, and how.
 _OF_DATA_SETS = ("split", "config_name", "streaming")
 # Characters of a text that an error repeats.
-_SHOWN = 80
+_SHOWN = 200
 # Columns of chats, in which a null of Arrow is a key that only other rows have.
 CHAT_COLUMNS = ("messages", "tools", "chat_template_kwargs")
 
@@ -96,7 +96,7 @@ def _check_name(source: str | os.PathLike) -> None:
     shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
     # Not of `Path`: those fail where a text is longer than a name can be.
     if not os.path.isfile(name) and _suffix_of(Path(name)) in _READERS:
-        raise OSError(f"{shown} is no file: name a file of prompts.")
+        raise OSError(f"{name} is no file: name a file of prompts.")
     if not os.path.exists(name) and not is_repo_id(name):
         raise OSError(
             f"{shown!r} is neither a file of prompts ({', '.join(_READERS)}) nor a data set that could be loaded: "
