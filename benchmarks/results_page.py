@@ -143,24 +143,18 @@ def in_short(kept: Path, names: Sequence[str]) -> list[str]:
     for name in names:
         path = kept / name / "comparison" / "figures.csv"
         found = by_row(path) if path.is_file() else {}
-        best = [(float(n), each) for (control, n), each in found.items() if control == "best_of_n"]
-        # The pool's own mean: the base's one answer to each prompt may be lucky, all of the pool less so.
-        one_of_pool = min(best, key=lambda pair: pair[0])[1] if best else {}
+        pool = {float(n): each for (control, n), each in found.items() if control == "best_of_n"}
+        # Over the pool's own mean: the base's one answer to each prompt may be lucky, all of the pool less so.
+        gains = {n: float(each["reward"]["value"]) - float(pool[1]["reward"]["value"]) for n, each in pool.items()}
         for (control, _), each in found.items():
             if control not in HEADS_OWN:
                 continue
             gain, low, high = (float(each["reward"][f"difference{end}"]) for end in ("", "_low", "_high"))
-            as_good = [
-                (n, each_of_n)
-                for n, each_of_n in best
-                if float(each_of_n["reward"]["value"]) - float(one_of_pool["reward"]["value"]) >= gain
-            ]
-            n, nats = "more than " + f"{max(n for n, _ in best):.0f}" if best else "", ""
-            if as_good:
-                least, best_of_least = min(as_good, key=lambda pair: pair[0])
-                n, nats = f"{least:.0f}", f"{float(best_of_least['kl_per_response']['value']):.2f}"
+            n, nats = f"more than {max(pool):.0f}" if pool else "", ""
             spent, judged = (float(each[metric]["value"]) for metric in ("kl_per_response", "win_rate"))
-            if as_good:
+            if as_good := [n for n in pool if gains[n] >= gain]:
+                least = min(as_good)
+                n, nats = f"{least:.0f}", f"{float(pool[least]['kl_per_response']['value']):.2f}"
                 cheap.append(float(nats) < spent)
             shown = f"{gain:+.2f} [{low:+.2f}, {high:+.2f}] | {spent:.2f} | {n} | {nats} | {judged:.2f}"
             lines.append(f"| {name} | {control} | {shown} |")

@@ -7,14 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaForSequenceClassification, QuantoConfig
 
-from hf_recontrol import (
-    FitSettings,
-    LoadingSettings,
-    ReControlForCausalLM,
-    ValueHead,
-    fit,
-    generate_rollouts,
-)
+from hf_recontrol import FitSettings, LoadingSettings, ReControlForCausalLM, ValueHead, fit, generate_rollouts
 from hf_recontrol.cli.app import own_command
 from hf_recontrol.collection.scoring.rewards import load_reward
 from hf_recontrol.heads.base_model import load_base_model
