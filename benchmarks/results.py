@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from hf_recontrol import (
 
 # Nats a token. What follows the comparison is at the last.
 KLS = (0.05, 0.1)
-FIT = {"num_samples": 2, "part_size": 128, "keep_states": True}
+FIT = {"part_size": 128, "keep_states": True}
 # As `example_heads.py` has it: VADER costs nothing, so each token's part in it is known.
 SCORING = {"vader": {"prefix_every": 1, "gae_lambda": 0.5}, "preference": {"prefix_every": 4}}
 INSTRUCTION = CompareSettings().instruction
@@ -73,20 +73,34 @@ class Study:
         controls (`list[dict]`):
             What is compared on the unseen prompts.
         num_prompts (`int`):
-            Prompts that the head is trained on, with two responses each.
+            Prompts that the head is trained on.
+        num_samples (`int`):
+            Responses to each.
+        kls (`tuple[float, ...]`):
+            Nats a token that the head's methods are compared at.
         options (`dict`):
             Further settings of the sampling.
+        addition (`str`):
+            What tells its name from that of a study of the same base and reward.
     """
 
     base: str
     reward: str
     controls: list[dict[str, Any]]
     num_prompts: int = 1024
+    num_samples: int = 2
+    kls: tuple[float, ...] = KLS
     options: dict[str, Any] = field(default_factory=dict)
+    addition: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.base}-{self.reward}"
+        return f"{self.base}-{self.reward}{self.addition}"
+
+    @property
+    def training(self) -> dict[str, int]:
+        """How the responses are sampled that the head is trained on."""
+        return {"num_prompts": self.num_prompts, "num_samples": self.num_samples}
 
 
 HEADS_OWN: list[dict[str, Any]] = [{"kind": "static_vector"}, {"kind": "advantage"}, {"kind": "ascent"}]
@@ -108,6 +122,16 @@ DIALOGUE = {"stop_strings": ("\n\nHuman:",)}
 STUDIES = [
     Study("smollm2", "vader", MORE_OF_N),
     Study("smollm2", "preference", MORE_OF_N),
+    # All prompts that there are; at 0.075 an answer has some twice the KL of the best of 16.
+    Study(
+        "smollm2",
+        "preference",
+        MORE_OF_N,
+        num_prompts=1913,
+        num_samples=4,
+        kls=(0.05, 0.075, 0.1),
+        addition="-more",
+    ),
     Study("gemma", "vader", FEW, num_prompts=512, options=DIALOGUE),
     Study("gemma", "preference", FEW, num_prompts=512, options=DIALOGUE),
 ]
@@ -119,12 +143,12 @@ GRID = [
         for steps in (10, 30, 100, 200)
     ),
 ]
-# Fig. 6 of the paper: time by batch size.
+# Fig. 6 of the paper: time by batch size. As far in 200 steps as in 30: answers of one length.
 TIMED = [
     {"kind": "base"},
     {"kind": "advantage", "strengths": 1.0},
     {"kind": "ascent", "strengths": 0.3},
-    {"kind": "ascent", "name": "ascent, 200 steps", "num_steps": 200, "strengths": 0.3},
+    {"kind": "ascent", "name": "ascent, 200 steps", "num_steps": 200, "strengths": 0.045},
     {"kind": "cd_prefix", "strengths": 1.0},
 ]
 
@@ -176,11 +200,13 @@ class Runner:
         return gemma(self.output / "gemma-3-270m") if study.base == "gemma" else self.base or embedded_model()
 
     def head(self, study: Study) -> None:
-        """Train it, if it is not there. Studies of one base share their responses: each scores a copy of its own."""
+        """Train it, if it is not there. Studies that sample alike share responses: each scores its own copy."""
         reward: Any = vader if study.reward == "vader" else str(self.rewards)
-        own, options = self.output / study.name / "fit" / "rollouts", FIT | SCORING[study.reward]
-        for report in self.output.glob(f"{study.base}-*/fit/report.html"):
-            if not own.exists():
+        own = self.output / study.name / "fit" / "rollouts"
+        options = FIT | {"num_samples": study.num_samples} | SCORING[study.reward]
+        alike = [each for each in STUDIES if (each.base, each.training) == (study.base, study.training)]
+        for report in [self.output / each.name / "fit" / "report.html" for each in alike]:
+            if report.is_file() and not own.exists():
                 copied = own.with_name(".rollouts")
                 shutil.rmtree(copied, ignore_errors=True)
                 shutil.copytree(report.with_name("rollouts"), copied)
@@ -195,7 +221,8 @@ class Runner:
         if "data_curve" in figures:
             path = self.figures / study.name / "data-curve.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(figures["data_curve"] | FIT | SCORING[study.reward]) + "\n", encoding="utf-8")
+            asked = study.training | FIT | SCORING[study.reward]
+            path.write_text(json.dumps(figures["data_curve"] | asked) + "\n", encoding="utf-8")
 
     def settings(self, study: Study) -> dict[str, Any]:
         """Those of sampling and loading."""
@@ -231,7 +258,9 @@ class Runner:
         if found := json.loads((folder / "figures.json").read_text(encoding="utf-8"))["strengths"]:
             (kept / "strengths.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
-    def as_found(self, study: Study, controls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def as_found(
+        self, study: Study, controls: list[dict[str, Any]], kls: Sequence[float] = KLS[-1:]
+    ) -> list[dict[str, Any]]:
         """
         Controls at the strengths that the first comparison found; under an instruction too, which has a KL of its own.
         """
@@ -241,19 +270,29 @@ class Runner:
         else:
             kept = self.figures / study.name / "comparison" / "strengths.json"
             matches = json.loads(kept.read_text(encoding="utf-8"))
-        found = {name.removesuffix(f" at KL {KLS[-1]:g}"): match["strength"] for name, match in matches.items()}
+        found: dict[str, list[float]] = {}
+        for name, match in matches.items():
+            kind, _, kl = name.partition(" at KL ")
+            if float(kl) in kls:
+                found.setdefault(kind, []).append(match["strength"])
         return [
-            control | ({"strengths": [found[control["kind"]]]} if control["kind"] in found else {})
+            control | ({"strengths": found[control["kind"]]} if control["kind"] in found else {})
             for control in controls
         ]
 
     def comparison(self, study: Study) -> None:
         """What a head is worth on unseen prompts; its methods also against its static vector."""
         self.head(study)
-        self.compared(study, "comparison", self.unseen(study), study.controls, kl=KLS)
+        self.compared(study, "comparison", self.unseen(study), study.controls, kl=study.kls)
         self.compared(
             study, "against-static", self.unseen(study), self.as_found(study, HEADS_OWN), against="static_vector"
         )
+
+    def against_best(self, study: Study) -> None:
+        """What one answer under control is worth against the best of 16 of the base."""
+        self.head(study)
+        controls = [MORE_OF_N[2], *self.as_found(study, HEADS_OWN, study.kls)]
+        self.compared(study, "against-best", self.unseen(study), controls, against="best_of_n")
 
     def rivals(self, study: Study) -> None:
         """What else learns from the same responses, or asks about each token."""
@@ -334,6 +373,7 @@ SMOLLM2 = ("smollm2-vader", "smollm2-preference")
 # The last two ask how long something takes: the reward makes no difference to them.
 PARTS = {
     "comparison": (Runner.comparison, tuple(study.name for study in STUDIES)),
+    "against-best": (Runner.against_best, ("smollm2-preference-more",)),
     "rivals": (Runner.rivals, SMOLLM2),
     "lora": (Runner.lora, SMOLLM2),
     "harmfulqa": (Runner.elsewhere, SMOLLM2),

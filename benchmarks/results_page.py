@@ -30,10 +30,15 @@ TITLES = {
     "rivals": "what else learns from the same responses, or asks about each token",
     "lora": "an adapter trained by DPO on the same responses",
     "against-static": "the head's methods against its static vector, at some 0.1 nats a token",
+    "against-best": "the head's methods against the best of 16 answers",
     "other-noise": "the same prompts with other noise",
     "harmfulqa": "HarmfulQA, out of distribution",
     "grid": "step size by steps",
 }
+# What `Study.addition` stands for.
+ADDITIONS = {"more": "four responses to each of 1,913 prompts"}
+# What a part's differences are to, where not to the base.
+AGAINST = {"against-static": "static_vector", "against-best": "best_of_n"}
 # What other scripts printed of a study's head, by their files among the figures: title, and what it is.
 FURTHER = {
     "bounds-vader.md": (
@@ -84,7 +89,8 @@ tables are of a machine that did other work too.{times}
 
 The models: smollm2 is SmolLM2-135M-Instruct as `make demo` makes it, from a file of 4-bit weights (Q4_1), in float32:
 not the weights on the Hub, on which nothing here was measured{gemma}.
-Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens to each.
+Heads are those of `recontrol fit` on first turns of HH-RLHF's harmlessness pairs, two responses of 48 tokens to each
+unless a title says otherwise.
 {scored}
 The preference reward model is a MiniLM of 6 layers, trained on the same pairs by `benchmarks/reward_model.py`: it
 ranks {accuracy:.0%} of {held_out_pairs} unseen pairs right, where "the shorter one is better" has
@@ -176,7 +182,7 @@ def in_short(kept: Path, names: Sequence[str]) -> list[str]:
 
 
 def at_the_static_vectors_kl(study: Path) -> list[str]:
-    """What the other methods gain over the static vector at its larger KL, between their own two strengths."""
+    """What the other methods gain over the static vector at its larger KL, between their own last two strengths."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for (control, _), each in by_row(study / "comparison" / "figures.csv").items():
         if control in HEADS_OWN:
@@ -184,12 +190,12 @@ def at_the_static_vectors_kl(study: Path) -> list[str]:
             curves.setdefault(control, []).append(point)
     at, reward = curves.pop("static_vector")[-1]
     shown = []
-    for control, [(near, low), (far, high)] in curves.items():
+    for control, (*_, (near, low), (far, high)) in curves.items():
         at_that_kl = low + (high - low) * (at - near) / (far - near)
         shown.append(f"{control} {at_that_kl - reward:+.2f}")
     return [
-        f"- At the static vector's {at**2:.2f} nats an answer, on a straight line through each one's two strengths "
-        f"in the first table, over the root of the KL (without an interval): {', '.join(shown)}."
+        f"- At the static vector's {at**2:.2f} nats an answer, on a straight line through each one's last two "
+        f"strengths in the first table, over the root of the KL (without an interval): {', '.join(shown)}."
     ]
 
 
@@ -339,25 +345,26 @@ def page(kept: Path, parts: Mapping[str, Sequence[str]], folder: Path) -> str:
     ]
     text += [*not_run(kept, parts), *in_short(kept, names)]
     for name in names:
-        base, reward = name.split("-")
+        base, reward, *additions = name.split("-")
+        title_of = ", ".join((base, reward, *(ADDITIONS[each] for each in additions)))
         study = kept / name
         for part, title in TITLES.items():
             made = study / part
             if (made / "table.md").is_file():
                 table = (made / "table.md").read_text(encoding="utf-8").strip()
-                against = "static_vector" if part == "against-static" else "the base"
+                against = AGAINST.get(part, "the base")
                 about = f"{REWARDS[reward]}." + (f" {NOTES[part]}" if part in NOTES else "")
-                text += [f"## {base}, {reward}: {title}", "", about, "", table, ""]
+                text += [f"## {title_of}: {title}", "", about, "", table, ""]
                 text += [*in_words(made, against)]
                 text += [*(at_the_static_vectors_kl(study) if part == "against-static" else ()), ""]
-                if part != "against-static" and (made / "frontier.svg").is_file():
+                if part not in AGAINST and (made / "frontier.svg").is_file():
                     plot = os.path.relpath(made / "frontier.svg", folder)
                     text += [f"![Reward against nats an answer]({plot})", ""]
         text += as_table_1(study)
         if curve := by_responses(study):
-            text += [f"## {base}, {reward}: the data", *curve, ""]
+            text += [f"## {title_of}: the data", *curve, ""]
         if timed := [*by_batch(study), *costs(study)]:
-            text += [f"## {base}, {reward}: time and memory", *timed, ""]
+            text += [f"## {title_of}: time and memory", *timed, ""]
     for file, (title, about) in FURTHER.items():
         if (kept / file).is_file():
             text += [f"## {title}", "", about, "", (kept / file).read_text(encoding="utf-8").strip(), ""]
