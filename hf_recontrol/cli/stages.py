@@ -190,7 +190,7 @@ def states(
 
     Example: `recontrol states run/rollouts -m org/base -o run/states`
     """
-    from ..collection.state_sizes import int8_error
+    from ..collection.state_sizes import int8_errors
     from ..collection.states import write_states
     from ..data.rollouts import rollout_parts
     from ..data.stage_folder import MANIFEST_NAME
@@ -201,8 +201,8 @@ def states(
     check_target(output / MANIFEST_NAME)
     counts = write_states(output, load_as_sampled(model, settings, rollouts, head), rollouts, settings)
     if is_main_process():
-        error = int8_error(counts)
-        note = f", int8 error {error:.3%} of each feature's spread" if error else ""
+        errors = ", ".join(f"{error:.3%} ({name})" for name, error in int8_errors(counts).items())
+        note = f", int8 error {errors} of each feature's spread" if errors else ""
         size = f"{counts['bytes'] / 1e6:.1f} MB"
         typer.echo(f"{counts['states']} states of {counts['episodes']} responses ({size}{note}) -> {output}")
 

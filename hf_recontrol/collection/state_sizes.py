@@ -11,9 +11,14 @@ import numpy as np
 from transformers.utils import logging
 
 from ..data.rollouts import response_lengths
-from ..data.states import States
+from ..data.states import WIDE, States
 
 logger = logging.get_logger(__name__)
+
+# What is counted of the error of each tensor.
+_SQUARED_ERROR = {name: "int8_squared_error" + (f" {name}" if name != "hidden" else "") for name in WIDE}
+# Beyond this share of the features' spread int8 is not worth what it saves.
+_LARGE_INT8_ERROR = 0.05
 
 
 def _num_states(lengths: np.ndarray, every: int) -> int:
@@ -62,17 +67,26 @@ def warn_of_full_disk(folder: Path, missing: Sequence[Path], bytes_a_state: int,
 def count_states(path: Path) -> dict[str, float]:
     """What a file of states holds, see [`write_states`]."""
     states = States.open(path)
-    size = sum(
-        tensor.numel() * tensor.element_size()
-        for tensor in (states.hidden, states.directions, states.context)
-        if tensor is not None
-    )
+    wide = {name: tensor for name in WIDE if (tensor := getattr(states, name)) is not None}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in wide.values())
     counts = {"episodes": len(states.lengths), "states": len(states.hidden), "bytes": size}
-    if states.int8_error is not None:
-        counts["int8_squared_error"] = float(states.int8_error) ** 2 * len(states.hidden)
+    errors = [] if states.int8_error is None else states.int8_error.tolist()
+    for name, error in zip(wide, errors, strict=False):
+        counts[_SQUARED_ERROR[name]] = error**2 * len(states.hidden)
     return counts
 
 
-def int8_error(counts: dict[str, float]) -> float:
-    """Root mean square error of int8 states, relative to each feature's spread, by the counts of [`write_states`]."""
-    return (counts.get("int8_squared_error", 0) / counts["states"]) ** 0.5
+def int8_errors(counts: dict[str, float]) -> dict[str, float]:
+    """
+    Root mean square error of each tensor that is stored as int8, by its name, relative to each feature's spread; by
+    the counts of [`write_states`].
+    """
+    return {name: (counts[key] / counts["states"]) ** 0.5 for name, key in _SQUARED_ERROR.items() if key in counts}
+
+
+def warn_of_int8(counts: dict[str, float]) -> None:
+    """Warn of tensors that int8 keeps badly, by the counts of [`write_states`]."""
+    large = {name: error for name, error in int8_errors(counts).items() if error > _LARGE_INT8_ERROR}
+    if large:
+        shown = ", ".join(f"`{name}` {error:.1%}" for name, error in large.items())
+        logger.warning(f"int8 keeps these states badly: its error is {shown} of each feature's spread. Use bfloat16.")

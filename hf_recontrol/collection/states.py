@@ -29,12 +29,9 @@ from ..utils.files import atomic_path
 from .batches import as_sampled, control_of, forward_batches, recorded_control, teacher_forced
 from .directions import directions, mean_rows, warn_of_other_draws
 from .kept_states import KEPT_FOLDER, KeptStates, has_kept, kept_settings
-from .state_sizes import count_states, int8_error, smallest_every, warn_of_full_disk
+from .state_sizes import count_states, smallest_every, warn_of_full_disk, warn_of_int8
 
 logger = logging.get_logger(__name__)
-
-# Beyond this share of the features' spread int8 is not worth what it saves.
-_LARGE_INT8_ERROR = 0.05
 
 # What is said of few states where there are directions.
 _THINNED = (
@@ -239,7 +236,8 @@ def write_states(
 
     Returns:
         Counts: `episodes`, `states`, `bytes`; and with int8 `int8_squared_error`, summed over the states: the square
-        of the error relative to each feature's spread.
+        of the error relative to each feature's spread; `int8_squared_error directions` and `int8_squared_error
+        context` are those of the directions and of a critic's layer, where they are stored.
 
     Raises:
         `ValueError`: as [`collect_states`]; if a state leaves the range of its dtype. `OSError`: as [`StageFolder`].
@@ -373,11 +371,8 @@ def _finish(stage: StageFolder, manifest: dict, rollouts: str | os.PathLike) -> 
     counts = stage.finish(count_states, {"source": source})
     if not counts.get("states"):
         raise ValueError(f"No scored rollout in {rollouts} has a token: nothing to learn from.")
-    error = int8_error(counts)
-    if error > _LARGE_INT8_ERROR and stage.processes.index == 0:
-        logger.warning(
-            f"int8 keeps these states badly: its error is {error:.1%} of each feature's spread. Use bfloat16."
-        )
+    if stage.processes.index == 0:
+        warn_of_int8(counts)
     return counts
 
 

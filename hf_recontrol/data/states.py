@@ -19,6 +19,8 @@ from .stage_folder import MANIFEST_NAME, read_manifest
 # Names of dtypes in a safetensors header.
 _HEADER_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HEADER_NAMES |= {torch.int64: "I64", torch.int8: "I8", torch.bool: "BOOL"}
+# The tensors of [`States`] that are stored in the dtype asked for.
+WIDE = ("hidden", "directions", "context")
 # The scales of int8 features are set by the first states of a file, so many.
 _STATES_FOR_SCALES = 2048
 # What the dimensions of the tensors of [`States`] are.
@@ -69,8 +71,8 @@ class States:
         hidden_row_scale, hidden_feature_scale, directions_row_scale, directions_feature_scale, context_row_scale,
         context_feature_scale (*optional*):
             Scales of int8 states, of shapes `(states, 1)` and `(hidden_size,)`.
-        int8_error (`torch.Tensor` of shape `(1,)`, *optional*):
-            Root mean square error of int8 states, relative to each feature's spread.
+        int8_error (`torch.Tensor` of shape `(tensors,)`, *optional*):
+            Root mean square error of `hidden`, `directions`, `context` as int8, relative to each feature's spread.
 
     Raises:
         `ValueError`: if a tensor has another shape, or no integers where they belong; names it.
@@ -297,7 +299,7 @@ class StateWriter:
         self._first_rows = (ends - small["lengths"]).tolist()
         num_states = int(ends[-1]) if len(ends) else 0
         if dtype == torch.int8:
-            small = small | {"int8_error": torch.zeros(1)}
+            small = small | {"int8_error": torch.zeros(len(widths))}
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
         for name, width in widths.items():
             shapes[name] = (dtype, (num_states, width))
@@ -317,7 +319,7 @@ class StateWriter:
         self._feature_scales: dict[str, torch.Tensor] = {}
         self._held: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in widths}
         # For each feature: squared error of int8, sum, sum of squares; in float64.
-        self._moments = torch.zeros(3, widths["hidden"], dtype=torch.float64)
+        self._moments = {n: torch.zeros(3, widths[n], dtype=torch.float64) for n in WIDE if n in widths}
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(self._start + end)
@@ -333,7 +335,7 @@ class StateWriter:
             if self.dtype == torch.int8 and error_type is None:
                 for name in self._held:
                     self._write_held(name)
-                self._write("int8_error", 0, torch.tensor([self._int8_error()]))
+                self._write("int8_error", 0, torch.tensor([*map(self._int8_error, self._moments.values())]))
         finally:
             self._file.close()
 
@@ -386,14 +388,11 @@ class StateWriter:
         stored = (scaled / row_scale).round().to(torch.int8)
         self._write(f"{name}_row_scale", first_row, row_scale)
         self._write(name, first_row, stored)
-        if name == "hidden":
-            error = stored.float() * row_scale * self._feature_scales[name] - values
-            self._moments += torch.stack([x.double().sum(0) for x in (error.square(), values, values.square())])
+        error = stored.float() * row_scale * self._feature_scales[name] - values
+        self._moments[name] += torch.stack([x.double().sum(0) for x in (error.square(), values, values.square())])
 
-    def _int8_error(self) -> float:
-        if self._num_states == 0:
-            return 0.0
-        squared_error, mean, square = self._moments / self._num_states
+    def _int8_error(self, moments: torch.Tensor) -> float:
+        squared_error, mean, square = moments / max(1, self._num_states)
         variance = square - mean.square()
         varies = variance > 1e-12 * square
         return float((squared_error / variance)[varies].mean().sqrt()) if varies.any() else 0.0
