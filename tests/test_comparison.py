@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -28,6 +29,7 @@ from hf_recontrol import (
 from hf_recontrol.collection.scoring.rewards import load_reward
 from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.data.processes import no_progress
+from hf_recontrol.data.rollouts import load_rollouts, save_rollouts
 from hf_recontrol.heads.seen_prompts import SeenPrompts
 from hf_recontrol.pipelines.compare_bases import _names as folder_names
 from hf_recontrol.pipelines.compare_bases import compare_bases
@@ -284,6 +286,22 @@ def test_a_run_that_is_killed_at_any_instant_resumes_to_the_same_files(place):
     before = {name: (place / "out" / name).read_bytes() for name in ("answers.parquet", "figures.csv", "frontier.svg")}
     assert command(arguments, place)[0] == 0
     assert before == {name: (place / "out" / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize("kind", ["answers", "scores"])
+def test_answers_and_scores_that_are_not_those_that_were_written_are_refused(place, kind):
+    run(controls=["base"])
+    answers = next(iter(place.glob("out/answers/*/part-00000.parquet")))
+    if kind == "answers":
+        part, rows = answers, load_rollouts(answers)
+        save_rollouts([replace(row, completion=row.completion + " indeed") for row in rows], part)
+    else:
+        part = next(iter(answers.parent.glob("*/part-00000.json")))
+        part.write_text(part.read_text().replace("0", "1"))
+    with pytest.raises(ValueError, match=rf"{part.name} was changed or damaged.*remove it and run the same command"):
+        run(controls=["base"])
+    part.unlink()
+    run(controls=["base"])
 
 
 def noted(name):

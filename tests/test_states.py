@@ -12,12 +12,17 @@ from transformers import DynamicCache, GenerationConfig
 from hf_recontrol import ControlConfig, ReControlForCausalLM, ValueHeadConfig
 from hf_recontrol.collection.rollouts import write_rollouts
 from hf_recontrol.collection.scoring.labels import label_rollouts
+from hf_recontrol.collection.state_sizes import int8_errors
 from hf_recontrol.collection.states import _Reader, collect_states, write_states
 from hf_recontrol.data.fingerprints import control_settings
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import Rollout, load_rollouts, rollout_parts
 from hf_recontrol.data.states import States, StateStore
-from hf_recontrol.training.value import new_head
+from hf_recontrol.evaluation.data_curve import data_curve
+from hf_recontrol.training.advantage import fit_advantage
+from hf_recontrol.training.critic import train_critic
+from hf_recontrol.training.stage import train_head
+from hf_recontrol.training.value import new_head, train_value_head
 
 from .conftest import at, make_head
 from .tiny_models import layers_of, lm_head_of, tiny_model
@@ -187,11 +192,91 @@ def test_int8_reports_its_error(rollouts, tmp_path):
         StateStore.open(tmp_path / "states"),
         collect_states(model, load_rollouts(folder), **at(WITH_ADVANTAGE)),
     )
-    hidden = store.gather("hidden", torch.arange(len(store)))
-    error = ((hidden - exact.hidden).square().mean(0) / exact.hidden.var(0, correction=0)).mean().sqrt()
-    reported = (counts["int8_squared_error"] / counts["states"]) ** 0.5
-    assert 0 < reported < 0.02 and reported == pytest.approx(float(error), rel=0.2)
-    assert store.parts[0].hidden.dtype == torch.int8
+    reported = int8_errors(counts)
+    assert list(reported) == ["hidden", "directions"]
+    assert reported["hidden"] == (counts["int8_squared_error"] / counts["states"]) ** 0.5
+    for name, told in reported.items():
+        found, known = store.gather(name, torch.arange(len(store))), getattr(exact, name)
+        error = ((found - known).square().mean(0) / known.var(0, correction=0)).mean().sqrt()
+        assert 0 < told < 0.02 and told == pytest.approx(float(error), rel=0.2), name
+        assert getattr(store.parts[0], name).dtype == torch.int8
+
+
+@pytest.mark.parametrize("name", ["directions", "context"])
+def test_a_large_int8_error_is_told_by_the_tensors_name(rollouts, tmp_path, monkeypatch, recontrol_warnings, name):
+    """The first response decides the scales; here it has none of what later ones have most of."""
+    model, folder = rollouts
+    real = _Reader.read
+
+    def uneven(*args):
+        for number, (i, values) in enumerate(real(*args)):
+            yield i, values | {name: values[name] * (1e-3 if number == 0 else 1 + torch.arange(16.0) ** 3)}
+
+    monkeypatch.setattr(_Reader, "read", uneven)
+    monkeypatch.setattr("hf_recontrol.data.states._STATES_FOR_SCALES", 1)
+    options = at(WITH_ADVANTAGE) | {"states_dtype": "int8", "critic_layer": 0}
+    counts = write_states(tmp_path / "bad", model, folder, **options)
+    assert list(int8_errors(counts)) == ["hidden", "directions", "context"]
+    [told] = recontrol_warnings
+    assert f"`{name}` " in told and told.count("`") == 2
+
+
+def changed(folder: Path, how: str) -> str:
+    """Change what a finished folder of states holds; the name of a part that is another then."""
+    one, two = (folder / f"part-0000{number}.safetensors" for number in (0, 1))
+    if how == "swapped":
+        one.rename(folder / "kept")
+        two.rename(one)
+        (folder / "kept").rename(two)
+    else:
+        content = bytearray(one.read_bytes())
+        content[-1] ^= 1
+        one.write_bytes(content)
+    return one.name
+
+
+@pytest.mark.parametrize("how", ["one bit", "swapped"])
+def test_states_that_are_not_those_that_were_written_are_not_learnt_from(rollouts, tmp_path, how):
+    """Their shapes fit, and nothing else would tell."""
+    model, folder = rollouts
+    states, options = tmp_path / "states", at(WITH_ADVANTAGE)
+    write_states(states, model, folder, **options)
+    head = make_head(hidden_size=16, hook_point="lm_head", advantage_sizes=[])
+    part = changed(states, how)
+    assert len(StateStore.open(states)) == 24  # by its header a file is whole
+    sizes = {"head_sizes": [4], "advantage_sizes": None, "num_epochs": 1, "validation_split": 0.3}
+    for learn in (
+        lambda: train_head(tmp_path / "head", states, token_bias=False, **sizes),
+        lambda: train_value_head(states, head.config, num_epochs=1),
+        lambda: fit_advantage(head, states),
+        lambda: train_critic(states, head.config),
+        lambda: data_curve(states),
+    ):
+        with pytest.raises(ValueError, match=f"{part} was changed or damaged.*run the same `recontrol states`"):
+            learn()
+    assert not (tmp_path / "head" / "config.json").exists()
+    # As the message says.
+    for path in states.glob("part-*"):
+        path.unlink()
+    write_states(states, model, folder, **options)
+    figures = train_head(tmp_path / "head", states, token_bias=False, **sizes)
+    # What is trained is not read again.
+    changed(states, how)
+    assert train_head(tmp_path / "head", states, token_bias=False, **sizes) == figures
+
+
+def test_a_part_of_the_rollouts_can_be_made_again(rollouts, tmp_path):
+    model, folder = rollouts
+    part = rollout_parts(folder)[1]
+    before = load_rollouts(folder)
+    part.unlink()
+    with pytest.raises(OSError, match=f"lacks {part.name}.*run the same `recontrol rollout`, then .*label"):
+        rollout_parts(folder)
+    prompts = load_prompts([f"w{i} w{i + 1} w{3 * i}" for i in range(5, 17)])
+    options = {"num_samples": 2, "max_new_tokens": 8, "part_size": 10, "temperature": 2.0}
+    write_rollouts(folder, model, tiny_tokenizer(), prompts, **options)
+    label_rollouts(folder, [length], again=True)
+    assert load_rollouts(folder) == before
 
 
 def test_int8_scales_are_of_many_states_and_a_large_error_is_told(rollouts, tmp_path, monkeypatch, recontrol_warnings):
@@ -210,7 +295,7 @@ def test_int8_scales_are_of_many_states_and_a_large_error_is_told(rollouts, tmp_
     assert (counts["int8_squared_error"] / counts["states"]) ** 0.5 < 0.02 and not recontrol_warnings
     monkeypatch.setattr("hf_recontrol.data.states._STATES_FOR_SCALES", 1)
     write_states(tmp_path / "bad", model, folder, **at(WITH_ADVANTAGE), states_dtype="int8")
-    assert "int8 keeps these states badly" in recontrol_warnings[0]
+    assert "int8 keeps these states badly: its error is `hidden`" in recontrol_warnings[0]
 
 
 def test_a_base_that_was_trained_since_is_told(rollouts, tmp_path, recontrol_warnings):

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..utils.extras import needs_extra
 from ..utils.files import atomic_path
-from .fingerprints import file_checksum, prompt_hash
+from .fingerprints import prompt_hash
 from .prompts import Prompt
-from .stage_folder import MANIFEST_NAME, read_manifest
+from .stage_folder import checked_parts
 
 _METADATA_KEY = b"hf_recontrol"
 # What was measured of each response stands in columns of its own, behind those of [`Rollout`].
@@ -283,14 +283,7 @@ def rollout_parts(folder: str | os.PathLike) -> list[Path]:
         `OSError`, `ValueError`: if the folder holds no finished rollouts, or a file is not the one that the manifest
         names; says which.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder, "rollouts", "recontrol rollout")
-    for name, checksum in manifest["parts"].items():
-        if not (folder / name).is_file():
-            raise OSError(f"{folder} lacks {name}, which its {MANIFEST_NAME} names: make the rollouts again.")
-        if file_checksum(folder / name) != checksum:
-            raise ValueError(f"{folder / name} was changed or damaged: it is not what its {MANIFEST_NAME} names.")
-    return [folder / name for name in sorted(manifest["parts"])]
+    return checked_parts(folder, "rollouts", "recontrol rollout", ", then `recontrol label ... --again`")
 
 
 def episode_tensors(

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .._version import __version__
-from ..utils.files import atomic_path, check_target, make_folder
+from ..utils.files import atomic_path, check_target, make_folder, read_json
 from .fingerprints import file_checksum
 from .processes import Processes
 
@@ -84,9 +84,9 @@ def read_manifest(folder: str | os.PathLike, kind: str, command: str, complete: 
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found, finished = manifest["kind"], manifest["complete"]
+        parts = manifest["parts"] if finished else manifest.get("parts", {})
         # Names from a file that may be anybody's: they are joined to the folder.
-        odd = [name for name in manifest.get("parts", ()) if not _PART_NAME.fullmatch(name)]
-        if odd:
+        if odd := [name for name, _ in parts.items() if not _PART_NAME.fullmatch(name)]:
             raise ValueError(f"it names the part {odd[0]!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the manifest of a stage ({error}): make it with `{command}`.") from error
@@ -101,6 +101,39 @@ def read_manifest(folder: str | os.PathLike, kind: str, command: str, complete: 
     if complete and not finished:
         raise ValueError(f"The {kind} in {folder} are not finished: run the same `{command}` again to resume.")
     return manifest
+
+
+def check_part(path: Path, checksum: str | None, command: str) -> None:
+    """
+    Hold a part against the checksum that its manifest has of it.
+
+    Raises:
+        `OSError`, `ValueError`: if it is missing, or another file; names it, and says what to do.
+    """
+    if not path.is_file():
+        raise OSError(f"{path.parent} lacks {path.name}, which its {MANIFEST_NAME} names: run {command}.")
+    if file_checksum(path) != checksum:
+        raise ValueError(
+            f"{path} was changed or damaged: it is not what its {MANIFEST_NAME} names. Put back what it was, or "
+            f"remove it and run {command}."
+        )
+
+
+def checked_parts(folder: str | os.PathLike, kind: str, command: str, then: str = "") -> list[Path]:
+    """
+    The parts of a finished stage, in their order, held against the checksums in its manifest: all of them are read.
+
+    Args:
+        command (`str`), then (`str`, *optional*):
+            What makes the folder, and what is to be run behind it where a part was made anew.
+
+    Raises:
+        `OSError`, `ValueError`: as [`read_manifest`]; if a part is missing, or is not the one that the manifest names.
+    """
+    parts = read_manifest(folder, kind, command)["parts"]
+    for name, checksum in parts.items():
+        check_part(Path(folder, name), checksum, f"the same `{command}`{then}")
+    return [Path(folder, name) for name in sorted(parts)]
 
 
 class StageFolder:
@@ -133,6 +166,7 @@ class StageFolder:
         self.settings = json.loads(json.dumps(settings))
         self.processes = Processes()
         self._lock = None
+        self._was_counted = False
 
     def __enter__(self) -> StageFolder:
         if self.processes.index == 0:
@@ -145,6 +179,10 @@ class StageFolder:
             except BaseException:
                 self._lock.__exit__(None, None, None)
                 raise
+        self.processes.wait()
+        manifest = read_json(self.path / MANIFEST_NAME)
+        self._was_counted = "counts" in manifest and all(self.part_path(i).is_file() for i in range(self.num_parts))
+        # Before anyone writes a part that is missing.
         self.processes.wait()
         return self
 
@@ -179,13 +217,18 @@ class StageFolder:
         return self.path / f"part-{index:05d}{self.suffix}"
 
     def is_counted(self) -> bool:
-        """Whether an earlier run has written all parts and counted them."""
-        manifest = json.loads((self.path / MANIFEST_NAME).read_text(encoding="utf-8"))
-        return "counts" in manifest and all(self.part_path(i).is_file() for i in range(self.num_parts))
+        """Whether all parts were there, written and counted by an earlier run, when this one opened the folder."""
+        return self._was_counted
+
+    def check_counted(self) -> None:
+        """Raise `ValueError` if a part of this process is not the one that was counted."""
+        known = read_json(self.path / MANIFEST_NAME)["parts"]
+        for path in map(self.part_path, self.own_parts()):
+            check_part(path, known.get(path.name), "the same command")
 
     def counts(self) -> dict[str, float]:
         """The counts that [`StageFolder.finish`] wrote."""
-        return json.loads((self.path / MANIFEST_NAME).read_text(encoding="utf-8"))["counts"]
+        return read_json(self.path / MANIFEST_NAME)["counts"]
 
     def own_parts(self) -> list[int]:
         """The parts that this process is to write or has written."""

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..utils.checks import check_shapes
-from .stage_folder import MANIFEST_NAME, read_manifest
+from .stage_folder import MANIFEST_NAME, checked_parts, read_manifest
 
 # Names of dtypes in a safetensors header.
 _HEADER_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -179,10 +179,11 @@ class StateStore:
 
     @classmethod
     def of(cls, states: States | StateStore | str | os.PathLike) -> StateStore:
-        """A store of what is given: a store, states in memory, or a folder."""
-        if isinstance(states, StateStore):
-            return states
-        return cls([states]) if isinstance(states, States) else cls.open(states)
+        """A store of what is given: a store, states in memory, or a folder, whose files are held against checksums."""
+        if isinstance(states, (str, os.PathLike)):
+            checked_parts(states, "states", "recontrol states")
+            return cls.open(states)
+        return states if isinstance(states, StateStore) else cls([states])
 
     def __reduce__(self):
         # To another process goes the folder's name, not the mapped files.

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..configuration import TrainingRecord, ValueHeadConfig
 from ..data.processes import Processes, Progress
-from ..data.stage_folder import check_settings, lock_folder, read_manifest
+from ..data.stage_folder import check_settings, checked_parts, lock_folder, read_manifest
 from ..data.states import StateStore
 from ..heads.hub import CONFIG_NAME, check_no_model
 from ..heads.seen_prompts import SeenPrompts
@@ -85,7 +85,8 @@ def train_head(
         The figures of [`train_value_head`] and [`fit_advantage`].
 
     Raises:
-        `ValueError`: if the folder holds another head, or was made with other settings; else as those two.
+        `ValueError`: if the folder holds another head, or was made with other settings; if a file of states is not the
+        one that was written; else as those two.
     """
     output, settings = Path(output), TrainSettings.of(settings, changes)
     processes, work = Processes(), output / "training"
@@ -111,6 +112,8 @@ def train_head(
             write_json(work / _SETTINGS_NAME, known)
         processes.wait()
         if not (output / FIGURES_NAME).exists():
+            # Once a training, not at each open: there may be many gigabytes.
+            checked_parts(states, "states", "recontrol states")
             _train_both(output, store, config, settings, processes, progress, _record(states, store, command))
     return read_json(output / FIGURES_NAME)["figures"]
 

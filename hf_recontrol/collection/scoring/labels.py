@@ -11,7 +11,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ...data.fingerprints import file_checksum
 from ...data.processes import Progress, progress_bar
 from ...data.rollouts import (
     Rollout,
@@ -22,7 +21,7 @@ from ...data.rollouts import (
     scored_by,
     scoring_of,
 )
-from ...data.stage_folder import MANIFEST_NAME, StageFolder, read_manifest
+from ...data.stage_folder import StageFolder, check_part, read_manifest
 from ...settings import ScoringSettings
 from ...utils.checks import check_choice
 from .responses import (
@@ -160,8 +159,8 @@ def _score_parts(
         for index in stage.own_parts():
             path = stage.part_path(index)
             untouched = known["complete"] or scorings[index] is None
-            if untouched and file_checksum(path) != known["parts"].get(path.name):
-                raise ValueError(f"{path} was changed or damaged: it is not what its {MANIFEST_NAME} names.")
+            if untouched:
+                check_part(path, known["parts"].get(path.name), "the same `recontrol rollout`")
             rollouts = load_rollouts(path)
             if scorings[index] != scoring and rollouts:
                 scored, counts = score(rollouts, source=path.name)

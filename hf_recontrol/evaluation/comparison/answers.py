@@ -263,6 +263,9 @@ def draw_answers(
             if path not in opened:  # rows that are the same under two names share their answers
                 opened[path] = stack.enter_context(StageFolder(path, "answers", known, num_parts, ".parquet"))
             stages.append(opened[path])
+        for stage in opened.values():
+            if stage.is_counted():
+                stage.check_counted()
         missing = [set(stage.missing_parts()) for stage in stages]
         for row, parts in zip(rows, missing, strict=True):
             if parts:
@@ -279,7 +282,7 @@ def draw_answers(
                         _write_part(drawer, row, some, stage.part_path(part))
                     if part in parts:
                         advance(1)
-        for stage in stages:
+        for stage in opened.values():
             if not stage.is_counted():
                 stage.finish(_count_part)
     return stages

@@ -167,6 +167,9 @@ def _row_scores(stage: StageFolder, reference: StageFolder, scorer: Scorer, adva
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
     folder = StageFolder(stage.path / f"{scorer.name}-{digest}", "scores", known, stage.num_parts, ".json")
     with folder:
+        is_known = scorer.depends_on is not None and folder.is_counted()
+        if is_known:
+            folder.check_counted()
         parts = folder.own_parts() if scorer.depends_on is None else folder.missing_parts()
         advance(len(folder.own_parts()) - len(parts))
         for part in parts:
@@ -176,7 +179,7 @@ def _row_scores(stage: StageFolder, reference: StageFolder, scorer: Scorer, adva
                 references = rollouts if stage is reference else load_rollouts(reference.part_path(part))
             write_json(folder.part_path(part), scorer.score(rollouts, references))
             advance(1)
-        if scorer.depends_on is None or not folder.is_counted():
+        if not is_known:
             folder.finish(lambda path: {})
         scores: Scores = {}
         for part in range(folder.num_parts):
