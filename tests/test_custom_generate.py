@@ -4,6 +4,7 @@ import json
 import logging
 import venv
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution, files, requires
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 
 from hf_recontrol import ControlConfig, ReControlForCausalLM
+from hf_recontrol.control.controller import Controller
 from hf_recontrol.custom_generate import generate as custom
 
 from .test_hub import PUSH
@@ -136,6 +138,43 @@ def test_the_file_draws_what_the_package_draws(family, place, control, tmp_path)
     found = custom.generate(model, value_head=str(tmp_path / "head"), inputs=prompts(2, 6), max_new_tokens=8)
     expected = ReControlForCausalLM.from_model(model, head).generate(prompts(2, 6), max_new_tokens=8)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("method", ["ascent", "advantage", "static"])
+def test_autocast_does_not_reach_the_edit(method):
+    model = tiny_model("llama", dtype=torch.float32)
+    head = tiny_head(model, "lm_head", head_sizes=(24, 12))
+    control = ControlConfig(method, 0.7, **({"num_steps": 8} if method == "ascent" else {}))
+    settings = custom.DEFAULTS | {"method": method, "step_size": 0.7, "num_steps": 8}
+    states = torch.randn(3, head.config.hidden_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = Controller(head).edit(states, control, 0.7)
+        found = states + custom.edit(states, head.config.to_dict(), head.state_dict(), settings)
+    assert not torch.allclose(expected, states, atol=0.1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_another_base_of_the_same_width_is_told_as_the_package_tells_it(tmp_path, recontrol_warnings):
+    model = tiny_model("llama")
+    head = tiny_head(model, "lm_head", control=ControlConfig("advantage", 1.5))
+    head.config = replace(head.config, base_model_name_or_path="org/trained-for", base_model_revision="a" * 40)
+    head.save_pretrained(tmp_path)
+    inputs = {"inputs": prompts(1, 3), "max_new_tokens": 2}
+    for name, commit, told in (
+        ("org/put-on", "b" * 40, "is put on 'org/put-on'"),
+        ("org/trained-for", "b" * 40, f"and this is {'b' * 40}"),
+        ("org/trained-for", "a" * 40, None),
+        ("elsewhere/trained-for", None, None),
+    ):
+        model.config._name_or_path, model.config._commit_hash = name, commit
+        recontrol_warnings.clear()
+        ReControlForCausalLM.from_model(model, head).unload()
+        expected = list(recontrol_warnings)
+        assert [told in each for each in expected] == ([] if told is None else [True])
+        recontrol_warnings.clear()
+        for _ in range(2):  # said once
+            custom.generate(model, value_head=str(tmp_path), **inputs)
+        assert recontrol_warnings == expected
 
 
 def test_guidance_is_refused_where_tokens_are_forbidden(tmp_path):

@@ -7,6 +7,7 @@ the tokens that hf_recontrol draws, which is faster and knows more modes.
 import json
 import math
 import os
+import re
 import threading
 from contextlib import ExitStack
 
@@ -14,6 +15,9 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 REPO = None
 DEFAULTS = {"method": "ascent", "step_size": 0.5, "num_steps": 30, "l2": 0.0, "plausibility": 0.0, "max_kl": None}
@@ -131,6 +135,10 @@ def edit(hidden, config, tensors, settings):
             f"The head reads states of width {config['hidden_size']}, this model has {hidden.shape[-1]}: it was made "
             f"for another base ({config.get('base_model_name_or_path')})."
         )
+    if torch.is_autocast_enabled(hidden.device.type):
+        # In a shorter dtype it would be another edit than the package's.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return edit(hidden, config, tensors, settings)
     alpha, scale = settings["step_size"], tensors["state_scale"]
     x = (hidden.detach().to(scale.dtype) - tensors["state_mean"]) / scale
     if settings["method"] == "static":
@@ -173,8 +181,25 @@ def within(base, controlled, max_kl, masked):
     return torch.where(fits, controlled, (own + low * shift).to(controlled.dtype))
 
 
+def warn_of_other_base(model, config):
+    """Warn if the head was trained for another base, or other weights of it."""
+    base, here = config.get("base_model_name_or_path"), model.config._name_or_path
+    if base and here and os.path.basename(base.rstrip("/")) != os.path.basename(here.rstrip("/")):
+        logger.warning_once(
+            f"This head was trained for {base!r} and is put on {here!r}: the widths fit, but its values may mean "
+            "nothing there."
+        )
+    commits = config.get("base_model_revision"), getattr(model.config, "_commit_hash", None)
+    if base == here and all(re.fullmatch("[0-9a-f]{40}", str(each)) for each in commits) and commits[0] != commits[1]:
+        logger.warning_once(
+            f"This head was trained for {base!r} at commit {commits[0]}, and this is {commits[1]}: if its weights are "
+            "others, the head's values mean little there."
+        )
+
+
 def add_hooks(model, config, tensors, settings):
     """Hooks that edit the state at the head's place, mask what the base finds implausible, and keep within the KL."""
+    warn_of_other_base(model, config)
     guarded = settings["plausibility"] or settings["max_kl"] is not None
     thread = threading.get_ident()
 
