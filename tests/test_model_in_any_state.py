@@ -1,6 +1,7 @@
 """Figures do not depend on what was done to the model before: training mode, replaced modules, copies of heads."""
 
 import copy
+import logging
 from dataclasses import replace
 
 import pytest
@@ -208,6 +209,43 @@ def test_layers_that_are_taken_out_are_no_draft(layer):
     assert model.hook_point.layer == 1
     with model.disable_control():
         assert not torch.allclose(logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("layer", [-1, 1, 0], ids=["last", "middle", "first"])
+def test_a_lowered_number_of_layers_is_never_control_that_is_silently_off(layer, monkeypatch):
+    """Only transformers' own drafts of the first layers are the base's."""
+    monkeypatch.setattr(logging.getLogger("transformers.generation.utils"), "disabled", True)
+    base = tiny_model("llama")
+    model = ReControlForCausalLM.from_model(
+        base, tiny_head(base, "decoder_layer", layer), ControlConfig(step_size=0.5, num_steps=4)
+    )
+    ids, draft = prompts(1, 5), tiny_model("llama", seed=3)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected, count = model.generate(ids, **options), model.config.num_hidden_layers
+    model.config.num_hidden_layers = 1
+    with model.disable_control():
+        plain = model(ids).logits
+    assert model.generate(ids, control=False, **options).shape == expected.shape
+    calls = [  # a head in the middle refuses to be a draft's
+        lambda: model(ids),
+        lambda: model.generate(ids, **options),
+        lambda: model.generate(ids, assistant_model=draft, **options),
+        lambda: model.generate(ids, assistant_early_exit=1, **options),
+        lambda: draft.generate(ids, assistant_model=model, **options),
+    ]
+    for call in calls[: {-1: 5, 1: 3, 0: 1}[layer]]:
+        if layer == 0:
+            assert not torch.allclose(call().logits, plain)  # the hook point is among the layers that run
+            continue
+        with pytest.raises(RuntimeError, match="num_hidden_layers` is lower than when the head was put on"):
+            call()
+    if layer:
+        with pytest.raises(RuntimeError, match="num_hidden_layers` is lower"):
+            model.values(ids)
+    model.config.num_hidden_layers = count
+    assert torch.equal(model.generate(ids, **options), expected)
+    if layer == -1:
+        assert torch.equal(model.generate(ids, assistant_early_exit=1, **options), expected)
 
 
 @traces_transformers

@@ -36,6 +36,9 @@ class Call:
     has_run: bool = False
     # Whether drafts are verified, or made: then processors also see positions from which nothing is drawn.
     has_drafts: bool = False
+    # Whether the model's own first layers make its drafts, and whether it is the call in which they make one.
+    has_early_exits: bool = False
+    is_early_exit: bool = False
 
 
 def checked_weights(weights: Mapping[str, float | Sequence[float]]) -> HeadWeights:
@@ -135,7 +138,8 @@ class CallSettings:
             weights = outer.weights if weights is None else weights
         if control is not None or weights is not None:
             self.check(self.control if control is None else control, self.weights if weights is None else weights)
-        self._thread.call = Call(control, weights, generating=generating)
+        is_early_exit = generating and outer is not None and outer.has_early_exits
+        self._thread.call = Call(control, weights, generating=generating, is_early_exit=is_early_exit)
         try:
             if (active := self.active_control()) is not None:
                 self.controller.refresh(tuple(self.active_weights()), active)

@@ -157,6 +157,7 @@ class ControlledGenerationMixin:
         if call is not None:
             is_verified = generation_mode == GenerationMode.ASSISTED_GENERATION
             call.has_drafts = is_verified or bool(generation_config.is_assistant)
+            call.has_early_exits = is_verified and generation_config.assistant_early_exit is not None
         if active is not None and active.plausibility > 0 and generation_config.guidance_scale not in (None, 1):
             raise ValueError(
                 "`plausibility` forbids tokens, which so have no logits for `guidance_scale` to take differences of: "

@@ -152,8 +152,8 @@ class ControlHooks:
             handle.remove()
         self._handles, self._handles_there = [], []
 
-    def _is_early_exit(self, model: PreTrainedModel) -> bool:
-        """Whether this is a draft, which runs the first of the decoder layers only: the others are still there."""
+    def _lacks_last_layers(self, model: PreTrainedModel) -> bool:
+        """Whether the configuration counts the first of the decoder layers only: the others are still there."""
         if self.hook_point.layer is None:
             return False
         try:
@@ -177,7 +177,7 @@ class ControlHooks:
 
     def follow(self, model: PreTrainedModel) -> None:
         """Move our hook if the module it sat on has been replaced, as resizing embeddings or an adapter does."""
-        if self._is_early_exit(model) or self._is_in_place(model):
+        if self._lacks_last_layers(model) or self._is_in_place(model):
             return
         self.settings.hook_point = HookPoint.find(model, next(iter(self.settings.controller.heads.values())).config)
         for handle in self._handles_there:
@@ -347,7 +347,16 @@ class ControlHooks:
         control = self.settings.active_control()
         if forward is None or output is None or control is None:
             return None
-        if not forward.edited and not self._is_early_exit(model):
+        if not forward.edited and self._lacks_last_layers(model):
+            call = self.settings.current
+            if call is not None and call.is_early_exit:
+                return None  # a draft, which transformers lowers the number of layers for
+            raise RuntimeError(
+                f"Control did not reach its hook point, {self.hook_point}: `config.num_hidden_layers` is lower than "
+                "when the head was put on, and this forward runs the first layers alone. Set it back, or `unload()` "
+                "the head; for drafts of the first layers call `generate(..., assistant_early_exit=...)`."
+            )
+        if not forward.edited:
             raise RuntimeError(
                 f"Control did not reach its hook point, {self.hook_point}: this forward passes by the module there, "
                 "as kernels do that read the LM head's weight instead of calling it. Turn them off."
