@@ -182,6 +182,71 @@ RECORD = TrainingRecord(
 )
 
 
+def named_license(folder):
+    return huggingface_hub.ModelCard.load(folder / "README.md").data.license
+
+
+def test_a_card_names_the_licence_that_it_was_given_and_no_other(tmp_path):
+    head = make_head()
+    head.save_pretrained(tmp_path / "a")
+    assert "license" not in (tmp_path / "a" / "README.md").read_text()
+    head.save_pretrained(tmp_path / "a", license="cc-by-nc-4.0")
+    assert named_license(tmp_path / "a") == "cc-by-nc-4.0"
+    # As `fit` and `tune` write the head anew, into its folder or another.
+    head.save_pretrained(tmp_path / "a")
+    loaded = ValueHead.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    ReControlForCausalLM.from_model(make_llama(), loaded).save_pretrained(tmp_path / "c")
+    assert [named_license(tmp_path / name) for name in "abc"] == ["cc-by-nc-4.0"] * 3
+    ReControlForCausalLM.from_model(make_llama(), loaded).save_pretrained(tmp_path / "c", license="mit")
+    loaded.save_pretrained(tmp_path / "b", license="mit")
+    assert [named_license(tmp_path / name) for name in "bc"] == ["mit", "mit"]
+    head.save_pretrained(tmp_path / "d")
+    assert "license" not in (tmp_path / "d" / "README.md").read_text()
+
+
+def test_a_licence_is_not_put_on_a_card_that_somebody_edited(tmp_path, recontrol_warnings):
+    head = make_head()
+    head.save_pretrained(tmp_path, license="mit")
+    edited = (tmp_path / "README.md").read_text().replace("license: mit", "license: apache-2.0")
+    (tmp_path / "README.md").write_text(edited)
+    head.save_pretrained(tmp_path, license="apache-2.0")
+    assert not recontrol_warnings
+    head.save_pretrained(tmp_path, license="mit")
+    assert (tmp_path / "README.md").read_text() == edited
+    assert "kept, without `license='mit'`" in recontrol_warnings[0]
+    # A head that is loaded from there keeps what was written by hand.
+    ValueHead.from_pretrained(tmp_path).save_pretrained(tmp_path / "other")
+    assert named_license(tmp_path / "other") == "apache-2.0"
+
+
+@pytest.mark.parametrize("license", ["", "Apache 2.0", "mit\ntags: x", ["mit"], "-"])
+def test_what_is_no_licence_is_refused_before_anything_is_written(tmp_path, license):
+    for what in (make_head(), ReControlForCausalLM.from_model(make_llama(), make_head())):
+        with pytest.raises(ValueError, match="`license` must be an identifier"):
+            what.save_pretrained(tmp_path / "head", license=license)
+    with pytest.raises(ValueError, match="`license` must be an identifier"):
+        make_head().push_to_hub("me/head", license=license)
+    assert not list(tmp_path.glob("head/*"))
+
+
+def test_a_push_names_the_licence_and_the_next_one_keeps_it(hub, run, tmp_path):
+    for name, sizes in (("one", [12]), ("two", [5])):
+        make_head(head_sizes=sizes).save_pretrained(tmp_path / name)
+    make_head(head_sizes=[7]).save_pretrained(tmp_path / "licensed", license="mit")
+
+    def push(name, **kwargs):
+        run(PUSH, str(tmp_path / name), "me/head", json.dumps(kwargs), endpoint=hub.endpoint)
+        return huggingface_hub.ModelCard(hub.repos["me/head"].branches["main"]["README.md"].decode())
+
+    assert push("one").data.license is None
+    assert push("one", license="apache-2.0").data.license == "apache-2.0"
+    card = push("two")
+    assert card.data.license == "apache-2.0" and "16 - 5 - 1" in card.text and is_untouched(str(card))
+    assert push("licensed").data.license == "mit"
+    assert push("licensed", license="cc0-1.0").data.license == "cc0-1.0"
+
+
 def test_the_card_says_what_the_head_was_trained_on_and_what_was_measured():
     config = ValueHeadConfig(
         16, reward_mean=0.25, reward_std=2.0, base_model_name_or_path="org/base", training=RECORD, control=STRONG

@@ -20,6 +20,10 @@ from .hub import CARD_NAME, is_repo_id
 # Ends a card that nobody has edited: the checksum of what stands before it.
 _SEAL = re.compile(r"\n<!-- as written by hf_recontrol: (?P<checksum>[0-9a-f]{64}) -->\n$")
 
+# An identifier of a licence on the Hub, and the line of a card's metadata that names one.
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_LICENSE_LINE = re.compile(rf"^license: *(?P<quote>['\"]?)(?P<name>{_LICENSE.pattern})(?P=quote)[ \r]*$", re.MULTILINE)
+
 _LIMITS = """Control shifts what the model already might say. It teaches no facts, formats or languages, and
 it is no filter: what the base can say, it can still say. The head knows the reward only from responses like
 those that it was trained on; on other prompts, languages or lengths its predictions may mean nothing. Strong
@@ -40,6 +44,7 @@ def model_card(
     subfolder: str = "",
     tags: list[str] | None = None,
     revision: str | None = None,
+    license: str | None = None,
 ) -> str:
     """
     The text of the card of a head. It states what is known and leaves out the rest.
@@ -55,6 +60,8 @@ def model_card(
             Further tags.
         revision (`str`, *optional*):
             The branch, if it is not the repo's first.
+        license (`str`, *optional*):
+            Of the head. Nothing is said of it by default: nobody knows it.
     """
     training = config.training or TrainingRecord()
     base = config.base_model_name_or_path
@@ -66,6 +73,7 @@ def model_card(
         pipeline_tag="text-generation",
         base_model=base_on_hub,
         base_model_relation="adapter" if base_on_hub else None,
+        license=license,
         datasets=training.dataset if training.dataset and is_repo_id(training.dataset) else None,
         tags=["re-control", "value-head", *(tags or [])],
         model_name=(repo_id.split("/")[-1] if repo_id else title) if results else None,
@@ -86,11 +94,33 @@ def model_card(
     return f"{content}\n<!-- as written by hf_recontrol: {_checksum(content)} -->\n"
 
 
+def check_license(license: str | None) -> None:
+    """Raise `ValueError` if a licence is none that a card can name."""
+    if license is not None and not (isinstance(license, str) and _LICENSE.fullmatch(license)):
+        raise ValueError(
+            "`license` must be an identifier as the Hub has them, such as 'apache-2.0', 'mit', 'cc-by-4.0' or "
+            f"'other', got {license!r}."
+        )
+
+
+def license_of(card: str | None) -> str | None:
+    """The licence that the metadata of a card names, if there is one and it is an identifier."""
+    metadata = card.split("\n---", 1)[0] if card is not None and card.startswith("---") else ""
+    found = _LICENSE_LINE.search(metadata)
+    return found["name"] if found else None
+
+
+def card_in(folder: Path) -> str | None:
+    """The text of the card in a folder, if there is one."""
+    path = folder / CARD_NAME
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
 def write_card(folder: Path, card: str) -> None:
     """Write a card into `folder`, unless there is one that somebody wrote or edited."""
-    path = folder / CARD_NAME
-    if not path.exists() or is_untouched(path.read_text(encoding="utf-8", errors="replace")):
-        with atomic_path(path) as temporary:
+    present = card_in(folder)
+    if present is None or is_untouched(present):
+        with atomic_path(folder / CARD_NAME) as temporary:
             temporary.write_text(card, encoding="utf-8")
 
 

@@ -230,11 +230,11 @@ def push_folder(
     revision: str | None,
     create_pr: bool,
     subfolder: str,
-    may_replace_card: Callable[[str], bool],
+    make_card: Callable[[str | None], str | None],
 ):
     """
-    Push the files of `folder` as one commit to the Hub repo `repo_id`, created if need be. A card that is in the repo
-    is kept unless `may_replace_card` says otherwise of its text.
+    Push the files of `folder` as one commit to the Hub repo `repo_id`, created if need be. `make_card` gives, for the
+    text of the card that is in the repo, if there is one, the card to put there, or `None` to keep it.
 
     Returns:
         [`~huggingface_hub.CommitInfo`]
@@ -265,6 +265,9 @@ def push_folder(
                     f"{repo_id!r} holds a {CONFIG_NAME} that is not a head's, such as that of a model. A head pushed "
                     f"there would replace it, and {WEIGHTS_NAME} too: name another repo, or a `subfolder`."
                 )
+            card = make_card(old_card)
+            if card is not None:
+                (folder / CARD_NAME).write_text(card, encoding="utf-8")
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -272,7 +275,7 @@ def push_folder(
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,
-                ignore_patterns=None if old_card is None or may_replace_card(old_card) else [CARD_NAME],
+                ignore_patterns=None if card is not None else [CARD_NAME],
             )
 
 

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..configuration import ValueHeadConfig
 from ..utils.files import atomic_path, make_folder
-from .card import is_untouched, model_card, write_card
+from .card import card_in, check_license, is_untouched, license_of, model_card, write_card
 from .hub import CONFIG_NAME, WEIGHTS_NAME, check_no_model, find_file, is_repo_id, portable_name, push_folder
 from .seen_prompts import NEXT_PROMPTS_NAME, PROMPTS_NAME, SeenPrompts
 
@@ -143,17 +143,25 @@ class ValueHead(nn.Module):
         if not (self.state_scale > 0).all():
             raise ValueError(f"`state_scale` of {source} holds values that are not above 0: it cannot be used.")
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *, license: str | None = None) -> None:
         """
         Write `config.json`, `model.safetensors`, a card `README.md` and, if it is known which prompts the head has
         seen, `prompts.safetensors` to a folder; a card that someone else wrote or edited is kept. Each file is
         complete or absent, also when the write is interrupted.
 
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                A folder.
+            license (`str`, *optional*):
+                The licence that a new card names, such as `"apache-2.0"`. Defaults to that of the card in the local
+                folder that the head was loaded from, or of the card that is replaced; else it names none.
+
         Raises:
-            `ValueError`: if the head holds NaN or infinite values. `OSError`: if the folder cannot be written, or
-            holds a model, such as the head's own base.
+            `ValueError`: if the head holds NaN or infinite values, or `license` is no identifier. `OSError`: if the
+            folder cannot be written, or holds a model, such as the head's own base.
         """
         self.check_finite()
+        check_license(license)
         folder = make_folder(save_directory)
         check_no_model(folder)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -168,7 +176,20 @@ class ValueHead(nn.Module):
                 seen.save(stack.enter_context(atomic_path(folder / NEXT_PROMPTS_NAME)))
         if seen is not None:
             (folder / NEXT_PROMPTS_NAME).replace(folder / PROMPTS_NAME)
-        write_card(folder, model_card(config))
+        write_card(folder, model_card(config, license=self._license(license, card_in(folder))))
+
+    def _license(self, asked: str | None, present: str | None) -> str | None:
+        """The licence for a new card: as asked, else that of the local folder's card, else that of the present one."""
+        if asked and present is not None and not is_untouched(present) and license_of(present) != asked:
+            logger.warning(
+                f"The card is not as this package wrote it, so it is kept, without `license={asked!r}`: write "
+                f"`license: {asked}` into its metadata by hand."
+            )
+        own = None
+        if self.source is not None:
+            folder = Path(self.source["pretrained_model_name_or_path"], self.source.get("subfolder", ""))
+            own = license_of(card_in(folder))
+        return asked or own or license_of(present)
 
     @classmethod
     def from_pretrained(
@@ -238,6 +259,7 @@ class ValueHead(nn.Module):
         create_pr: bool = False,
         subfolder: str = "",
         tags: list[str] | None = None,
+        license: str | None = None,
     ):
         """
         Push the head, its configuration and its card to a Hub repo in one commit. A card that is there and that
@@ -253,17 +275,27 @@ class ValueHead(nn.Module):
                 root.
             tags (`list[str]`, *optional*):
                 Further tags for a new card.
+            license (`str`, *optional*):
+                As for [`ValueHead.save_pretrained`]; the card that is replaced is that of the repo.
 
         Returns:
             [`~huggingface_hub.CommitInfo`]
 
         Raises:
-            `ValueError`: if the head holds NaN or infinite values. `OSError`: if the Hub refuses or cannot be reached,
-            or the repo holds a model there; what the repo held is then as it was.
+            `ValueError`: if the head holds NaN or infinite values, or `license` is no identifier. `OSError`: if the
+            Hub refuses or cannot be reached, or the repo holds a model there; what the repo held is then as it was.
         """
+        check_license(license)
+        pushed = self._pushed()
+
+        def card(old: str | None) -> str | None:
+            named = self._license(license, old)
+            if old is not None and not is_untouched(old):
+                return None
+            return model_card(pushed.config, repo_id, subfolder, tags, revision, named)
+
         with tempfile.TemporaryDirectory() as folder:
-            self._pushed().save_pretrained(folder)
-            write_card(Path(folder), model_card(self.config, repo_id, subfolder, tags, revision))
+            pushed.save_pretrained(folder)
             return push_folder(
                 Path(folder),
                 repo_id,
@@ -273,7 +305,7 @@ class ValueHead(nn.Module):
                 revision=revision,
                 create_pr=create_pr,
                 subfolder=subfolder,
-                may_replace_card=is_untouched,
+                make_card=card,
             )
 
     def _pushed(self) -> ValueHead:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..configuration import ControlConfig
-from ..heads.base_model import has_acting_adapter, hub_options, load_base_model
-from ..heads.hub import portable_name
+from ..heads.base_model import hub_options, load_base_model
 from ..heads.resolution import resolve_head_and_base
 from ..heads.value_head import ValueHead, in_eval, read_values
 from .call_settings import HeadWeights
@@ -27,8 +23,6 @@ from .generation import CACHED_MANAGER, ControlledGenerationMixin, check_padding
 from .hook_points import HookPoint, read_states, uncompiled
 from .hooks import ControlHooks
 from .mixture import ValueHeadMixtureMixin
-
-logger = logging.get_logger(__name__)
 
 # Attributes that only make sense for the class or the process they were made in.
 _TRANSIENT = ("_compiled_call", "_last_compile_config", "_batching_under")
@@ -281,9 +275,21 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
         inputs = with_positions(self, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
         with self.disable_control(), in_eval(self), uncompiled(self), read_states(self.hook_point) as states:
             self(**inputs)
+        if not states:
+            raise RuntimeError(
+                f"The forward did not reach {self.hook_point}, where the head reads: `config.num_hidden_layers` is "
+                "lower than when the head was put on. Set it back."
+            )
         return read_values(head, states[0])
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, value_head: str | None = None, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        value_head: str | None = None,
+        license: str | None = None,
+        **kwargs,
+    ) -> None:
         """
         Save the head, its configuration and its card; never the base. `model.control` is saved as the recommended
         control of the head that acts alone, with weight 1.
@@ -293,6 +299,8 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
                 A folder.
             value_head (`str`, *optional*):
                 Which head, by name, if the model has several.
+            license (`str`, *optional*):
+                As for [`ValueHead.save_pretrained`].
 
         A call with `state_dict=...`, as [`~transformers.Trainer`] makes for its checkpoints, is about the base: it
         saves the base as the base would, and the head in the folder `value_head` inside (several heads in folders of
@@ -304,38 +312,18 @@ class ReControlForCausalLM(ValueHeadMixtureMixin, ControlledGenerationMixin):
                 "the base, `unload()` the head first; to push the head, call `push_to_hub`."
             )
         if not kwargs:
-            self._named_head(value_head).save_pretrained(save_directory)
+            self._named_head(value_head).save_pretrained(save_directory, license=license)
             return
         names = list(self.value_heads) if value_head is None else [value_head]
         heads = {name: self._named_head(name) for name in names}
         super().save_pretrained(save_directory, **kwargs)
         for name, head in heads.items():
             parts = ["value_head"] if len(heads) == 1 else ["value_head", name]
-            head.save_pretrained(os.path.join(save_directory, *parts))
+            head.save_pretrained(os.path.join(save_directory, *parts), license=license)
 
     def push_to_hub(self, repo_id: str, *, value_head: str | None = None, **kwargs):
         """[`ValueHead.push_to_hub`] of what [`ReControlForCausalLM.save_pretrained`] saves; never the base."""
         return self._named_head(value_head).push_to_hub(repo_id, **kwargs)
-
-    def _named_head(self, name: str | None) -> ValueHead:
-        head = self._one_head(name)
-        if not isinstance(head, ValueHead):
-            raise TypeError(f"Only a ValueHead can be saved, this head is a {type(head).__name__}.")
-        changes: dict[str, Any] = {}
-        if not head.config.base_model_name_or_path and has_acting_adapter(self):
-            logger.warning("An adapter acts in this model, so the saved head names no base: load it with one.")
-        elif not head.config.base_model_name_or_path:
-            changes["base_model_name_or_path"] = portable_name(self.config._name_or_path)
-            changes["base_model_revision"] = getattr(self.config, "_commit_hash", None)
-        # Settings for a mixture, or for another head, say nothing of this one alone.
-        settings = self._recontrol.settings
-        alone = [(self.value_heads[other], weight) for other, weight in settings.nonzero(settings.weights).items()]
-        if alone == [(head, 1.0)] and not self.control.per_row:
-            changes["control"] = self.control
-        # A copy that shares all tensors: saving leaves the live head as it is.
-        saved = copy.copy(head)
-        saved.config = replace(head.config, **changes)
-        return saved
 
     def __setattr__(self, name, value):
         # TRL's trainers give the model a `forward` that reads the LM head's weight past every hook on it.

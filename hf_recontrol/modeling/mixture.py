@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
+from ..heads.base_model import has_acting_adapter
+from ..heads.hub import portable_name
 from ..heads.value_head import ValueHead
 from .call_settings import HeadWeights, checked_weights
 from .checks import check_head
 from .hooks import ControlHooks
+
+logger = logging.get_logger(__name__)
 
 # Names are folders in a checkpoint.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
@@ -134,3 +142,24 @@ class ValueHeadMixtureMixin:
         if len(names) != 1:
             raise ValueError(f"This model has several heads, {sorted(heads)}: name one (`model.value_heads[name]`).")
         return heads[names[0]]
+
+    def _named_head(self, name: str | None) -> ValueHead:
+        """The head of that name, or the only one, as it is saved: with its base and the control in force."""
+        head = self._one_head(name)
+        if not isinstance(head, ValueHead):
+            raise TypeError(f"Only a ValueHead can be saved, this head is a {type(head).__name__}.")
+        changes: dict[str, Any] = {}
+        if not head.config.base_model_name_or_path and has_acting_adapter(self):
+            logger.warning("An adapter acts in this model, so the saved head names no base: load it with one.")
+        elif not head.config.base_model_name_or_path:
+            changes["base_model_name_or_path"] = portable_name(self.config._name_or_path)
+            changes["base_model_revision"] = getattr(self.config, "_commit_hash", None)
+        # Settings for a mixture, or for another head, say nothing of this one alone.
+        settings = self._recontrol.settings
+        alone = [(self.value_heads[other], weight) for other, weight in settings.nonzero(settings.weights).items()]
+        if alone == [(head, 1.0)] and not self.control.per_row:
+            changes["control"] = self.control
+        # A copy that shares all tensors: saving leaves the live head as it is.
+        saved = copy(head)
+        saved.config = replace(head.config, **changes)
+        return saved
