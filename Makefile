@@ -10,7 +10,7 @@ SEED ?= 0
 
 demo: .venv/demo
 	$(BIN)/recontrol demo --output "$(OUTPUT)" --seed $(SEED) $(if $(PROMPTS),--prompts "$(PROMPTS)") \
-		$(if $(MODEL),--model "$(MODEL)")
+		$(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 # A trained head on the embedded model: the base's answer and the controlled one.
 PROMPT ?= How was your day?

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import hf_recontrol
 from hf_recontrol import ReControlForCausalLM
+from hf_recontrol.cli.app import app
 from hf_recontrol.collection.scoring.vader import vader
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.pipelines import demo as demo_module
@@ -34,9 +36,10 @@ def base(tmp_path):
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": f"w{i % 60 + 20} w{i}"} for i in range(128)]
+    rows = [{"chosen": f"w{i % 60 + 20} w{i}"} for i in range(120)]
     # Some stand there twice, as in real sets: no part of the demo may see what another one has seen.
-    rows += [{"prompt": f" {row['prompt']}\n"} for row in rows[::3]]
+    rows += [{"chosen": f" {row['chosen']}\n"} for row in rows[::3]]
+    rows += [{"chosen": f"\n\nHuman: w{i}\n\nAssistant: w7"} for i in range(20, 28)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -44,7 +47,8 @@ def prompts(tmp_path):
 def test_a_demo_trains_compares_saves_and_is_reused(base, prompts, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "160")
     output = tmp_path / "demo"
-    figures = run_demo(str(base), prompts, output)
+    asked = {"prompt_column": "chosen", "on_answers": "keep"}
+    figures = run_demo(str(base), prompts, output, **asked)
     # The advantage edit too, unless training left g at the static vector.
     names = list(dict.fromkeys(figure.control for figure in figures))
     assert names[:3] == ["base", "prompting", "best_of_n"] and "static_vector" in names[3] and names[-1] == "ascent"
@@ -62,10 +66,10 @@ def test_a_demo_trains_compares_saves_and_is_reused(base, prompts, tmp_path, mon
 
     # Nothing is made again: neither the sampling nor the training runs.
     made = {path: path.stat().st_mtime_ns for path in output.rglob("part-*")}
-    assert len(made) > 10 and run_demo(str(base), prompts, output) == figures
+    assert len(made) > 10 and run_demo(str(base), prompts, output, **asked) == figures
     assert {path: path.stat().st_mtime_ns for path in output.rglob("part-*")} == made
     with pytest.raises(ValueError, match=r"made with other settings: .*seed was"):
-        run_demo(str(base), prompts, output, seed=1)
+        run_demo(str(base), prompts, output, seed=1, **asked)
 
 
 def test_the_demo_s_own_prompts_are_found_in_any_folder(base, tmp_path, monkeypatch):
@@ -73,9 +77,10 @@ def test_the_demo_s_own_prompts_are_found_in_any_folder(base, tmp_path, monkeypa
     prompts = load_prompts(DEMO_PROMPTS)
     assert len(prompts) == len({row["prompt"] for row in prompts.rows}) == 480
     asked = []
-    monkeypatch.setattr(demo_module, "load_prompts", lambda path: asked.append(path) or load_prompts(path, limit=1))
+    read = demo_module.load_prompts
+    monkeypatch.setattr(demo_module, "load_prompts", lambda path, how: asked.append(path) or read(path, how))
     with pytest.raises(ValueError, match="holds 1 different prompts"):
-        run_demo(str(base), None, tmp_path / "demo")
+        run_demo(str(base), None, tmp_path / "demo", limit=1)
     assert asked == [DEMO_PROMPTS]
     shipped = (Path(__file__).parents[1] / "setup.cfg").read_text()
     assert DEMO_PROMPTS.relative_to(Path(hf_recontrol.__file__).parent).as_posix() in shipped
@@ -87,6 +92,27 @@ def test_too_few_prompts_are_an_error_before_anything_is_made(base, tmp_path):
     with pytest.raises(ValueError, match="holds 1 different prompts, the demo needs"):
         run_demo(str(base), path, tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
+
+
+def test_the_command_says_how_prompts_are_read_and_the_base_is_loaded(prompts, tmp_path, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    asked = []
+
+    def load(model, settings):
+        asked.append(settings)
+        raise Loaded
+
+    monkeypatch.setattr(demo_module, "load_base", load)
+    words = ["demo", "-m", "x", "--prompts", prompts, "-o", tmp_path / "demo"]
+    # What the error on a file of pairs advises is known here.
+    words += ["--prompt-column", "chosen", "--on-answers", "cut"]
+    for more in ([], ["--dtype", "bfloat16", "--revision", "v2", "--trust-remote-code", "--device", "cpu"]):
+        assert isinstance(CliRunner().invoke(app, [str(word) for word in (*words, *more)]).exception, Loaded)
+    default, given = asked
+    assert default.dtype == "float32"
+    assert (given.dtype, given.revision, given.trust_remote_code, given.device) == ("bfloat16", "v2", True, "cpu")
 
 
 def test_without_the_model_package_it_says_what_to_do(tmp_path, monkeypatch):

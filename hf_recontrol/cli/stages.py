@@ -10,12 +10,12 @@ import typer
 
 from ..settings import (
     OWN_ENGINE,
+    DemoSettings,
     FitSettings,
     LabelSettings,
     LoadingSettings,
     PromptSettings,
     RolloutSettings,
-    SeedSettings,
     SourceSettings,
     StatesSettings,
     TrainSettings,
@@ -226,9 +226,9 @@ def train(
 
 
 @app.command()
-@with_settings(SeedSettings, from_file=False)
+@with_settings(DemoSettings, from_file=False)
 def demo(
-    settings: SeedSettings,
+    settings: DemoSettings,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Chat model; default: SmolLM2-135M-Instruct, without a Hub.")
     ] = None,
@@ -242,4 +242,4 @@ def demo(
     """
     from ..pipelines.demo import run_demo
 
-    run_demo(model, prompts, output, seed=settings.seed)
+    run_demo(model, prompts, output, settings)

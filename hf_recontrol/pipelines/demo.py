@@ -24,7 +24,7 @@ from ..evaluation.comparison.figures import Figure
 from ..evaluation.comparison.results import ANSWERS_NAME
 from ..evaluation.recommendation import candidates
 from ..heads.value_head import ValueHead
-from ..settings import CompareSettings, FitSettings, LoadingSettings
+from ..settings import CompareSettings, DemoSettings, FitSettings
 from ..training.stage import FIGURES_NAME as FIGURES_FILE
 from ..utils.files import read_json
 from .compare import TABLE_NAME, compare
@@ -98,7 +98,11 @@ class DemoSizes:
 
 
 def run_demo(
-    model: str | None, prompts: str | os.PathLike | None, output: str | os.PathLike, *, seed: int = 0
+    model: str | None,
+    prompts: str | os.PathLike | None,
+    output: str | os.PathLike,
+    settings: DemoSettings | None = None,
+    **changes,
 ) -> list[Figure]:
     """
     Train a head with all parts on VADER's sentiment with [`fit`], and [`compare`] on unseen prompts the base,
@@ -109,11 +113,12 @@ def run_demo(
         model (`str`, *optional*):
             A chat model; the embedded one by default (see [`embedded_model`]).
         prompts (`str` or `os.PathLike`, *optional*):
-            A file of prompts; the demo's own by default.
+            A file of prompts, or whatever else [`load_prompts`] takes; the demo's own by default.
         output (`str` or `os.PathLike`):
             A folder for everything made.
-        seed (`int`, *optional*, defaults to 0):
-            Of the split, the sampling and the training.
+        settings ([`DemoSettings`], *optional*), changes:
+            How the base is loaded and the prompts are read, and the seed of the split, the sampling and the training;
+            single settings as keywords.
 
     Returns:
         `list[Figure]`: those of [`compare`].
@@ -121,10 +126,11 @@ def run_demo(
     Raises:
         `OSError`, `ValueError`, `ImportError`: if something needed is missing; before any work.
     """
+    settings = DemoSettings.of(settings, changes)
     vader([], [])
-    output, sizes = Path(output), DemoSizes()
+    output, sizes, seed = Path(output), DemoSizes(), settings.seed
     prompts = DEMO_PROMPTS if prompts is None else prompts
-    loaded = distinct(load_prompts(prompts))
+    loaded = distinct(load_prompts(prompts, settings))
     if len(loaded) < 2 * sizes.num_unseen_prompts:
         raise ValueError(
             f"{prompts} holds {len(loaded)} different prompts, the demo needs {2 * sizes.num_unseen_prompts}."
@@ -133,11 +139,12 @@ def run_demo(
     unseen = loaded.take(order[: sizes.num_unseen_prompts])
     training = loaded.take(order[sizes.num_unseen_prompts :][: sizes.num_training_prompts])
 
-    base, tokenizer = load_base(embedded_model() if model is None else model, LoadingSettings(dtype="float32"))
+    base, tokenizer = load_base(embedded_model() if model is None else model, settings)
     shared = {
         "max_new_tokens": sizes.max_new_tokens,
         "temperature": sizes.temperature,
         "batch_size": sizes.batch_size,
+        "on_bad_rows": settings.on_bad_rows,
         "seed": seed,
     }
     figures = fit(
@@ -145,7 +152,15 @@ def run_demo(
         training.rows,
         vader,
         output,
-        FitSettings(part_size=64, keep_states=True, prefix_every=1, gae_lambda=0.5, **shared),
+        FitSettings(
+            # The rows are read once more.
+            on_answers=settings.on_answers,
+            part_size=64,
+            keep_states=True,
+            prefix_every=1,
+            gae_lambda=0.5,
+            **shared,
+        ),
         tokenizer=tokenizer,
         command=f"recontrol demo --seed {seed}",
     )

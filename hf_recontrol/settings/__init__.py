@@ -15,6 +15,7 @@ from .comparison import (
 from .engine import OWN_ENGINE, EngineSettings
 from .stages import (
     BadRowSettings,
+    DemoSettings,
     ForwardSettings,
     HookPointSettings,
     LabelSettings,

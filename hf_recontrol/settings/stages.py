@@ -155,6 +155,15 @@ class SeedSettings(Settings):
     )
 
 
+@settings_class("Base model")
+class DemoSettings(SeedSettings, PromptSettings, LoadingSettings):
+    """What the demo can be told of its base, its prompts and chance."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "float32", "Dtype of the base's weights; `auto`: that of its files."
+    )
+
+
 @settings_class("Sampling")
 class StopSettings(Settings):
     """Where a response ends, beside the model's own end tokens."""
