@@ -18,9 +18,10 @@ import torch
 from rich.cells import cell_len
 from transformers import GenerationConfig
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM
+from hf_recontrol import ControlConfig, ReControlForCausalLM, generate_rollouts
 from hf_recontrol.cli.chat import Chat
-from hf_recontrol.settings import TemplateSettings
+from hf_recontrol.collection.sampling import sampling_config
+from hf_recontrol.settings import SamplingSettings, TemplateSettings
 
 from .fresh import RECONTROL, run_fresh
 from .tiny_models import tiny_head, tiny_model
@@ -112,6 +113,32 @@ def test_both_answers_strengths_heads_and_what_is_wrong(folder):
     assert "default=1\nother=0\n" in output and "default=0\nother=0.5\n" in output and "'nobody'" in output
     assert "Answers as the base." in output and "What was said is forgotten." in output
     assert "/clear" in output.split("other=0.5")[1]  # the help
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_trace_is_of_the_very_answers_that_were_shown(temperature, tmp_path, capsys):
+    base, tokenizer = tiny_model("llama", dtype=torch.float32), tiny_tokenizer(chat=True)
+    head, other = (tiny_head(base, "lm_head", seed=seed, control=ControlConfig("advantage", 3.0)) for seed in (0, 1))
+    # Settings of the base's authors, which neither `generate` nor `trace` follows.
+    base.generation_config.repetition_penalty, base.generation_config.top_p = 5.0, 0.1
+    model = ReControlForCausalLM.from_model(base, head)
+    model.add_value_head("other", other)
+    sampling = SamplingSettings(max_new_tokens=8, temperature=temperature)
+    chat = Chat(model, tokenizer, TemplateSettings(), sampling_config(model, tokenizer, sampling), "both", 3)
+    for text in ("w5 w6", "w7"):
+        chat.say(text)
+        shown = capsys.readouterr().out
+    answers = [text.strip() for text in re.fullmatch(r"base:\n(.*)\ncontrolled:\n(.*)\n", shown).groups()]
+    assert answers[0] != answers[1] == chat.messages[-1]["content"].strip()
+    for text, control in zip(answers, (False, model.control), strict=True):
+        drawn = generate_rollouts(model, tokenizer, [chat.messages[:-1]], sampling, control=control, seed=4)
+        assert text == drawn[0].completion.strip() and len(drawn[0].completion_ids) > 1
+    # What is set behind an answer is not what it was drawn under.
+    for line in ("/strength 0.5", "/heads other=1", f"/trace '{tmp_path / 'page.html'}'"):
+        chat.command(line)
+    traced = json.loads((tmp_path / "page.json").read_text())
+    assert [traced[who]["text"].strip() for who in ("base", "controlled")] == answers
+    assert traced["control"]["step_size"] == 3 and traced["heads"] == {"default": 1.0}
 
 
 def test_a_token_without_an_embedding_is_told():

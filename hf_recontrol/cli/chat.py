@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -24,8 +25,9 @@ from .controlled import (
 from .options import with_settings
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+    from ..configuration import ControlConfig
 
 HELP = """\
 /both               answer twice, as the base and under control, side by side where the terminal has 80 columns or
@@ -33,7 +35,7 @@ HELP = """\
 /on, /off           answer under control alone, or as the base alone
 /strength [X]       show or set the step size
 /heads [NAME=X ...] show the heads and their weights, or set these; heads that are not named do not act
-/trace [FILE]       what control does at each token of an answer to the last message: a page (default: trace.html)
+/trace [FILE]       what control did at each token of the last answer: a page (default: trace.html)
 /clear              forget what was said
 /history            show what was said
 /help               this text
@@ -85,8 +87,8 @@ class Chat:
         self.encoder = PromptEncoder(tokenizer, settings)
         self.remembers = bool(tokenizer.chat_template)
         self.messages: list[dict[str, str]] = []
-        # What was asked last, whole, and the seed of its answer.
-        self.last: tuple[str | list[dict[str, str]], int] | None = None
+        # What was asked last, whole, the seed of its answer, and the control and the weights that were in force.
+        self.last: tuple[str | list[dict[str, str]], int, ControlConfig, Mapping] | None = None
 
     def run(self) -> None:
         """Read lines until the end."""
@@ -152,18 +154,20 @@ class Chat:
             typer.echo(HELP)
 
     def trace(self, output: Path) -> None:
-        """Write the page of [`trace`] for the last message."""
+        """Write the page of [`trace`] for the last answer, whatever has been set since."""
         from ..evaluation.trace.drawing import trace
         from ..evaluation.trace.page import check_trace_output, write_trace
 
         if self.last is None:
-            raise ValueError("/trace is of the last message, and nothing was said yet.")
+            raise ValueError("/trace is of the last answer, and nothing was said yet.")
         check_trace_output(output)
-        asked, seed = self.last
+        asked, seed, control, weights = self.last
         found = trace(
             self.model,
             self.tokenizer,
             asked,
+            control=control,
+            value_heads=weights,
             max_new_tokens=self.config.max_new_tokens,
             temperature=self.config.temperature if self.config.do_sample else 0.0,
             seed=seed,
@@ -178,30 +182,27 @@ class Chat:
         asked = [*self.messages, {"role": "user", "content": text}] if self.remembers else text
         ids = self.encode(asked)
         answer = self.answer_both(ids) if self.mode == "both" else self.answer(ids, self.mode == "on")
-        self.last = asked, self.seed
+        self.last = asked, self.seed, self.model.control, self.model.value_head_weights
         self.seed += 1
         if self.remembers:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
 
-    def encode(self, asked: str | list[dict[str, str]]) -> Tensor:
-        """What is asked as token ids (1, T); `ValueError` where the base does not know one, or no answer fits."""
-        import torch
-
+    def encode(self, asked: str | list[dict[str, str]]) -> list[int]:
+        """What is asked as token ids; `ValueError` where the base does not know one, or no answer fits."""
         from ..collection.sampling import check_embedded
 
-        encoded = self.encoder.encode({"prompt": asked})
+        ids = self.encoder.encode({"prompt": asked})
         self.encoder.report()
-        check_embedded(self.model, self.tokenizer, encoded)
-        ids = torch.tensor([encoded], device=self.model.device)
+        check_embedded(self.model, self.tokenizer, ids)
         room = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if room is not None and ids.shape[1] + self.config.max_new_tokens > room:
+        if room is not None and len(ids) + self.config.max_new_tokens > room:
             raise ValueError(
-                f"{ids.shape[1]} tokens and an answer of {self.config.max_new_tokens} do not fit into this base's "
+                f"{len(ids)} tokens and an answer of {self.config.max_new_tokens} do not fit into this base's "
                 f"{room}: /clear forgets what was said."
             )
         return ids
 
-    def answer_both(self, ids: Tensor) -> str:
+    def answer_both(self, ids: list[int]) -> str:
         """The base's answer and the controlled one, side by side where there is room; the controlled one."""
         from .columns import Columns, ColumnStreamer, has_room
 
@@ -214,20 +215,18 @@ class Chat:
         typer.echo("controlled:")
         return self.answer(ids, True)
 
-    def answer(self, ids: Tensor, controlled: bool, streamer: TextStreamer | None = None) -> str:
+    def answer(self, ids: list[int], controlled: bool, streamer: TextStreamer | None = None) -> str:
         """One answer, shown as it is drawn: on standard output, or by a streamer."""
-        import torch
         from transformers import TextStreamer
 
-        torch.manual_seed(self.seed)
-        tokens = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            streamer=streamer or TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-            control=None if controlled else False,
-            generation_config=self.config,
-        )
-        return self.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+        from ..collection.rollouts import Sampler
+
+        streamer = streamer or TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        control = self.model.control if controlled else False
+        sampler = Sampler(self.model, self.tokenizer, self.config, control, streamer=streamer)
+        # With the noise of the only prompt of a source, as that of a trace is.
+        [(text, _, _)] = sampler.draw([ids], self.seed, [(0, 0)], None)
+        return text
 
 
 def _number(name: str, text: str) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
 from ..configuration import ControlConfig
@@ -59,7 +59,7 @@ from .stop_strings import StopStrings, cut_response
 logger = logging.get_logger(__name__)
 
 
-class _Sampler:
+class Sampler:
     """
     Draws responses to encoded prompts.
 
@@ -70,6 +70,8 @@ class _Sampler:
             What to sample under.
         reweigh (`Callable`, *optional*):
             Makes a batch's [`Reweighing`], of each row's prompt number and sample.
+        streamer ([`~transformers.TextStreamer`], *optional*):
+            Shows a single row as it is drawn.
     """
 
     def __init__(
@@ -79,11 +81,11 @@ class _Sampler:
         config: GenerationConfig,
         control: ControlConfig | bool,
         reweigh: Callable[[list[tuple[int, int]]], Reweighing] | None = None,
+        streamer: TextStreamer | None = None,
     ):
-        self.reweigh = reweigh
+        self.reweigh, self.streamer = reweigh, streamer
         # generate() fills what is unset from the model's own generation config, but rollouts are draws from the model
-        # itself: no penalties, beams or processors that its authors recommend. A shallow copy leaves the model as it
-        # is.
+        # itself: no penalties, beams or processors of its authors. A shallow copy leaves the model as it is.
         self.model = copy.copy(model)
         self.model.generation_config = GenerationConfig(bos_token_id=model.generation_config.bos_token_id)
         self.tokenizer = tokenizer
@@ -98,7 +100,7 @@ class _Sampler:
         self, prompts: Sequence[list[int]], seed: int, drawn: list[tuple[int, int]], keeper: StateKeeper | None
     ) -> list[tuple[str, list[int], bool]]:
         """Of each row, named in `drawn`: the response's text, its tokens, whether it ended by itself."""
-        model, options = self.model, dict(self.options)
+        model, options = self.model, self.options | {"streamer": self.streamer}
         device = input_device(model)
         inputs = pad_batch(prompts, self.config.pad_token_id, "left", device)
         width = inputs["input_ids"].shape[1]
@@ -109,7 +111,7 @@ class _Sampler:
         if self.config.do_sample:
             last.append(RowSampler([response_seed(seed, *each) for each in drawn], device))
         if first or last:
-            options["custom_generate"] = draw_with(prompts, first=first, last=last)
+            options["custom_generate"] = draw_with(prompts, first=first, last=last, streamer=self.streamer)
         follow(model)
         with in_eval(model), nullcontext() if keeper is None else keeper.reading():
             output = model.generate(**inputs, generation_config=self.config, **options)
@@ -118,7 +120,7 @@ class _Sampler:
 
 
 def _sample(
-    sampler: _Sampler,
+    sampler: Sampler,
     prompts: Prompts,
     encoded: dict[int, list[int]],
     rows: Sequence[tuple[int, int]],
@@ -150,7 +152,7 @@ def _sample(
 
 
 def _rollout(
-    sampler: _Sampler | Engine,
+    sampler: Sampler | Engine,
     prompts: Prompts,
     encoded: dict[int, list[int]],
     row: tuple[int, int],
@@ -259,7 +261,7 @@ def draw_rollouts(
     config = sampling_config(model, tokenizer, settings)
     if (config.num_beams or 1) > 1 or config.cache_implementation is not None:
         keep = None  # rows of a beam search change places, and what is compiled is not read
-    sampler = _Sampler(model, tokenizer, config, _checked_control(model, control), reweigh)
+    sampler = Sampler(model, tokenizer, config, _checked_control(model, control), reweigh)
     encoder = PromptEncoder(tokenizer, settings)
     encoded, bad = encode_all(encoder, model, prompts, range(len(prompts)), config.max_new_tokens, settings)
     report_bad_rows(bad, "error", can_skip=False)
@@ -307,7 +309,7 @@ def write_rollouts(
     config = sampling_config(model, tokenizer, settings)
     wanted = _checked_control(model, control)
     if settings.engine == OWN_ENGINE:
-        sampler, elsewhere = _Sampler(model, tokenizer, config, wanted), {}
+        sampler, elsewhere = Sampler(model, tokenizer, config, wanted), {}
     else:
         sampler = engine_of(settings, model=model, tokenizer=tokenizer, config=config, control=wanted)
         elsewhere = {"engine": sampler.settings}
@@ -350,7 +352,7 @@ def _kept_from(
 
 def _write_parts(
     stage: StageFolder,
-    sampler: _Sampler | Engine,
+    sampler: Sampler | Engine,
     encoder: PromptEncoder,
     prompts: Prompts,
     rows: Sequence[tuple[int, int]],

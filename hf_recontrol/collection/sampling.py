@@ -17,6 +17,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TextStreamer,
 )
 from transformers.generation import GenerationMode
 
@@ -141,12 +142,17 @@ class Reweighing(LogitsProcessor, ABC):
 
 
 def draw_with(
-    prompts: Sequence[Sequence[int]], *, first: Sequence[LogitsProcessor] = (), last: Sequence[LogitsProcessor] = ()
+    prompts: Sequence[Sequence[int]],
+    *,
+    first: Sequence[LogitsProcessor] = (),
+    last: Sequence[LogitsProcessor] = (),
+    streamer: TextStreamer | None = None,
 ) -> Callable[..., torch.LongTensor]:
     """
     A decoding method for `generate(custom_generate=...)`: transformers' own loop with processors before and behind all
     of its own, where `generate(logits_processor=...)` would put them before temperature and top-p. What is drawn is
-    the token with the largest score then. `prompts` holds each row's token ids.
+    the token with the largest score then. `prompts` holds each row's token ids. A `streamer` must be given here too:
+    generate() hands it to no such method.
     """
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -161,6 +167,7 @@ def draw_with(
             logits_processor=LogitsProcessorList([*first, *logits_processor, *last]),
             stopping_criteria=stopping_criteria,
             generation_config=generation_config,
+            streamer=streamer,
             **model_kwargs,
         )
 
