@@ -151,18 +151,30 @@ def test_what_cannot_be_said_of_more_responses_stops_nothing(base, tmp_path, mon
     assert (tmp_path / "report.html").is_file()
 
 
-def test_another_target_kl_finds_another_step_size_unless_the_control_is_the_user_s(base, tmp_path):
+def test_another_target_kl_finds_another_step_size_unless_the_control_is_the_user_s(
+    base, tmp_path, recontrol_warnings
+):
     run(base, tmp_path, target_kl=0.02)
     weak = ValueHead.from_pretrained(tmp_path / "head")
     run(base, tmp_path, target_kl=0.2)
     strong = ValueHead.from_pretrained(tmp_path / "head")
     assert strong.config.control.step_size > 1.5 * weak.config.control.step_size
     assert all(torch.equal(tensor, strong.state_dict()[name]) for name, tensor in weak.state_dict().items())
+    strong_step_size = strong.config.control.step_size
     mine = ControlConfig(strong.config.control.method, 0.123)
     strong.config.control = mine
     strong.save_pretrained(tmp_path / "head")
+    run(base, tmp_path, target_kl=0.2)
+    assert not any("keeps" in said for said in recontrol_warnings)
     run(base, tmp_path, target_kl=0.5)
     assert ValueHead.from_pretrained(tmp_path / "head").config.control == mine
+    assert sum(str(mine) in said and "config.json" in said for said in recontrol_warnings) == 1
+    # What the warning advises.
+    config = json.loads((tmp_path / "head" / "config.json").read_text())
+    (tmp_path / "head" / "config.json").write_text(json.dumps(config | {"control": None}))
+    run(base, tmp_path, target_kl=0.5)
+    found = ValueHead.from_pretrained(tmp_path / "head").config.control
+    assert found.method == mine.method and found.step_size > strong_step_size
 
 
 def test_processes_that_cannot_share_a_training_batch_are_told_before_anything_is_made(base, tmp_path, monkeypatch):

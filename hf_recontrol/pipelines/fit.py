@@ -281,6 +281,12 @@ def _recommend(
     present = None if head.config.control is None else head.config.control.to_dict()
     # The figures are written before the head: after a stop between the two it has the control that was to be replaced.
     if present not in (None, known.get("control"), known.get("replaces")):
+        if known and known["target_kl"] != settings.target_kl:
+            logger.warning(
+                f"The head keeps {head.config.control}, which `tune` or a person set: no control is found for "
+                f"`target_kl` {settings.target_kl:g}. To have one found, set `control` to null in "
+                f"{output / 'head' / 'config.json'}, and run this again."
+            )
         return
     if present is not None and present == known.get("control") and known["target_kl"] == settings.target_kl:
         return
