@@ -199,7 +199,7 @@ def _with_settings(
     hooks: ControlHooks, control: ControlConfig | None, weights: HeadWeights, function: Callable
 ) -> Callable:
     def run(*args, **kwargs):
-        with hooks.call(control or False, weights):
+        with hooks.call(control or False, weights or None):
             return function(*args, **kwargs)
 
     return run
