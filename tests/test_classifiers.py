@@ -233,7 +233,7 @@ def test_a_chat_that_the_template_refuses_is_named_and_can_be_skipped(tmp_path, 
     assert second is None and first == third
     chats = [{"prompt": refused[1:]}] * 40 + [{"prompt": refused}]
     model = tiny_model("llama", dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"prompt 40: the chat template of .* refuses this chat: no system turns"):
+    with pytest.raises(ValueError, match=r"row 40: the chat template of .* refuses this chat: no system turns"):
         fit(model, chats, reward, tmp_path / "run", tokenizer=tiny_tokenizer(chat=True), quiet=True)
     assert not (tmp_path / "run").exists()
 

@@ -498,7 +498,7 @@ def test_prompts_that_the_head_has_seen_are_refused_left_out_or_taken_when_asked
         run(**small)
     for said in (
         "2 of 12 prompts to compare on",
-        f"number 2 ({kind.replace('_', ' ')}): 'w12 w13'",
+        f"prompts.jsonl, line 3 ({kind.replace('_', ' ')}): 'w12 w13'",
         "on_seen_prompts",
     ):
         assert said in str(caught.value)
@@ -779,7 +779,7 @@ def test_a_control_of_the_head_needs_one(place):
 
 def test_an_instruction_has_no_place_in_a_formatted_text(place):
     (place / "prompts.jsonl").write_text('{"prompt": "user w10 <end> assistant"}\n')
-    with pytest.raises(ValueError, match="Prompt 0 is in the model's own format"):
+    with pytest.raises(ValueError, match=r"prompts.jsonl, line 1: the prompt is in the model's own format"):
         run()
 
 

@@ -299,7 +299,7 @@ def test_what_cannot_work_is_said_before_anything_is_made(base, tmp_path):
     scored = [{"prompt": text, "score": i % 3, "name": "x"} for i, text in enumerate(PROMPTS)]
     for reward, message in (
         ("column:absent", "no column 'absent'"),
-        ("name", "prompt 0: the column name holds 'x'"),
+        ("name", "row 0: the column name holds 'x'"),
     ):
         with pytest.raises(ValueError, match=message):
             run(base, tmp_path / "run", reward=reward, prompts=scored)
@@ -456,7 +456,7 @@ def test_a_head_says_which_prompts_it_was_trained_and_validated_on(base, tmp_pat
     assert seen.counts() == {"trained_on": 36, "validated_on": 4, "tuned_on": 0}
     # As texts, they are the same prompts.
     assert {prompt_hash(text) for text in PROMPTS} == {*seen.trained_on.tolist(), *seen.validated_on.tolist()}
-    with pytest.raises(ValueError, match=r"40 of 40 prompts to compare on are among those .* the first is number 0"):
+    with pytest.raises(ValueError, match=r"40 of 40 prompts to compare on are among those .* the first is row 0 "):
         compare(
             tmp_path / "base",
             PROMPTS,

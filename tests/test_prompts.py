@@ -146,6 +146,25 @@ def test_texts_among_messages_and_answered_prompts_are_bad():
         load_prompts([[*MESSAGES, ANSWER]])
 
 
+@pytest.mark.parametrize("take", [lambda prompts: prompts, lambda prompts: prompts.take([1, 0])])
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("p.jsonl", '{"prompt": "w5", "score": 1}\n\n\n{"prompt": "w6 w7 w8", "score": null}\n', "line 4"),
+        ("p.csv", 'prompt,score\n"w5\n",1\nw6 w7 w8,\n', "line 4"),
+        ("p.json", '[{"prompt": "w5", "score": 1}, {"prompt": "w6 w7 w8", "score": null}]', "row 1"),
+    ],
+)
+def test_a_row_that_later_work_cannot_use_is_named_by_its_place_in_the_file(tmp_path, take, name, text, line):
+    path = tmp_path / name
+    path.write_text(text)
+    prompts = take(load_prompts(path))
+    with pytest.raises(ValueError, match=rf"{name}, {line}: the column score holds None"):
+        check_rows(named_rewards("score", prompts.columns), prompts, "error")
+    with pytest.raises(ValueError, match=rf"{name}, {line}: it has 3 tokens"):
+        generate_rollouts(tiny_model("llama"), tiny_tokenizer(), prompts, max_new_tokens=1, max_prompt_tokens=2)
+
+
 def test_only_bad_rows_are_an_error_in_any_case(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": ""}\n')
     with pytest.raises(ValueError, match="line 1"):

@@ -402,7 +402,7 @@ def test_names_are_the_functions_own_however_they_are_given(tmp_path, monkeypatc
 def test_a_row_without_the_column_of_a_reward_is_named():
     prompts = Prompts([{"prompt": "w1", "score": 1.0}, {"prompt": "w2"}], [3, 7])
     rewards = named_rewards("score", prompts.columns)
-    with pytest.raises(ValueError, match="prompt 7: the column score holds None"):
+    with pytest.raises(ValueError, match=r"prompt 7 \(the first is 0\): the column score holds None"):
         check_rows(rewards, prompts, "error")
     check_rows(rewards, prompts, "skip")
 

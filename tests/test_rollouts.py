@@ -512,7 +512,7 @@ def test_prompts_too_long_for_the_model_can_be_left_out(model, tokenizer, tmp_pa
 
 def test_prompts_longer_than_asked_for_can_be_left_out(model, tokenizer, tmp_path, recontrol_warnings):
     prompts, options = load(["w5", "w6 " * 30, "w7 " * 10]), {"max_new_tokens": 4, "max_prompt_tokens": 10}
-    with pytest.raises(ValueError, match=r"prompt 1: it has 30 tokens, `max_prompt_tokens` is 10"):
+    with pytest.raises(ValueError, match=r"row 1: it has 30 tokens, `max_prompt_tokens` is 10"):
         generate_rollouts(model, tokenizer, prompts, **options)
     counts = write_rollouts(tmp_path / "r", model, tokenizer, prompts, **options, on_bad_rows="skip")
     assert counts["rollouts"] == 2 and "it has 30 tokens" in recontrol_warnings[0]
@@ -543,7 +543,7 @@ def test_a_prompt_that_the_chat_template_refuses_is_a_bad_row(model, tmp_path, r
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') if messages | length > 1 else 'w5' }}"
     turn = {"role": "user", "content": "w5"}
     prompts = load_prompts([[turn], [turn, turn]])
-    with pytest.raises(ValueError, match="prompt 1: the chat template does not take the prompt: roles must alternate"):
+    with pytest.raises(ValueError, match="row 1: the chat template does not take the prompt: roles must alternate"):
         write_rollouts(tmp_path / "r", model, tokenizer, prompts, max_new_tokens=2)
     assert (
         write_rollouts(tmp_path / "r", model, tokenizer, prompts, max_new_tokens=2, on_bad_rows="skip")["rollouts"]

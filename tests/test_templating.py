@@ -294,7 +294,7 @@ def test_tokens_that_the_model_has_no_embedding_of_are_named_before_any_forward(
     """See transformers#23401: a token was added to the tokenizer, and the model was not resized."""
     small = tiny_model("llama", dtype=torch.float32, vocab_size=258)
     monkeypatch.setattr(small, "generate", None)
-    with pytest.raises(ValueError, match=r"prompt 0: the token '<\|im_end\|>' has the id 259, .* for 258 tokens"):
+    with pytest.raises(ValueError, match=r"row 0: the token '<\|im_end\|>' has the id 259, .* for 258 tokens"):
         generate_rollouts(small, chatml, ["Hi"], max_new_tokens=2)
     chatml.chat_template = None
     chatml.eos_token = "<|im_end|>"

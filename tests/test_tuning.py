@@ -122,7 +122,7 @@ def test_the_control_that_earns_most_at_one_kl_is_written_into_the_head(place, d
     head.save_pretrained("other")
     assert "Chosen by" not in (place / "other" / "README.md").read_text()
 
-    with pytest.raises(ValueError, match=r"1 of 2 prompts to compare on .*number 1 \(tuned on\): 'w9 w10'"):
+    with pytest.raises(ValueError, match=r"1 of 2 prompts to compare on .*row 1 \(tuned on\): 'w9 w10'"):
         compare(None, ["w70", "w9 w10"], count, "comparison", head="head", controls=["base"], **SMALL)
 
 

@@ -206,7 +206,7 @@ def encode_all(
             # Stored with the response: what cannot be is known before there is one.
             json.dumps(prompts.rows[i])
         except (TypeError, ValueError) as error:
-            bad.append(BadRow(f"prompt {prompts.numbers[i]}", str(error)))
+            bad.append(BadRow(prompts.place(i), str(error)))
         else:
             encoded[i] = ids
     encoder.report()

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from transformers.utils import logging
 from ..settings import BadRowSettings, PromptSettings
 from ..utils.checks import check_choice
 from .tables import located_rows
-from .text_files import BadRow, LeftOut, is_text
+from .text_files import BadRow, LeftOut, chat_of_text, is_text
 
 logger = logging.get_logger(__name__)
 
@@ -36,10 +35,6 @@ _NAMED = 5
 # How deep values may be nested, and how many bits a number may have: what every reader of JSON takes.
 _DEEPEST = 100
 _MOST_BITS = 10_000
-# A text that is a list of objects with a role, as JSON or as Python prints it.
-_CHAT_AS_TEXT = re.compile(
-    r"""\s*(array\()?\[\s*\{.*['"]role['"]\s*:.*\}\s*\]\s*(,\s*dtype=object\)\s*)?""", re.DOTALL
-)
 
 
 @dataclass
@@ -58,6 +53,8 @@ class Prompts:
             A hash of rows and numbers, whatever the format they were read from; by default it is computed.
         dataset (`str`, *optional*):
             The Hub data set that they are from.
+        places (`list[str]`, *optional*):
+            Where each row stands in its source, such as `"prompts.jsonl, line 7"`.
     """
 
     rows: list[dict[str, Any]]
@@ -65,6 +62,7 @@ class Prompts:
     bad_rows: list[BadRow] = field(default_factory=list)
     fingerprint: str = ""
     dataset: str | None = None
+    places: list[str] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self):
         self.fingerprint = self.fingerprint or _fingerprint(self.rows, self.numbers)
@@ -77,11 +75,16 @@ class Prompts:
         """Names of what the rows hold beside `prompt`."""
         return {name for row in self.rows for name in row} - {"prompt"}
 
+    def place(self, index: int) -> str:
+        """Where a row stands, for messages: its place in the source, or its number if that is not known."""
+        return self.places[index] if self.places else f"prompt {self.numbers[index]} (the first is 0)"
+
     def take(self, indices: Iterable[int]) -> Prompts:
-        """Some of the prompts, by their places in `rows`; each keeps its number."""
+        """Some of the prompts, by their indices in `rows`; each keeps its number."""
         indices = list(indices)
         rows, numbers = ([each[i] for i in indices] for each in (self.rows, self.numbers))
-        return Prompts(rows, numbers, dataset=self.dataset)
+        places = [self.places[i] for i in indices] if self.places else []
+        return Prompts(rows, numbers, dataset=self.dataset, places=places)
 
 
 def report_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str, can_skip: bool = True) -> None:
@@ -225,24 +228,6 @@ def _wrong_in_messages(messages: list) -> str | None:
     return None
 
 
-def _chat_of_text(text: str) -> str | list:
-    """
-    The chat that a text holds as JSON, as in the columns of a CSV file; other texts as they are.
-
-    Raises:
-        `ValueError`: if it holds one that is not JSON.
-    """
-    if not _CHAT_AS_TEXT.fullmatch(text):
-        return text
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(
-            "the prompt is a list of chat messages as Python prints it, or as damaged JSON: write it with `json.dumps`"
-        ) from None
-    return values if all(isinstance(value, dict) and "role" in value for value in values) else text
-
-
 def _answer_start(text: str) -> int | None:
     """Where the answer begins that a dialogue written as text ends with, as in HH-RLHF."""
     start = text.rfind("\n\nAssistant:")
@@ -260,7 +245,7 @@ def _check_prompt(prompt: Any, is_conversation: bool, on_answers: str) -> tuple[
         return None, f"the prompt cannot be used: {error}"
     if isinstance(prompt, str):
         try:
-            prompt = _chat_of_text(prompt)
+            prompt = chat_of_text(prompt)
         except ValueError as error:
             return None, str(error)
     if not isinstance(prompt, (str, list)):
@@ -348,7 +333,7 @@ def load_prompts(source: Any, settings: PromptSettings | None = None, **changes)
     if isinstance(source, Prompts):
         return source if settings.limit is None else source.take(range(len(source))[: settings.limit])
     column = settings.prompt_column
-    rows, numbers, bad, left_out = [], [], [], LeftOut()
+    rows, numbers, places, bad, left_out = [], [], [], [], LeftOut()
     kind, count, found = None, 0, set()
     for number, (location, row) in enumerate(islice(located_rows(source, settings, left_out), settings.limit)):
         count += 1
@@ -367,6 +352,7 @@ def load_prompts(source: Any, settings: PromptSettings | None = None, **changes)
         else:
             rows.append(checked)
             numbers.append(number)
+            places.append(location)
     name = source if isinstance(source, (str, os.PathLike)) else "The source"
     if count == 0:
         raise ValueError(f"No prompts: {name} holds no rows.")
@@ -385,7 +371,7 @@ def load_prompts(source: Any, settings: PromptSettings | None = None, **changes)
     missing = dict.fromkeys(key for row in rows for key in row if key == "prompt" or key not in left_out)
     rows = [{key: row.get(key) for key in missing} for row in rows]
     dataset = source if isinstance(source, str) and not os.path.exists(source) else None
-    return Prompts(rows, numbers, bad, dataset=dataset)
+    return Prompts(rows, numbers, bad, dataset=dataset, places=places)
 
 
 def _fingerprint(rows: Iterable[dict[str, Any]], numbers: Iterable[int]) -> str:

@@ -34,6 +34,10 @@ _NO_UTF8 = "not UTF-8 text: save the file in UTF-8"
 # What Python takes for a number, but for leading zeros, which are those of codes.
 _NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _NO_NUMBER = re.compile(r"([-+]?nan)?", re.IGNORECASE)
+# A text that is a list of objects with a role, as JSON or as Python prints it.
+_CHAT_AS_TEXT = re.compile(
+    r"""\s*(array\()?\[\s*\{.*['"]role['"]\s*:.*\}\s*\]\s*(,\s*dtype=object\)\s*)?""", re.DOTALL
+)
 
 # The location of each row, and the row, or a `BadRow`.
 LocatedRows = Iterator[tuple[str, Any]]
@@ -250,3 +254,21 @@ def _csv_lines(
             yield location, BadRow(location, reason)
         else:
             yield location, dict(zip(names, fields + [None] * (len(names) - len(fields)), strict=True))
+
+
+def chat_of_text(text: str) -> str | list:
+    """
+    The chat that a text holds as JSON, as in the columns of a CSV file; other texts as they are.
+
+    Raises:
+        `ValueError`: if it holds one that is not JSON.
+    """
+    if not _CHAT_AS_TEXT.fullmatch(text):
+        return text
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(
+            "the prompt is a list of chat messages as Python prints it, or as damaged JSON: write it with `json.dumps`"
+        ) from None
+    return values if all(isinstance(value, dict) and "role" in value for value in values) else text

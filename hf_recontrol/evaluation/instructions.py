@@ -32,21 +32,21 @@ def with_instruction(prompts: Prompts, instruction: str, role: str, encoder: Pro
         raise ValueError("`instruction` must be a text that is not empty.")
     has_template = encoder.tokenizer.chat_template is not None
     rows = []
-    for number, row in zip(prompts.numbers, prompts.rows, strict=True):
+    for index, row in enumerate(prompts.rows):
         prompt = row["prompt"]
         if isinstance(prompt, str) and not has_template:
             asked: Prompt = f"{instruction}\n\n{prompt.lstrip()}"
         elif isinstance(prompt, str) and encoder.is_formatted(prompt):
             raise ValueError(
-                f"Prompt {number} is in the model's own format, so an instruction has no place in it: give the "
-                "user's text or chat messages."
+                f"{prompts.place(index)}: the prompt is in the model's own format, so an instruction has no place in "
+                "it: give the user's text or chat messages."
             )
         else:
             asked = _in_chat(
                 [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, instruction, role
             )
         rows.append(row | {"prompt": asked})
-    return Prompts(rows, prompts.numbers)
+    return Prompts(rows, prompts.numbers, places=prompts.places)
 
 
 def _in_chat(messages: list[dict[str, Any]], instruction: str, role: str) -> list[dict[str, Any]]:

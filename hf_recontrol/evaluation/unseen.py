@@ -92,8 +92,8 @@ def _without(prompts: Prompts, found: dict[int, str], whose: str, purpose: str, 
     first, how = next(iter(found.items()))
     said = str(prompts.rows[first]["prompt"])[:60]
     which = (
-        f"{len(found)} of {len(prompts)} prompts {purpose} are among those that {whose}; the first is number "
-        f"{prompts.numbers[first]} ({how}): {said!r}"
+        f"{len(found)} of {len(prompts)} prompts {purpose} are among those that {whose}; the first is "
+        f"{prompts.place(first)} ({how}): {said!r}"
     )
     if on_seen_prompts == "allow":
         logger.warning(f"{which}. On such prompts a control looks better than it is.")

@@ -75,10 +75,10 @@ def check_rows(
         return
     bad = []
     for function in rewards.values():
-        for number, row in zip(prompts.numbers, prompts.rows, strict=True):
+        for index, row in enumerate(prompts.rows):
             reason = _known_fault(function, row, combine_rewards)
             if reason is not None:
-                bad.append(BadRow(f"prompt {number}", reason))
+                bad.append(BadRow(prompts.place(index), reason))
     report_bad_rows(bad, "error")
 
 
