@@ -17,7 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hf_recontrol import generate_rollouts
+from hf_recontrol.collection.scoring.responses import check_rows
+from hf_recontrol.collection.scoring.rewards import named_rewards
 from hf_recontrol.data.prompts import BadRow, Prompts, load_prompts, report_bad_rows
+from hf_recontrol.settings import PromptSettings
+
+from .tiny_models import tiny_model
+from .tiny_tokenizer import tiny_tokenizer
 
 ROWS = [
     {"prompt": "w5 w6", "topic": "a"},
@@ -555,6 +562,10 @@ def test_a_prompt_with_its_answer_is_named_and_can_be_cut():
         load_prompts(rows, prompt_column="chosen")
     assert load_prompts(rows, prompt_column="chosen", on_answers="cut").rows[0]["prompt"] == ASKED
     assert load_prompts([HH], on_answers="keep").rows == [{"prompt": HH}]
+    # What `keep` is said to do with a chat is what it does.
+    with pytest.raises(ValueError, match=r"only texts can be gone on with: .* `on_answers='cut'` \(`--on"):
+        load_prompts([[*MESSAGES, ANSWER]], on_answers="keep")
+    assert "chats cannot be gone on with" in " ".join(PromptSettings.__doc__.split())
     assert load_prompts([HH], on_answers="cut").rows == load_prompts([ASKED]).rows == [{"prompt": ASKED}]
     for text in ("An essay\n\nAssistant: helper", HH + "\n\nHuman: And?"):
         assert load_prompts([text]).rows == [{"prompt": text}], "no dialogue that ends with an answer"

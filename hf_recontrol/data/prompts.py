@@ -258,7 +258,10 @@ def _check_prompt(prompt: Any, is_conversation: bool, on_answers: str) -> tuple[
         if not any(value for message in prompt for key, value in message.items() if key != "role"):
             return None, "the prompt is empty"
         if prompt[-1]["role"] == "assistant":
-            return None, "the prompt ends with the assistant's turn: `on_answers='cut'` asks for it anew"
+            return None, (
+                "the prompt ends with the assistant's turn, and only texts can be gone on with: leave that turn out, "
+                "or let `on_answers='cut'` (`--on-answers cut`) ask for it anew"
+            )
         return prompt, ""
     if not prompt.strip():
         return None, "the prompt is empty"

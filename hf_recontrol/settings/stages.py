@@ -99,7 +99,7 @@ class PromptSettings(BadRowSettings):
         "error",
         "Prompts that end with their answer, behind the last `\\n\\nAssistant:` of a dialogue written as text (as in "
         "HH-RLHF's `chosen`) or in the assistant's turn. `cut`: ask for the answer anew. `keep`: the model goes on "
-        "with the text.",
+        "with a text; chats cannot be gone on with.",
     )
     limit: int | None = setting(None, "Rows to read at most: for a first try.", low=1, default_text="all")
     streaming: bool = setting(False, "Read a dataset of the Hub as it comes, instead of downloading all of it first.")
