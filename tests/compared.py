@@ -34,6 +34,8 @@ def distinct(completion_ids, **columns):
 def brevity(completions, **columns):
     return [-float(len(text.split())) for text in completions]
 
+shortness = type(brevity)(brevity.__code__, globals(), "brevity")
+
 def sevens(completions, **columns):
     """Knows only answers with a 7, and none of the first prompts."""
     return [float(text.count("7")) if "7" in text else None for text in completions]

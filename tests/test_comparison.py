@@ -404,7 +404,7 @@ def test_a_control_can_have_a_kl_of_its_own(place, recontrol_warnings, others):
 
 def test_held_out_prompts_are_never_compared_on(place, recontrol_warnings):
     shared = [[{"role": "user", "content": text}] for text in ("w10 w11 ", "w80")]
-    with pytest.raises(ValueError, match="1 held-out prompts are also compared on"):
+    with pytest.raises(ValueError, match=r"1 held-out prompts are also compared on \(the first: row 0\)"):
         run(kl=[0.05], controls=["base", "advantage"], held_out=shared)
     # A prompt that stands twice is not on both sides.
     rows = [json.dumps({"prompt": f"w{10 + i % 6} w9"}) + "\n" for i in range(24)]
@@ -516,6 +516,65 @@ def test_prompts_that_the_head_has_seen_are_refused_left_out_or_taken_when_asked
     remember([f"w{i} w{i + 1}" for i in range(10, 22)], kind)
     with pytest.raises(ValueError, match=r"12 of 12 prompts .* none is left"):
         run(**small, on_seen_prompts="skip")
+
+
+def rows_read_once():
+    """The prompts of the file, as what can be read but once."""
+    return (json.loads(line) for line in Path("prompts.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("source", [lambda: "prompts.jsonl", lambda: list(rows_read_once()), rows_read_once])
+def test_seen_prompts_that_are_skipped_count_for_no_limit_and_are_not_set_aside(place, recontrol_warnings, source):
+    small = {"controls": ["base", "advantage"], "kl": [0.05], "num_held_out": 2}
+    run(**small, limit=3)
+    untouched = [line["completion"] for line in lines_of()]
+    remember([f"w{i} w{i + 1}" for i in range(10, 16)], "trained_on")
+    with pytest.raises(ValueError, match=r"of \d prompts to (compare|find strengths) on are among those"):
+        run(**small, limit=3)
+    # The file holds twelve, of which the first six are skipped.
+    for limit, numbers in ((3, {6, 7, 8}), (6, {*range(6, 12)}), (100, {*range(6, 12)})):
+        output = f"limit-{limit}"
+        run(**small, limit=limit, on_seen_prompts="skip", prompts=source(), output=output)
+        compared = {line["prompt_number"] for line in lines_of(output)}
+        assert compared < numbers and len(compared) == len(numbers) - 2
+    # Where none is seen it changes nothing.
+    remember(["w80"], "trained_on")
+    run(**small, limit=3, on_seen_prompts="skip", prompts=source(), output="skips-none")
+    assert [line["completion"] for line in lines_of("skips-none")] == untouched
+
+
+def test_the_limit_of_several_bases_counts_what_no_head_has_seen(place, recontrol_warnings):
+    shutil.copytree("head", "second")
+    remember([f"w{i} w{i + 1}" for i in range(10, 16)], "tuned_on")
+    found = settings(controls=["base"])
+    inputs = {name: found[name] for name in ("prompts", "rewards", "controls", "output")}
+    both = CompareSettings(limit=4, on_seen_prompts="skip", max_new_tokens=6)
+    compare_bases([], ["head", "second"], [], settings=both, **inputs)
+    assert [{line["prompt_number"] for line in lines_of(f"out/{name}")} for name in ("head", "second")] == [
+        {6, 7, 8, 9}
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("made", "call", "said"),
+    [
+        (["tuning.json"], run, r"a search for a control \(tuning.json\)"),
+        (["table.md"], run, r"the table of several bases \(table.md\)"),
+        (["figures.json", "table.md"], "bases", r"a comparison of one base \(figures.json\)"),
+        (["tuning.json"], "bases", r"a search for a control \(tuning.json\)"),
+    ],
+)
+def test_a_folder_of_another_command_is_refused_and_left_as_it_is(place, made, call, said):
+    (place / "out").mkdir()
+    for name in made:
+        (place / "out" / name).write_text("theirs")
+    inputs = {name: settings()[name] for name in ("prompts", "rewards", "controls", "output")}
+    with pytest.raises(OSError, match=f"out holds {said}, .* name another `output`"):
+        if call == "bases":
+            compare_bases(["base"], ["head"], [], settings=CompareSettings(), **inputs)
+        else:
+            call()
+    assert {path.name: path.read_text() for path in (place / "out").iterdir()} == dict.fromkeys(made, "theirs")
 
 
 def test_a_loaded_model_s_head_says_what_it_has_seen_and_strengths_may_be_found_on_validated_prompts(
@@ -744,7 +803,15 @@ REFUSED = {
     "odd judge": ({"judge": 3}, "`judge` must be a function, its name"),
     "no module's name": ({"controls": ["base", ":Thing"]}, "':Thing' cannot be imported"),
     "judge": ({"judge": "mine:variety"}, "The judge is also one of the rewards"),
-    "judge by another name": ({"rewards": "column:kl", "judge": "kl"}, "The judge is also one of the rewards"),
+    "judge by another name": (
+        {"rewards": "mine:brevity", "judge": "mine:shortness"},
+        "The judge is also one of the rewards",
+    ),
+    "a column": ({"rewards": ["mine:variety", "kl"]}, "The column 'kl' holds one number for a prompt"),
+    "a column as judge": ({"judge": "column:seconds"}, "The column 'seconds' holds one number for a prompt"),
+    "several bases": ({"base": ["base", "base"]}, "`base` must be one folder or Hub name, .* call this for each"),
+    "several heads": ({"head": ("head", "head")}, "`head` must be one folder or Hub name"),
+    "several folders": ({"rollouts": ["r", "s"]}, "`rollouts` must be one folder or Hub name"),
     "failing judge": ({"judge": "mine:fails"}, "The reward fails failed: KeyError"),
     "two strengths": (
         {"controls": ["base", {"kind": "advantage", "step_size": 1, "kl": 0.1}]},

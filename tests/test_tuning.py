@@ -371,7 +371,34 @@ REFUSED = {
         r"1 of 2 prompts to tune on are among those that the head was trained on; .*\(trained on\): 'w80'",
     ),
     "target": ({"output": "base/config.json"}, "is a file"),
+    "column": (
+        {"prompts": [{"prompt": "w5", "score": 1.0}], "rewards": "score"},
+        "The column 'score' holds one number for a prompt, whatever the answer",
+    ),
+    "several heads": ({"head": ["head", "head"]}, "`head` must be one folder or Hub name, .* call this for each"),
+    "several bases": ({"base": ["base"]}, "`base` must be one folder or Hub name"),
 }
+
+
+def test_a_comparison_s_folder_is_refused_and_left_as_it_is(place, drawn):
+    save_head(1.0, 1.0, 1.0)
+    (place / "out").mkdir()
+    (place / "out" / "table.md").write_text("theirs")
+    with pytest.raises(OSError, match=r"out holds a comparison \(table.md\), .* name another `output`"):
+        run()
+    assert drawn == [] and [path.name for path in (place / "out").iterdir()] == ["table.md"]
+
+
+def test_the_limit_counts_prompts_that_are_not_skipped(place, recontrol_warnings):
+    save_head(1.0, 1.0, 1.0)
+    head = ValueHead.from_pretrained("head")
+    head.seen_prompts = SeenPrompts(torch.tensor([prompt_hash(text) for text in PROMPTS[:30]]))
+    head.save_pretrained("head")
+    options = {"methods": ["static"], "step_sizes": [1.0], "criterion": {"reward": 1}, "on_seen_prompts": "skip"}
+    found = run(**options, limit=8)
+    assert [each["prompts"] for each in found["candidates"]] == [8]
+    [left_out, *_] = [said for said in recontrol_warnings if "these are left out" in said]
+    assert "30 of" in left_out
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data.fingerprints import prompt_hashes
-from ..data.prompts import Prompts
+from ..data.prompts import Prompts, load_prompts
 from ..heads.seen_prompts import SeenPrompts
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
+from ..settings import AnswerSettings
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +53,37 @@ def seen_among(prompts: Prompts, heads: Iterable[nn.Module], kinds: Sequence[str
             for number in getattr(record, kind).tolist():
                 seen.setdefault(number, kind.replace("_", " "))
     return {place: seen[number] for place, number in enumerate(prompt_hashes(prompts)) if number in seen}
+
+
+def load_unseen(
+    source: Any, settings: AnswerSettings, heads: Sequence[nn.Module], purpose: str, kinds: Sequence[str] = SEEN
+) -> Prompts:
+    """
+    [`load_prompts`], where prompts that some head has seen and that are to be skipped do not count towards the
+    `limit`: rows are read until so many are left, or there are no more.
+
+    Args:
+        settings ([`AnswerSettings`]):
+            How to read them. Unless `on_seen_prompts` is `"skip"`, seen ones are for [`unseen`] to judge.
+        heads, purpose, kinds:
+            As for [`unseen`].
+
+    Raises:
+        As [`load_prompts`] and [`unseen`].
+    """
+    count, is_read_once = settings.limit, isinstance(source, Iterator)
+    rows: Any = [] if is_read_once else source
+    while True:
+        if is_read_once:
+            rows += islice(source, None if count is None else count - len(rows))
+        prompts = load_prompts(rows, replace(settings, limit=count))
+        seen = seen_among(prompts, heads, kinds) if settings.on_seen_prompts == "skip" else {}
+        if not seen:
+            return prompts
+        total, left = len(prompts) + len(prompts.bad_rows), len(prompts) - len(seen)
+        if count is None or total < count or left >= (settings.limit or 0):
+            return load_prompts(unseen(prompts, heads, purpose, "skip", kinds), limit=settings.limit)
+        count *= 2
 
 
 def unseen(

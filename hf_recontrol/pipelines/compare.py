@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..collection.scoring.responses import check_rows, try_rewards
+from ..collection.scoring.responses import check_rows, check_tells_answers_apart, try_rewards
 from ..collection.scoring.rewards import RewardFunction, load_reward, named_rewards, reward_fingerprint
 from ..data.fingerprints import prompt_hashes
 from ..data.processes import no_progress
-from ..data.prompts import Prompts, load_prompts
+from ..data.prompts import Prompts
 from ..data.stage_folder import shared_folder
 from ..data.tables import without_effect
 from ..evaluation.comparison.answers import draw_answers, usable_prompts
@@ -24,6 +24,7 @@ from ..evaluation.comparison.assembly import TABLE_NAME, write_results
 from ..evaluation.comparison.entries import default_controls, entries_of, needs_search, rows_of, without_twins
 from ..evaluation.comparison.figures import Figure
 from ..evaluation.comparison.matching import with_strengths
+from ..evaluation.comparison.results import FIGURES_JSON_NAME
 from ..evaluation.comparison.scores import reward_scorer, score_answers, scorers_of
 from ..evaluation.judges.judge import Judge
 from ..evaluation.judges.kinds import judge_of, own_settings
@@ -31,13 +32,15 @@ from ..evaluation.judges.person import PersonJudge
 from ..evaluation.judges.scoring import JudgeScoring
 from ..evaluation.rivals.plain import BestOfN
 from ..evaluation.rivals.rival import Bench
-from ..evaluation.unseen import TRAINED_ON, heads_of, unlearnt, unseen
+from ..evaluation.unseen import TRAINED_ON, heads_of, load_unseen, unlearnt, unseen
+from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import HELD_OUT_PROMPTS, CompareSettings, PromptSettings
 from ..utils.code_fingerprints import UnknownStateError
 from ..utils.extras import needs_extra
-from ..utils.files import check_target
-from .loading import base_with_head
+from ..utils.files import check_holds_no, check_target
+from .loading import base_with_head, check_one
+from .tune import TUNING_NAME
 
 logger = logging.get_logger(__name__)
 
@@ -73,14 +76,14 @@ def compare(
 
     Args:
         base (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*), tokenizer (*optional*):
-            The base: a folder or Hub name, or a loaded model (also a [`ReControlForCausalLM`]) with its tokenizer. By
-            default that which the head names.
+            The base, a single one: a folder or Hub name, or a loaded model (also a [`ReControlForCausalLM`]) with its
+            tokenizer. By default that which the head names.
         prompts:
             Unseen prompts: a file or whatever else [`load_prompts`] takes.
         rewards (`str`, function, or sequence of these):
             What the head was trained on: as for [`load_reward`], or functions.
         output (`str` or `os.PathLike`):
-            The folder.
+            The folder. It must be none of [`tune`].
         settings ([`CompareSettings`], *optional*), changes:
             How they are compared; single settings as keywords.
         head (`str` or `os.PathLike`, *optional*):
@@ -106,18 +109,26 @@ def compare(
         be known.
     """
     settings = CompareSettings.of(settings, changes)
+    check_one(base=base, head=head, rollouts=rollouts)
     if controls is None and not settings.strengths and not settings.kl:
         settings = replace(settings, kl=(_DEFAULT_KL,))
     output = Path(output)
     check_target(output / TABLE_NAME)
+    check_holds_no(output, {TUNING_NAME: "a search for a control"})
+    if not (output / FIGURES_JSON_NAME).exists():
+        check_holds_no(output, {TABLE_NAME: "the table of several bases"})
     with needs_extra("compare", "A comparison"):
         import matplotlib  # noqa: F401
         import pyarrow  # noqa: F401
     entries = None if controls is None else entries_of(controls, settings)
     with_head = head is not None or isinstance(base, ReControlForCausalLM)
     finds_strengths = (bool(settings.kl) and with_head) if entries is None else needs_search(entries, settings)
-    test, held = _prompts(prompts, held_out, settings, finds_strengths)
+    if head is not None and not isinstance(head, torch.nn.Module):
+        head = ValueHead.from_pretrained(head, token=settings.token)
+    heads = heads_of(base) if head is None else [head]
+    test, held = _prompts(prompts, held_out, settings, finds_strengths, heads)
     functions = named_rewards(rewards, test.columns)
+    check_tells_answers_apart(functions.values())
     check_rows(functions, test, settings.on_bad_rows, settings.combine_rewards)
     try_rewards(functions, test, settings.on_bad_rows)
     scorers = scorers_of(functions, settings)
@@ -186,17 +197,20 @@ def compare(
             return write_results(output, bench, rows, stages, scores, reference, test, matches, settings, judging)
 
 
-def _prompts(prompts: Any, held_out: Any, settings: CompareSettings, finds_strengths: bool) -> tuple[Prompts, Prompts]:
+def _prompts(
+    prompts: Any, held_out: Any, settings: CompareSettings, finds_strengths: bool, heads: Sequence[torch.nn.Module]
+) -> tuple[Prompts, Prompts]:
     """(those that are compared on, those that strengths are found on: none if no strength is to be found)."""
-    test = _read(prompts, held_out, settings)
+    test = load_unseen(prompts, _settings_for(prompts, held_out, settings), heads, "to compare on")
     if not finds_strengths:
         return test, test.take([])
     if held_out is not None:
-        held = _read(held_out, prompts, settings)
+        own = _settings_for(held_out, prompts, settings)
+        held = load_unseen(held_out, own, heads, "to find strengths on", TRAINED_ON)
         seen = set(prompt_hashes(test))
-        if shared := [n for n, said in zip(held.numbers, prompt_hashes(held), strict=True) if said in seen]:
+        if shared := [index for index, said in enumerate(prompt_hashes(held)) if said in seen]:
             raise ValueError(
-                f"{len(shared)} held-out prompts are also compared on (the first is number {shared[0]}): strengths "
+                f"{len(shared)} held-out prompts are also compared on (the first: {held.place(shared[0])}): strengths "
                 "must not be found on the prompts that they are measured on."
             )
     else:
@@ -220,12 +234,12 @@ def _prompts(prompts: Any, held_out: Any, settings: CompareSettings, finds_stren
     return test, held
 
 
-def _read(source: Any, other: Any, settings: CompareSettings) -> Prompts:
-    """Prompts from `source`, without the settings that say something of `other` alone, where the rest comes from."""
+def _settings_for(source: Any, other: Any, settings: CompareSettings) -> CompareSettings:
+    """Settings for `source`, without those that say something of `other` alone, where the rest comes from."""
     idle_there = () if isinstance(other, Prompts) else without_effect(other, settings)
     defaults = PromptSettings()
     elsewhere = {n: getattr(defaults, n) for n in without_effect(source, settings) if n not in idle_there}
-    return load_prompts(source, replace(settings, **elsewhere))
+    return replace(settings, **elsewhere)
 
 
 def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> RewardFunction:
@@ -238,6 +252,7 @@ def _judge(judge: Any, rewards: dict[str, RewardFunction], prompts: Prompts) -> 
             instead = f"its name as a kind, `judge: {{kind: {judge}}}`, with its settings beside it"
         raise ValueError(f"The judge is a class: give {instead}.")
     named_rewards(function, prompts.columns)
+    check_tells_answers_apart([function])
     if any(function is reward or _is_same(function, reward) for reward in rewards.values()):
         raise ValueError("The judge is also one of the rewards: name one that no head was trained on.")
     return function

@@ -13,17 +13,17 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..data.processes import Processes
-from ..data.prompts import load_prompts
 from ..evaluation.comparison.assembly import TABLE_NAME
 from ..evaluation.comparison.figures import Figure
 from ..evaluation.comparison.results import FIGURES_JSON_NAME, FIGURES_NAME
-from ..evaluation.unseen import unseen
+from ..evaluation.unseen import load_unseen
 from ..heads.base_model import check_base
 from ..heads.value_head import ValueHead
 from ..settings import CompareSettings
-from ..utils.files import atomic_path, make_folder, read_json
+from ..utils.files import atomic_path, check_holds_no, make_folder, read_json
 from .compare import compare
 from .loading import base_source
+from .tune import TUNING_NAME
 
 logger = logging.get_logger(__name__)
 
@@ -79,11 +79,11 @@ def compare_bases(
             AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code, **source)
         except (OSError, ValueError) as error:
             raise OSError(f"The base model {base} cannot be used: {error}") from error
+    others = {FIGURES_JSON_NAME: "a comparison of one base", TUNING_NAME: "a search for a control"}
+    check_holds_no(Path(output), others)
     names = _names(heads if heads and len(set(own_bases)) < count else own_bases)
-    prompts = load_prompts(prompts, settings)
-    if settings.on_seen_prompts == "skip":
-        # What one head has seen is left out for all, so that they stay comparable.
-        prompts = unseen(prompts, loaded, "to compare on", "skip")
+    # What one head has seen is left out for all, where it is left out, so that they stay comparable.
+    prompts = load_unseen(prompts, settings, loaded, "to compare on")
     found = {}
     for name, (base, head, folder) in zip(names, runs, strict=True):
         found[name] = compare(

@@ -39,6 +39,16 @@ def check_same_weights(loading: LoadingSettings, drawing: EngineSettings) -> Non
         )
 
 
+def check_one(**given: Any) -> None:
+    """Raise `TypeError` for what is to be one name, or one loaded module, and is not, such as a list; names it."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, (str, os.PathLike, nn.Module)):
+            raise TypeError(
+                f"`{name}` must be one folder or Hub name, or what was loaded from it, got {value!r}: for several, "
+                "call this for each, with an `output` of its own."
+            )
+
+
 def load_tokenizer(name_or_path: str | os.PathLike, settings: SourceSettings) -> PreTrainedTokenizerBase:
     """
     A base's tokenizer.

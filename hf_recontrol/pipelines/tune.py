@@ -13,14 +13,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..collection.scoring.responses import check_rows, try_rewards
+from ..collection.scoring.responses import check_rows, check_tells_answers_apart, try_rewards
 from ..collection.scoring.rewards import RewardFunction, named_rewards
 from ..configuration import ControlConfig
 from ..data.fingerprints import distinct, head_fingerprint, prompt_hashes
 from ..data.processes import Processes, no_progress
-from ..data.prompts import Prompts, load_prompts
+from ..data.prompts import Prompts
 from ..data.stage_folder import shared_folder
 from ..evaluation.comparison.answers import usable_prompts
+from ..evaluation.comparison.assembly import TABLE_NAME
 from ..evaluation.comparison.entries import without_twins
 from ..evaluation.comparison.matching import with_strengths
 from ..evaluation.comparison.plots import write_plots
@@ -28,15 +29,15 @@ from ..evaluation.comparison.scores import scorers_of
 from ..evaluation.metrics import knows_units
 from ..evaluation.rivals.rival import Bench
 from ..evaluation.tuning import Found, by_metric, fewest_responses, rows_to_try, search, summary, weights_of
-from ..evaluation.unseen import TRAINED_ON, has_no_record, seen_among, unseen
+from ..evaluation.unseen import TRAINED_ON, has_no_record, load_unseen, seen_among, unseen
 from ..heads.card import is_untouched
 from ..heads.hub import CARD_NAME, CONFIG_NAME, is_cached
 from ..heads.seen_prompts import SeenPrompts
 from ..heads.value_head import ValueHead
 from ..settings import HELD_OUT_PROMPTS, TuneSettings
 from ..utils.extras import needs_extra
-from ..utils.files import check_target, read_json, write_json
-from .loading import base_with_head
+from ..utils.files import check_holds_no, check_target, read_json, write_json
+from .loading import base_with_head, check_one
 
 logger = logging.get_logger(__name__)
 
@@ -95,18 +96,21 @@ def tune(
         work where it can be known.
     """
     settings, output = TuneSettings.of(settings, changes), Path(output)
+    check_one(head=head, base=base)
     with needs_extra("compare", "Plots"):
         import matplotlib  # noqa: F401
     target = tuned_head(head, output)
     for path in (output / TUNING_NAME, target / CONFIG_NAME):
         check_target(path)
-    prompts = load_prompts(prompts, settings)
+    check_holds_no(output, {TABLE_NAME: "a comparison"})
+    loaded = ValueHead.from_pretrained(head, token=settings.token)
+    prompts = load_unseen(prompts, settings, [loaded], "to tune on", TRAINED_ON)
     functions = named_rewards(rewards, prompts.columns)
+    check_tells_answers_apart(functions.values())
     check_rows(functions, prompts, settings.on_bad_rows, settings.combine_rewards)
     weights = weights_of(settings, list(functions))
     try_rewards(functions, prompts, settings.on_bad_rows)
     scorers = scorers_of(functions, settings)
-    loaded = ValueHead.from_pretrained(head, token=settings.token)
     summed = "reward" in weights and len(functions) > 1 and settings.combine_rewards == "none"
     if summed and not knows_units(loaded.config, list(functions)):
         logger.warning(

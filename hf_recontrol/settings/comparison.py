@@ -60,7 +60,8 @@ class AnswerSettings(SamplingSettings, ScoringSettings, PromptSettings, LoadingS
     )
     on_seen_prompts: Literal["error", "skip", "allow"] = setting(
         "error",
-        "What to do about prompts that the head has seen: raise, leave them out, or take them all the same.",
+        "What to do about prompts that the head has seen: raise; leave them out, and take the limit and held-out ones "
+        "of the others; or take them all the same.",
     )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +67,24 @@ def check_target(path: str | os.PathLike) -> None:
         raise OSError(f"{existing} is a file, so {path} cannot be written.")
     if not os.access(existing, os.W_OK):
         raise OSError(f"{existing} cannot be written to.")
+
+
+def check_holds_no(folder: Path, others: Mapping[str, str]) -> None:
+    """
+    Check that a folder was not made by another command, whose files this one would replace.
+
+    Args:
+        folder (`Path`):
+            It need not exist.
+        others (mapping of `str` to `str`):
+            Names of files that others leave there, and what such a folder holds.
+
+    Raises:
+        `OSError`: if one of them is there; names it.
+    """
+    for name, what in others.items():
+        if (folder / name).exists():
+            raise OSError(f"{folder} holds {what} ({name}), whose files this would replace: name another `output`.")
 
 
 _COMBINED = re.compile(r"(\w+ of )(.+)", re.DOTALL)

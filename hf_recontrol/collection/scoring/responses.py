@@ -232,6 +232,16 @@ def check_parts(rewards: Iterable[RewardFunction], prefix_every: int | None) -> 
         )
 
 
+def check_tells_answers_apart(rewards: Iterable[RewardFunction]) -> None:
+    """Raise `ValueError` if answers to one prompt are to be held against each other, and a reward is a column."""
+    for function in rewards:
+        if isinstance(function, ColumnReward):
+            raise ValueError(
+                f"The column {function.column!r} holds one number for a prompt, whatever the answer, so it tells no "
+                "answer from another: name a reward that scores answers instead."
+            )
+
+
 def _with_prefixes(
     rollouts: Sequence[Rollout],
     scored_by: Sequence[list[bool]],
