@@ -30,7 +30,7 @@ FUZZ_SECONDS ?= 60
 fuzz: .venv/dev
 	$(PIP) atheris
 	@mkdir -p build/fuzz
-	@for target in config weights prompts header card described custom checkpoint pickle manifest verdicts; do \
+	@for target in config weights prompts header card described custom checkpoint pickle manifest critic verdicts; do \
 		echo "Fuzzing: $$target"; \
 		$(BIN)/python -W ignore tests/fuzz_untrusted.py $$target -max_total_time=$(FUZZ_SECONDS) -verbosity=0 \
 			-artifact_prefix=build/fuzz/$$target- || exit 1; \

@@ -23,6 +23,7 @@ with atheris.instrument_imports(include=["hf_recontrol"]):
     from hf_recontrol.custom_generate import generate as custom
     from hf_recontrol.data.stage_folder import MANIFEST_NAME, read_manifest
     from hf_recontrol.evaluation.judges.person import read_saved
+    from hf_recontrol.evaluation.trace.critics import load_critic
     from hf_recontrol.heads.card import is_untouched, model_card, write_card
     from hf_recontrol.heads.convert import convert_checkpoint
     from hf_recontrol.heads.seen_prompts import PROMPTS_NAME, SeenPrompts
@@ -126,6 +127,9 @@ class Targets:
             "checkpoint": self.files["value.pth"],
             "pickle": self.records[self.pickle],
             "manifest": self.files[MANIFEST_NAME],
+            "critic": json.dumps(
+                {"reads": {"every": 1, "critic_layer": 0, "prefix_every": 2, "prefix_means": [[0.5], [0.25]]}}
+            ).encode(),
             "verdicts": json.dumps({"page": "0123456789ab", "verdicts": {"pair1": "left"}}).encode(),
         }
 
@@ -201,6 +205,14 @@ class Targets:
             read_manifest(self.folder, "rollouts", "recontrol rollout")
         except (ValueError, OSError) as error:
             assert MANIFEST_NAME in str(error) or str(self.folder) in str(error), error
+
+    def critic(self, data: bytes) -> None:
+        self.write("training.json", data)
+        try:
+            critic = load_critic(self.folder, TrainingRecord(rewards=["r"], sampling={"do_sample": True}))
+        except ValueError:
+            return
+        assert critic.prefix_means is None or (critic.prefix_every and torch.isfinite(critic.prefix_means).all())
 
     def verdicts(self, data: bytes) -> None:
         path = self.write("verdicts.json", data)

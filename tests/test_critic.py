@@ -15,8 +15,9 @@ from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.states import States, StateStore
 from hf_recontrol.settings import ValueSettings
 from hf_recontrol.training.advantage import fit_advantage
-from hf_recontrol.training.critic import CriticStore, running_mean, sum_before, train_critic
+from hf_recontrol.training.critic import CriticStore, train_critic
 from hf_recontrol.training.held_out import split_by_prompt
+from hf_recontrol.training.targets import running_mean, sum_before
 from hf_recontrol.training.value import train_value_head
 
 from .tiny_models import layers_of, tiny_model

@@ -30,6 +30,7 @@ from hf_recontrol import (
 from hf_recontrol.cli import app
 from hf_recontrol.collection.sampling import RowSampler, response_seed
 from hf_recontrol.evaluation.likelihoods import likelihoods_in_force
+from hf_recontrol.evaluation.pages.document import HIGH, OPACITY
 from hf_recontrol.evaluation.trace import page as pages
 from hf_recontrol.evaluation.trace.texts import TokenTexts
 from hf_recontrol.modeling.hooks import read_edits
@@ -428,14 +429,37 @@ def test_files(tmp_path, monkeypatch):
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
-def browse(page: Path, folder: Path) -> str:
-    """The page's document after its script has run, without a network."""
+def browse(page: Path, folder: Path, *wanted: str) -> str:
+    """What a browser says of a page after its script has run, without a network; by default the document."""
     words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    words += ["--proxy-server=127.0.0.1:9", "--timeout=5000", "--dump-dom", page.as_uri()]
+    words += ["--proxy-server=127.0.0.1:9", "--timeout=5000", *(wanted or ["--dump-dom"]), page.as_uri()]
     return subprocess.run(words, check=True, capture_output=True, text=True, timeout=100).stdout
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed, which would run the page")
+in_a_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium or Chrome is installed, which would run the page"
+)
+
+
+@in_a_browser
+def test_the_colours_of_the_heat_map_are_on_the_screen(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    found = traced(controlled())
+    page, _ = write_trace(found, tmp_path)
+    browse(page, tmp_path, f"--screenshot={tmp_path / 'page.png'}", "--window-size=1200,900", "--hide-scrollbars")
+    with image.open(tmp_path / "page.png") as opened:
+        counts = opened.convert("RGB").getcolors(maxcolors=2**24)
+    high = [int(part) for part in HIGH.split(",")]
+    kl = [token.kl for response in (found.base, found.controlled) for token in response.tokens]
+    # White is a card's own colour.
+    wanted = {tuple(255 + share / max(kl) * OPACITY * (part - 255) for part in high) for share in kl}
+    assert len(wanted) > 5
+    for colour in wanted:
+        alike = [n for n, seen in counts if all(abs(x - y) < 2 for x, y in zip(seen, colour, strict=True))]
+        assert sum(alike) > 50, colour
+
+
+@in_a_browser
 def test_the_page_in_a_browser(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "SCRIPT", pages.SCRIPT + '\ntell("controlled", 1);\n')
     page, _ = write_trace(traced(controlled(), reward=unless_short), tmp_path)
@@ -450,6 +474,15 @@ def test_the_page_in_a_browser(tmp_path, monkeypatch):
     found = browse(page, tmp_path)
     assert "<title>What control did</title>" in found and "<img" not in found
     assert "token 2, id 1" in found and found.count("<svg") == 2
+    assert "Critic" not in found[: found.index("<script")]
+    # Where two rewards have a value each and one critic is there.
+    tokens = [replace(token, critic=[0.5, None]) for token in evil().controlled.tokens]
+    page, _ = write_trace(replace(evil(), controlled=TracedResponse(EVIL, True, tokens)), tmp_path / "critic")
+    found = browse(page, tmp_path)
+    assert found.count('type="radio"') == 6 and 'value="critic"' in found
+    assert "it, and the critic (dotted)</figcaption>" in found
+    assert len(re.findall(r"<dt>Critic, [^<]*</dt><dd>0.5</dd>", found)) == 1
+    assert found.count("<polyline") == 1 + 3
 
 
 def test_the_command(tmp_path, monkeypatch):

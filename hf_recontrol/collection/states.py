@@ -366,7 +366,7 @@ def _usable_kept(reader: _Reader, rollouts: Path, sampled: dict) -> Callable[[in
 
 
 def _finish(stage: StageFolder, manifest: dict, rollouts: str | os.PathLike) -> dict[str, float]:
-    source = {name: manifest.get(name) for name in ("rewards", "dataset", "counts", "head_sources")}
+    source = {name: manifest.get(name) for name in ("rewards", "prefix_every", "dataset", "counts", "head_sources")}
     source["sampling"] = manifest["settings"]["generation_config"]
     counts = stage.finish(count_states, {"source": source})
     if not counts.get("states"):

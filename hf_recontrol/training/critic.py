@@ -11,11 +11,12 @@ import torch
 
 from ..configuration import ValueHeadConfig
 from ..data.processes import Processes
+from ..data.stage_folder import read_manifest
 from ..data.states import States, StateStore, places
 from ..heads.value_head import ValueHead
 from ..settings import ValueSettings
 from .ridge import Moments, ridge
-from .targets import Episodes, episode_mask, episodes_at_once, pad_episodes, td_targets
+from .targets import Episodes, critic_inputs, episode_mask, episodes_at_once, td_targets
 from .value import check_states, measure, new_head, sides
 
 # The reward of the response so far is one number among hundreds and says more than any other: in a smaller unit it is
@@ -57,26 +58,13 @@ class CriticStore(StateStore):
         """As [`StateStore.gather`], with `"hidden"` what the critic reads."""
         if name != "hidden":
             return super().gather(name, episodes)
-        lengths = self.lengths[episodes]
-        columns = [
+        return critic_inputs(
             super().gather("hidden", episodes),
-            sum_before(super().gather("directions", episodes), lengths),
+            super().gather("directions", episodes),
             self.prefix_rewards(episodes),
-        ]
-        if self.has_context:
-            context = super().gather("context", episodes)
-            columns += [context, running_mean(context, lengths)]
-        return torch.cat(columns, dim=1)
-
-
-def sum_before(flat: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Of episodes one after the other, `(states, width)`: the sum of each one's rows before this one."""
-    return pad_episodes(flat, lengths).cumsum(1)[episode_mask(lengths)] - flat
-
-
-def running_mean(flat: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Of episodes one after the other, `(states, width)`: the mean of each one's states up to and with this one."""
-    return (sum_before(flat, lengths) + flat) / (places(lengths) + 1)[:, None]
+            super().gather("context", episodes) if self.has_context else None,
+            self.lengths[episodes],
+        )
 
 
 def train_critic(
@@ -102,7 +90,7 @@ def train_critic(
 
     Returns:
         The critic, for [`fit_advantage`] (a value head without a hidden layer, over what it reads), and its figures,
-        see [`value_figures`].
+        see [`value_figures`], with `reads`: what must be known to give it other responses.
 
     Raises:
         `ValueError`: if the states have no directions; else as [`train_value_head`].
@@ -140,7 +128,38 @@ def train_critic(
         layer.weight.copy_(weight.T)
         layer.bias.copy_(fitted.y - fitted.x @ weight.double())
     figures = measure(critic, parts[1], processes, settings.discount)
-    return critic.cpu(), figures
+    return critic.cpu(), figures | {"reads": _reads(store)}
+
+
+def _reads(store: StateStore) -> dict[str, Any]:
+    """How the states were made that a critic reads, as JSON."""
+    part, prefix_every, means = store.parts[0], None, None
+    if store.has_prefix_rewards:
+        if store.folder is not None:
+            prefix_every = read_manifest(store.folder, "states", "recontrol states")["source"].get("prefix_every")
+        means = _prefix_means(store).tolist()
+    return {
+        "every": part.every,
+        "critic_layer": part.context_layer,
+        "prefix_every": prefix_every,
+        "prefix_means": means,
+    }
+
+
+def _prefix_means(store: StateStore) -> torch.Tensor:
+    """
+    What [`StateStore.prefix_rewards`] takes off at each place, `(places, num_objectives)`; where no reward is known,
+    what it takes off before that, or first.
+    """
+    given = torch.cat([part.prefix_rewards for part in store.parts]).double()
+    known = given.isfinite().all(1)
+    taken_off = (given - store.prefix_rewards(torch.arange(len(store))))[known]
+    at, first = places(store.lengths)[known].unique(return_inverse=True)
+    if not len(at):
+        return given.new_zeros(1, given.shape[1])
+    means = given.new_empty(len(at), given.shape[1]).index_copy_(0, first, taken_off)
+    before = torch.searchsorted(at, torch.arange(int(store.lengths.max())), right=True) - 1
+    return means[before.clamp(min=0)]
 
 
 @torch.no_grad()

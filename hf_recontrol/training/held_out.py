@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+FIGURES_NAME = "training.json"
 # Positions, as shares of a response, at which V is measured.
 POSITIONS = tuple(round(0.1 * i, 1) for i in range(11))
 # From this share of the constant's error on, V has found next to nothing.

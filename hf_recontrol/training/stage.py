@@ -24,11 +24,10 @@ from ..settings import INDIFFERENT, AdvantageSettings, HeadSettings, TrainSettin
 from ..utils.files import check_target, make_folder, read_json, without_place, write_json
 from .advantage import fit_advantage
 from .critic import train_critic
-from .held_out import split_by_prompt
+from .held_out import FIGURES_NAME, split_by_prompt
 from .trainer import check_training
 from .value import train_value_head
 
-FIGURES_NAME = "training.json"
 # What is said of a critic, of the figures of a value head.
 CRITIC_FIGURES = ("value_error", "value_error_last", "correlation_last")
 # What a head was trained with, in the folder of its checkpoints.

@@ -1,4 +1,7 @@
-"""Whole episodes in batches, and their targets without a loop over tokens: TD(λ) for V, GAE(λ) for the advantage."""
+"""
+Whole episodes in batches, their targets without a loop over tokens (TD(λ) for V, GAE(λ) for the advantage), and what a
+critic reads of them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..data.processes import Processes
-from ..data.states import StateStore
+from ..data.states import StateStore, places
 from ..heads.value_head import ValueHead
 
 # Numbers that are read at once (256 MB), and episodes at most.
@@ -175,3 +178,39 @@ def _ends(
     if open_ended is not None:
         ends = torch.where(open_ended[:, None, None], values, ends)
     return last, episode_mask(lengths)[..., None], ends
+
+
+def sum_before(flat: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Of episodes one after the other, `(states, width)`: the sum of each one's rows before this one."""
+    return pad_episodes(flat, lengths).cumsum(1)[episode_mask(lengths)] - flat
+
+
+def running_mean(flat: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Of episodes one after the other, `(states, width)`: the mean of each one's states up to and with this one."""
+    return (sum_before(flat, lengths) + flat) / (places(lengths) + 1)[:, None]
+
+
+def critic_inputs(
+    hidden: torch.Tensor,
+    directions: torch.Tensor,
+    prefix_rewards: torch.Tensor,
+    context: torch.Tensor | None,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    """
+    What a critic reads at the states of whole episodes, one after the other: `(states, columns)`.
+
+    Args:
+        hidden, directions (`torch.Tensor` of shape `(states, hidden_size)`):
+            Of [`States`].
+        prefix_rewards (`torch.Tensor` of shape `(states, num_objectives)`, or `(states, 0)`):
+            As [`StateStore.prefix_rewards`] gives them.
+        context (`torch.Tensor` of shape `(states, context_size)`, *optional*):
+            The states of another layer.
+        lengths (`torch.Tensor` of shape `(episodes,)`):
+            How many states each episode has.
+    """
+    columns = [hidden, sum_before(directions, lengths), prefix_rewards]
+    if context is not None:
+        columns += [context, running_mean(context, lengths)]
+    return torch.cat(columns, dim=1)

@@ -23,6 +23,7 @@ from ...heads.hub import portable_name
 from ...modeling.causal_lm import ReControlForCausalLM
 from ...settings import SamplingSettings, TraceSettings
 from ..likelihoods import check_controlled
+from .critics import with_critics
 from .reading import check_readable, read_response, traced_heads
 from .record import Trace, TracedResponse
 
@@ -66,7 +67,9 @@ def trace(
     KL, what the base would have drawn, and the time; and what it would do along the base's own response.
 
     The responses are those of [`generate_rollouts`] to this one prompt with the same seed.
-    [`write_trace`] makes a page of it.
+    [`write_trace`] makes a page of it. Of a head that was loaded from the folder in which it was trained, with its
+    critic, it tells the critic's values too; a critic that reads the rewards of the response so far needs them as
+    `reward`.
 
     Args:
         model ([`ReControlForCausalLM`]), tokenizer:
@@ -121,7 +124,7 @@ def trace(
             )
             for rollout, seconds in drawn
         )
-        rollout = drawn[1][0]
+        rollout, heads = drawn[1][0], traced_heads(model)
         found = Trace(
             prompt=rollout.prompt,
             prompt_ids=rollout.prompt_ids,
@@ -141,7 +144,8 @@ def trace(
         _with_rewards(response, rollout, rewards, tokenizer)
         for response, (rollout, _) in zip((base, controlled), drawn, strict=True)
     )
-    return replace(found, base=base, controlled=controlled)
+    found = replace(found, base=base, controlled=controlled)
+    return with_critics(model, found, [rollout for rollout, _ in drawn], heads)
 
 
 def _with_rewards(

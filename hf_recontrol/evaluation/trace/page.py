@@ -173,10 +173,12 @@ def _facts(trace: Trace) -> dict[str, str]:
             shown.pop("num_steps", None)
         settings = f"{control['method']}, {', '.join(f'{name} {value}' for name, value in shown.items())}"
     heads = ", ".join(f"{name} {weight:g}" for name, weight in trace.heads.items())
+    critics = [f"{name}: {why}" if len(trace.heads) > 1 else why for name, why in trace.silent_critics.items()]
     return {
         "Base model": Path(trace.model).name if trace.model else "unknown",
         "Control": f"{settings}, at {trace.hook_point}",
         **({"Heads": heads} if len(trace.heads) > 1 else {}),
+        **({"Critic": f"not shown: {'; '.join(critics)}"} if critics else {}),
         "Drawn": "greedily" if trace.temperature == 0 else f"at temperature {trace.temperature:g}, seed {trace.seed}",
         "Spent": f"{trace.controlled.nats:.3g} nats in {count} tokens, {ratio:.3g} a token",
         "The two part": "never: they are the same" if parts_at is None else f"at token {parts_at + 1}",

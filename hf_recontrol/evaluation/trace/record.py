@@ -58,6 +58,9 @@ class TracedToken:
         reward_so_far (`list[float | None]`):
             What each reward that was asked says of the response up to this token, this one included; `None` where
             that is no number.
+        critic (`list[float | None]`):
+            What the critics of the heads foresee, a number for each objective as for `value_before`, of the same
+            place and in the same units; `None` for a head without one. Empty if there is none.
     """
 
     drawn: TokenChance
@@ -72,6 +75,7 @@ class TracedToken:
     alternatives: list[TokenChance]
     seconds: float
     reward_so_far: list[float | None] = field(default_factory=list)
+    critic: list[float | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,8 @@ class Trace:
             Of the sampling; temperature 0 is greedy.
         rewards (`list[str]`):
             What the numbers of `reward_so_far` are of; empty if no reward was asked.
+        silent_critics (`dict[str, str]`):
+            The heads whose critic is there and says nothing, by name, and why.
     """
 
     prompt: Prompt
@@ -142,6 +148,7 @@ class Trace:
     temperature: float
     seed: int
     rewards: list[str] = field(default_factory=list)
+    silent_critics: dict[str, str] = field(default_factory=dict)
     kind: str = field(default=KIND, init=False)
     format_version: int = field(default=FORMAT_VERSION, init=False)
 

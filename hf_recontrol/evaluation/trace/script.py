@@ -9,6 +9,7 @@ const tip = document.getElementById("tip");
 let objective = 0;
 // NaN where nothing is known.
 function rewardOf(token, k) { return token.reward_so_far[k] ?? NaN; }
+function criticOf(token, k) { return token.critic[k] ?? NaN; }
 const measures = {
   kl: {label: "KL", of: (t) => t.kl, diverging: false},
   before: {label: "V before", of: (t) => t.value_before[objective], diverging: true, among: valuesOf},
@@ -17,6 +18,10 @@ const measures = {
     middle: 0},
   edit: {label: "Length of the edit", of: (t) => t.edit, diverging: false},
 };
+const criticsOf = trace.objectives.map((_, k) => all((t) => criticOf(t, k)).length > 0);
+if (criticsOf.some(Boolean)) {
+  measures.critic = {label: "Critic", of: (t) => criticOf(t, objective), diverging: true, among: valuesOf};
+}
 trace.rewards.forEach((name, k) => {
   const label = trace.rewards.length > 1 ? `Reward so far, ${name}` : "Reward so far";
   measures[`reward${k}`] = {label: label, of: (t) => rewardOf(t, k), diverging: true};
@@ -41,8 +46,11 @@ function shown(text) {
     .replace(/^ | $/g, "\u2423");
 }
 function all(of) { return names.flatMap((name) => sides[name].tokens.map(of)).filter(Number.isFinite); }
-// Before and after are coloured alike, so that they can be compared.
-function valuesOf() { return [...all((t) => t.value_before[objective]), ...all((t) => t.value_after[objective])]; }
+// Before and after are coloured alike, and the critic, so that they can be compared.
+function valuesOf() {
+  return [...all((t) => t.value_before[objective]), ...all((t) => t.value_after[objective]),
+    ...all((t) => criticOf(t, objective))];
+}
 function scale() {
   const {of, diverging, middle, among} = measures[measure];
   const values = among ? among() : all(of);
@@ -115,6 +123,9 @@ function tell(name, i) {
     fact(list, trace.objectives.length > 1 ? `V, ${label}` : label === "V" ? "V" : `V (${label})`,
       `${number(token.value_before[k])} \u2192 ${number(token.value_after[k])}`
       + ` (${change < 0 ? "" : "+"}${number(change)})`);
+    if (criticsOf[k]) {
+      fact(list, trace.objectives.length > 1 ? `Critic, ${label}` : "Critic", number(criticOf(token, k)));
+    }
   });
   fact(list, "Edit", `${number(token.edit)}, ${number(100 * token.edit_relative)} % of the state`);
   const spent = name === "base" ? "it would be so far" : "spent so far";
@@ -221,9 +232,11 @@ function plots() {
     place.append(
       plot(name, name === "base" ? "Nats that control would have spent so far" : "Nats spent so far",
         [{values: tokens.map((t) => t.nats), stroke: "rgb(var(--high))"}], ...nats),
-      plot(name, "V before the edit (dashed) and after it",
+      plot(name, `V before the edit (dashed) and after it${criticsOf[objective] ? ", and the critic (dotted)" : ""}`,
         [{values: tokens.map((t) => t.value_before[objective]), stroke: "var(--dim)", dashes: "4 3"},
-          {values: tokens.map((t) => t.value_after[objective]), stroke: "rgb(var(--high))"}],
+          {values: tokens.map((t) => t.value_after[objective]), stroke: "rgb(var(--high))"},
+          ...(criticsOf[objective]
+            ? [{values: tokens.map((t) => criticOf(t, objective)), stroke: "rgb(var(--low))", dashes: "2 3"}] : [])],
         Math.min(...values), Math.max(...values)),
       ...trace.rewards.map((label, k) => {
         const rewards = all((t) => rewardOf(t, k));
