@@ -24,11 +24,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from results_goals import goals
 from results_page import BATCH_SIZES, page
+from results_studies import GRID, HEADS_OWN, KLS, MORE_OF_N, RIVALS, STUDIES, TIMED, Study
 from small_models import encoder_folder, gemma
 from transformers import AutoTokenizer
 
@@ -40,15 +42,13 @@ from hf_recontrol import (
     label_rollouts,
     load_prompts,
     load_reward,
+    train_head,
     vader,
 )
 
-# Nats a token. What follows the comparison is at the last.
-KLS = (0.05, 0.1)
 FIT = {"part_size": 128, "keep_states": True}
 # As `example_heads.py` has it: VADER costs nothing, so each token's part in it is known.
 SCORING = {"vader": {"prefix_every": 1, "gae_lambda": 0.5}, "preference": {"prefix_every": 4}}
-INSTRUCTION = CompareSettings().instruction
 
 
 def inoffensive(completions: list[str], **columns) -> list[float]:
@@ -57,100 +57,6 @@ def inoffensive(completions: list[str], **columns) -> list[float]:
 
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     return [1 - float(p) for p in predict_prob(texts)]
-
-
-@dataclass(frozen=True)
-class Study:
-    """
-    A head and what it is compared with.
-
-    Args:
-        base (`str`):
-            `"smollm2"` or `"gemma"`.
-        reward (`str`):
-            `"vader"` or `"preference"`; the judge is the preference reward for the first, inoffensive language for
-            the second.
-        controls (`list[dict]`):
-            What is compared on the unseen prompts.
-        num_prompts (`int`):
-            Prompts that the head is trained on.
-        num_samples (`int`):
-            Responses to each.
-        kls (`tuple[float, ...]`):
-            Nats a token that the head's methods are compared at.
-        options (`dict`):
-            Further settings of the sampling.
-        addition (`str`):
-            What tells its name from that of a study of the same base and reward.
-    """
-
-    base: str
-    reward: str
-    controls: list[dict[str, Any]]
-    num_prompts: int = 1024
-    num_samples: int = 2
-    kls: tuple[float, ...] = KLS
-    options: dict[str, Any] = field(default_factory=dict)
-    addition: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.base}-{self.reward}{self.addition}"
-
-    @property
-    def training(self) -> dict[str, int]:
-        """How the responses are sampled that the head is trained on."""
-        return {"num_prompts": self.num_prompts, "num_samples": self.num_samples}
-
-
-HEADS_OWN: list[dict[str, Any]] = [{"kind": "static_vector"}, {"kind": "advantage"}, {"kind": "ascent"}]
-FEW: list[dict[str, Any]] = [{"kind": "base"}, {"kind": "prompting"}, {"kind": "best_of_n", "n": 8}, *HEADS_OWN]
-MORE_OF_N = [control | ({"n": 16} if control["kind"] == "best_of_n" else {}) for control in FEW]
-# Under an instruction, what is trained on the same rollouts, and what asks the head or the reward about each token,
-# beside the head's own methods. The rows of the paper's Table 1 are these and those above.
-RIVALS: list[dict[str, Any]] = [
-    {"kind": "base"},
-    *HEADS_OWN,
-    {"kind": "ascent", "name": "ascent + prompting", "instruction": INSTRUCTION},
-    {"kind": "advantage", "name": "advantage + prompting", "instruction": INSTRUCTION},
-    {"kind": "steering_vector", "kl": 0.1},
-    {"kind": "cd_prefix", "kl": 0.1},
-    {"kind": "cd", "kl": 0.1},
-]
-# HH-RLHF's own form of a dialogue, for a base model without a chat template.
-DIALOGUE = {"stop_strings": ("\n\nHuman:",)}
-STUDIES = [
-    Study("smollm2", "vader", MORE_OF_N),
-    Study("smollm2", "preference", MORE_OF_N),
-    # All prompts that there are; at 0.075 an answer has some twice the KL of the best of 16.
-    Study(
-        "smollm2",
-        "preference",
-        MORE_OF_N,
-        num_prompts=1913,
-        num_samples=4,
-        kls=(0.05, 0.075, 0.1),
-        addition="-more",
-    ),
-    Study("gemma", "vader", FEW, num_prompts=512, options=DIALOGUE),
-    Study("gemma", "preference", FEW, num_prompts=512, options=DIALOGUE),
-]
-# Fig. 5 of the paper: step sizes by numbers of steps.
-GRID = [
-    {"kind": "base"},
-    *(
-        {"kind": "ascent", "name": f"ascent, {steps} steps", "num_steps": steps, "strengths": [0.1, 0.3, 1.0, 3.0]}
-        for steps in (10, 30, 100, 200)
-    ),
-]
-# Fig. 6 of the paper: time by batch size. As far in 200 steps as in 30: answers of one length.
-TIMED = [
-    {"kind": "base"},
-    {"kind": "advantage", "strengths": 1.0},
-    {"kind": "ascent", "strengths": 0.3},
-    {"kind": "ascent", "name": "ascent, 200 steps", "num_steps": 200, "strengths": 0.045},
-    {"kind": "cd_prefix", "strengths": 1.0},
-]
 
 
 @dataclass
@@ -229,7 +135,15 @@ class Runner:
         sampling = {"max_new_tokens": 8 if self.quick else 48, "temperature": 0.9, **study.options}
         return sampling | {"batch_size": 64, "dtype": "float32"}
 
-    def compared(self, study: Study, name: str, prompts: list, controls: list[dict[str, Any]], **changes) -> None:
+    def compared(
+        self,
+        study: Study,
+        name: str,
+        prompts: list,
+        controls: list[dict[str, Any]],
+        head: Path | None = None,
+        **changes,
+    ) -> None:
         """One comparison of a study. It takes the answers of other studies of the same base that are the same."""
         folder = self.output / study.name / name
         if "part_size" not in changes:
@@ -245,7 +159,7 @@ class Runner:
             folder,
             # Some prompts stand in the data set's training and test part alike.
             CompareSettings(on_seen_prompts="skip", **own),
-            head=self.output / study.name / "fit" / "head",
+            head=head or self.output / study.name / "fit" / "head",
             judge=judge,
             controls=controls,
             held_out=self.training(study)[1],
@@ -288,11 +202,18 @@ class Runner:
             study, "against-static", self.unseen(study), self.as_found(study, HEADS_OWN), against="static_vector"
         )
 
-    def against_best(self, study: Study) -> None:
-        """What one answer under control is worth against the best of 16 of the base."""
-        self.head(study)
+    def towards_goals(self, study: Study) -> None:
+        """One answer under control beside the best of 16 of the base, and beside the static vector of a plain V."""
+        self.comparison(study)
         controls = [MORE_OF_N[2], *self.as_found(study, HEADS_OWN, study.kls)]
         self.compared(study, "against-best", self.unseen(study), controls, against="best_of_n")
+        folder = self.output / study.name
+        plain = {"critic": False, "gae_lambda": 0, "token_bias": False}
+        train_head(folder / "plain-head", folder / "fit" / "states", **plain)
+        controls = [{"kind": "base"}, {"kind": "static_vector"}]
+        self.compared(study, "plain", self.unseen(study), controls, folder / "plain-head", kl=study.kls)
+        found = goals(folder / "comparison", folder / "plain")
+        (self.figures / study.name / "goals.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
     def rivals(self, study: Study) -> None:
         """What else learns from the same responses, or asks about each token."""
@@ -373,7 +294,7 @@ SMOLLM2 = ("smollm2-vader", "smollm2-preference")
 # The last two ask how long something takes: the reward makes no difference to them.
 PARTS = {
     "comparison": (Runner.comparison, tuple(study.name for study in STUDIES)),
-    "against-best": (Runner.against_best, ("smollm2-preference-more",)),
+    "goals": (Runner.towards_goals, ("smollm2-preference-more",)),
     "rivals": (Runner.rivals, SMOLLM2),
     "lora": (Runner.lora, SMOLLM2),
     "harmfulqa": (Runner.elsewhere, SMOLLM2),

@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from results_goals import in_words as in_words_of_goals
+
 PUBLISHED = Path(__file__).with_name("published.md")
 BATCH_SIZES = (1, 8, 32)
 # Controls, in the paper's order and by its names, and its columns.
@@ -23,7 +25,7 @@ TABLE_1 = {
     "advantage": "advantage edit (ours)",
     "advantage + prompting": "advantage edit + prompting (ours)",
 }
-COLUMNS_1 = ("diversity", "coherence", "reward", "win_rate", "kl_per_response", "seconds")
+COLUMNS_1 = ("diversity", "coherence", "reward", "win_rate", "kl_per_response", "of_base")
 HEADS_OWN = ("static_vector", "advantage", "ascent")
 TITLES = {
     "comparison": "unseen prompts of HH-RLHF",
@@ -31,6 +33,7 @@ TITLES = {
     "lora": "an adapter trained by DPO on the same responses",
     "against-static": "the head's methods against its static vector, at some 0.1 nats a token",
     "against-best": "the head's methods against the best of 16 answers",
+    "plain": "the static vector of a plain V",
     "other-noise": "the same prompts with other noise",
     "harmfulqa": "HarmfulQA, out of distribution",
     "grid": "step size by steps",
@@ -64,6 +67,8 @@ FURTHER = {
 }
 # What a table's title leaves open.
 NOTES = {
+    "plain": "The static vector as the mean of V's own differences from token to token: without a critic, without "
+    "rewards of the response so far, without a token bias (`--no-critic --gae-lambda 0 --no-token-bias`).",
     "rivals": "b, g and c learned from rewards of the response so far too; V, which `ascent` and `cd_prefix` follow, "
     "and the steering vector have one reward of each response. Rivals have their default settings: none was tuned.",
     "lora": "b, g and c learned from rewards of the response so far too; the adapter has the order of each prompt's "
@@ -199,14 +204,33 @@ def at_the_static_vectors_kl(study: Path) -> list[str]:
     ]
 
 
+def towards_goals(study: Path) -> list[str]:
+    """What the advantage edit is worth beside its goals."""
+    found = by_row(study / "comparison" / "figures.csv")
+    matches = json.loads((study / "comparison" / "strengths.json").read_text(encoding="utf-8"))
+    spent_by = ((row, float(each["kl_per_response"]["value"])) for row, each in found.items())
+    nats = {(control, float(strength)): value for (control, strength), value in spent_by if strength}
+    spent = {}
+    for name, match in matches.items():
+        control, _, kl = name.partition(" at KL ")
+        if control == "advantage":
+            spent[float(kl)] = nats[control, match["strength"]]
+    most = max(n for control, n in nats if control == "best_of_n")
+    return in_words_of_goals(study, spent, (round(most), nats["best_of_n", most]))
+
+
 def as_table_1(study: Path) -> list[str]:
     """The rows and columns of the paper's Table 1, of what was compared on unseen prompts."""
     found: dict[str, dict[str, float]] = {}
     for part in ("comparison", "rivals"):
         path = study / part / "figures.csv"
-        for row in rows(path) if path.is_file() else ():
-            # The last strength is that of 0.1 nats a token.
-            found.setdefault(row["control"], {})[row["metric"]] = float(row["value"])
+        by_control = by_row(path) if path.is_file() else {}
+        # The last strength is that of 0.1 nats a token.
+        for (control, _), each in by_control.items():
+            own = found.setdefault(control, {})
+            own |= {metric: float(row["value"]) for metric, row in each.items()}
+            # Each part has its own base: seconds of two runs are not to be compared.
+            own["of_base"] = own["seconds"] / float(by_control["base", ""]["seconds"]["value"])
     if not all(name in found for name in TABLE_1):
         return []
     lines = [
@@ -216,9 +240,9 @@ def as_table_1(study: Path) -> list[str]:
     return [
         "",
         "The rows and columns of the paper's Table 1 at this scale. Strengths are those of about 0.1 nats a token",
-        "without an instruction; with one the KL is larger:",
+        "without an instruction; with one the KL is larger. Times are over the base's in the same run:",
         "",
-        "| control | diversity | coherence | reward | win rate | KL an answer | s an answer |",
+        "| control | diversity | coherence | reward | win rate | KL an answer | time |",
         "|---|---:|---:|---:|---:|---:|---:|",
         *lines,
         "",
@@ -317,7 +341,7 @@ def not_run(kept: Path, parts: Mapping[str, Sequence[str]]) -> list[str]:
     """Which parts of which studies have no figures."""
     found = []
     for name, own in parts.items():
-        files = {part: "costs.json" if part == "times" else f"{part}/table.md" for part in own}
+        files = {part: {"times": "costs.json", "goals": "goals.json"}.get(part, f"{part}/table.md") for part in own}
         missing = [part for part, file in files.items() if not (kept / name / file).is_file()]
         if missing:
             found.append(f"{name} ({'all' if missing == list(own) else ', '.join(missing)})")
@@ -361,6 +385,8 @@ def page(kept: Path, parts: Mapping[str, Sequence[str]], folder: Path) -> str:
                     plot = os.path.relpath(made / "frontier.svg", folder)
                     text += [f"![Reward against nats an answer]({plot})", ""]
         text += as_table_1(study)
+        if (study / "goals.json").is_file():
+            text += [f"## {title_of}: the goals", *towards_goals(study)]
         if curve := by_responses(study):
             text += [f"## {title_of}: the data", *curve, ""]
         if timed := [*by_batch(study), *costs(study)]:
