@@ -110,8 +110,8 @@ def in_words(study: Path, spent: Mapping[float, float], best: tuple[int, float])
         "",
         f"The goals were: the reward of the best of {n} from one answer, at no more than twice its {nats:.2f} nats; "
         "at every KL three times the gain of the paper's ascent, and one and a half times that of the static vector "
-        "of a plain V, with intervals of the ratios above 1. Of the advantage edit, with 95 % intervals paired over the "
-        "prompts:",
+        "of a plain V, with intervals of the ratios above 1. Of the advantage edit, with 95 % intervals paired over "
+        "the prompts:",
         "",
         f"| nats a token | nats an answer | reward less the best of {n} | gain over the ascent's | over a plain V's |",
         "|---:|---:|---:|---:|---:|",
