@@ -99,7 +99,7 @@ format: .venv/dev
 
 # The table of docs/speed.md, on a machine that does nothing else.
 bench: .venv/core
-	$(BIN)/python benchmarks/overhead.py --model 7b --batch-sizes 1 8 32 --rounds 5 --table
+	$(BIN)/python benchmarks/overhead.py --model 7b --batch-sizes 1 8 32 --table
 
 # Control on a GPU: right, and at what cost. With the python that has torch for it: make bench-gpu PYTHON=...
 bench-gpu:
