@@ -165,6 +165,22 @@ def test_the_vector_is_made_once_for_what_it_depends_on(tmp_path, monkeypatch):
     assert other.depends_on() != again.depends_on()
 
 
+@pytest.mark.parametrize("kind", ["steering_vector", "lora_dpo"])
+def test_rollouts_of_other_weights_are_told(tmp_path, kind, recontrol_warnings):
+    if kind == "lora_dpo":
+        pytest.importorskip("trl")
+    model = tiny_model("llama", torch.float32)
+    bench = bench_of(model, tmp_path)
+    make_rival(kind, bench, {})
+    assert recontrol_warnings == []
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    make_rival(kind, bench, {})
+    [said] = recontrol_warnings
+    assert said.startswith(f"The rollouts in {bench.rollouts} are those of what the base was")
+    assert "its weights or its dtype are others" in said
+
+
 def minus_first(completion_ids):
     return [-100.0 * ids[0] for ids in completion_ids]
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data.fingerprints import hook_point_settings, model_settings
+from ..data.fingerprints import drawn_by_another, hook_point_settings, model_settings
 from ..data.processes import Progress, progress_bar
 from ..data.rollouts import Rollout, count_rollouts, episode_tensors, load_rollouts, rollout_parts
 from ..data.stage_folder import StageFolder, read_manifest
@@ -338,16 +338,8 @@ def _stage_settings(
 
 def _warn_of_mismatch(reader: _Reader, sampled: dict) -> None:
     """Warn of what does not make the run impossible, but its states or directions doubtful."""
-    if sampled["model"] != reader.model_settings["model"]:
-        logger.warning(
-            f"The rollouts are those of {sampled['model']}, the states are read from "
-            f"{reader.model.config._name_or_path}."
-        )
-    elif sampled.get("model_fingerprint", mark := reader.model_settings["model_fingerprint"]) != mark:
-        logger.warning(
-            f"{sampled['model'] or 'The base'} is not what it was when the responses were sampled: its weights or its "
-            "dtype are others. What a token's direction is to be held against is the policy that drew it."
-        )
+    if said := drawn_by_another(sampled, reader.model_settings, "The rollouts", "the states are read from"):
+        logger.warning(f"{said} What a token's direction is to be held against is the policy that drew it.")
     warn_of_other_draws(sampled["generation_config"], reader.weight is not None)
 
 

@@ -35,6 +35,29 @@ def model_settings(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def drawn_by_another(sampled: dict[str, Any], own: dict[str, Any], rollouts: str, use: str) -> str | None:
+    """
+    What to say where rollouts were drawn by another model than the one at hand, or by what it was before; `None` where
+    they were not, as far as is known.
+
+    Args:
+        sampled (`dict`):
+            The settings in the rollouts' manifest.
+        own (`dict`):
+            [`model_settings`] of the model at hand.
+        rollouts, use (`str`):
+            What the rollouts and their use are called, before `are those of MODEL` and before the model's name.
+    """
+    if sampled["model"] != own["model"]:
+        return f"{rollouts} are those of {sampled['model']}, {use} {own['model']}."
+    if sampled.get("model_fingerprint", own["model_fingerprint"]) != own["model_fingerprint"]:
+        return (
+            f"{rollouts} are those of what {sampled['model'] or 'the base'} was when they were sampled: now its "
+            "weights or its dtype are others."
+        )
+    return None
+
+
 @lru_cache(maxsize=2)
 def _vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     text = json.dumps(sorted(tokenizer.get_vocab().items()))

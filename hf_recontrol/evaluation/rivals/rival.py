@@ -19,7 +19,7 @@ from ...collection.rollouts import draw_rollouts
 from ...collection.sampling import sampling_config, temperature_of
 from ...collection.scoring.rewards import RewardFunction, objective_names
 from ...configuration import ControlConfig
-from ...data.fingerprints import model_settings
+from ...data.fingerprints import drawn_by_another, model_settings
 from ...data.processes import no_progress
 from ...data.prompts import Prompts
 from ...data.rollouts import Rollout, load_rollouts
@@ -256,7 +256,7 @@ def rollouts_for(bench: Bench, folder: str | Path, what: str) -> dict[str, Any]:
     """
     The manifest of the scored rollouts that something is made of.
 
-    Warns where they are those of another model, or sampled under a control, or have other rewards.
+    Warns where they are those of another model or of other weights, or sampled under a control, or have other rewards.
 
     Raises:
         `ValueError`: if they have no rewards. `OSError`: as [`read_manifest`].
@@ -264,9 +264,9 @@ def rollouts_for(bench: Bench, folder: str | Path, what: str) -> dict[str, Any]:
     manifest = read_manifest(folder, "rollouts", "recontrol rollout")
     if manifest.get("rewards") is None:
         raise ValueError(f"The rollouts in {folder} have no rewards: score them with `recontrol label`.")
-    sampled_from, own = manifest["settings"]["model"], model_settings(bench.model)["model"]
-    if sampled_from != own:
-        logger.warning(f"The rollouts in {folder} are those of {sampled_from}, the {what} is for {own}.")
+    own = model_settings(bench.model)
+    if said := drawn_by_another(manifest["settings"], own, f"The rollouts in {folder}", f"the {what} is for"):
+        logger.warning(said)
     control = recorded_control(manifest)
     if control["control"]:
         logger.warning(f"The rollouts in {folder} were sampled under {shown_control(control)}, not from the base.")
