@@ -337,6 +337,23 @@ def test_another_method_needs_a_step_size_of_its_own(tmp_path):
         custom.generate(model, control=control, **options)
 
 
+@pytest.mark.parametrize("method", ["advantage", "static"])
+def test_what_the_ascent_alone_uses_is_refused_in_the_package_s_own_words(tmp_path, method):
+    model = tiny_model("llama")
+    head = tiny_head(model, "lm_head", control=ControlConfig(method, 1.5, num_steps=7))
+    head.save_pretrained(tmp_path)
+    options = {"value_head": str(tmp_path), "inputs": prompts(), "max_new_tokens": 2}
+    for change in ({"num_steps": 5}, {"num_steps": 0}, {"l2": 0.1}):
+        with pytest.raises(ValueError, match="where it changes nothing") as ours:
+            head.config.changed_control(change)
+        with pytest.raises(ValueError) as found:
+            custom.generate(model, control=change, **options)
+        assert str(found.value) == str(ours.value)
+    # What asks for nothing: the defaults, and what the head has.
+    for change in ({"num_steps": 30, "l2": 0.0}, {"num_steps": 7}):
+        custom.generate(model, control=change, **options)
+
+
 @pytest.mark.parametrize("place", ["lm_head", "decoder_layer"])
 def test_guards_with_early_exit_drafts_and_hidden_states(tmp_path, place, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers.generation.utils"), "disabled", True)

@@ -48,7 +48,8 @@ class ControlConfig:
         max_kl (`float`, *optional*):
             How far, in nats, each token's distribution may be from the base's: `KL(π ‖ π0)` at temperature 1, over the
             whole vocabulary. Where control would go further, the change of the logits (the edit itself, where they are
-            linear in the state) is scaled down until it does not. At 0 the base's logits are untouched.
+            linear in the state) is scaled down until it does not. Drawn at another temperature a token has another KL,
+            below 1 often a larger one. At 0 the base's logits are untouched.
         target (`float` or a sequence of `float`, *optional*):
             For the ascent: values to approach, in the reward's own units, one for each objective. Above a target the
             edit lowers the value. Steps that are too long overshoot it further each time, which is an error.
@@ -84,6 +85,18 @@ class ControlConfig:
                 f"`step_size * l2` must be below 1, got {self.largest_step_size:g} * {self.l2:g}: each step would "
                 "overshoot the penalty's minimum and the edit would grow without bound. Lower one of the two."
             )
+
+    def check_used(self, *known: ControlConfig | None) -> None:
+        """
+        Raise `ValueError` if the method is no ascent, and a setting that only the ascent uses has neither its default
+        nor the value that one of `known` has: those ask for nothing.
+        """
+        for name in ("num_steps", "l2") if self.method != "ascent" else ():
+            if getattr(self, name) not in [getattr(each, name) for each in (*known, ControlConfig()) if each]:
+                raise ValueError(
+                    f"`{name}` is for `method='ascent'`, and this is {self.method!r}, where it changes nothing: "
+                    "leave it out, or name the ascent and its step size too."
+                )
 
     @property
     def per_row(self) -> bool:

@@ -193,13 +193,8 @@ class ValueHeadConfig:
         recommended, method = self.control or default, changes.get("method")
         changed = replace(recommended or ControlConfig(), **changes)
         self.check_control(changed)
-        for name in ("num_steps", "l2") if changed.method != "ascent" else ():
-            # A value that there is anyway asks for nothing: a client may send all of a control.
-            if getattr(changed, name) not in [getattr(each, name) for each in (recommended, ControlConfig()) if each]:
-                raise ValueError(
-                    f"`{name}` is for `method='ascent'`, and this is {changed.method!r}, where it changes nothing: "
-                    "leave it out, or name the ascent and its step size too."
-                )
+        # A client may send all of a control.
+        changed.check_used(recommended)
         is_other = method is not None and (recommended is None or recommended.method != method)
         if is_other and "step_size" not in changes:
             raise ValueError(

@@ -38,9 +38,15 @@ def generate(model, value_head=None, control=None, **kwargs):
     if hasattr(model, "_recontrol"):
         raise ValueError("hf_recontrol controls this model already: call `model.unload()` first, or generate with it.")
     config, tensors = load_head(value_head or REPO, kwargs)
-    settings = DEFAULTS | (config["control"] or {}) | (control or {})
-    check(config, tensors, settings)
     changed, recommended = control or {}, config["control"] or {}
+    settings = DEFAULTS | recommended | changed
+    check(config, tensors, settings)
+    for name in ("num_steps", "l2") if settings["method"] != "ascent" else ():
+        if settings[name] not in (DEFAULTS[name], recommended.get(name)):
+            raise ValueError(
+                f"`{name}` is for `method='ascent'`, and this is {settings['method']!r}, where it changes nothing: "
+                "leave it out, or name the ascent and its step size too."
+            )
     if "step_size" not in changed and changed.get("method") not in (None, recommended.get("method")):
         raise ValueError(
             f"This head recommends no step size for {changed['method']!r}: name one, `step_size`. That of another "

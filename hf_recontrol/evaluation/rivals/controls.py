@@ -42,6 +42,7 @@ class Control(Rival):
             control = replace(recommended if same else ControlConfig(self.method, _SMALL), **settings)
         except TypeError as error:
             raise ValueError(f"The control {self.method!r} has no such setting: {error}.") from error
+        control.check_used(recommended)
         bench.model.check_same_for_all_prompts(control)
         with bench.model.use_control(control):
             pass  # raises where the head has no such part
