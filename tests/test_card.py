@@ -365,6 +365,7 @@ def test_the_code_on_the_card_of_a_local_folder_runs_in_that_folder(run, tmp_pat
         ({"do_sample": False, "temperature": 0.9}, "max_new_tokens=48)"),
         ({"do_sample": True, "temperature": 0.9}, "max_new_tokens=48, do_sample=True, temperature=0.9, top_k=0)"),
         ({"do_sample": True, "temperature": 1, "top_k": 5}, "do_sample=True, temperature=1, top_k=5)"),
+        ({"do_sample": True, "top_k": 0}, "do_sample=True, temperature=1, top_k=0)"),
         ({"do_sample": True, "temperature": "os.abort()"}, "max_new_tokens=48)"),
     ],
 )

@@ -15,10 +15,12 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 import yaml
+from transformers import GenerationConfig
 
 from hf_recontrol import (
     ControlConfig,
     ReControlForCausalLM,
+    TrainingRecord,
     ValueHead,
     compare,
     generate_rollouts,
@@ -609,6 +611,36 @@ def test_prompts_that_cannot_be_used_are_left_out_of_all_rows_alike(place, recon
 
 
 @pytest.mark.parametrize(
+    ("trained_at", "changes", "said"),
+    [
+        (0.9, {}, ["drawn at temperature 0.9, these are drawn at 1: ", "`temperature=0.9` (`--temperature 0.9`)"]),
+        (0.9, {"quick": True, "temperature": 0.7}, ["drawn at temperature 0.9, these are drawn at 0.7: "]),
+        (
+            None,
+            {"generation_config": GenerationConfig(do_sample=True, temperature=0.5)},
+            ["temperature 1, ", "at 0.5: "],
+        ),
+        (0.9, {"temperature": 0.9}, None),
+        (0.9, {"generation_config": GenerationConfig(do_sample=True, temperature=0.9)}, None),
+        (None, {}, None),
+        ("much", {}, None),
+    ],
+)
+def test_another_temperature_than_that_of_the_training_is_told(place, recontrol_warnings, trained_at, changes, said):
+    head = ValueHead.from_pretrained("head")
+    # A generation config does not name what is at its default.
+    sampling = {"do_sample": True} | ({} if trained_at is None else {"temperature": trained_at})
+    head.config.training = TrainingRecord(sampling=sampling)
+    head.save_pretrained("head")
+    run(controls=["base", "advantage"], perplexity=False, **changes)
+    if said is None:
+        assert recontrol_warnings == []
+    else:
+        [found] = recontrol_warnings
+        assert all(each in found for each in said)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"temperature": 0.0, "controls": ["base", "prompting", "advantage"]},
@@ -821,6 +853,10 @@ REFUSED = {
     "penalty": (
         {"controls": ["base", {"kind": "ascent", "l2": 0.5, "strengths": [1, 3]}]},
         "'ascent' cannot be used: `step_size \\* l2` must be below 1",
+    ),
+    "what changes nothing": (
+        {"controls": ["base", {"kind": "advantage", "num_steps": 5, "strengths": 1}]},
+        "'advantage' cannot be used: `num_steps` is for `method='ascent'`, and this is 'advantage'",
     ),
     "no prompts for a search": (
         {"controls": ["base", {"kind": "mine:Starts", "kl": 0.1}]},

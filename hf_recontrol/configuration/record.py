@@ -51,6 +51,19 @@ class TrainingRecord:
     warnings: list[str] = field(default_factory=list)
     command: str | None = None
 
+    @property
+    def temperature(self) -> float | None:
+        """What the responses were drawn at; 0 if they are greedy, `None` if that is not known."""
+        if not self.sampling:
+            return None
+        if not self.sampling.get("do_sample"):
+            return 0.0
+        try:
+            # What a generation config leaves out is 1.
+            return 1.0 if (found := self.sampling.get("temperature")) is None else check_number("temperature", found)
+        except ValueError:
+            return None
+
     def __post_init__(self):
         for name in ("rewards", "warnings"):
             value = getattr(self, name)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..collection.kept_states import KeptInMemory
 from ..collection.rollouts import draw_rollouts
-from ..collection.sampling import sampling_config
+from ..collection.sampling import sampling_config, temperature_of
 from ..configuration import ControlConfig
 from ..data.fingerprints import prompt_hash
 from ..data.processes import no_progress
 from ..data.prompts import Prompts, load_prompts
 from ..data.rollouts import Rollout
+from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
 from ..settings import SamplingSettings
 from .intervals import ratio_interval
@@ -238,6 +240,19 @@ def check_target(target: float) -> None:
 def _check_start(control: ControlConfig) -> None:
     if control.is_identity or control.per_row:
         raise ValueError(f"`control` must start from one step size above 0, got {control}.")
+
+
+def warn_of_other_temperature(heads: Iterable[nn.Module], config: GenerationConfig) -> None:
+    """Warn of heads whose training responses were drawn at another temperature than a generation config has."""
+    records = [head.config.training for head in heads if isinstance(head, ValueHead)]
+    trained_at = sorted({record.temperature for record in records if record is not None} - {None})
+    drawn_at = temperature_of(config)
+    if others := [f"{each:g}" for each in trained_at if each != drawn_at]:
+        logger.warning(
+            f"The head's training responses were drawn at temperature {' and '.join(others)}, these are drawn at "
+            f"{drawn_at:g}: its parts, and a step size that `fit` recommended, are of the former. To draw as they "
+            f"were: `temperature={others[0]}` (`--temperature {others[0]}`)."
+        )
 
 
 class UnreachableKLError(ValueError):

@@ -166,9 +166,8 @@ def _introduction(training: TrainingRecord) -> str:
 
 def _drawn(training: TrainingRecord) -> str:
     """How responses are drawn as those that a head was trained on were, as arguments of `generate`."""
-    temperature, top_k = (training.sampling.get(name) or 0 for name in ("temperature", "top_k"))
-    known = all(isinstance(number, (int, float)) and math.isfinite(number) for number in (temperature, top_k))
-    if not training.sampling.get("do_sample") or not known:
+    temperature, top_k = training.temperature, training.sampling.get("top_k") or 0
+    if not temperature or not isinstance(top_k, (int, float)) or not math.isfinite(top_k):
         return "max_new_tokens=48"
     return f"max_new_tokens=48, do_sample=True, temperature={temperature:g}, top_k={top_k:g}"
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..collection.sampling import sampling_config
 from ..collection.scoring.responses import check_rows, check_tells_answers_apart, try_rewards
 from ..collection.scoring.rewards import RewardFunction, load_reward, named_rewards, reward_fingerprint
 from ..data.fingerprints import prompt_hashes
@@ -32,6 +33,7 @@ from ..evaluation.judges.person import PersonJudge
 from ..evaluation.judges.scoring import JudgeScoring
 from ..evaluation.rivals.plain import BestOfN
 from ..evaluation.rivals.rival import Bench
+from ..evaluation.strength import warn_of_other_temperature
 from ..evaluation.unseen import TRAINED_ON, heads_of, load_unseen, unlearnt, unseen
 from ..heads.value_head import ValueHead
 from ..modeling.causal_lm import ReControlForCausalLM
@@ -148,6 +150,7 @@ def compare(
         scorers.append(reward_scorer("judge", judges, settings.on_bad_rows))
     with base_with_head(base, head, tokenizer, settings) as (model, tokenizer):
         heads = heads_of(model)
+        warn_of_other_temperature(heads, sampling_config(model, tokenizer, settings))
         test = unseen(test, heads, "to compare on", settings.on_seen_prompts)
         # A strength is found by its KL, so that what else a head has seen may serve.
         held = unseen(held, heads, "to find strengths on", settings.on_seen_prompts, TRAINED_ON)
