@@ -103,6 +103,17 @@ def test_by_model_type(form, tiny_tasks):
     assert results["config"]["control"]["step_size"] == {"settings": 0.8, "off": 0}.get(form, 0.5)
 
 
+def test_every_setting_of_a_control_can_be_changed(tiny_tasks):
+    pytest.importorskip("lm_eval")
+    from hf_recontrol.integrations.lm_eval import ReControlLM
+
+    folder, *_ = tiny_tasks
+    changes = {"method": "ascent", "step_size": 0.1, "num_steps": 3, "l2": 0.5, "plausibility": 0.1, "max_kl": 0.2}
+    changes["target"] = [0.5]
+    assert changes.keys() == ControlConfig.__dataclass_fields__.keys()
+    assert ReControlLM(str(folder / "head"), device="cpu", **changes).model.control == ControlConfig(**changes)
+
+
 def test_with_a_loaded_model(tiny_tasks):
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     folder, base, head, rows = tiny_tasks

@@ -18,6 +18,7 @@ lm_eval.simple_evaluate("recontrol", model_args={"pretrained": "user/head", "ste
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -56,7 +57,8 @@ class ReControlLM(HFLM):
         value_head_revision, value_head_subfolder (`str`, *optional*):
             Where the head is in its repo, if `value_head` names it.
         method (`str`, *optional*), step_size (`float`, *optional*), num_steps (`int`, *optional*),
-        l2 (`float`, *optional*), plausibility (`float`, *optional*), max_kl (`float`, *optional*):
+        l2 (`float`, *optional*), plausibility (`float`, *optional*), max_kl (`float`, *optional*),
+        target (`float` or a list of `float`, *optional*):
             What to change in the settings that the head recommends, as in [`ControlConfig`]. `step_size=0` evaluates
             the base.
         revision, subfolder (`str`, *optional*):
@@ -81,6 +83,7 @@ class ReControlLM(HFLM):
         l2: float | None = None,
         plausibility: float | None = None,
         max_kl: float | None = None,
+        target: float | Sequence[float] | None = None,
         revision: str | None = None,
         subfolder: str = "",
         **kwargs,
@@ -111,6 +114,7 @@ class ReControlLM(HFLM):
             "l2": l2,
             "plausibility": plausibility,
             "max_kl": max_kl,
+            "target": target,
         }
         given = {name: value for name, value in given.items() if value is not None}
         self._head, self._control = head, head.config.changed_control(given, default=ControlConfig())
