@@ -11,11 +11,22 @@ import torch
 import yaml
 from transformers import GenerationConfig
 
-from hf_recontrol import ControlConfig, ReControlForCausalLM, TuneSettings, ValueHead, compare, tune
+from hf_recontrol import (
+    ControlConfig,
+    LoadingSettings,
+    ReControlForCausalLM,
+    TrainingRecord,
+    TuneSettings,
+    ValueHead,
+    compare,
+    generate_rollouts,
+    tune,
+)
 from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.evaluation.rivals.rival import Bench
 from hf_recontrol.evaluation.tuning import fewest_responses, plan_rounds
 from hf_recontrol.heads.seen_prompts import SeenPrompts
+from hf_recontrol.pipelines.loading import load_base
 
 from .conftest import make_head
 from .fresh import RECONTROL, run_fresh
@@ -179,6 +190,87 @@ def test_a_mask_of_implausible_tokens_is_tried_too(place):
     assert [each["control"]["plausibility"] for each in found["candidates"]] == [0.0, 0.5]
     kls = [each["figures"]["kl_per_token"][0] for each in found["candidates"]]
     assert kls[0] != pytest.approx(kls[1])
+
+
+def test_what_the_search_was_not_told_to_try_stays_as_the_head_recommends(place):
+    save_head(1.0, 1.0, 1.0, control=ControlConfig("advantage", 0.3, plausibility=0.2, max_kl=2.0))
+    # Of steps below what overshoots a target.
+    options = {"step_sizes": [1.0], "criterion": {"reward": 1}}
+    guarded = {"plausibility": 0.2, "max_kl": 2.0}
+
+    def tried(**changes):
+        return [each["control"] for each in run(**options, **changes)["candidates"]]
+
+    # Guards mean the same for every method.
+    everything = tried(output="all")
+    assert [each["method"] for each in everything] == ["static", "advantage", "ascent"]
+    assert all(guarded.items() <= each.items() for each in everything) and everything[2]["num_steps"] == 30
+    assert guarded.items() <= ValueHead.from_pretrained("head").config.control.to_dict().items()
+    [other] = tried(methods=["static"], plausibility=[0.0], output="other")
+    assert (other["plausibility"], other["max_kl"]) == (0.0, 2.0)
+    # What the ascent alone has stays for the ascent alone.
+    save_head(1.0, 1.0, 1.0, control=ControlConfig("ascent", 0.1, num_steps=3, l2=0.01, target=5.0, plausibility=0.2))
+    own = {"num_steps": 3, "l2": 0.01, "target": 5.0}
+    static, ascent = tried(methods=["static", "ascent"], output="ascent")
+    assert own.items() <= ascent.items() and not own.items() & static.items()
+    assert static["plausibility"] == ascent["plausibility"] == 0.2
+    [longer] = tried(methods=["ascent"], num_steps=[5], output="longer")
+    assert {**own, "num_steps": 5}.items() <= longer.items()
+
+
+def test_limits_on_the_kl_are_tried_too(place):
+    save_head(1.0, 1.0, 1.0)
+    options = {"methods": ["static"], "step_sizes": [3.0], "criterion": {"reward": 1}, "temperature": 1.0}
+    found = run(max_kl="0.05, 0.3,none", **options)
+    # No limit is the simplest, then the wider one.
+    assert [each["control"]["max_kl"] for each in found["candidates"]] == [None, 0.3, 0.05]
+    free, wide, narrow = (each["figures"]["kl_per_token"][0] for each in found["candidates"])
+    assert free > 0.3 >= wide > 0.05 >= narrow > 0
+    for written in ("0.3,none", [0.3, None], ["3e-1", "none"]):
+        assert TuneSettings(max_kl=written).max_kl == (0.3, None)
+    assert TuneSettings(max_kl=0.3).max_kl == TuneSettings.from_dict({"max_kl": "3e-1"}, "tune.yaml").max_kl == (0.3,)
+    for wrong, message in (
+        (0, "must be above 0"),
+        ("much", "must be a finite number"),
+        ([True], "must be a finite number"),
+    ):
+        with pytest.raises(ValueError, match=rf"`max_kl\[...\]` {message}"):
+            TuneSettings(max_kl=wrong)
+
+
+def test_the_noise_is_none_that_a_fit_draws_with(place, monkeypatch):
+    save_head(1.0, 1.0, 1.0)
+    bases, draw = [], Bench.draw
+
+    def noting(self, prompts, control=False):
+        found = draw(self, prompts, control)
+        bases.extend(found if control is False else [])
+        return found
+
+    monkeypatch.setattr(Bench, "draw", noting)
+    options = {"methods": ["static"], "step_sizes": [3.0], "criterion": {"reward": 1}}
+    sampling = {"max_new_tokens": 6, "temperature": 0.8, "progress": lambda *_: None}
+    model, tokenizer = load_base("base", LoadingSettings())
+    # Those of the fit, and of its recommended control one further, whatever the seed of each.
+    fits = [generate_rollouts(model, tokenizer, PROMPTS, seed=seed, **sampling) for seed in range(4)]
+    for seed in range(3):
+        bases.clear()
+        run(**options, seed=seed, output=f"seed-{seed}")
+        own = {rollout.prompt_number: rollout.completion_ids for rollout in bases}
+        assert len(own) == len(PROMPTS)
+        for drawn in fits:
+            assert sum(own[each.prompt_number] == each.completion_ids for each in drawn) < 4
+
+
+def test_another_temperature_than_that_of_the_training_is_told(place, recontrol_warnings):
+    sampling = {"do_sample": True, "temperature": 0.9, "top_k": 0}
+    save_head(1.0, 1.0, 1.0, training=TrainingRecord(sampling=sampling))
+    options = {"methods": ["static"], "step_sizes": [3.0], "criterion": {"reward": 1}}
+    run(**options, temperature=0.9)
+    assert recontrol_warnings == []
+    run(**options, temperature=None, output="default")
+    [said] = recontrol_warnings
+    assert "drawn at temperature 0.9, these are drawn at 1: " in said and "`--temperature 0.9`" in said
 
 
 def test_a_search_that_is_done_draws_nothing_again_though_the_head_has_changed(place, drawn):

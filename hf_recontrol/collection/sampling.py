@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
-from ..data.fingerprints import tokenizer_settings
+from ..data.fingerprints import stable_number, tokenizer_settings
 from ..data.prompts import BadRow, Prompts
 from ..data.templating import PromptEncoder
 from ..modeling.generation import read_padding, read_prompts_once
@@ -70,6 +70,14 @@ def response_seed(seed: int, prompt_number: int, sample: int) -> list[int]:
     prompt's samples it is. Not on its batch, its file or its process.
     """
     return [seed, prompt_number, sample]
+
+
+def seed_apart(seed: int, purpose: str) -> int:
+    """
+    A seed for noise that no run has as its own, whatever seeds runs are given: so what is chosen by responses is not
+    chosen by those that something before it was chosen by.
+    """
+    return stable_number([purpose, seed]) % 2**32
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

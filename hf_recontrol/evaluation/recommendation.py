@@ -130,7 +130,8 @@ def recommend_control(
         rewards (`str`, function, or sequence of these):
             The rewards that it was trained on, in the order of its objectives: as for [`load_reward`], or functions.
         sampling ([`SamplingSettings`], *optional*):
-            How responses are drawn, `num_samples` aside.
+            How responses are drawn, `num_samples` aside; best with another `seed` than the responses that the head was
+            validated on, if they were to these prompts.
         target_kl (`float`, *optional*, defaults to 0.1):
             Nats a token.
         combine_rewards (`str`, *optional*, defaults to `"none"`):

@@ -118,11 +118,13 @@ def weights_of(settings: TuneSettings, rewards: Sequence[str]) -> dict[str, floa
 def rows_to_try(bench: Bench, settings: TuneSettings, former: ControlConfig | None) -> list[Row]:
     """
     The controls to try, the simplest first: static, advantage, ascent; of each that with the lower plausibility, with
-    fewer steps, and nearer the base. Rows whose step size is still to be found have a `target_kl` instead.
+    no limit on the KL before a wider one, with fewer steps, and nearer the base. Rows whose step size is still to be
+    found have a `target_kl` instead.
 
     Args:
         former ([`ControlConfig`], *optional*):
-            What the head recommended so far: its other settings (`l2`, `target`) stay, for its own method.
+            What the head recommended so far. What is not searched stays: its guards (`plausibility`, `max_kl`), which
+            mean the same for every method, and, if it is an ascent, `num_steps`, `l2` and `target` for the ascent.
 
     Raises:
         `ValueError`: if the head cannot do what is asked for.
@@ -137,24 +139,36 @@ def rows_to_try(bench: Bench, settings: TuneSettings, former: ControlConfig | No
             logger.warning(f"method={start.method!r} is not tried: {error}")
     rows = []
     for method in sorted(dict.fromkeys(settings.methods or has), key=list(KIND_OF_METHOD).index):
-        kept = former if former is not None and former.method == method else ControlConfig(method)
-        for plausibility in sorted(set(settings.plausibility)):
-            for num_steps in sorted(set(settings.num_steps)) if method == "ascent" else [kept.num_steps]:
-                control = replace(kept, step_size=1e-6, plausibility=plausibility, num_steps=num_steps)
-                name = f"{method}, {num_steps} steps" if method == "ascent" else method
-                name += f", p {plausibility:g}" if plausibility else ""
-                # All of them are said, so that they are the same whatever the head comes to recommend.
-                said = {key: value for key, value in control.to_dict().items() if key not in ("method", "step_size")}
-                entry = Entry(name, KIND_OF_METHOD[method], settings=said)
-                try:
-                    rival = make_rival(entry.kind, bench, said | {"step_size": control.step_size})
-                    for step_size in settings.step_sizes:
-                        rival.check_strength(step_size)
-                except (TypeError, ValueError) as error:
-                    raise ValueError(f"The control {name!r} cannot be tried: {error}") from error
-                rows += [Row(entry, rival, step_size) for step_size in sorted(set(settings.step_sizes))]
-                rows += [Row(entry, rival, None, target) for target in sorted(set(settings.kl))]
+        for control in _to_scale(method, settings, former):
+            name = f"{method}, {control.num_steps} steps" if method == "ascent" else method
+            name += f", p {control.plausibility:g}" if control.plausibility else ""
+            name += "" if control.max_kl is None else f", at most {control.max_kl:g} nats"
+            # All of them are said, so that they are the same whatever the head comes to recommend.
+            said = {key: value for key, value in control.to_dict().items() if key not in ("method", "step_size")}
+            entry = Entry(name, KIND_OF_METHOD[method], settings=said)
+            try:
+                rival = make_rival(entry.kind, bench, said | {"step_size": control.step_size})
+                for step_size in settings.step_sizes:
+                    rival.check_strength(step_size)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"The control {name!r} cannot be tried: {error}") from error
+            rows += [Row(entry, rival, step_size) for step_size in sorted(set(settings.step_sizes))]
+            rows += [Row(entry, rival, None, target) for target in sorted(set(settings.kl))]
     return rows
+
+
+def _to_scale(method: str, settings: TuneSettings, former: ControlConfig | None) -> list[ControlConfig]:
+    """The controls of a method that differ in more than their step size, the simplest first."""
+    if former is None or former.is_identity:
+        former = ControlConfig()
+    start = replace(former if former.method == method == "ascent" else ControlConfig(method), step_size=1e-6)
+    num_steps = settings.num_steps if method == "ascent" else ()
+    return [
+        replace(start, plausibility=plausibility, max_kl=max_kl, num_steps=steps)
+        for plausibility in sorted(set(settings.plausibility or [former.plausibility]))
+        for max_kl in sorted(set(settings.max_kl or [former.max_kl]), key=lambda limit: -(limit or math.inf))
+        for steps in sorted(set(num_steps or [start.num_steps]))
+    ]
 
 
 def plan_rounds(controls: int, prompts: int, num_samples: int, budget: int) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..collection.sampling import sampling_config, seed_apart
 from ..collection.scoring.responses import check_rows, check_tells_answers_apart, try_rewards
 from ..collection.scoring.rewards import RewardFunction, named_rewards
 from ..configuration import ControlConfig
@@ -28,6 +30,7 @@ from ..evaluation.comparison.plots import write_plots
 from ..evaluation.comparison.scores import scorers_of
 from ..evaluation.metrics import knows_units
 from ..evaluation.rivals.rival import Bench
+from ..evaluation.strength import warn_of_other_temperature
 from ..evaluation.tuning import Found, by_metric, fewest_responses, rows_to_try, search, summary, weights_of
 from ..evaluation.unseen import TRAINED_ON, has_no_record, load_unseen, seen_among, unseen
 from ..heads.card import is_untouched
@@ -58,8 +61,8 @@ def tune(
 ) -> dict[str, Any]:
     """
     Search for the control that a head should recommend, and write it into the head: its method, step size, steps and
-    plausibility, by what they do on prompts that the head was not trained on. The same call again resumes a search
-    that was stopped; under `accelerate launch` processes share the work.
+    guards, by what they do on prompts that the head was not trained on. The same call again resumes a search that was
+    stopped; under `accelerate launch` processes share the work.
 
     Of all controls to try those at a KL have their step sizes found first. Then all answer the same prompts with the
     same noise; as the budget shrinks, the better half goes on to more prompts. Of the last ones that with most of the
@@ -126,8 +129,11 @@ def tune(
     prompts = unseen(prompts, [loaded], "to tune on", settings.on_seen_prompts, TRAINED_ON)
     former = _former(output, loaded)
     with base_with_head(base, loaded, tokenizer, settings) as (model, tokenizer):
+        # With the head's own noise, prompts that it was validated on would get the responses that chose its weights.
+        drawing = replace(settings, seed=seed_apart(settings.seed, "tune"))
+        warn_of_other_temperature([loaded], sampling_config(model, tokenizer, drawing))
         bench = Bench(
-            model, tokenizer, settings, functions, folder=output / "made", combine_rewards=settings.combine_rewards
+            model, tokenizer, drawing, functions, folder=output / "made", combine_rewards=settings.combine_rewards
         )
         rows = rows_to_try(bench, settings, former)
         prompts = _in_order(usable_prompts(bench, [], prompts, settings.on_bad_rows), settings.seed)

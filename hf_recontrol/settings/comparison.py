@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..utils.checks import check_choice, check_number
@@ -133,9 +133,24 @@ class TuneSettings(AnswerSettings):
     methods: tuple[str, ...] = setting(
         (), "Methods that are tried: static, advantage, ascent.", default_text="all that the head has"
     )
-    num_steps: tuple[int, ...] = setting((30,), "Numbers of steps that the ascent is tried with.", low=1)
+    num_steps: tuple[int, ...] = setting(
+        (),
+        "Numbers of steps that the ascent is tried with.",
+        low=1,
+        default_text="what the head recommends for the ascent, else 30",
+    )
     plausibility: tuple[float, ...] = setting(
-        (0.0,), "Plausibilities (p of the mask of implausible tokens) that each method is tried with.", low=0, high=1
+        (),
+        "Plausibilities (p of the mask of implausible tokens) that each method is tried with.",
+        low=0,
+        high=1,
+        default_text="what the head recommends, else 0",
+    )
+    max_kl: Any = setting(
+        (),
+        "Limits on each token's KL to the base, in nats, that each method is tried with, such as 0.5,none (`none`: no "
+        "limit).",
+        default_text="what the head recommends, else none",
     )
     budget: int = setting(
         4000,
@@ -149,9 +164,7 @@ class TuneSettings(AnswerSettings):
         object.__setattr__(self, "criterion", _checked_criterion(self.criterion))
         for method in self.methods:
             check_choice("methods[...]", method, CONTROL_METHODS)
-        for name in ("num_steps", "plausibility"):
-            if not getattr(self, name):
-                raise ValueError(f"`{name}` must hold at least one number.")
+        object.__setattr__(self, "max_kl", _checked_limits(self.max_kl))
         if self.kl and self.step_sizes:
             raise ValueError("`kl` and `step_sizes` both say how strong controls are: use one of them.")
         if self.criterion == "reward_at_kl" and (self.step_sizes or len(self.kl) > 1):
@@ -170,6 +183,16 @@ class TraceSettings(SeedSettings, TemplateSettings, StopSettings):
     )
     num_alternatives: int = setting(
         5, "How many of the likeliest tokens of the base, and of those under control, are told at each place.", low=1
+    )
+
+
+def _checked_limits(limits: Any) -> tuple[float | None, ...]:
+    """Limits from a list, a text of a command, or one of them alone; `none` is no limit."""
+    if isinstance(limits, str):
+        limits = [each.strip() for each in limits.split(",") if each.strip()]
+    return tuple(
+        None if each in (None, "none") else check_number("max_kl[...]", number_of_text(float, each), above=0)
+        for each in (limits if isinstance(limits, Sequence) else [limits])
     )
 
 
