@@ -36,7 +36,8 @@ PlausibilityOption = Annotated[
     typer.Option(help="Forbid tokens below this share of the base's likeliest (0: none); default: the head's."),
 ]
 MaxKLOption = Annotated[
-    float | None, typer.Option(help="Nats from the base at each token, at most; default: the head's.")
+    float | None,
+    typer.Option(help="Nats from the base at each token, at most (at temperature 1); default: the head's."),
 ]
 TargetOption = Annotated[list[float] | None, typer.Option(help="Value to approach (ascent); once for each objective.")]
 
