@@ -211,7 +211,10 @@ def states(
 @with_settings(TrainSettings)
 def train(
     settings: TrainSettings,
-    states: Annotated[Path, typer.Argument(help="Folder of `recontrol states`.")],
+    states: Annotated[
+        list[Path],
+        typer.Argument(help="Folder of `recontrol states`, or several: a head is trained on all of their responses."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the head.")],
 ) -> None:
     """Fit a head: V by TD(λ), then the advantage part. Prints held-out figures.

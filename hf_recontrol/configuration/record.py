@@ -28,6 +28,7 @@ class TrainingRecord:
         control (`dict`):
             What they were sampled under: `control`, the settings of [`ControlConfig`], `heads`, for each head that
             acted its name, weight and fingerprint, and `sources`, where these were loaded from. Empty: the base alone.
+            With `rounds`, the responses are of so many, each under a control of its own or none: this is the last.
         figures (`dict[str, float]`), warnings (`list[str]`):
             Held-out figures, see [`train_head`], and what is to be said of them.
         command (`str`, *optional*):
@@ -83,6 +84,7 @@ class TrainingRecord:
             if not isinstance(self.control.get(name), dict):
                 raise ValueError(f"`control` must hold a dict `{name}`, got {self.control!r}.")
         if self.control:
+            check_int("rounds", self.control.get("rounds", 1), low=1)
             ControlConfig.from_dict(self.control["control"], source="`control` of the training")
         for name, value in self.figures.items():
             check_number(f"figures[{name!r}]", value)

@@ -144,17 +144,17 @@ def places(lengths: torch.Tensor) -> torch.Tensor:
 
 class StateStore:
     """
-    The states of all files of a folder, as one sequence of episodes.
+    The states of all files of one folder or several, as one sequence of episodes.
 
     Args:
         parts (sequence of [`States`]):
             What it is made of; all read at the same hook point.
-        folder (`Path`, *optional*):
+        folders (sequence of `Path`, *optional*):
             Where the parts are from, so that other processes can open them again.
     """
 
-    def __init__(self, parts: Sequence[States], folder: Path | None = None):
-        self.parts, self.folder = list(parts), folder
+    def __init__(self, parts: Sequence[States], folders: Sequence[Path] = ()):
+        self.parts, self.folders = list(parts), tuple(folders)
         self.lengths = torch.cat([part.lengths for part in parts])
         self.rewards = torch.cat([part.rewards for part in parts])
         self.prompts = torch.cat([part.prompts for part in parts])
@@ -163,19 +163,20 @@ class StateStore:
         self._start = torch.cat([part.lengths.cumsum(0) - part.lengths for part in parts])
 
     @classmethod
-    def open(cls, folder: str | os.PathLike) -> StateStore:
+    def open(cls, *folders: str | os.PathLike) -> StateStore:
         """
-        Memory-map the finished folder of `recontrol states`.
+        Memory-map the finished folder of `recontrol states`, or several that go together (see [`train_head`]).
 
         Raises:
-            `OSError`, `ValueError`: if it holds no finished states, or a file is missing or cut off; names it.
+            `OSError`, `ValueError`: if one holds no finished states, or a file is missing or cut off; names it.
         """
-        folder, parts = Path(folder), []
-        for name in sorted(read_manifest(folder, "states", "recontrol states")["parts"]):
-            if not (folder / name).is_file():
-                raise OSError(f"{folder} lacks {name}, which its {MANIFEST_NAME} names: run `recontrol states` again.")
-            parts.append(States.open(folder / name))
-        return cls(parts, folder)
+        manifests = {Path(folder): read_manifest(folder, "states", "recontrol states") for folder in folders}
+        paths = [folder / name for folder, manifest in manifests.items() for name in sorted(manifest["parts"])]
+        for path in paths:
+            if not path.is_file():
+                lacks = f"{path.parent} lacks {path.name}, which its {MANIFEST_NAME} names"
+                raise OSError(f"{lacks}: run `recontrol states` again.")
+        return cls([States.open(path) for path in paths], list(manifests))
 
     @classmethod
     def of(cls, states: States | StateStore | str | os.PathLike) -> StateStore:
@@ -186,8 +187,8 @@ class StateStore:
         return states if isinstance(states, StateStore) else cls([states])
 
     def __reduce__(self):
-        # To another process goes the folder's name, not the mapped files.
-        return (StateStore, (self.parts,)) if self.folder is None else (StateStore.open, (self.folder,))
+        # To another process go the folders' names, not the mapped files.
+        return (StateStore.open, self.folders) if self.folders else (StateStore, (self.parts,))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -271,7 +271,10 @@ def _data(config: ValueHeadConfig, training: TrainingRecord) -> list[str]:
 
 
 def _control(training: TrainingRecord) -> str:
-    return " under the control of another head" if training.control else ""
+    if not training.control:
+        return ""
+    rounds = training.control.get("rounds", 1)
+    return " under the control of another head" if rounds == 1 else f" in {rounds} rounds, under controls or none"
 
 
 def _settings(control: ControlConfig) -> str:
@@ -281,8 +284,10 @@ def _settings(control: ControlConfig) -> str:
 def _sampled_under(control: dict[str, Any]) -> str:
     settings = _settings(ControlConfig.from_dict(control["control"]))
     heads = ", ".join(f"{name!r}: {control['sources'].get(name)!r}" for name in control["heads"])
+    several = control.get("rounds", 1) > 1
+    which, place = ("The last of these controls", "their") if several else ("That control", "its")
     return (
-        f"That control was `ControlConfig({settings})`, the other head `{{{heads}}}`. This head is used in its place, "
+        f"{which} was `ControlConfig({settings})`, the other head `{{{heads}}}`. This head is used in {place} place, "
         "not on top of it."
     )
 

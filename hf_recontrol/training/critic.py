@@ -36,7 +36,7 @@ class CriticStore(StateStore):
     """
 
     def __init__(self, store: StateStore):
-        super().__init__(store.parts, store.folder)
+        super().__init__(store.parts, store.folders)
         self._store = store
 
     def __reduce__(self):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
 import torch
+
+from ..data.fingerprints import prompt_hashes
+from ..data.prompts import Prompts
+from ..data.states import StateStore
+from ..settings import TrainingSettings
 
 FIGURES_NAME = "training.json"
 # Positions, as shares of a response, at which V is measured.
@@ -41,6 +47,23 @@ def split_by_prompt(prompts: torch.Tensor, validation_split: float, seed: int) -
     order = np.argsort(_mixed(distinct.numpy().astype(np.uint64), seed), kind="stable")
     held_out = torch.isin(prompts, distinct[torch.from_numpy(order[:count])])
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+
+
+def held_out_prompts(prompts: Prompts, store: StateStore, settings: TrainingSettings, most: int) -> Prompts:
+    """
+    Of some prompts those that were held out of a training on these states, each once; of more than `most`, so many at
+    random: a file may hold one kind of prompt after the other.
+    """
+    _, episodes = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
+    wanted = set(store.prompts[episodes].tolist())
+    chosen = []
+    for index, number in enumerate(prompt_hashes(prompts)):
+        if number in wanted:
+            wanted.remove(number)
+            chosen.append(index)
+    if len(chosen) > most:
+        chosen = sorted(random.Random(settings.seed).sample(chosen, most))
+    return prompts.take(chosen)
 
 
 def _mixed(numbers: np.ndarray, seed: int) -> np.ndarray:

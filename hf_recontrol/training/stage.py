@@ -1,4 +1,4 @@
-"""The last stage: a folder of states to a folder with a head, resumed after any stop."""
+"""The last stage: one folder of states or several to a folder with a head, resumed after any stop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -36,9 +36,58 @@ _SETTINGS_NAME = "settings.json"
 _VALUE_FOLDER = "value"
 
 
-def _states_id(folder: str | os.PathLike) -> str:
-    parts = read_manifest(folder, "states", "recontrol states")["parts"]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _states_id(manifests: Sequence[dict[str, Any]]) -> str:
+    """A hash of all that is trained on; the folders' names are no part of it."""
+    each = [json.dumps(manifest["parts"], sort_keys=True) for manifest in manifests]
+    return hashlib.sha256("\n".join(each).encode()).hexdigest()
+
+
+def _open_states(folders: Sequence[Path]) -> tuple[StateStore, list[dict[str, Any]]]:
+    """
+    The states of some folders as one store, and the manifest of each.
+
+    Raises:
+        `OSError`, `ValueError`: as [`StateStore.open`]; if no folder is given, one is given twice, or two do not go
+        together: names both, and what differs.
+    """
+    if not folders:
+        raise ValueError("No folder of states is given, so there is nothing to train on.")
+    manifests = [read_manifest(folder, "states", "recontrol states") for folder in folders]
+    stores = [StateStore.open(folder) for folder in folders]
+    first = _shared(stores[0], manifests[0])
+    known: dict[str, Path] = {}
+    for folder, store, manifest in zip(folders, stores, manifests, strict=True):
+        mark = _states_id([manifest])
+        if mark in known:
+            raise ValueError(f"{known[mark]} and {folder} hold the same states: give them once.")
+        known[mark] = folder
+        shared = _shared(store, manifest)
+        differ = [f"{name} ({first[name]!r}, {shared[name]!r})" for name in first if shared[name] != first[name]]
+        if differ:
+            raise ValueError(
+                f"The states in {folders[0]} and in {folder} cannot train one head. They differ in "
+                f"{', '.join(differ)}: make them with the same base, rewards and settings."
+            )
+    return StateStore([part for store in stores for part in store.parts], folders), manifests
+
+
+def _shared(store: StateStore, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What all states that one head is trained on must have in common, by the names that messages say."""
+    read_at = store.read_at
+    return {
+        "the base's fingerprint": manifest["settings"].get("model_fingerprint"),
+        "the width": store.hidden_size,
+        "the hook point": read_at["hook_point"],
+        "the layer": read_at["layer"] if read_at["hook_point"] == "decoder_layer" else None,
+        "`every`": read_at["every"],
+        "the vocabulary's size": store.vocabulary_size,
+        "whether they hold directions": store.has_directions,
+        "whether they hold tokens": store.has_tokens,
+        "the critic's layer": store.parts[0].context_layer,
+        "whether they hold rewards of the response so far": store.has_prefix_rewards,
+        "the number of rewards": store.rewards.shape[1],
+        "the rewards": (manifest.get("source") or {}).get("rewards"),
+    }
 
 
 def _what_matters(settings: TrainSettings) -> dict[str, Any]:
@@ -55,7 +104,7 @@ def _what_matters(settings: TrainSettings) -> dict[str, Any]:
 
 def train_head(
     output: str | os.PathLike,
-    states: str | os.PathLike,
+    states: str | os.PathLike | Sequence[str | os.PathLike],
     settings: TrainSettings | None = None,
     *,
     progress: Callable[[str], Progress] | None = None,
@@ -63,15 +112,17 @@ def train_head(
     **changes,
 ) -> dict[str, Any]:
     """
-    Train both parts of a head from a folder of states into a folder, the last stage of [`fit`]. Checkpoints go to
-    `output/training`; a run that was stopped resumes from the last one.
+    Train both parts of a head from one folder of states or several into a folder, the last stage of [`fit`].
+    Checkpoints go to `output/training`; a run that was stopped resumes from the last one.
 
     Args:
         output (`str` or `os.PathLike`):
             Folder for the head (`config.json`, `model.safetensors`, `prompts.safetensors`, card) and `training.json`
             (its figures and curves).
-        states (`str` or `os.PathLike`):
-            Folder of [`write_states`].
+        states (`str`, `os.PathLike`, or sequence of these):
+            Folder of [`write_states`], or several, in a fixed order: all their responses count, and those of each were
+            read under the control that drew them. They must be of one base and one hook point, with the same
+            tensors and rewards. A prompt that is in several is one prompt: all of its responses are held out, or none.
         settings ([`TrainSettings`], *optional*), changes:
             The head's shape, and how to train; single settings as keywords. States without directions get neither a
             static vector nor an advantage part.
@@ -84,15 +135,16 @@ def train_head(
         The figures of [`train_value_head`] and [`fit_advantage`].
 
     Raises:
-        `ValueError`: if the folder holds another head, or was made with other settings; if a file of states is not the
-        one that was written; else as those two.
+        `ValueError`: if the folder holds another head, or was made with other settings; if folders of states do not go
+        together, naming two and what differs; if a file of states is not the one that was written; else as those two.
     """
     output, settings = Path(output), TrainSettings.of(settings, changes)
+    folders = [Path(each) for each in ([states] if isinstance(states, (str, os.PathLike)) else states)]
     processes, work = Processes(), output / "training"
     check_training(settings, processes)
-    store = StateStore.open(states)
+    store, manifests = _open_states(folders)
     config = _head_config(store, settings)
-    known = {"states": _states_id(states), "head": config.to_dict(), "training": _what_matters(settings)}
+    known = {"states": _states_id(manifests), "head": config.to_dict(), "training": _what_matters(settings)}
     known = json.loads(json.dumps(known, default=repr))
     lock = nullcontext()
     if processes.index == 0:
@@ -112,8 +164,9 @@ def train_head(
         processes.wait()
         if not (output / FIGURES_NAME).exists():
             # Once a training, not at each open: there may be many gigabytes.
-            checked_parts(states, "states", "recontrol states")
-            _train_both(output, store, config, settings, processes, progress, _record(states, store, command))
+            for folder in folders:
+                checked_parts(folder, "states", "recontrol states")
+            _train_both(output, store, config, settings, processes, progress, _record(manifests, store, command))
     return read_json(output / FIGURES_NAME)["figures"]
 
 
@@ -146,22 +199,23 @@ def _head_config(store: StateStore, settings: HeadSettings) -> ValueHeadConfig:
     )
 
 
-def _record(states: str | os.PathLike, store: StateStore, command: str | None) -> TrainingRecord:
-    """What is known of the data, but for the figures."""
-    manifest = read_manifest(states, "states", "recontrol states")
-    source = manifest.get("source") or {}
-    counts = source.get("counts") or {}
+def _record(manifests: Sequence[dict[str, Any]], store: StateStore, command: str | None) -> TrainingRecord:
+    """What is known of the data, but for the figures; of the sampling, that of the last folder."""
+    sources = [manifest.get("source") or {} for manifest in manifests]
+    source = sources[-1]
+    tokens = [(each.get("counts") or {}).get("tokens") for each in sources]
+    datasets = {each.get("dataset") for each in sources}
     return TrainingRecord(
         rewards=[without_place(name) for name in source.get("rewards") or []],
-        dataset=source.get("dataset"),
+        dataset=datasets.pop() if len(datasets) == 1 else None,
         prompts=len(store.prompts.unique()),
         responses=len(store),
         finished=int(store.finished.sum()),
-        tokens=counts.get("tokens"),
+        tokens=None if None in tokens else sum(tokens),
         states=store.num_states,
-        states_dtype=manifest["settings"]["dtype"],
+        states_dtype=", ".join(dict.fromkeys(manifest["settings"]["dtype"] for manifest in manifests)),
         sampling={name: _shown(value) for name, value in (source.get("sampling") or {}).items()},
-        control=_sampled_under(manifest["settings"], source),
+        control=_sampled_under(manifests),
         command=command,
     )
 
@@ -175,14 +229,18 @@ def _shown(value: Any) -> Any:
     return f"{len(value)} values" if isinstance(value, list) and len(value) > _LONGEST_LIST else value
 
 
-def _sampled_under(settings: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-    if not settings["control"]:
+def _sampled_under(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The control of the last folder that has one; of several, with how many they are."""
+    controlled = [manifest for manifest in manifests if manifest["settings"]["control"]]
+    if not controlled:
         return {}
+    settings, source = controlled[-1]["settings"], controlled[-1].get("source") or {}
     sources = {
         name: place and {key: without_place(value) for key, value in place.items()}
         for name, place in (source.get("head_sources") or {}).items()
     }
-    return {"control": settings["control"], "heads": settings["heads"], "sources": sources}
+    found = {"control": settings["control"], "heads": settings["heads"], "sources": sources}
+    return found if len(manifests) == 1 else found | {"rounds": len(manifests)}
 
 
 def _train_both(
