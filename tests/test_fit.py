@@ -8,7 +8,6 @@ import unicodedata
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from hf_recontrol import (
@@ -26,9 +25,10 @@ from hf_recontrol.data.fingerprints import prompt_hash
 from hf_recontrol.data.prompts import load_prompts
 from hf_recontrol.data.rollouts import load_rollouts
 from hf_recontrol.data.states import States, StateStore
-from hf_recontrol.pipelines.fit import _held_out, fit
+from hf_recontrol.pipelines.fit import fit
 from hf_recontrol.pipelines.loading import base_with_head
 from hf_recontrol.pipelines.run_report import _examples
+from hf_recontrol.training.held_out import held_out_prompts
 from hf_recontrol.training.stage import train_head
 
 from .fresh import run_fresh
@@ -94,7 +94,7 @@ def test_a_head_a_report_and_plain_files(base, tmp_path):
     assert "80 responses of the base (40 prompts" in card and "`temperature=1.5`" in card
     head = ValueHead.from_pretrained(tmp_path / "head")
     assert head.config.head_sizes == [16] and head.config.control is not None
-    examples = _examples(tmp_path, tiny_tokenizer(), head, FitSettings())
+    examples = _examples([tmp_path], tiny_tokenizer(), head, FitSettings())
     assert examples
     for example in examples:
         ids = next(r.completion_ids for r in rollouts if r.completion == example["completion"])
@@ -371,27 +371,20 @@ def test_a_g_that_can_hardly_steer_is_told_where_the_figures_are(base, tmp_path,
     assert "can hardly steer" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_prompts_to_choose_a_control_on_come_from_all_of_the_file(tmp_path):
+def test_prompts_to_choose_a_control_on_come_from_all_of_the_file():
     """Of a file of two kinds of prompts, one after the other, both kinds are among them."""
     texts = [f"w{kind} w{i}" for kind in (5, 6) for i in range(10, 90)]
     prompts = load_prompts(texts)
     hashes = torch.tensor([prompt_hash(text) for text in texts])
     states = States(torch.zeros(160, 2), torch.ones(160).long(), torch.zeros(160, 1), hashes)
-    (tmp_path / "states").mkdir()
-    save_file(
-        {name: getattr(states, name) for name in ("hidden", "lengths", "rewards", "prompts", "finished")},
-        tmp_path / "states" / "part-00000.safetensors",
-        {"hf_recontrol": "{}"},
-    )
-    manifest = {"format_version": 1, "kind": "states", "complete": True, "parts": {"part-00000.safetensors": ""}}
-    (tmp_path / "states" / "manifest.json").write_text(json.dumps(manifest))
-    few = _held_out(tmp_path, prompts, FitSettings(validation_split=0.2))
+    store = StateStore([states])
+    few = held_out_prompts(prompts, store, FitSettings(validation_split=0.2), 64)
     assert len(few) == 32 and few.numbers == sorted(few.numbers)
-    many = _held_out(tmp_path, prompts, FitSettings(validation_split=0.6))
+    many = held_out_prompts(prompts, store, FitSettings(validation_split=0.6), 64)
     assert len(many) == 64 and many.numbers == sorted(many.numbers)
     kinds = [row["prompt"].split()[0] for row in many.rows]
     assert 16 < kinds.count("w5") < 48
-    assert _held_out(tmp_path, prompts, FitSettings(validation_split=0.6)).numbers == many.numbers
+    assert held_out_prompts(prompts, store, FitSettings(validation_split=0.6), 64).numbers == many.numbers
 
 
 def test_what_open_truncated_needs_is_asked_before_anything_is_scored(base, tmp_path):

@@ -97,3 +97,21 @@ def test_two_processes_make_what_one_makes(tmp_path, by_stage):
     for name, value in figures[0].items():
         if isinstance(value, float):
             assert figures[1][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def test_two_processes_make_the_rounds_that_one_makes(tmp_path):
+    make_inputs(tmp_path)
+    run([*fit_arguments("one", 3), "--rounds", "2"], tmp_path)
+    run_two([*fit_arguments("two", 3), "--rounds", "2"], tmp_path)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert files(one) == files(two) and (two / "round-1" / "head" / "config.json").is_file()
+    controls = []
+    for folder in (one, two):
+        first = json.loads((folder / "round-1" / "head" / "config.json").read_text())["control"]
+        manifest = json.loads((folder / "round-2" / "rollouts" / "manifest.json").read_text())
+        assert manifest["settings"]["control"] == first and manifest["counts"]["rollouts"] == 200
+        controls.append(first)
+    assert controls[0]["method"] == controls[1]["method"]
+    assert controls[1]["step_size"] == pytest.approx(controls[0]["step_size"], rel=1e-2)
+    records = [json.loads((folder / "head" / "config.json").read_text())["training"] for folder in (one, two)]
+    assert [record["responses"] for record in records] == [400, 400]

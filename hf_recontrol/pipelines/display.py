@@ -10,7 +10,7 @@ from ..data.processes import Progress, no_progress
 
 
 @contextmanager
-def display(stages: Sequence[str], quiet: bool) -> Iterator[Callable[[str], Progress | None]]:
+def display(stages: Sequence[str], quiet: bool, title: str = "") -> Iterator[Callable[[str], Progress | None]]:
     """
     One display with a line for each stage; into a file, each stage's own lines.
 
@@ -19,6 +19,8 @@ def display(stages: Sequence[str], quiet: bool) -> Iterator[Callable[[str], Prog
             All stages, in their order.
         quiet (`bool`):
             Show nothing.
+        title (`str`, *optional*):
+            A line above them.
 
     Returns:
         What gives, for a stage that begins, its `progress`: a function of (done, total), or `None` for its own bar.
@@ -36,7 +38,10 @@ def display(stages: Sequence[str], quiet: bool) -> Iterator[Callable[[str], Prog
         rich_progress.TimeElapsedColumn(),
         rich_progress.TimeRemainingColumn(),
     )
-    with rich_progress.Progress(*columns, console=Console(stderr=True)) as display:
+    console = Console(stderr=True)
+    if title:
+        console.print(title)
+    with rich_progress.Progress(*columns, console=console) as display:
         tasks = {stage: display.add_task(stage, start=False, total=None) for stage in stages}
 
         def show(stage: str):

@@ -1,11 +1,10 @@
-"""From prompts and a reward to a head and a report: all four stages in one folder, resumed after any stop."""
+"""From prompts and a reward to a head and a report: all stages, in rounds, in one folder; resumed after any stop."""
 
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,21 +32,21 @@ from ..evaluation.data_curve import MIN_PROMPTS, data_curve
 from ..evaluation.recommendation import recommend_control
 from ..evaluation.strength import NUM_RESPONSES
 from ..heads.base_model import check_nameable
-from ..heads.hub import check_no_model
+from ..heads.hub import CONFIG_NAME, check_no_model
 from ..heads.value_head import ValueHead, in_eval
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
 from ..modeling.generation import check_causal
 from ..modeling.hook_points import HookPoint, lm_head_rows
 from ..settings import FitSettings, HookPointSettings, LoadingSettings, PromptSettings
-from ..training.held_out import split_by_prompt
+from ..training.held_out import held_out_prompts, split_by_prompt
 from ..training.stage import FIGURES_NAME, train_head
 from ..training.trainer import check_training
 from ..utils.extras import needs_extra
-from ..utils.files import read_json, write_json
+from ..utils.files import make_folder, read_json, write_json
 from ..utils.setting_fields import Settings
 from .display import display
 from .loading import check_same_weights, load_base
-from .run_file import check_run_folder, save_run
+from .run_file import check_run_folder, earlier_head, round_folder, save_run
 from .run_report import write_run_report
 
 logger = logging.get_logger(__name__)
@@ -70,23 +69,27 @@ def fit(
 ) -> dict[str, Any]:
     """
     Everything from prompts to a head: sample responses, score them, read their states, train V and g, find the control
-    to recommend (see [`recommend_control`]), write a report. The same call again resumes a run that was stopped; under
+    to recommend (see [`recommend_control`]), write a report. With `rounds` above 1 further rounds sample under the
+    control found so far, and train a head anew on the responses of all rounds, each read under the policy that drew
+    it. The same call again resumes a run that was stopped, and with more `rounds` goes on from a finished one; under
     `accelerate launch` processes share the work.
 
     Args:
         model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]), tokenizer (*optional*):
             The base: a folder or Hub name, or a loaded model with its tokenizer. The head names it by that name, so a
             loaded model must be what that name stands for, and have no adapter. Of a [`ReControlForCausalLM`] the
-            responses are sampled, and their states read, under the control in force, which the head records: so a head
-            learns from the responses that an earlier one made. It is to be used in place of the earlier one, on the
-            base alone, and that is also what the recommended control is found for. `model` stays as it was.
+            responses of the first round are sampled, and their states read, under the control in force, which the head
+            records: so a head learns from the responses that an earlier one made. Every head is to be used in place of
+            the earlier ones, on the base alone, and that is also what its recommended control is found for. `model`
+            stays as it was.
         prompts:
             A file or whatever else [`load_prompts`] takes.
         reward (`str`, function, or sequence of these):
             As for [`load_reward`], or functions; several give several objectives.
         output (`str` or `os.PathLike`):
             Folder for everything made: `rollouts/*.parquet`, `states/`, `head/`, `report.html`, and `fit.yaml`, the
-            settings, which `recontrol fit --config` takes.
+            settings, which `recontrol fit --config` takes. Of further rounds `round-2/rollouts/`, `round-2/states/`
+            and so on; the heads of all rounds but the last are in `round-1/head/` and so on.
         settings ([`FitSettings`], *optional*), changes:
             How to do it; single settings as keywords.
         quiet (`bool`, *optional*, defaults to `False`):
@@ -95,12 +98,12 @@ def fit(
             What the head's card says that its figures were measured by.
 
     Returns:
-        The figures of [`train_head`]; with directions at every state, and 50 prompts or more, `data_curve` too, a
-        [`DataCurve`] as a `dict`.
+        The figures of [`train_head`], of the last round; with directions at every state, and 50 prompts or more,
+        `data_curve` too, a [`DataCurve`] as a `dict`, of the first round's responses.
 
     Raises:
         `ValueError`, `OSError`: before any long work if something cannot be used, see the stages; if `output` was made
-        with other settings.
+        with other settings, or holds more rounds.
     """
     settings, output, tokenizer_given = FitSettings.of(settings, changes), Path(output), tokenizer is not None
     if isinstance(prompts, Prompts):
@@ -137,18 +140,15 @@ def fit(
             warn_of_other_draws(drawn, settings.with_directions)
             # Of a run that is refused later nothing is written, of one that is killed what it was to be.
             save_run(output, model, prompts, reward, list(rewards.values()), given, tokenizer_given)
-        figures = _run_stages(output, base, tokenizer, rows, rewards, settings, processes, quiet, command)
+        figures, folders = _run_rounds(output, base, tokenizer, rows, rewards, settings, processes, quiet, command)
         if processes.index == 0:
-            figures |= _data_curve(output, settings)
-            with without_heads(base):
-                _recommend(output, base, tokenizer, rows, rewards, settings, quiet)
-            write_run_report(output, tokenizer, figures, settings)
+            write_run_report(output, folders, tokenizer, figures, settings)
             save_run(output, model, prompts, reward, list(rewards.values()), given, tokenizer_given)
         processes.wait()
     return figures
 
 
-def _run_stages(
+def _run_rounds(
     output: Path,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -158,19 +158,84 @@ def _run_stages(
     processes: Processes,
     quiet: bool,
     command: str | None,
+) -> tuple[dict[str, Any], list[Path]]:
+    """All rounds; returns the figures of the last one's head, and the folder of each."""
+    folders: list[Path] = []
+    curve: dict[str, Any] = {}
+    acting = None
+    for number in range(1, settings.rounds + 1):
+        folders.append(round_folder(output, number))
+        kept, is_last = earlier_head(output, number), number == settings.rounds
+        head = kept if kept.exists() else output / "head"
+        with _under(base, acting) as model:
+            figures = _run_stages(
+                folders, head, model, tokenizer, prompts, rewards, settings, processes, quiet, command
+            )
+        if processes.index == 0:
+            if number == 1:
+                curve = _data_curve(head, output, settings)
+            # What the next round was drawn under stays what it is.
+            if not (round_folder(output, number + 1) / "rollouts" / MANIFEST_NAME).exists():
+                with without_heads(base):
+                    _recommend(head, folders, base, tokenizer, prompts, rewards, settings, quiet)
+            recommends = ValueHeadConfig.from_json_file(head / CONFIG_NAME).control is not None
+            if recommends and not is_last and head != kept:
+                make_folder(kept.parent)
+                head.rename(kept)
+        processes.wait()
+        if not is_last and not kept.exists():
+            if processes.index == 0:
+                logger.warning(
+                    f"Round {number} of {settings.rounds} is the last one: its head recommends no control that a "
+                    f"further round could be sampled under. The result is this head, in {head}."
+                )
+            break
+        acting = kept
+    return figures | curve, folders
+
+
+@contextmanager
+def _under(base: PreTrainedModel, head: Path | None) -> Iterator[PreTrainedModel]:
+    """A base under the control that a head recommends, in place of all others, inside the block; else as it is."""
+    if head is None:
+        yield base
+        return
+    with without_heads(base):
+        model = ReControlForCausalLM.from_model(base, head)
+        try:
+            yield model
+        finally:
+            model.unload()
+
+
+def _run_stages(
+    folders: Sequence[Path],
+    head: Path,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    rewards: dict[str, RewardFunction],
+    settings: FitSettings,
+    processes: Processes,
+    quiet: bool,
+    command: str | None,
 ) -> dict[str, Any]:
-    """The four stages, each in its folder; returns the figures of the last."""
+    """The four stages of the last of some rounds, each in its folder; returns the figures of the head."""
+    output, number = folders[-1], len(folders)
+    # Noise of its own, and other than that of the controls that are compared (see `_recommend`).
+    sampling = settings if number == 1 else replace(settings, seed=(settings.seed + number) % 2**32)
+    title = f"Round {number} of {settings.rounds}" if settings.rounds > 1 else ""
     stages = ["rollouts", "rewards", "states", "value head"]
     stages += ["advantage"] if settings.with_directions else []
     # Once states are being written no part of the rollouts is missing.
     keep_states = settings.keep_states and not (output / "states" / MANIFEST_NAME).is_file()
-    with display(stages, quiet or processes.index > 0) as show:
+    with display(stages, quiet or processes.index > 0, title) as show:
         counts = write_rollouts(
             output / "rollouts",
             base,
             tokenizer,
             prompts,
-            settings,
+            sampling,
             control=getattr(base, "active_control", None) or False,
             keep_states=keep_states,
             progress=show("rollouts"),
@@ -192,7 +257,8 @@ def _run_stages(
         write_states(output / "states", base, output / "rollouts", settings, progress=show("states"))
         if settings.keep_states and processes.index == 0:
             remove_kept(output / "rollouts")
-        return train_head(output / "head", output / "states", settings, progress=show, command=command)
+        states = [folder / "states" for folder in folders]
+        return train_head(head, states, settings, progress=show, command=command)
 
 
 def _check(prompts: Prompts, settings: FitSettings, processes: Processes) -> None:
@@ -248,9 +314,9 @@ def _base(model, tokenizer, settings: FitSettings):
     return model, tokenizer
 
 
-def _data_curve(output: Path, settings: FitSettings) -> dict[str, Any]:
-    """What more rollouts would be worth, measured once, where there are directions and prompts enough."""
-    training = read_json(output / "head" / FIGURES_NAME)
+def _data_curve(head: Path, output: Path, settings: FitSettings) -> dict[str, Any]:
+    """What more rollouts of the first round would be worth, measured once, if there are directions, prompts enough."""
+    training = read_json(head / FIGURES_NAME)
     if "data_curve" not in training:
         store = StateStore.open(output / "states")
         few = len(store.prompts.unique()) < MIN_PROMPTS
@@ -262,12 +328,13 @@ def _data_curve(output: Path, settings: FitSettings) -> dict[str, Any]:
         except (RuntimeError, ValueError) as error:
             logger.warning(f"Whether more responses would help cannot be said: {error}")
             return {}
-        write_json(output / "head" / FIGURES_NAME, training)
+        write_json(head / FIGURES_NAME, training)
     return {"data_curve": training["data_curve"]}
 
 
 def _recommend(
-    output: Path,
+    place: Path,
+    folders: Sequence[Path],
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
@@ -275,8 +342,11 @@ def _recommend(
     settings: FitSettings,
     quiet: bool,
 ) -> None:
-    """Let the head recommend a control. One that somebody set by hand is kept, and one found for this KL."""
-    head, training = ValueHead.from_pretrained(output / "head"), read_json(output / "head" / FIGURES_NAME)
+    """
+    Let the head in `place`, trained on some rounds, recommend a control. One that somebody set by hand is kept, and
+    one found for this KL.
+    """
+    head, training = ValueHead.from_pretrained(place), read_json(place / FIGURES_NAME)
     known = training.get("recommended", {})
     present = None if head.config.control is None else head.config.control.to_dict()
     # The figures are written before the head: after a stop between the two it has the control that was to be replaced.
@@ -290,6 +360,7 @@ def _recommend(
         return
     if present is not None and present == known.get("control") and known["target_kl"] == settings.target_kl:
         return
+    states = [folder / "states" for folder in folders]
     controlled = ReControlForCausalLM.from_model(base, head)
     # Other noise than that of the responses which the held-out figures chose V by.
     sampling = replace(settings, seed=(settings.seed + 1) % 2**32)
@@ -297,7 +368,7 @@ def _recommend(
         found = recommend_control(
             controlled,
             tokenizer,
-            _held_out(output, prompts, settings),
+            held_out_prompts(prompts, StateStore.open(*states), settings, NUM_RESPONSES),
             list(rewards.values()),
             sampling,
             target_kl=settings.target_kl,
@@ -323,24 +394,6 @@ def _recommend(
             "more prompts, or a larger `validation_split`."
         )
     recommended = found.to_dict() | {"target_kl": settings.target_kl, "replaces": present}
-    write_json(output / "head" / FIGURES_NAME, training | {"recommended": recommended})
+    write_json(place / FIGURES_NAME, training | {"recommended": recommended})
     head.config.control = found.control
-    head.save_pretrained(output / "head")
-
-
-def _held_out(output: Path, prompts: Prompts, settings: FitSettings) -> Prompts:
-    """
-    The prompts that were held out of training, each once; of more than a control is chosen on, so many at random: a
-    file may hold one kind of prompt after the other.
-    """
-    store = StateStore.open(output / "states")
-    _, episodes = split_by_prompt(store.prompts, settings.validation_split, settings.seed)
-    wanted = set(store.prompts[episodes].tolist())
-    chosen = []
-    for index, number in enumerate(prompt_hashes(prompts)):
-        if number in wanted:
-            wanted.remove(number)
-            chosen.append(index)
-    if len(chosen) > NUM_RESPONSES:
-        chosen = sorted(random.Random(settings.seed).sample(chosen, NUM_RESPONSES))
-    return prompts.take(chosen)
+    head.save_pretrained(place)

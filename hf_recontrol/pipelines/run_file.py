@@ -78,15 +78,31 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
+def round_folder(output: Path, number: int) -> Path:
+    """Where a run has the rollouts and states of a round, the first of which is 1: of a run of one round, `output`."""
+    return output if number == 1 else output / f"round-{number}"
+
+
+def earlier_head(output: Path, number: int) -> Path:
+    """Where a run has the head of a round that another one followed. That of its last round is in `output/head`."""
+    return output / f"round-{number}" / "head"
+
+
 def check_run_folder(output: Path, settings: FitSettings) -> None:
     """
     Check that a run replaces no file in its folder that is somebody else's, such as the file of settings that it was
-    started with.
+    started with, and that the folder holds no more rounds than are asked for.
 
     Raises:
-        `OSError`: if it would, or its report cannot be written; names the file.
+        `OSError`: if it would, or its report cannot be written; names the file. `ValueError`: for more rounds.
     """
     check_target(output / _REPORT_NAME)
+    rounds = settings.rounds
+    if earlier_head(output, rounds).exists() or round_folder(output, rounds + 1).exists():
+        raise ValueError(
+            f"{output} holds a round {rounds + 1}, and `rounds` is {rounds}: ask for as many as it holds, or more "
+            f"(`rounds={rounds + 1}`), or name another folder."
+        )
     own, others = output / RUN_NAME, []
     is_run = own.is_file() and own.read_text(encoding="utf-8", errors="replace").startswith(_HEADING)
     if own.exists() and not is_run:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from ..utils.checks import check_no_secret
 from ..utils.setting_fields import Settings, setting, settings_class
+from .engine import OWN_ENGINE
 from .stages import LabelSettings, LoadingSettings, PromptSettings, RolloutSettings, SeedSettings, StatesSettings
 
 
@@ -139,7 +140,7 @@ class TrainSettings(AdvantageSettings, ValueSettings, HeadSettings):
     """How a head, V and the advantage part, is trained from a folder of states."""
 
 
-@settings_class("Recommended control")
+@settings_class("Recommended control, rounds")
 class FitSettings(TrainSettings, StatesSettings, LabelSettings, RolloutSettings, PromptSettings, LoadingSettings):
     """Everything that [`fit`] does: all stages, from prompts to a head that recommends a control."""
 
@@ -149,9 +150,20 @@ class FitSettings(TrainSettings, StatesSettings, LabelSettings, RolloutSettings,
         "answers nearer to the base's.",
         above=0,
     )
+    rounds: int = setting(
+        1,
+        "Rounds of all stages. Each but the first samples responses under the control that the head so far "
+        "recommends, and trains a head anew on the responses of all rounds.",
+        low=1,
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.rounds > 1 and self.engine != OWN_ENGINE:
+            raise ValueError(
+                "Further rounds (`rounds`) are sampled under heads that do not exist yet, so no other engine can be "
+                f"started with them: take `engine={OWN_ENGINE!r}`, or make them with the stages one by one."
+            )
         if self.prefix_every is not None and not (self.with_directions and self.critic):
             raise ValueError(
                 "`prefix_every` is for the critic of the static vector and the advantage part: it needs `critic`, "
