@@ -29,8 +29,8 @@ FURTHER = {
     ),
     "rounds-vader.md": (
         "smollm2, vader: a second round",
-        "A head fitted anew to as many responses under the control that the first one recommends, in place of it; and "
-        "the mean of both heads' static vectors and token biases. "
+        "A head fitted anew to as many responses under the control that the first one recommends, to these alone, in "
+        "place of it; and the mean of both heads' static vectors and token biases. "
         "`python benchmarks/rounds.py --fit results/smollm2-vader/fit --rewards results/reward-model --output rounds "
         "--rounds 2`.",
     ),

@@ -5,10 +5,11 @@ What further rounds are worth: each samples under the control that the last one 
 
 `--fit` is a folder of `recontrol fit` on VADER by `example_heads.py` or `results.py`: the first round. `--rewards` is
 one of `reward_model.py`: its prompts train the later rounds, its unseen ones are answered, its reward is the judge.
-A round's head is used in place of the one before, on the base alone. Beside the rounds stands, for each, the mean of
-the static vectors and token biases of all rounds up to it: fitted to old and new responses, each under the policy that
-drew it; it has more responses than any one round, and `data.py` says what more of them are worth. Each round has noise
-of its own. All are compared with the base at about equal KL. It goes on where it was stopped.
+A round's head is fitted to its own responses alone (`fit(rounds=...)` fits to those of all rounds so far), and is used
+in place of the one before, on the base alone. Beside the rounds stands, for each, the mean of the static vectors and
+token biases of all rounds up to it: fitted to old and new responses, each under the policy that drew it; it has more
+responses than any one round, and `data.py` says what more of them are worth. Each round has noise of its own. All are
+compared with the base at about equal KL. It goes on where it was stopped.
 """
 
 from __future__ import annotations

@@ -355,7 +355,7 @@ def _recommend(
             logger.warning(
                 f"The head keeps {head.config.control}, which `tune` or a person set: no control is found for "
                 f"`target_kl` {settings.target_kl:g}. To have one found, set `control` to null in "
-                f"{output / 'head' / 'config.json'}, and run this again."
+                f"{place / CONFIG_NAME}, and run this again."
             )
         return
     if present is not None and present == known.get("control") and known["target_kl"] == settings.target_kl:
