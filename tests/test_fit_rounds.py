@@ -126,7 +126,7 @@ def test_the_head_is_trained_on_the_responses_of_all_rounds(two, tmp_path):
     assert (record.control["rounds"], record.control["control"]) == (2, sampled_under(folder / "round-2")[0])
     assert "rounds" not in ValueHead.from_pretrained(folder / "round-1" / "head").config.training.control
     card = (folder / "head" / "README.md").read_text(encoding="utf-8")
-    assert "160 responses of the base in 2 rounds, under controls or none (40 prompts" in card
+    assert "160 responses of the base in 2 rounds under different control (40 prompts" in card
     assert "The last of these controls was `ControlConfig(method=" in card
 
 

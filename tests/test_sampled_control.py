@@ -299,8 +299,9 @@ def test_a_record_of_another_kind_is_an_error(tmp_path):
     second.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     strange = {"control": {"method": "prayer"}, "heads": {}, "sources": {}}
-    for odd in ([], {"control": 1}, {"control": {}, "heads": []}, strange):
+    none = {"control": CONTROL.to_dict(), "heads": {}, "sources": {}, "rounds": 0}
+    for odd in ([], {"control": 1}, {"control": {}, "heads": []}, strange, none):
         config["training"] = {"control": odd}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=r"`control` must|`method` must"):
+        with pytest.raises(ValueError, match=r"`control` must|`method` must|`rounds` must"):
             ValueHead.from_pretrained(tmp_path)

@@ -274,7 +274,7 @@ def _control(training: TrainingRecord) -> str:
     if not training.control:
         return ""
     rounds = training.control.get("rounds", 1)
-    return " under the control of another head" if rounds == 1 else f" in {rounds} rounds, under controls or none"
+    return " under the control of another head" if rounds == 1 else f" in {rounds} rounds under different control"
 
 
 def _settings(control: ControlConfig) -> str:
