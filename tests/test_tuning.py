@@ -192,7 +192,7 @@ def test_a_mask_of_implausible_tokens_is_tried_too(place):
     assert kls[0] != pytest.approx(kls[1])
 
 
-def test_what_the_search_was_not_told_to_try_stays_as_the_head_recommends(place):
+def test_what_the_search_was_not_told_to_try_stays_as_the_head_recommends(place, recontrol_warnings):
     save_head(1.0, 1.0, 1.0, control=ControlConfig("advantage", 0.3, plausibility=0.2, max_kl=2.0))
     # Of steps below what overshoots a target.
     options = {"step_sizes": [1.0], "criterion": {"reward": 1}}
@@ -216,6 +216,7 @@ def test_what_the_search_was_not_told_to_try_stays_as_the_head_recommends(place)
     assert static["plausibility"] == ascent["plausibility"] == 0.2
     [longer] = tried(methods=["ascent"], num_steps=[5], output="longer")
     assert {**own, "num_steps": 5}.items() <= longer.items()
+    assert all("is not clearly better than the base" in said for said in recontrol_warnings)
 
 
 def test_limits_on_the_kl_are_tried_too(place):

@@ -142,7 +142,7 @@ def rows_to_try(bench: Bench, settings: TuneSettings, former: ControlConfig | No
         for control in _to_scale(method, settings, former):
             name = f"{method}, {control.num_steps} steps" if method == "ascent" else method
             name += f", p {control.plausibility:g}" if control.plausibility else ""
-            name += "" if control.max_kl is None else f", at most {control.max_kl:g} nats"
+            name += "" if control.max_kl is None else f", max_kl {control.max_kl:g}"
             # All of them are said, so that they are the same whatever the head comes to recommend.
             said = {key: value for key, value in control.to_dict().items() if key not in ("method", "step_size")}
             entry = Entry(name, KIND_OF_METHOD[method], settings=said)
