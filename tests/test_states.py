@@ -236,7 +236,7 @@ def changed(folder: Path, how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["one bit", "swapped"])
-def test_states_that_are_not_those_that_were_written_are_not_learnt_from(rollouts, tmp_path, how):
+def test_states_that_are_not_those_that_were_written_are_not_learnt_from(rollouts, tmp_path, how, recontrol_warnings):
     """Their shapes fit, and nothing else would tell."""
     model, folder = rollouts
     states, options = tmp_path / "states", at(WITH_ADVANTAGE)
