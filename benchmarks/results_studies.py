@@ -79,10 +79,10 @@ STUDIES = [
     Study(
         "smollm2",
         "preference",
-        MORE_OF_N,
+        [control for control in MORE_OF_N if control["kind"] != "prompting"],
         num_prompts=1913,
         num_samples=4,
-        kls=(0.05, 0.075, 0.1),
+        kls=(0.075, 0.1),
         addition="-more",
     ),
     Study("gemma", "vader", FEW, num_prompts=512, options=DIALOGUE),
