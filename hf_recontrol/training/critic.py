@@ -135,8 +135,8 @@ def _reads(store: StateStore) -> dict[str, Any]:
     """How the states were made that a critic reads, as JSON."""
     part, prefix_every, means = store.parts[0], None, None
     if store.has_prefix_rewards:
-        if store.folder is not None:
-            prefix_every = read_manifest(store.folder, "states", "recontrol states")["source"].get("prefix_every")
+        for folder in store.folders:
+            prefix_every = read_manifest(folder, "states", "recontrol states")["source"].get("prefix_every")
         means = _prefix_means(store).tolist()
     return {
         "every": part.every,
