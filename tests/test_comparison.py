@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -543,6 +544,13 @@ def test_seen_prompts_that_are_skipped_count_for_no_limit_and_are_not_set_aside(
     remember(["w80"], "trained_on")
     run(**small, limit=3, on_seen_prompts="skip", prompts=source(), output="skips-none")
     assert [line["completion"] for line in lines_of("skips-none")] == untouched
+
+
+def test_an_endless_source_of_seen_prompts_is_not_read_for_ever(place, monkeypatch):
+    monkeypatch.setattr("hf_recontrol.evaluation.unseen._MOST_READ", 50)
+    remember(["w10 w11"], "trained_on")
+    with pytest.raises(ValueError, match="none is left"):
+        run(controls=["base"], limit=3, on_seen_prompts="skip", prompts=({"prompt": "w10 w11"} for _ in count()))
 
 
 def test_the_limit_of_several_bases_counts_what_no_head_has_seen(place, recontrol_warnings):

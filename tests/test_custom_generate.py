@@ -175,6 +175,10 @@ def test_another_base_of_the_same_width_is_told_as_the_package_tells_it(tmp_path
         for _ in range(2):  # said once
             custom.generate(model, value_head=str(tmp_path), **inputs)
         assert recontrol_warnings == expected
+    # A file that anybody may have written.
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"base_model_name_or_path": 5}))
+    custom.generate(model, value_head=str(tmp_path), **inputs)
 
 
 def test_guidance_is_refused_where_tokens_are_forbidden(tmp_path):

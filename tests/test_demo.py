@@ -48,7 +48,7 @@ def test_a_demo_trains_compares_saves_and_is_reused(base, prompts, tmp_path, mon
     monkeypatch.setenv("COLUMNS", "160")
     output = tmp_path / "demo"
     asked = {"prompt_column": "chosen", "on_answers": "keep"}
-    figures = run_demo(str(base), prompts, output, **asked)
+    figures = run_demo(str(base), prompts, output, command="recontrol demo --prompt-column chosen", **asked)
     # The advantage edit too, unless training left g at the static vector.
     names = list(dict.fromkeys(figure.control for figure in figures))
     assert names[:3] == ["base", "prompting", "best_of_n"] and "static_vector" in names[3] and names[-1] == "ascent"
@@ -61,6 +61,7 @@ def test_a_demo_trains_compares_saves_and_is_reused(base, prompts, tmp_path, mon
     assert (output / "comparison" / "table.md").read_text() in shown
     assert f'from_pretrained("{output / "head"}")' in shown
 
+    assert "recontrol demo --prompt-column chosen" in (output / "head" / "README.md").read_text()
     model = ReControlForCausalLM.from_pretrained(output / "head")
     assert model.config._name_or_path == str(base) and model.control.step_size > 0
 

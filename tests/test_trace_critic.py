@@ -154,6 +154,13 @@ def test_a_critic_that_cannot_be_used_costs_no_trace(trained, tmp_path, caplog, 
     assert "did not note what it reads" in silence(json.dumps(known | {"reads": None}))
     for odd in ({"every": "x"}, {"critic_layer": 0.5}, {"prefix_means": [[None]], "prefix_every": 2}):
         assert silence(json.dumps(known | {"reads": known["reads"] | odd})) == "its files cannot be used"
+
+    def out_of_memory(*arguments):
+        raise RuntimeError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_recontrol.evaluation.trace.critics.critic_inputs", out_of_memory)
+        assert silence(json.dumps(known)) == "no memory left"
     assert silence("[]") == silence("not json") == "its files cannot be used"
     assert str(critic) in caplog.text
     assert "lay" in silence(json.dumps(known | {"reads": known["reads"] | {"critic_layer": 99}}))

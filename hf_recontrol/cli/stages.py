@@ -245,4 +245,4 @@ def demo(
     """
     from ..pipelines.demo import run_demo
 
-    run_demo(model, prompts, output, settings)
+    run_demo(model, prompts, output, settings, command=own_command())

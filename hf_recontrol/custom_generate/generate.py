@@ -190,7 +190,12 @@ def within(base, controlled, max_kl, masked):
 def warn_of_other_base(model, config):
     """Warn if the head was trained for another base, or other weights of it."""
     base, here = config.get("base_model_name_or_path"), model.config._name_or_path
-    if base and here and os.path.basename(base.rstrip("/")) != os.path.basename(here.rstrip("/")):
+    if (
+        isinstance(base, str)
+        and base
+        and here
+        and os.path.basename(base.rstrip("/")) != os.path.basename(here.rstrip("/"))
+    ):
         logger.warning_once(
             f"This head was trained for {base!r} and is put on {here!r}: the widths fit, but its values may mean "
             "nothing there."

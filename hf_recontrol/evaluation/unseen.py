@@ -22,6 +22,8 @@ logger = logging.get_logger(__name__)
 
 TRAINED_ON = ("trained_on",)
 SEEN = tuple(SeenPrompts.kinds())
+# Rows that an endless source may give before it is taken to give nothing else.
+_MOST_READ = 1_000_000
 
 
 def heads_of(model: PreTrainedModel) -> list[nn.Module]:
@@ -60,7 +62,7 @@ def load_unseen(
 ) -> Prompts:
     """
     [`load_prompts`], where prompts that some head has seen and that are to be skipped do not count towards the
-    `limit`: rows are read until so many are left, or there are no more.
+    `limit`: rows are read until so many are left, or there are no more (of an endless source: a million).
 
     Args:
         settings ([`AnswerSettings`]):
@@ -81,9 +83,9 @@ def load_unseen(
         if not seen:
             return prompts
         total, left = len(prompts) + len(prompts.bad_rows), len(prompts) - len(seen)
-        if count is None or total < count or left >= (settings.limit or 0):
+        if count is None or total < count or left >= (settings.limit or 0) or count >= _MOST_READ:
             return load_prompts(unseen(prompts, heads, purpose, "skip", kinds), limit=settings.limit)
-        count *= 2
+        count *= 8
 
 
 def unseen(

@@ -102,6 +102,8 @@ def run_demo(
     prompts: str | os.PathLike | None,
     output: str | os.PathLike,
     settings: DemoSettings | None = None,
+    *,
+    command: str | None = None,
     **changes,
 ) -> list[Figure]:
     """
@@ -119,6 +121,8 @@ def run_demo(
         settings ([`DemoSettings`], *optional*), changes:
             How the base is loaded and the prompts are read, and the seed of the split, the sampling and the training;
             single settings as keywords.
+        command (`str`, *optional*):
+            What the head's card says that its figures were measured by.
 
     Returns:
         `list[Figure]`: those of [`compare`].
@@ -162,7 +166,7 @@ def run_demo(
             **shared,
         ),
         tokenizer=tokenizer,
-        command=f"recontrol demo --seed {seed}",
+        command=command,
     )
     numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
     shown = (f"{name} {value if isinstance(value, int) else f'{value:.2f}'}" for name, value in numbers.items())

@@ -76,7 +76,8 @@ def with_critics(
                     for rollout, response in zip(rollouts, responses, strict=True)
                 ]
                 told = True
-        except ValueError as error:
+        # Both answers are drawn by now: what is only said of them stops nothing.
+        except (FloatingPointError, RuntimeError, ValueError) as error:
             silent[name] = str(error)
         for column, new in zip(said, values, strict=True):
             column.append(new)
