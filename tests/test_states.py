@@ -241,6 +241,7 @@ def test_states_that_are_not_those_that_were_written_are_not_learnt_from(rollout
     model, folder = rollouts
     states, options = tmp_path / "states", at(WITH_ADVANTAGE)
     write_states(states, model, folder, **options)
+    before = [path.read_bytes() for path in sorted(states.glob("part-*"))]
     head = make_head(hidden_size=16, hook_point="lm_head", advantage_sizes=[])
     part = changed(states, how)
     assert len(StateStore.open(states)) == 24  # by its header a file is whole
@@ -252,13 +253,17 @@ def test_states_that_are_not_those_that_were_written_are_not_learnt_from(rollout
         lambda: train_critic(states, head.config),
         lambda: data_curve(states),
     ):
-        with pytest.raises(ValueError, match=f"{part} was changed or damaged.*run the same `recontrol states`"):
+        with pytest.raises(ValueError, match=f"{part}.* changed or damaged.*run the same `recontrol states`"):
             learn()
     assert not (tmp_path / "head" / "config.json").exists()
     # As the message says.
-    for path in states.glob("part-*"):
-        path.unlink()
+    (states / part).unlink()
+    if how == "swapped":
+        with pytest.raises(ValueError, match=r"part-00001\.safetensors was changed or damaged.*run the same command"):
+            write_states(states, model, folder, **options)
+        (states / "part-00001.safetensors").unlink()
     write_states(states, model, folder, **options)
+    assert [path.read_bytes() for path in sorted(states.glob("part-*"))] == before
     figures = train_head(tmp_path / "head", states, token_bias=False, **sizes)
     # What is trained is not read again.
     changed(states, how)

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,7 +94,7 @@ def read_manifest(folder: str | os.PathLike, kind: str, command: str, complete: 
         raise ValueError(f"{folder} holds {found}, not {kind}: make them with `{command}`.")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} was made by another release of hf_recontrol: read it with that one, or upgrade.")
-    if complete and not finished and manifest.get("rewards") is not None:
+    if complete and not finished and "counts" in manifest and manifest.get("rewards") is not None:
         raise ValueError(
             f"The {kind} in {folder} are not scored to the end: run the same `recontrol label` again to resume."
         )
@@ -103,20 +103,46 @@ def read_manifest(folder: str | os.PathLike, kind: str, command: str, complete: 
     return manifest
 
 
-def check_part(path: Path, checksum: str | None, command: str) -> None:
+def hold_parts(
+    folder: Path,
+    parts: Mapping[str, str | None],
+    command: str,
+    processes: Processes | None = None,
+) -> None:
     """
-    Hold a part against the checksum that its manifest has of it.
+    Hold parts against the checksums that their manifest has of them; names all that do not fit.
+
+    Args:
+        folder (`Path`), parts (`Mapping[str, str | None]`):
+            Where they are, and the checksum of each by its name.
+        command (`str`):
+            What is to be run where a part is missing or another one.
+        processes ([`Processes`], *optional*):
+            Those that share the reading. All must call this, and an error is raised in each. By default this process
+            reads all.
 
     Raises:
-        `OSError`, `ValueError`: if it is missing, or another file; names it, and says what to do.
+        `OSError`: if parts are missing. `ValueError`: if some are other files.
     """
-    if not path.is_file():
-        raise OSError(f"{path.parent} lacks {path.name}, which its {MANIFEST_NAME} names: run {command}.")
-    if file_checksum(path) != checksum:
+    own = list(parts) if processes is None else list(parts)[processes.index :: processes.count]
+    missing, changed = [], []
+    for name in own:
+        if not (folder / name).is_file():
+            missing.append(name)
+        elif file_checksum(folder / name) != parts[name]:
+            changed.append(name)
+    if processes is not None:
+        found = processes.gather((missing, changed))
+        missing, changed = (sorted(name for each in found for name in each[i]) for i in range(2))
+    if changed:
+        lacks = f"It lacks {', '.join(missing)}. " if missing else ""
+        verb, they, them = ("was", "it is", "it") if len(changed) == 1 else ("were", "they are", "them")
         raise ValueError(
-            f"{path} was changed or damaged: it is not what its {MANIFEST_NAME} names. Put back what it was, or "
-            f"remove it and run {command}."
+            f"{folder / ', '.join(changed)} {verb} changed or damaged: {they} not what its {MANIFEST_NAME} names. "
+            f"{lacks}Put back what was there, or remove {them} and run {command}."
         )
+    if missing:
+        raise OSError(f"{folder} lacks {', '.join(missing)}, which its {MANIFEST_NAME} names: run {command}.")
 
 
 def checked_parts(folder: str | os.PathLike, kind: str, command: str, then: str = "") -> list[Path]:
@@ -128,11 +154,10 @@ def checked_parts(folder: str | os.PathLike, kind: str, command: str, then: str 
             What makes the folder, and what is to be run behind it where a part was made anew.
 
     Raises:
-        `OSError`, `ValueError`: as [`read_manifest`]; if a part is missing, or is not the one that the manifest names.
+        `OSError`, `ValueError`: as [`read_manifest`]; if parts are missing, or are not those that the manifest names.
     """
     parts = read_manifest(folder, kind, command)["parts"]
-    for name, checksum in parts.items():
-        check_part(Path(folder, name), checksum, f"the same `{command}`{then}")
+    hold_parts(Path(folder), parts, f"the same `{command}`{then}")
     return [Path(folder, name) for name in sorted(parts)]
 
 
@@ -180,10 +205,7 @@ class StageFolder:
                 self._lock.__exit__(None, None, None)
                 raise
         self.processes.wait()
-        manifest = read_json(self.path / MANIFEST_NAME)
-        self._was_counted = "counts" in manifest and all(self.part_path(i).is_file() for i in range(self.num_parts))
-        # Before anyone writes a part that is missing.
-        self.processes.wait()
+        self._resume()
         return self
 
     def __exit__(self, *error) -> None:
@@ -212,6 +234,28 @@ class StageFolder:
         for unfinished in self.path.rglob(".part-*"):
             unfinished.unlink(missing_ok=True)
 
+    def _resume(self) -> None:
+        """
+        See what an earlier run finished. Of a finished folder that lacks parts those that are left must be what the
+        manifest names; it forgets the others, which are written anew and need not have the same bytes.
+        """
+        manifest = read_json(self.path / MANIFEST_NAME)
+        known = manifest.get("parts") or {}
+        present = {path.name for path in map(self.part_path, range(self.num_parts)) if path.is_file()}
+        self._was_counted = "counts" in manifest and len(present) == self.num_parts and present == known.keys()
+        # Before anyone writes a part that is missing.
+        self.processes.wait()
+        if self._was_counted or not known:
+            return
+        # A scoring that was stopped has replaced some parts, and has not said which.
+        is_valid = manifest.get("complete") or "counts" not in manifest
+        kept = {name: checksum for name, checksum in known.items() if is_valid and name in present}
+        hold_parts(self.path, kept, "the same command", self.processes)
+        if self.processes.index == 0:
+            manifest.pop("counts", None)
+            self.write_manifest(manifest | {"complete": False, "parts": kept})
+        self.processes.wait()
+
     def part_path(self, index: int) -> Path:
         """Path of a part, which may not exist yet."""
         return self.path / f"part-{index:05d}{self.suffix}"
@@ -221,10 +265,8 @@ class StageFolder:
         return self._was_counted
 
     def check_counted(self) -> None:
-        """Raise `ValueError` if a part of this process is not the one that was counted."""
-        known = read_json(self.path / MANIFEST_NAME)["parts"]
-        for path in map(self.part_path, self.own_parts()):
-            check_part(path, known.get(path.name), "the same command")
+        """Raise `ValueError` in every process if parts are not those that were counted."""
+        hold_parts(self.path, read_json(self.path / MANIFEST_NAME)["parts"], "the same command", self.processes)
 
     def counts(self) -> dict[str, float]:
         """The counts that [`StageFolder.finish`] wrote."""

@@ -21,7 +21,7 @@ from ...data.rollouts import (
     scored_by,
     scoring_of,
 )
-from ...data.stage_folder import StageFolder, check_part, read_manifest
+from ...data.stage_folder import StageFolder, hold_parts, read_manifest
 from ...settings import ScoringSettings
 from ...utils.checks import check_choice
 from .responses import (
@@ -90,7 +90,7 @@ def label_rollouts(
     stage = StageFolder(folder, "rollouts", known["settings"], known["num_parts"], ".parquet")
     with stage:
         scorings = [scoring_of(path) for path in map(stage.part_path, range(stage.num_parts)) if path.is_file()]
-        if len(scorings) < stage.num_parts or "parts" not in known:
+        if len(scorings) < stage.num_parts or not {"counts", "parts"} <= known.keys():
             raise ValueError(f"The rollouts in {folder} are not finished: run the same `recontrol rollout` again.")
         scoring = known.get("scoring", 0)
         found = {name: known.get(name) for name in wanted}
@@ -105,6 +105,12 @@ def label_rollouts(
         columns = columns_of(map(stage.part_path, range(stage.num_parts)))
         for function in rewards.values():
             check_reward(function, columns)
+        paths = map(stage.part_path, range(stage.num_parts))
+        untouched = [
+            path.name for path, found_in in zip(paths, scorings, strict=True) if known["complete"] or found_in is None
+        ]
+        expected = {name: known["parts"].get(name) for name in untouched}
+        hold_parts(folder, expected, "the same `recontrol rollout`", stage.processes)
         # What is not known to be the same reward must not go on where another one stopped.
         if found != wanted or finished or unknown:
             scoring = max((number for number in scorings if number is not None), default=-1) + 1
@@ -123,7 +129,7 @@ def label_rollouts(
                 prefix_every=prefix_every,
                 tokenizer=tokenizer,
             )
-            _score_parts(stage, known, scorings, scoring, list(rewards), names, score, progress)
+            _score_parts(stage, scorings, scoring, list(rewards), names, score, progress)
         kept = {"bad_rows": known.get("bad_rows", 0)} | {key: known.get(key) for key in ("dataset", "head_sources")}
         counts = stage.finish(partial(_count_scored, names=names), kept | {"scoring": scoring} | wanted)
         scored = [(name, counts.get(f"scored {name}", 0)) for name in rewards]
@@ -145,7 +151,6 @@ def label_rollouts(
 
 def _score_parts(
     stage: StageFolder,
-    known: dict[str, Any],
     scorings: Sequence[int | None],
     scoring: int,
     rewards: Sequence[str],
@@ -158,9 +163,6 @@ def _score_parts(
     with progress_bar("rewards", total, progress, stage.processes.index) as advance:
         for index in stage.own_parts():
             path = stage.part_path(index)
-            untouched = known["complete"] or scorings[index] is None
-            if untouched:
-                check_part(path, known["parts"].get(path.name), "the same `recontrol rollout`")
             rollouts = load_rollouts(path)
             if scorings[index] != scoring and rollouts:
                 scored, counts = score(rollouts, source=path.name)
