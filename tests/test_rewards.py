@@ -211,7 +211,7 @@ def test_rollouts_whose_manifest_was_never_finished_are_named(folder):
     manifest = json.loads(path.read_text())
     del manifest["parts"]
     path.write_text(json.dumps(manifest | {"complete": False}))
-    with pytest.raises(ValueError, match="not finished: run the same `recontrol rollout` again"):
+    with pytest.raises(ValueError, match=r"not finished: run the same .*`recontrol rollout`, or `fit`"):
         label_rollouts(folder, [length])
     assert "rewards" not in json.loads(path.read_text()) or json.loads(path.read_text())["rewards"] is None
 
@@ -257,7 +257,7 @@ def test_a_failing_reward_leaves_the_folder_to_go_on_from(folder):
 
     with pytest.raises(RuntimeError, match="failing failed: ZeroDivisionError: once"):
         label_rollouts(folder, [failing])
-    with pytest.raises(ValueError, match="not scored to the end: run the same `recontrol label`"):
+    with pytest.raises(ValueError, match=r"not scored to the end: run the same .*`recontrol label`, or `fit`"):
         load_rollouts(folder)
     label_rollouts(folder, [failing])
     assert calls == [4, 4, 4, 2], "the first file was not scored again"

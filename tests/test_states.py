@@ -253,7 +253,9 @@ def test_states_that_are_not_those_that_were_written_are_not_learnt_from(rollout
         lambda: train_critic(states, head.config),
         lambda: data_curve(states),
     ):
-        with pytest.raises(ValueError, match=f"{part}.* changed or damaged.*run the same `recontrol states`"):
+        with pytest.raises(
+            ValueError, match=f"{part}.* changed or damaged.*run the same .*`recontrol states`, or `fit`"
+        ):
             learn()
     assert not (tmp_path / "head" / "config.json").exists()
     # As the message says.
@@ -275,7 +277,7 @@ def test_a_part_of_the_rollouts_can_be_made_again(rollouts, tmp_path):
     part = rollout_parts(folder)[1]
     before = load_rollouts(folder)
     part.unlink()
-    with pytest.raises(OSError, match=f"lacks {part.name}.*run the same `recontrol rollout`, then .*label"):
+    with pytest.raises(OSError, match=f"lacks {part.name}.*run the same command .*`recontrol rollout`, then .*label"):
         rollout_parts(folder)
     prompts = load_prompts([f"w{i} w{i + 1} w{3 * i}" for i in range(5, 17)])
     options = {"num_samples": 2, "max_new_tokens": 8, "part_size": 10, "temperature": 2.0}

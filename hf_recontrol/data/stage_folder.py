@@ -96,11 +96,20 @@ def read_manifest(folder: str | os.PathLike, kind: str, command: str, complete: 
         raise ValueError(f"{path} was made by another release of hf_recontrol: read it with that one, or upgrade.")
     if complete and not finished and "counts" in manifest and manifest.get("rewards") is not None:
         raise ValueError(
-            f"The {kind} in {folder} are not scored to the end: run the same `recontrol label` again to resume."
+            f"The {kind} in {folder} are not scored to the end: run the same command again (`recontrol label`, or "
+            "`fit`) to resume."
         )
     if complete and not finished:
-        raise ValueError(f"The {kind} in {folder} are not finished: run the same `{command}` again to resume.")
+        raise ValueError(
+            f"The {kind} in {folder} are not finished: run the same command again (`{command}`, or `fit`) to "
+            "resume."
+        )
     return manifest
+
+
+def made_by(command: str, then: str = "") -> str:
+    """How a message names what makes a stage: alone, or all stages of a run."""
+    return f"the same command that made it (`{command}`{then}, or `fit`)"
 
 
 def hold_parts(
@@ -157,7 +166,7 @@ def checked_parts(folder: str | os.PathLike, kind: str, command: str, then: str 
         `OSError`, `ValueError`: as [`read_manifest`]; if parts are missing, or are not those that the manifest names.
     """
     parts = read_manifest(folder, kind, command)["parts"]
-    hold_parts(Path(folder), parts, f"the same `{command}`{then}")
+    hold_parts(Path(folder), parts, made_by(command, then))
     return [Path(folder, name) for name in sorted(parts)]
 
 

@@ -21,7 +21,7 @@ from ...data.rollouts import (
     scored_by,
     scoring_of,
 )
-from ...data.stage_folder import StageFolder, hold_parts, read_manifest
+from ...data.stage_folder import StageFolder, hold_parts, made_by, read_manifest
 from ...settings import ScoringSettings
 from ...utils.checks import check_choice
 from .responses import (
@@ -91,7 +91,10 @@ def label_rollouts(
     with stage:
         scorings = [scoring_of(path) for path in map(stage.part_path, range(stage.num_parts)) if path.is_file()]
         if len(scorings) < stage.num_parts or not {"counts", "parts"} <= known.keys():
-            raise ValueError(f"The rollouts in {folder} are not finished: run the same `recontrol rollout` again.")
+            raise ValueError(
+                f"The rollouts in {folder} are not finished: run the same command again (`recontrol rollout`, or "
+                "`fit`)."
+            )
         scoring = known.get("scoring", 0)
         found = {name: known.get(name) for name in wanted}
         finished = known["complete"] and known.get("rewards") is not None
@@ -110,7 +113,7 @@ def label_rollouts(
             path.name for path, found_in in zip(paths, scorings, strict=True) if known["complete"] or found_in is None
         ]
         expected = {name: known["parts"].get(name) for name in untouched}
-        hold_parts(folder, expected, "the same `recontrol rollout`", stage.processes)
+        hold_parts(folder, expected, made_by("recontrol rollout"), stage.processes)
         # What is not known to be the same reward must not go on where another one stopped.
         if found != wanted or finished or unknown:
             scoring = max((number for number in scorings if number is not None), default=-1) + 1
