@@ -77,3 +77,19 @@ def test_a_stop_before_new_parts_are_counted_is_gone_on_from(tmp_path):
         stage.part_path(1).write_text("new 1")
         raise KeyboardInterrupt
     assert write(tmp_path) == [] and contents(tmp_path)[1] == "new 1"
+
+
+@pytest.mark.parametrize("where", ["_open", "_resume"])
+def test_a_stop_while_the_folder_is_opened_leaves_no_lock(tmp_path, monkeypatch, where):
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    stage = opened(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(StageFolder, where, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            stage.__enter__()
+    (tmp_path / "stage" / "manifest.json").unlink(missing_ok=True)
+    assert write(tmp_path) == [0, 1, 2, 3]
+    with opened(tmp_path), pytest.raises(OSError, match="Another run is working"):
+        opened(tmp_path).__enter__()

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,7 @@ def read_manifest(folder: str | os.PathLike, kind: str, command: str, complete: 
         )
     if complete and not finished:
         raise ValueError(
-            f"The {kind} in {folder} are not finished: run the same command again (`{command}`, or `fit`) to "
-            "resume."
+            f"The {kind} in {folder} are not finished: run the same command again (`{command}`, or `fit`) to resume."
         )
     return manifest
 
@@ -199,27 +198,22 @@ class StageFolder:
         # As JSON gives them back: tuples are lists there.
         self.settings = json.loads(json.dumps(settings))
         self.processes = Processes()
-        self._lock = None
+        self._held = ExitStack()
         self._was_counted = False
 
     def __enter__(self) -> StageFolder:
-        if self.processes.index == 0:
-            check_target(self.path / MANIFEST_NAME)
-            make_folder(self.path)
-            self._lock = lock_folder(self.path)
-            self._lock.__enter__()
-            try:
+        with ExitStack() as held:
+            if self.processes.index == 0:
+                check_target(self.path / MANIFEST_NAME)
+                held.enter_context(lock_folder(make_folder(self.path)))
                 self._open()
-            except BaseException:
-                self._lock.__exit__(None, None, None)
-                raise
-        self.processes.wait()
-        self._resume()
+            self.processes.wait()
+            self._resume()
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *error) -> None:
-        if self._lock is not None:
-            self._lock.__exit__(*error)
+        self._held.close()
 
     def _open(self) -> None:
         path = self.path / MANIFEST_NAME
