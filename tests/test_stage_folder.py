@@ -1,8 +1,12 @@
 """Folders of numbered parts: what is noticed of parts that were lost or changed, and what a run goes on from."""
 
+import threading
+from dataclasses import dataclass
+
 import pytest
 
-from hf_recontrol.data.stage_folder import StageFolder, checked_parts, read_manifest
+from hf_recontrol.data import stage_folder
+from hf_recontrol.data.stage_folder import StageFolder, checked_parts, hold_parts, read_manifest
 
 FOUR = 4
 
@@ -93,3 +97,44 @@ def test_a_stop_while_the_folder_is_opened_leaves_no_lock(tmp_path, monkeypatch,
     assert write(tmp_path) == [0, 1, 2, 3]
     with opened(tmp_path), pytest.raises(OSError, match="Another run is working"):
         opened(tmp_path).__enter__()
+
+
+@dataclass
+class Share:
+    """One of several processes that share parts, as it runs in a thread."""
+
+    index: int
+    count: int
+    met: threading.Barrier
+    said: list
+
+    def gather(self, value):
+        self.said[self.index] = value
+        self.met.wait(timeout=20)
+        return list(self.said)
+
+
+def test_processes_share_the_reading_and_learn_all_that_was_found(tmp_path, monkeypatch):
+    write(tmp_path)
+    read, told, errors = [], [], []
+    whole = stage_folder.file_checksum
+    monkeypatch.setattr(stage_folder, "file_checksum", lambda path: read.append(path.name) or whole(path))
+    parts = read_manifest(tmp_path / "stage", "states", "")["parts"]
+    swap(tmp_path, 1, 2)
+    shares = [Share(index, 3, threading.Barrier(3), [None] * 3) for index in range(3)]
+    for share in shares[1:]:
+        share.met, share.said = shares[0].met, shares[0].said
+
+    def hold(share):
+        with pytest.raises(ValueError) as error:
+            hold_parts(tmp_path / "stage", parts, "it", share, lambda *at: told.append((share.index, *at)))
+        errors.append(str(error.value))
+
+    threads = [threading.Thread(target=hold, args=(share,)) for share in shares]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(read) == sorted(parts)
+    assert sorted(told) == [(0, 1, 2), (0, 2, 2), (1, 1, 1), (2, 1, 1)]
+    assert len(errors) == 3 and len(set(errors)) == 1 and "part-00001.txt, part-00002.txt were" in errors[0]

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from .._version import __version__
 from ..utils.files import atomic_path, check_target, make_folder, read_json
 from .fingerprints import file_checksum
-from .processes import Processes
+from .processes import Processes, Progress
 
 MANIFEST_NAME = "manifest.json"
 _PART_NAME = re.compile(r"part-\d{5,}\.\w+")
@@ -116,6 +116,7 @@ def hold_parts(
     parts: Mapping[str, str | None],
     command: str,
     processes: Processes | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """
     Hold parts against the checksums that their manifest has of them; names all that do not fit.
@@ -128,17 +129,21 @@ def hold_parts(
         processes ([`Processes`], *optional*):
             Those that share the reading. All must call this, and an error is raised in each. By default this process
             reads all.
+        progress (`Callable[[int, int], None]`, *optional*):
+            Called with (done, total), the parts of this process.
 
     Raises:
         `OSError`: if parts are missing. `ValueError`: if some are other files.
     """
     own = list(parts) if processes is None else list(parts)[processes.index :: processes.count]
     missing, changed = [], []
-    for name in own:
+    for number, name in enumerate(own, 1):
         if not (folder / name).is_file():
             missing.append(name)
         elif file_checksum(folder / name) != parts[name]:
             changed.append(name)
+        if progress is not None:
+            progress(number, len(own))
     if processes is not None:
         found = processes.gather((missing, changed))
         missing, changed = (sorted(name for each in found for name in each[i]) for i in range(2))
@@ -153,19 +158,29 @@ def hold_parts(
         raise OSError(f"{folder} lacks {', '.join(missing)}, which its {MANIFEST_NAME} names: run {command}.")
 
 
-def checked_parts(folder: str | os.PathLike, kind: str, command: str, then: str = "") -> list[Path]:
+def checked_parts(
+    folder: str | os.PathLike,
+    kind: str,
+    command: str,
+    then: str = "",
+    *,
+    processes: Processes | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
     """
     The parts of a finished stage, in their order, held against the checksums in its manifest: all of them are read.
 
     Args:
         command (`str`), then (`str`, *optional*):
             What makes the folder, and what is to be run behind it where a part was made anew.
+        processes, progress (*optional*):
+            As for [`hold_parts`].
 
     Raises:
         `OSError`, `ValueError`: as [`read_manifest`]; if parts are missing, or are not those that the manifest names.
     """
     parts = read_manifest(folder, kind, command)["parts"]
-    hold_parts(Path(folder), parts, made_by(command, then))
+    hold_parts(Path(folder), parts, made_by(command, then), processes, progress)
     return [Path(folder, name) for name in sorted(parts)]
 
 

@@ -16,7 +16,7 @@ def display(stages: Sequence[str], quiet: bool, title: str = "") -> Iterator[Cal
 
     Args:
         stages (sequence of `str`):
-            All stages, in their order.
+            The stages, in their order. One that is not among them gets a line when it begins.
         quiet (`bool`):
             Show nothing.
         title (`str`, *optional*):
@@ -46,6 +46,8 @@ def display(stages: Sequence[str], quiet: bool, title: str = "") -> Iterator[Cal
 
         def show(stage: str):
             finish()
+            if stage not in tasks:
+                tasks[stage] = display.add_task(stage, start=False, total=None)
             display.start_task(tasks[stage])
             return lambda done, total: display.update(tasks[stage], completed=done, total=total)
 

@@ -165,7 +165,8 @@ def train_head(
         if not (output / FIGURES_NAME).exists():
             # Once a training, not at each open: there may be many gigabytes.
             for folder in folders:
-                checked_parts(folder, "states", "recontrol states")
+                shown = None if progress is None else progress("checksums")
+                checked_parts(folder, "states", "recontrol states", processes=processes, progress=shown)
             _train_both(output, store, config, settings, processes, progress, _record(manifests, store, command))
     return read_json(output / FIGURES_NAME)["figures"]
 
