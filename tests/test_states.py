@@ -277,7 +277,7 @@ def test_a_part_of_the_rollouts_can_be_made_again(rollouts, tmp_path):
     part = rollout_parts(folder)[1]
     before = load_rollouts(folder)
     part.unlink()
-    with pytest.raises(OSError, match=f"lacks {part.name}.*run the same command .*`recontrol rollout`, then .*label"):
+    with pytest.raises(OSError, match=f"lacks {part.name}.*run .*`recontrol rollout`, .*states and heads anew"):
         rollout_parts(folder)
     prompts = load_prompts([f"w{i} w{i + 1} w{3 * i}" for i in range(5, 17)])
     options = {"num_samples": 2, "max_new_tokens": 8, "part_size": 10, "temperature": 2.0}

@@ -283,7 +283,9 @@ def rollout_parts(folder: str | os.PathLike) -> list[Path]:
         `OSError`, `ValueError`: if the folder holds no finished rollouts, or a file is not the one that the manifest
         names; says which.
     """
-    return checked_parts(folder, "rollouts", "recontrol rollout", ", then `recontrol label ... --again`")
+    # A scoring anew has another number in every file, so states that were made of the last one are refused.
+    then = ", then `recontrol label ... --again`, then states and heads anew in other folders"
+    return checked_parts(folder, "rollouts", "recontrol rollout", then)
 
 
 def episode_tensors(
