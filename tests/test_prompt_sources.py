@@ -142,10 +142,10 @@ def test_of_two_sources_a_setting_may_be_for_one():
     splits = datasets.DatasetDict(test=datasets.Dataset.from_dict({"prompt": ["w5", "w6"]}))
     settings = CompareSettings(split="test")
     for prompts, held in ((splits, ["w7"]), (["w7"], splits), (load_prompts(["w7"]), ["w8"])):
-        found = _prompts(prompts, held, settings, True)
+        found = _prompts(prompts, held, settings, True, [])
         assert [len(each) for each in found] == [
             len(load_prompts(p, settings)) if p is splits else 1 for p in (prompts, held)
         ]
     for held in (None, ["w8"]):
         with pytest.raises(ValueError, match=r"`split='test'` .* has no effect on"):
-            _prompts(["w7"], held, settings, True)
+            _prompts(["w7"], held, settings, True, [])
