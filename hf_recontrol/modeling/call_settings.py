@@ -45,15 +45,10 @@ def checked_weights(weights: Mapping[str, float | Sequence[float]]) -> HeadWeigh
     """Weights as finite numbers and tuples of them.
 
     Raises:
-        `TypeError`, `ValueError`: if they are none, or name no head.
+        `TypeError`, `ValueError`: if they are none.
     """
     if not isinstance(weights, Mapping):
         raise TypeError(f"The weights of heads must be a dict of name: weight, got {type(weights).__name__}.")
-    if not weights:
-        raise ValueError(
-            "The weights of heads must name a head that acts. Without control the base answers under `control=False`, "
-            "or in `with model.disable_control():`."
-        )
     if odd := [name for name in weights if not isinstance(name, str)]:
         raise TypeError(f"Head names must be strings, got {odd[0]!r}.")
     return {name: check_numbers(f"the weight of {name!r}", weight, "prompt") for name, weight in weights.items()}

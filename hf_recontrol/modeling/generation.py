@@ -199,7 +199,7 @@ def _with_settings(
     hooks: ControlHooks, control: ControlConfig | None, weights: HeadWeights, function: Callable
 ) -> Callable:
     def run(*args, **kwargs):
-        with hooks.call(control or False, weights or None):
+        with hooks.call(control or False, weights):
             return function(*args, **kwargs)
 
     return run

@@ -105,8 +105,8 @@ class ValueHeadMixtureMixin:
                 are not named do not act.
 
         Raises:
-            `TypeError`, `ValueError`: if no head is named, or none has that name, a weight is no finite number, or a
-            head cannot do what `model.control` asks for; the model is then as before.
+            `TypeError`, `ValueError`: if there is no such head, a weight is no finite number, or a head cannot do what
+            `model.control` asks for; the model is then as before.
         """
         settings = self._recontrol.settings
         weights = checked_weights(weights)
