@@ -183,6 +183,15 @@ def test_a_finished_run_goes_on_with_further_rounds(base, one, two, tmp_path):
     assert hashes(folder) == before
 
 
+def test_further_rounds_keep_as_many_states_as_the_first(base, tmp_path, monkeypatch):
+    def smallest_every(parts, *sizes):
+        return 3 if "round-2" in str(parts[0]) else 2
+
+    monkeypatch.setattr("hf_recontrol.collection.states.smallest_every", smallest_every)
+    run(base, tmp_path, rounds=2, max_gigabytes=1.0)
+    assert [StateStore.open(each / "states").read_at["every"] for each in (tmp_path, tmp_path / "round-2")] == [2, 2]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stop_in_the_second_round_loses_nothing(base, one, two, tmp_path, monkeypatch, stage):
     folder, finished = shutil.copytree(one, tmp_path / "run"), two[0]

@@ -26,7 +26,7 @@ from ..configuration import ValueHeadConfig
 from ..data.fingerprints import prompt_hashes
 from ..data.processes import Processes, no_progress
 from ..data.prompts import Prompts, load_prompts
-from ..data.stage_folder import MANIFEST_NAME, shared_folder
+from ..data.stage_folder import MANIFEST_NAME, read_manifest, shared_folder
 from ..data.states import StateStore
 from ..evaluation.data_curve import MIN_PROMPTS, data_curve
 from ..evaluation.recommendation import recommend_control
@@ -35,9 +35,7 @@ from ..heads.base_model import check_nameable
 from ..heads.hub import CONFIG_NAME, check_no_model
 from ..heads.value_head import ValueHead, in_eval
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
-from ..modeling.generation import check_causal
-from ..modeling.hook_points import HookPoint, lm_head_rows
-from ..settings import FitSettings, HookPointSettings, LoadingSettings, PromptSettings
+from ..settings import FitSettings, LoadingSettings, PromptSettings
 from ..training.held_out import held_out_prompts, split_by_prompt
 from ..training.stage import FIGURES_NAME, train_head
 from ..training.trainer import check_training
@@ -45,7 +43,7 @@ from ..utils.extras import needs_extra
 from ..utils.files import make_folder, read_json, write_json
 from ..utils.setting_fields import Settings
 from .display import display
-from .loading import check_same_weights, load_base
+from .loading import check_same_weights, load_base, settings_for_base
 from .run_file import check_run_folder, earlier_head, round_folder, save_run
 from .run_report import write_run_report
 
@@ -134,7 +132,7 @@ def fit(
         stack.enter_context(shared_folder(output))
         base, tokenizer = _base(model, tokenizer, settings)
         stack.enter_context(in_eval(base))
-        given, settings = settings, _for_base(base, settings)
+        given, settings = settings, settings_for_base(base, settings)
         if processes.index == 0 and not (output / "rollouts" / MANIFEST_NAME).exists():
             drawn = sampling_config(base, tokenizer, settings).to_diff_dict()
             warn_of_other_draws(drawn, settings.with_directions)
@@ -222,8 +220,13 @@ def _run_stages(
 ) -> dict[str, Any]:
     """The four stages of the last of some rounds, each in its folder; returns the figures of the head."""
     output, number = folders[-1], len(folders)
-    # Noise of its own, and other than that of the controls that are compared (see `_recommend`).
-    sampling = settings if number == 1 else replace(settings, seed=(settings.seed + number) % 2**32)
+    sampling = reading = settings
+    if number > 1:
+        # Noise of its own, and other than that of the controls that are compared (see `_recommend`).
+        sampling = replace(settings, seed=(settings.seed + number) % 2**32)
+        # Other responses would fit into the same bytes with another `every`, which one head cannot be trained on.
+        first = read_manifest(folders[0] / "states", "states", "recontrol fit")["settings"]
+        reading = replace(settings, every=first["every"], max_gigabytes=None)
     title = f"Round {number} of {settings.rounds}" if settings.rounds > 1 else ""
     stages = ["rollouts", "rewards", "states", "value head"]
     stages += ["advantage"] if settings.with_directions else []
@@ -254,7 +257,7 @@ def _run_stages(
             tokenizer=tokenizer,
             progress=show("rewards"),
         )
-        write_states(output / "states", base, output / "rollouts", settings, progress=show("states"))
+        write_states(output / "states", base, output / "rollouts", reading, progress=show("states"))
         if settings.keep_states and processes.index == 0:
             remove_kept(output / "rollouts")
         states = [folder / "states" for folder in folders]
@@ -281,29 +284,6 @@ def _check_default(settings: FitSettings, cls: type[Settings], what: str) -> Non
     for item in fields(cls):
         if item.name != "on_bad_rows" and getattr(settings, item.name) != getattr(default, item.name):
             raise ValueError(f"`{item.name}` is about {what}.")
-
-
-def _for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
-    """Settings whose head the base can have, checked before any response is sampled."""
-    check_causal(base)
-    directions = settings.with_directions
-    if directions:
-        lm_head_rows(base)
-    settings = replace(
-        settings, directions=directions, advantage_sizes=settings.advantage_sizes if directions else None
-    )
-    if settings.critic_layer is not None:
-        HookPoint.find(base, HookPointSettings(hook_point="decoder_layer", layer=settings.critic_layer))
-    # Says so if no head can have this shape.
-    ValueHeadConfig(
-        HookPoint.find(base, settings).width,
-        head_sizes=settings.head_sizes,
-        advantage_sizes=settings.advantage_sizes,
-        static_vector=directions,
-        hook_point=settings.hook_point,
-        layer=settings.layer,
-    )
-    return settings
 
 
 def _base(model, tokenizer, settings: FitSettings):

@@ -12,14 +12,16 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..collection.batches import recorded_control, shown_control, weights_as_sampled
-from ..configuration import ControlConfig
+from ..configuration import ControlConfig, ValueHeadConfig
 from ..data.processes import device_of
 from ..data.stage_folder import read_manifest
 from ..heads.base_model import check_base, load_base_model, naming
 from ..heads.resolution import base_of_head, revision_named
 from ..heads.value_head import ValueHead, in_eval
 from ..modeling.causal_lm import ReControlForCausalLM, without_heads
-from ..settings import EngineSettings, LoadingSettings, SourceSettings
+from ..modeling.generation import check_causal
+from ..modeling.hook_points import HookPoint, lm_head_rows
+from ..settings import EngineSettings, FitSettings, HookPointSettings, LoadingSettings, SourceSettings
 
 
 def base_source(settings: SourceSettings) -> dict[str, str]:
@@ -37,6 +39,29 @@ def check_same_weights(loading: LoadingSettings, drawing: EngineSettings) -> Non
             "`quantization_config` quantises the base here, and vLLM would draw from the whole one: say "
             "`engine_arguments: {quantization: ...}` too, or leave it out."
         )
+
+
+def settings_for_base(base: PreTrainedModel, settings: FitSettings) -> FitSettings:
+    """Settings whose head the base can have, checked before any response is sampled."""
+    check_causal(base)
+    directions = settings.with_directions
+    if directions:
+        lm_head_rows(base)
+    settings = replace(
+        settings, directions=directions, advantage_sizes=settings.advantage_sizes if directions else None
+    )
+    if settings.critic_layer is not None:
+        HookPoint.find(base, HookPointSettings(hook_point="decoder_layer", layer=settings.critic_layer))
+    # Says so if no head can have this shape.
+    ValueHeadConfig(
+        HookPoint.find(base, settings).width,
+        head_sizes=settings.head_sizes,
+        advantage_sizes=settings.advantage_sizes,
+        static_vector=directions,
+        hook_point=settings.hook_point,
+        layer=settings.layer,
+    )
+    return settings
 
 
 def check_one(**given: Any) -> None:
