@@ -269,7 +269,11 @@ def test_states_that_do_not_go_together_are_named_before_any_work(base, one, tmp
         ("thin", {"every": 2}, r"`every` \(1, 2\)"),
         ("layer", {"hook_point": "decoder_layer", "layer": 1}, r"the hook point \('lm_head', 'decoder_layer'\)"),
         ("undirected", {"directions": False}, r"whether they hold directions \(True, False\)"),
-        ("prefixes", {"prefix_every": 4}, r"rewards of the response so far \(False, True\)"),
+        (
+            "prefixes",
+            {"prefix_every": 4},
+            r"rewards of the response so far \(False, True\), `prefix_every` \(None, 4\)",
+        ),
         ("critic", {"critic_layer": 0}, r"the critic's layer \(None, 0\)"),
     ):
         run(base, tmp_path / name, prompts=PROMPTS[:20], seed=1, num_samples=1, num_epochs=1, **changes)

@@ -135,8 +135,9 @@ def _reads(store: StateStore) -> dict[str, Any]:
     """How the states were made that a critic reads, as JSON."""
     part, prefix_every, means = store.parts[0], None, None
     if store.has_prefix_rewards:
-        for folder in store.folders:
-            prefix_every = read_manifest(folder, "states", "recontrol states")["source"].get("prefix_every")
+        manifests = [read_manifest(folder, "states", "recontrol states") for folder in store.folders]
+        found = {manifest["source"].get("prefix_every") for manifest in manifests}
+        prefix_every = found.pop() if len(found) == 1 else None
         means = _prefix_means(store).tolist()
     return {
         "every": part.every,

@@ -73,7 +73,7 @@ def _open_states(folders: Sequence[Path]) -> tuple[StateStore, list[dict[str, An
 
 def _shared(store: StateStore, manifest: dict[str, Any]) -> dict[str, Any]:
     """What all states that one head is trained on must have in common, by the names that messages say."""
-    read_at = store.read_at
+    read_at, source = store.read_at, manifest.get("source") or {}
     return {
         "the base's fingerprint": manifest["settings"].get("model_fingerprint"),
         "the width": store.hidden_size,
@@ -85,8 +85,9 @@ def _shared(store: StateStore, manifest: dict[str, Any]) -> dict[str, Any]:
         "whether they hold tokens": store.has_tokens,
         "the critic's layer": store.parts[0].context_layer,
         "whether they hold rewards of the response so far": store.has_prefix_rewards,
+        "`prefix_every`": source.get("prefix_every"),
         "the number of rewards": store.rewards.shape[1],
-        "the rewards": (manifest.get("source") or {}).get("rewards"),
+        "the rewards": source.get("rewards"),
     }
 
 
