@@ -178,8 +178,15 @@ def test_a_finished_run_goes_on_with_further_rounds(base, one, two, tmp_path):
 
     before = hashes(folder)
     for rounds in (1, 2):
-        with pytest.raises(ValueError, match=rf"holds a round {rounds + 1}, and `rounds` is {rounds}"):
+        with pytest.raises(ValueError, match=rf"holds 3 rounds, and `rounds` is {rounds}: .*`rounds=3`"):
             run(base, folder, rounds=rounds)
+    assert hashes(folder) == before
+
+    # Of the first round the head is not made again: the second one's responses were not drawn under that.
+    shutil.rmtree(folder / "round-1")
+    before = hashes(folder)
+    with pytest.raises(ValueError, match=r"round-1/head is missing, .*round-2 were drawn"):
+        run(base, folder, rounds=3)
     assert hashes(folder) == before
 
 

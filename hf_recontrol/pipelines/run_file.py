@@ -88,21 +88,39 @@ def earlier_head(output: Path, number: int) -> Path:
     return output / f"round-{number}" / "head"
 
 
+def _rounds_of(output: Path) -> int:
+    """How many rounds a folder holds, or has begun."""
+    numbers = [1]
+    for folder in output.glob("round-*"):
+        if (number := folder.name.removeprefix("round-")).isdecimal():
+            numbers.append(int(number) + earlier_head(output, int(number)).exists())
+    return max(numbers)
+
+
 def check_run_folder(output: Path, settings: FitSettings) -> None:
     """
     Check that a run replaces no file in its folder that is somebody else's, such as the file of settings that it was
-    started with, and that the folder holds no more rounds than are asked for.
+    started with, and that the folder holds no more rounds than are asked for, and the heads that these were drawn
+    under.
 
     Raises:
-        `OSError`: if it would, or its report cannot be written; names the file. `ValueError`: for more rounds.
+        `OSError`: if it would, or its report cannot be written; names the file. `ValueError`: for more rounds, or a
+        missing head.
     """
     check_target(output / _REPORT_NAME)
-    rounds = settings.rounds
-    if earlier_head(output, rounds).exists() or round_folder(output, rounds + 1).exists():
+    held = _rounds_of(output)
+    if held > settings.rounds:
         raise ValueError(
-            f"{output} holds a round {rounds + 1}, and `rounds` is {rounds}: ask for as many as it holds, or more "
-            f"(`rounds={rounds + 1}`), or name another folder."
+            f"{output} holds {held} rounds, and `rounds` is {settings.rounds}: ask for as many as it holds, or more "
+            f"(`rounds={held}`), or name another folder."
         )
+    for number in range(1, held):
+        later = round_folder(output, number + 1)
+        if (later / "rollouts" / MANIFEST_NAME).exists() and not earlier_head(output, number).exists():
+            raise ValueError(
+                f"{earlier_head(output, number)} is missing, the head that the responses in {later} were drawn "
+                f"under: put it back, or remove {output / 'head'} and the folders of round {number + 1} and later."
+            )
     own, others = output / RUN_NAME, []
     is_run = own.is_file() and own.read_text(encoding="utf-8", errors="replace").startswith(_HEADING)
     if own.exists() and not is_run:
