@@ -178,7 +178,7 @@ def test_kill_9_while_a_checkpoint_is_written_costs_that_one_alone(bench, expect
     assert_same(weights(bench), expected)
 
 
-def test_checkpoints_of_another_training_are_not_taken(bench, tmp_path):
+def test_checkpoints_of_another_training_are_not_taken(bench, tmp_path, recontrol_warnings):
     stop(bench, SETTINGS, 3)
     others = {
         "settings": (bench, SETTINGS | {"beta": 0.2}),
@@ -191,6 +191,8 @@ def test_checkpoints_of_another_training_are_not_taken(bench, tmp_path):
         assert finish(other, settings) == BATCHES, name
     # They are still there for the training that they are of.
     assert finish(bench, SETTINGS) == BATCHES - 3
+    # Of the other base, whose rollouts these are not.
+    assert ["its weights or its dtype are others" in said for said in recontrol_warnings] == [True]
 
 
 def test_what_training_took_counts_all_runs(bench):

@@ -84,7 +84,9 @@ def read_manifest(folder: str | os.PathLike, kind: str, command: str, complete: 
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found, finished = manifest["kind"], manifest["complete"]
-        parts = manifest["parts"] if finished else manifest.get("parts", {})
+        # Of another stage, or of another release, the messages below say more.
+        is_ours = found == kind and manifest.get("format_version") == FORMAT_VERSION
+        parts = manifest["parts"] if finished and is_ours else manifest.get("parts", {})
         # Names from a file that may be anybody's: they are joined to the folder.
         if odd := [name for name, _ in parts.items() if not _PART_NAME.fullmatch(name)]:
             raise ValueError(f"it names the part {odd[0]!r}")
