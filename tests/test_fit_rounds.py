@@ -292,6 +292,12 @@ def test_states_that_do_not_go_together_are_named_before_any_work(base, one, tmp
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"the base's fingerprint \(.*the rewards \(\['variety'\], \['length'\]\)"):
         train_head(tmp_path / "head", [whole, other])
+    manifest = json.loads((whole / "manifest.json").read_text())
+    manifest["source"]["sampling"]["temperature"] = 0.5
+    manifest["parts"] = manifest["parts"] | {"part-00000.safetensors": "0" * 64}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"differ in .*the temperature of the sampling \([\d.]+, 0\.5\)"):
+        train_head(tmp_path / "head", [whole, other])
     with pytest.raises(ValueError, match=rf"{whole} and {whole} hold the same states"):
         train_head(tmp_path / "head", [whole, whole])
     with pytest.raises(ValueError, match="No folder of states is given"):

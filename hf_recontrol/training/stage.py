@@ -86,6 +86,8 @@ def _shared(store: StateStore, manifest: dict[str, Any]) -> dict[str, Any]:
         "the critic's layer": store.parts[0].context_layer,
         "whether they hold rewards of the response so far": store.has_prefix_rewards,
         "`prefix_every`": source.get("prefix_every"),
+        # 1 is not noted, being the default.
+        "the temperature of the sampling": (source.get("sampling") or {}).get("temperature") or 1.0,
         "the number of rewards": store.rewards.shape[1],
         "the rewards": source.get("rewards"),
     }
