@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from results_goals import goals
+from results_goals import goals, strengths_by_kl
 from results_page import BATCH_SIZES, page
 from results_studies import GRID, HEADS_OWN, KLS, MORE_OF_N, RIVALS, STUDIES, TIMED, Study
 from small_models import encoder_folder, gemma
@@ -184,13 +184,12 @@ class Runner:
         else:
             kept = self.figures / study.name / "comparison" / "strengths.json"
             matches = json.loads(kept.read_text(encoding="utf-8"))
-        found: dict[str, list[float]] = {}
-        for name, match in matches.items():
-            kind, _, kl = name.partition(" at KL ")
-            if float(kl) in kls:
-                found.setdefault(kind, []).append(match["strength"])
+        found = {
+            kind: [strength for kl, strength in strengths.items() if kl in kls]
+            for kind, strengths in strengths_by_kl(matches).items()
+        }
         return [
-            control | ({"strengths": found[control["kind"]]} if control["kind"] in found else {})
+            control | ({"strengths": found[control["kind"]]} if found.get(control["kind"]) else {})
             for control in controls
         ]
 

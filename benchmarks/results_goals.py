@@ -78,9 +78,12 @@ def goals(comparison: Path, plain: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _by_kl(comparison: Path) -> Mapping[str, dict[float, float]]:
-    """The strengths that a comparison found, by control and nats a token."""
-    matches = json.loads((comparison / "figures.json").read_text(encoding="utf-8"))["strengths"]
+def _by_kl(comparison: Path) -> dict[str, dict[float, float]]:
+    return strengths_by_kl(json.loads((comparison / "figures.json").read_text(encoding="utf-8"))["strengths"])
+
+
+def strengths_by_kl(matches: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[float, float]]:
+    """The strengths that a comparison found, by control and nats a token, of the `strengths` in its figures.json."""
     found: dict[str, dict[float, float]] = {}
     for name, match in matches.items():
         control, _, kl = name.partition(" at KL ")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from results_goals import in_words as in_words_of_goals
+from results_goals import strengths_by_kl
 from results_texts import ADDITIONS, AGAINST, FURTHER, GEMMA, INTRODUCTION, NOTES, REWARDS, TITLES
 
 PUBLISHED = Path(__file__).with_name("published.md")
@@ -129,11 +130,7 @@ def towards_goals(study: Path) -> list[str]:
     matches = json.loads((study / "comparison" / "strengths.json").read_text(encoding="utf-8"))
     spent_by = ((row, float(each["kl_per_response"]["value"])) for row, each in found.items())
     nats = {(control, float(strength)): value for (control, strength), value in spent_by if strength}
-    spent = {}
-    for name, match in matches.items():
-        control, _, kl = name.partition(" at KL ")
-        if control == "advantage":
-            spent[float(kl)] = nats[control, match["strength"]]
+    spent = {kl: nats["advantage", strength] for kl, strength in strengths_by_kl(matches)["advantage"].items()}
     most = max(n for control, n in nats if control == "best_of_n")
     return in_words_of_goals(study, spent, (round(most), nats["best_of_n", most]))
 
